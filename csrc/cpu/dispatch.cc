@@ -1,0 +1,427 @@
+// Dispatch: every token is copied once, by its source, straight into its final row at each rank that owns one of its experts.
+//
+// Rows follow from prefix sums over everybody's counts, so nobody negotiates and nothing is copied again, but for the extra
+// rows of grouped and slab, which the receiver makes itself.
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/operation.h"
+#include "cpu/simd.h"
+
+namespace ep::cpu {
+namespace {
+
+// Above this many pushed bytes rows bypass the cache: their reader is another process, and later.
+constexpr int64_t kStreamBytes = int64_t{4} << 20;
+
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+Descriptor describe(const DispatchArgs& a) {
+    Descriptor d;
+    d[Field::kLayout] = static_cast<int64_t>(a.layout);
+    d[Field::kDtype] = static_cast<int64_t>(a.dtype);
+    d[Field::kHidden] = a.hidden;
+    d[Field::kQuantize] = static_cast<int64_t>(a.quantize);
+    d[Field::kScaleBlock] = a.scale_bytes > 0 ? a.scale_block : 0;
+    d[Field::kScaleBytes] = a.scale_bytes;
+    d[Field::kTopk] = a.num_topk;
+    d[Field::kAlignment] = a.alignment;
+    d[Field::kCapacity] = a.capacity;
+    d[Field::kFlags] = (a.with_weights ? kFlagWeights : 0) | (a.is_static ? kFlagStatic : 0) |
+                       (a.cached ? kFlagCached : 0);
+    d[Field::kRouting] = static_cast<int64_t>(a.routing);
+    return d;
+}
+
+MetaLayout meta_layout(const DispatchArgs& a) {
+    return MetaLayout(a.num_topk, !a.cached, a.with_weights, a.layout != RecvLayout::kCompact,
+                      a.scale_bytes);
+}
+
+// What one scan of the ids finds: rows for each rank, selections of each expert (by position), ids that are none.
+struct Counts {
+    std::vector<int64_t> rows;
+    std::vector<int32_t> selections;
+    int64_t bad[4] = {0, 0, 0, 0};  // how many, then token, slot and id of the first
+};
+
+Counts count(const DispatchArgs& a, const ExpertMap& experts, int num_ranks) {
+    Counts counts{std::vector<int64_t>(num_ranks, 0),
+                  std::vector<int32_t>(experts.num_experts(), 0),
+                  {0, 0, 0, 0}};
+    std::vector<int64_t> last_token(num_ranks, -1);
+    for (int64_t t = 0; t < a.num_tokens; ++t) {
+        for (int k = 0; k < a.num_topk; ++k) {
+            const int64_t expert = a.topk_idx[t * a.num_topk + k];
+            if (expert == -1) continue;
+            if (expert < 0 || expert >= experts.num_experts()) {
+                if (counts.bad[0]++ == 0) {
+                    counts.bad[1] = t;
+                    counts.bad[2] = k;
+                    counts.bad[3] = expert;
+                }
+                continue;
+            }
+            ++counts.selections[experts.position(expert)];
+            const int owner = experts.owner(expert);
+            if (last_token[owner] != t) {
+                last_token[owner] = t;
+                ++counts.rows[owner];
+            }
+        }
+    }
+    return counts;
+}
+
+class DispatchOp : public Operation {
+   public:
+    DispatchOp(Rank& rank, uint64_t sequence, const DispatchArgs& args, const WaitHooks& hooks)
+        : Operation(rank, OpKind::kDispatch, sequence, hooks), a(args), meta(meta_layout(args)) {}
+
+    Dispatched run() {
+        result.seq = seq;
+        if (!acquire_slot()) return failed(watch.outcome());
+        announce();
+        if (!await_entries(describe(a)) || !check_counts()) return failed(outcome);
+        place();
+        publish_bases();
+        if (!await_bases()) return failed(outcome);
+        if (!push()) return failed(outcome);
+        if (!await_rows()) return failed(watch.outcome());
+        release_slot();
+        return std::move(result);
+    }
+
+   private:
+    Dispatched failed(const Outcome& why) {
+        result.outcome = fail(why);
+        // A late peer may still push after a failed communicator: its rows must not be granted again.
+        if (ends_communicator(result.outcome.incident.code)) {
+            abandon(std::move(result.x));
+            abandon(std::move(result.meta));
+        }
+        result.x.reset();
+        result.meta.reset();
+        return std::move(result);
+    }
+
+    // 1. Tell every rank how many rows come, and for which of its experts.
+    void announce() {
+        const Counts counts = count(a, experts, num_ranks);
+        const bool stale = a.cached && !matches_handle(counts);
+        for (int p = 0; p < num_ranks; ++p) {
+            EntryRecord entry{};
+            entry.descriptor = describe(a);
+            entry.num_tokens = a.num_tokens;
+            entry.num_rows = counts.rows[p];
+            if (stale) entry.code = kStaleHandle;
+            if (counts.bad[0] > 0) {
+                entry.code = kBadExpertId;
+                std::memcpy(entry.detail, counts.bad, sizeof(entry.detail));
+            }
+            enter(p, entry, a.cached ? nullptr : counts.selections.data() + experts.first(p));
+        }
+        ring_all();
+        if (!a.cached) std::copy(counts.rows.begin(), counts.rows.end(), a.rank_counts);
+    }
+
+    // A handle is a tuple of tensors that anybody may have touched since.
+    bool matches_handle(const Counts& counts) const {
+        return std::equal(counts.rows.begin(), counts.rows.end(), a.rank_counts);
+    }
+
+    const int32_t* counts_from(int src) const {
+        return &at<int32_t>(me, layout.count_row(slot, src));
+    }
+
+    // Counts of peers are untrusted: nothing is computed from a number that cannot be.
+    bool check_counts() {
+        for (int src = 0; src < num_ranks; ++src) {
+            const EntryRecord& entry = entry_of(src);
+            const int64_t limit = std::min(entry.num_tokens, rank.shape().max_tokens);
+            if (entry.num_rows < 0 || entry.num_rows > limit) {
+                outcome = outcome_of(kBadCount, src, limit, entry.num_rows);
+                return false;
+            }
+            if (a.cached && entry.num_rows != a.rank_counts[num_ranks + src]) {
+                outcome = outcome_of(kMiscount, src, a.rank_counts[num_ranks + src], entry.num_rows);
+                return false;
+            }
+            for (int e = 0; !a.cached && e < experts.num_local(me); ++e) {
+                const int64_t selections = counts_from(src)[e];
+                if (selections < 0 || selections > limit * a.num_topk) {
+                    outcome = outcome_of(kBadCount, src, limit * a.num_topk, selections);
+                    return false;
+                }
+            }
+        }
+        return true;
+    }
+
+    // 2. Prefix sums over sources (and local experts) give every source its rows; the arena gives the place.
+    void place() {
+        const int num_local = experts.num_local(me);
+        first_row.assign(num_ranks, 0);
+        for (int src = 0; src < num_ranks; ++src) {
+            first_row[src] = result.num_recv;
+            result.num_recv += entry_of(src).num_rows;
+            if (!a.cached) a.rank_counts[num_ranks + src] = entry_of(src).num_rows;
+        }
+        if (!a.cached) {
+            std::fill_n(a.expert_counts, num_local, 0);
+            for (int src = 0; src < num_ranks; ++src) {
+                for (int e = 0; e < num_local; ++e) a.expert_counts[e] += counts_from(src)[e];
+            }
+        }
+        result.group_start.assign(num_local + 1, 0);
+        for (int e = 0; e < num_local; ++e) {
+            const int64_t step = a.layout == RecvLayout::kSlab
+                                     ? a.capacity
+                                     : round_up(a.expert_counts[e], a.alignment);
+            result.group_start[e + 1] = static_cast<int32_t>(result.group_start[e] + step);
+        }
+        size_rows();
+        if (placed.ok()) grant();
+    }
+
+    void size_rows() {
+        const int num_local = experts.num_local(me);
+        int64_t arriving = result.num_recv;  // rows compared with the capacity
+        if (a.layout == RecvLayout::kGrouped) arriving = result.group_start[num_local];
+        if (a.layout == RecvLayout::kSlab) {
+            arriving = num_local > 0
+                           ? *std::max_element(a.expert_counts, a.expert_counts + num_local)
+                           : 0;
+        }
+        result.num_rows = a.is_static || a.layout == RecvLayout::kSlab ? a.capacity : arriving;
+        if (a.capacity >= 0 && arriving > a.capacity) {
+            placed = outcome_of(kOverCapacity, me, a.capacity, arriving);
+        }
+    }
+
+    void grant() {
+        const int64_t x_bytes = result.num_rows * slabs() * a.row_bytes();
+        const int64_t meta_bytes = result.num_recv * meta.bytes;
+        const auto hold = [this](int64_t bytes) -> std::shared_ptr<ExtentHold> {
+            const auto extent = rank.arena()->grant(bytes);
+            if (!extent) {
+                placed = outcome_of(kOutOfArena, me, bytes, rank.arena()->stats().largest_free);
+                return nullptr;
+            }
+            return std::make_shared<ExtentHold>(rank.arena(), *extent);
+        };
+        result.x = hold(x_bytes);
+        if (placed.ok() && meta_bytes > 0) result.meta = hold(meta_bytes);
+    }
+
+    int64_t slabs() const { return a.layout == RecvLayout::kSlab ? experts.num_local(me) : 1; }
+
+    void publish_bases() {
+        std::vector<int32_t> next(result.group_start.begin(), result.group_start.end());
+        for (int src = 0; src < num_ranks; ++src) {
+            if (!a.cached) {
+                for (int e = 0; e < experts.num_local(me); ++e) {
+                    at<int32_t>(src, layout.expert_row(slot, experts.first(me) + e)) = next[e];
+                    next[e] += counts_from(src)[e];
+                }
+            }
+            BaseRecord& base = at<BaseRecord>(src, layout.base(slot, me));
+            base.code = placed.incident.code;
+            base.x_offset = result.x ? result.x->extent().offset : -1;
+            base.meta_offset = result.meta ? result.meta->extent().offset : -1;
+            base.row = first_row[src];
+            base.num_rows = result.num_rows * slabs();
+            base.detail[0] = placed.incident.have;
+            base.detail[1] = placed.incident.want;
+            store_release(base.seq, seq);  // pairs with the acquire in await_bases
+        }
+        ring_all();
+    }
+
+    const BaseRecord& base_of(int dst) const { return at<BaseRecord>(me, layout.base(slot, dst)); }
+
+    // 3. All bases, not only those of ranks we send to: so all ranks learn of a refusal, before any row moves.
+    bool await_bases() {
+        for (int p = 0; p < num_ranks; ++p) {
+            uint64_t& word = at<BaseRecord>(me, layout.base(slot, p)).seq;
+            const auto ready = [&] { return load_acquire(word) >= seq; };
+            if (!watch.until(Site::kBase, p, ready, [] { return int64_t{0}; })) {
+                outcome = watch.outcome();
+                return false;
+            }
+        }
+        for (int p = 0; p < num_ranks; ++p) {
+            const BaseRecord& base = base_of(p);
+            if (base.code == kOk) continue;
+            outcome = outcome_of(base.code, p, base.detail[1], base.detail[0]);
+            outcome.detail[0] = base.detail[0];
+            outcome.detail[1] = base.detail[1];
+            return false;
+        }
+        return true;
+    }
+
+    // 4. One pass over our tokens: each row is read once and written to every rank that wants it.
+    bool push() {
+        std::vector<int64_t> next_compact(num_ranks), pushed(num_ranks, 0);
+        for (int p = 0; p < num_ranks; ++p) next_compact[p] = base_of(p).row;
+        std::vector<int32_t> next_row;
+        if (!a.cached) {
+            next_row.assign(&at<int32_t>(me, layout.expert_row(slot, 0)),
+                            &at<int32_t>(me, layout.expert_row(slot, 0)) + experts.num_experts());
+        }
+        int64_t total = 0;
+        for (int p = 0; p < num_ranks; ++p) total += a.rank_counts[p] * a.row_bytes();
+        const Simd& ops = simd();
+        const auto copy = total >= kStreamBytes ? ops.copy_stream : ops.copy;
+        scratch.resize(a.quantize != Quantize::kNone ? a.row_bytes() + a.scale_bytes + 64 : 0);
+        record.resize(meta.bytes);
+        for (int64_t t = 0; t < a.num_tokens; ++t) {
+            Token token = load(t);
+            int32_t rows[kMaxTopk];
+            assign_rows(t, next_compact, next_row, rows);
+            for (int k = 0; k < a.num_topk; ++k) {
+                if (rows[k] < 0 || !is_first(t, k)) continue;
+                const int dst = experts.owner(a.topk_idx[t * a.num_topk + k]);
+                if (rows[k] >= base_of(dst).num_rows) return stale_row(dst, rows[k]);
+                if (!token.ready) quantize(t, token);
+                copy(arena_of(dst) + base_of(dst).x_offset + rows[k] * a.row_bytes(), token.row,
+                     a.row_bytes());
+                push_record(t, dst, next_compact[dst] - 1, rows, token);
+                ++pushed[dst];
+            }
+        }
+        ops.drain();
+        for (int p = 0; p < num_ranks; ++p) {
+            // Releases the rows and records pushed above; pairs with the acquire in await_rows.
+            add_release(at<uint64_t>(p, layout.arrived_word(slot, me)), pushed[p]);
+        }
+        ring_all();
+        return true;
+    }
+
+    // A cached row the receiver does not have. Others already push, so the communicator ends here.
+    bool stale_row(int dst, int64_t row) {
+        outcome = outcome_of(kMiscount, dst, base_of(dst).num_rows, row);
+        return false;
+    }
+
+    struct Token {
+        const std::byte* row;     // [row_bytes] as it travels
+        const std::byte* scales;  // [scale_bytes]
+        bool ready;
+    };
+
+    Token load(int64_t t) const {
+        if (a.quantize != Quantize::kNone) return {scratch.data(), nullptr, false};
+        return {a.x + t * a.x_stride,
+                a.scales != nullptr ? a.scales + t * a.scale_bytes : nullptr, true};
+    }
+
+    void quantize(int64_t t, Token& token) {
+        std::byte* scales = scratch.data() + round_up(a.row_bytes(), 16);
+        simd().quantize(a.dtype, {scratch.data(), scales, a.x + t * a.x_stride, a.hidden,
+                                  a.scale_block, a.quantize == Quantize::kFp8Ue8m0});
+        token = {scratch.data(), scales, true};
+    }
+
+    bool is_first(int64_t t, int k) const {
+        const int64_t* ids = a.topk_idx + t * a.num_topk;
+        const int owner = experts.owner(ids[k]);
+        for (int j = 0; j < k; ++j) {
+            if (ids[j] >= 0 && experts.owner(ids[j]) == owner) return false;
+        }
+        return true;
+    }
+
+    // The row of every slot of a token, and the token's turn at each of its ranks.
+    void assign_rows(int64_t t, std::vector<int64_t>& next_compact, std::vector<int32_t>& next_row,
+                     int32_t (&rows)[kMaxTopk]) {
+        const int64_t* ids = a.topk_idx + t * a.num_topk;
+        int32_t* send_row = a.send_row + t * a.num_topk;
+        for (int k = 0; k < a.num_topk; ++k) {
+            if (ids[k] < 0) {
+                rows[k] = send_row[k] = -1;
+                continue;
+            }
+            const int dst = experts.owner(ids[k]);
+            const int64_t compact = is_first(t, k) ? next_compact[dst]++ : next_compact[dst] - 1;
+            if (!a.cached) {
+                send_row[k] = a.layout == RecvLayout::kCompact
+                                  ? static_cast<int32_t>(compact)
+                                  : next_row[experts.position(ids[k])]++;
+            }
+            rows[k] = send_row[k];
+        }
+    }
+
+    void push_record(int64_t t, int dst, int64_t compact, const int32_t* rows, const Token& token) {
+        if (meta.bytes == 0) return;
+        const int64_t* ids = a.topk_idx + t * a.num_topk;
+        const int num_topk = a.num_topk;
+        std::byte* out = record.data();
+        if (meta.src_token.bytes > 0) {
+            const int32_t src_token = static_cast<int32_t>(t);
+            std::memcpy(out + meta.src_token.offset, &src_token, 4);
+            int32_t local[kMaxTopk], row[kMaxTopk];
+            for (int k = 0; k < num_topk; ++k) {
+                const bool here = ids[k] >= 0 && experts.owner(ids[k]) == dst;
+                local[k] = here ? experts.local(ids[k]) : -1;
+                row[k] = here ? rows[k] : -1;
+            }
+            std::memcpy(out + meta.experts.offset, local, meta.experts.bytes);
+            std::memcpy(out + meta.rows.offset, row, meta.rows.bytes);
+        }
+        if (meta.weights.bytes > 0) {
+            float weights[kMaxTopk];
+            for (int k = 0; k < num_topk; ++k) {
+                const bool here = ids[k] >= 0 && experts.owner(ids[k]) == dst;
+                weights[k] = here ? a.topk_weights[t * num_topk + k] : 0.0f;
+            }
+            std::memcpy(out + meta.weights.offset, weights, meta.weights.bytes);
+        }
+        if (meta.scales.bytes > 0) {
+            std::memcpy(out + meta.scales.offset, token.scales, meta.scales.bytes);
+        }
+        std::memcpy(arena_of(dst) + base_of(dst).meta_offset + compact * meta.bytes, out, meta.bytes);
+    }
+
+    // 6. Everything announced to us has arrived.
+    bool await_rows() {
+        for (int src = 0; src < num_ranks; ++src) {
+            expected(src) += static_cast<uint64_t>(entry_of(src).num_rows);
+            const uint64_t want = expected(src);
+            uint64_t& word = at<uint64_t>(me, layout.arrived_word(slot, src));
+            const auto have = [&] { return load_acquire(word); };
+            if (!watch.until(
+                    Site::kRows, src, [&] { return have() >= want; },
+                    [&] { return static_cast<int64_t>(have()); }, static_cast<int64_t>(want))) {
+                return false;
+            }
+        }
+        return true;
+    }
+
+    const DispatchArgs& a;
+    const MetaLayout meta;
+    Dispatched result;
+    Outcome placed;                   // why this receiver refuses, if it does
+    std::vector<int64_t> first_row;   // [num_ranks] first compact row of each source
+    std::vector<std::byte> scratch;   // a quantized row and its scales
+    std::vector<std::byte> record;    // the metadata of one (token, rank)
+};
+
+}  // namespace
+
+Dispatched Rank::dispatch(uint64_t seq, const DispatchArgs& args, const WaitHooks& hooks) {
+    std::lock_guard lock(running_);
+    if (!verdict_.ok()) {
+        Dispatched dead;
+        dead.outcome = verdict_;
+        dead.seq = seq;
+        return dead;
+    }
+    return DispatchOp(*this, seq, args, hooks).run();
+}
+
+}  // namespace ep::cpu

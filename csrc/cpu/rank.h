@@ -1,0 +1,104 @@
+// One CPU rank: its own and its peers' shared memory, and the two operations on it.
+//
+// The protocol is docs/protocol.md, the same as on GPUs: counts first, the receiver places, rows go straight to their final
+// place, combine pulls. Operations of one rank run one after the other, in the order they were begun.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "contract/args.h"
+#include "contract/layout.h"
+#include "contract/records.h"
+#include "contract/shape.h"
+#include "contract/status.h"
+#include "cpu/watch.h"
+#include "host/arena.h"
+#include "transport/segment.h"
+
+namespace ep::cpu {
+
+// A rank's shared memory as this process sees it.
+struct Peer {
+    std::shared_ptr<Segment> control, arena;
+    PeerProcess process;
+};
+
+// Which rank owns an expert, and where it stands there.
+class ExpertMap {
+   public:
+    ExpertMap(std::vector<int32_t> owner, int num_ranks);
+
+    int num_experts() const { return static_cast<int>(owner_.size()); }
+    int owner(int64_t expert) const { return owner_[expert]; }
+    int local(int64_t expert) const { return local_[expert]; }
+    int num_local(int rank) const { return first_[rank + 1] - first_[rank]; }
+    // Experts counted owner by owner: position(e) = first(owner) + local.
+    int first(int rank) const { return first_[rank]; }
+    int position(int64_t expert) const { return first_[owner_[expert]] + local_[expert]; }
+
+   private:
+    std::vector<int32_t> owner_, local_, first_;
+};
+
+// Where dispatched rows lie, until the tensors that use them die.
+struct Dispatched {
+    Outcome outcome;
+    uint64_t seq = 0;
+    int64_t num_recv = 0;              // unique tokens received
+    int64_t num_rows = 0;              // rows of x; slab: rows per expert
+    std::vector<int32_t> group_start;  // [num_local_experts + 1] grouped: first row of each group
+    std::shared_ptr<ExtentHold> x, meta;
+};
+
+class Rank {
+   public:
+    Rank(const Shape& shape, int rank, uint64_t generation, std::vector<int32_t> expert_owner,
+         std::vector<Peer> peers, std::shared_ptr<Arena> arena, const Clocks& clocks);
+
+    // The next operation's sequence number, in the order operations are begun.
+    uint64_t take_seq() { return ++last_seq_; }
+
+    Dispatched dispatch(uint64_t seq, const DispatchArgs& args, const WaitHooks& hooks);
+    // Turns what lies beside the rows into the tensors a user sees, and duplicates rows where a layout wants it.
+    // False when a peer's metadata names an expert or a row that does not exist; that entry is skipped.
+    bool unpack(const Dispatched& result, const DispatchArgs& args, const UnpackArgs& out) const;
+    Outcome combine(uint64_t seq, const CombineArgs& args, const WaitHooks& hooks);
+    // Tells every peer that this rank refused its call, so that they raise instead of waiting. Waits only for the slot.
+    Outcome refuse(uint64_t seq, OpKind kind, const Outcome& why, const WaitHooks& hooks);
+
+    void leave();  // peers that wait for us raise E111 from now on
+    Outcome verdict() const { return verdict_; }
+    uint64_t seq() const { return last_seq_; }
+    void seed_seq(uint64_t seq);  // tests: start near a wrap; all ranks alike, before the first operation
+
+    int rank() const { return rank_; }
+    const Shape& shape() const { return shape_; }
+    const ExpertMap& experts() const { return experts_; }
+    const std::shared_ptr<Arena>& arena() const { return arena_; }
+    std::byte* arena_data() const { return peers_[rank_].arena->data(); }
+    int64_t peers_arena_bytes(int rank) const { return peers_[rank].arena->bytes(); }
+    ControlHeader& header(int rank) const;
+
+   private:
+    friend class Operation;
+
+    Shape shape_;
+    ControlLayout layout_;
+    int rank_;
+    ExpertMap experts_;
+    std::vector<Peer> peers_;
+    std::vector<PeerProcess> processes_;
+    std::shared_ptr<Arena> arena_;
+    Clocks clocks_;
+    uint64_t last_seq_ = 0;
+    std::vector<uint64_t> expected_;  // [slots][ranks] rows ever announced to us
+    Outcome verdict_;                 // of the failure that ended this communicator
+    std::vector<std::shared_ptr<ExtentHold>> lost_;  // extents a peer may still write to
+    std::mutex running_;              // one operation at a time
+};
+
+}  // namespace ep::cpu

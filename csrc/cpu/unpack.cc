@@ -1,0 +1,198 @@
+// The receiver's side of dispatch, after the rows have arrived: metadata records become tensors, and the extra rows of
+// tokens that chose several local experts are copied from the one that was sent.
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/rank.h"
+#include "cpu/simd.h"
+
+namespace ep::cpu {
+namespace {
+
+class Unpack {
+   public:
+    Unpack(const Rank& r, const Dispatched& d, const DispatchArgs& args, const UnpackArgs& o)
+        : rank(r),
+          result(d),
+          a(args),
+          out(o),
+          meta(args.num_topk, !args.cached, args.with_weights, args.layout != RecvLayout::kCompact,
+               args.scale_bytes),
+          num_local(r.experts().num_local(r.rank())),
+          compact(args.layout == RecvLayout::kCompact),
+          total_rows(args.layout == RecvLayout::kSlab ? d.num_rows * num_local : d.num_rows),
+          x(r.arena_data() + (d.x ? d.x->extent().offset : 0)),
+          records(r.arena_data() + (d.meta ? d.meta->extent().offset : 0)) {}
+
+    bool run() {
+        blank();
+        int64_t i = 0;
+        for (int src = 0; src < rank.shape().num_ranks; ++src) {
+            const int64_t rows = a.rank_counts[rank.shape().num_ranks + src];
+            for (int64_t j = 0; j < rows; ++j, ++i) token(i, src);
+        }
+        if (!compact) zero_padding();
+        if (out.row_index != nullptr) index_rows();
+        return sane;
+    }
+
+   private:
+    // Ids of padding are -1 and its weights 0, whatever the layout.
+    void blank() {
+        const int64_t per_row = compact ? a.num_topk : 1;
+        const int64_t max_rows = a.layout == RecvLayout::kSlab ? out.max_rows * num_local : out.max_rows;
+        const int64_t first = compact ? result.num_recv : 0;
+        const int64_t count = (max_rows - first) * per_row;
+        if (out.topk_idx != nullptr) {
+            std::memset(static_cast<std::byte*>(out.topk_idx) + first * per_row * idx_bytes(), 0xff,
+                        count * idx_bytes());
+        }
+        if (out.topk_weights != nullptr) {
+            std::memset(out.topk_weights + first * per_row, 0, count * sizeof(float));
+        }
+        const int64_t extra = out.max_recv - result.num_recv;
+        if (out.recv_src != nullptr && extra > 0) {
+            std::fill_n(out.recv_src + 2 * result.num_recv, 2 * extra, -1);
+        }
+        if (!a.cached && out.recv_row != nullptr && extra > 0) {
+            std::fill_n(out.recv_row + a.num_topk * result.num_recv, a.num_topk * extra, -1);
+        }
+        if (out.offsets != nullptr) {
+            out.offsets[0] = 0;
+            const int align = compact ? out.row_alignment : a.alignment;
+            for (int e = 0; e < num_local; ++e) {
+                const int32_t padded = (a.expert_counts[e] + align - 1) / align * align;
+                out.offsets[e + 1] = out.offsets[e] + padded;
+            }
+        }
+    }
+
+    int64_t idx_bytes() const { return out.idx_is_int64 ? 8 : 4; }
+
+    void put_idx(int64_t at, int32_t local) {
+        if (out.topk_idx == nullptr) return;
+        if (out.idx_is_int64) {
+            static_cast<int64_t*>(out.topk_idx)[at] = local;
+        } else {
+            static_cast<int32_t*>(out.topk_idx)[at] = local;
+        }
+    }
+
+    // Numbers written by peers are checked before they become addresses.
+    int32_t checked(int32_t value, int64_t limit) {
+        if (value >= -1 && value < limit) return value;
+        sane = false;
+        return -1;
+    }
+
+    void token(int64_t i, int src) {
+        const std::byte* record = records + i * meta.bytes;
+        const int num_topk = a.num_topk;
+        int32_t src_token = -1, local[kMaxTopk], row[kMaxTopk];
+        float weights[kMaxTopk];
+        if (!a.cached) {
+            std::memcpy(&src_token, record + meta.src_token.offset, 4);
+            std::memcpy(local, record + meta.experts.offset, meta.experts.bytes);
+            for (int k = 0; k < num_topk; ++k) local[k] = checked(local[k], num_local);
+            if (out.recv_src != nullptr) {
+                out.recv_src[2 * i] = src;
+                out.recv_src[2 * i + 1] = src_token;
+            }
+        }
+        if (a.with_weights) std::memcpy(weights, record + meta.weights.offset, meta.weights.bytes);
+        const std::byte* scales = record + meta.scales.offset;
+        if (compact) {
+            for (int k = 0; k < num_topk; ++k) {
+                if (!a.cached) put_idx(i * num_topk + k, local[k]);
+                if (out.topk_weights != nullptr) out.topk_weights[i * num_topk + k] = weights[k];
+            }
+            if (out.scales != nullptr) put_scales(i, scales);
+            return;
+        }
+        if (a.cached) {
+            std::memcpy(row, out.recv_row + i * num_topk, sizeof(int32_t) * num_topk);
+        } else {
+            std::memcpy(row, record + meta.rows.offset, meta.rows.bytes);
+            std::memcpy(out.recv_row + i * num_topk, row, sizeof(int32_t) * num_topk);
+        }
+        expand(row, local, weights, scales);
+    }
+
+    // The token's data lie in the row of its first slot here; its other slots get copies.
+    void expand(int32_t* row, const int32_t* local, const float* weights, const std::byte* scales) {
+        int32_t first = -1;
+        for (int k = 0; k < a.num_topk; ++k) {
+            const int32_t r = checked(row[k], total_rows);
+            if (r < 0) continue;
+            if (first < 0) {
+                first = r;
+            } else {
+                simd().copy(x + r * a.row_bytes(), x + first * a.row_bytes(), a.row_bytes());
+            }
+            if (!a.cached) put_idx(r, local[k]);
+            if (out.topk_weights != nullptr) out.topk_weights[r] = weights[k];
+            if (out.scales != nullptr) put_scales(r, scales);
+        }
+    }
+
+    void put_scales(int64_t row, const std::byte* scales) {
+        if (a.layout != RecvLayout::kSlab) {
+            std::memcpy(out.scales + row * a.scale_bytes, scales, a.scale_bytes);
+            return;
+        }
+        // Column-major per expert, columns 16 bytes aligned, as masked grouped GEMMs read them.
+        const int64_t words = a.scale_bytes / 4, column = (a.capacity + 3) / 4 * 4;
+        const int64_t expert = row / a.capacity, i = row % a.capacity;
+        for (int64_t w = 0; w < words; ++w) {
+            std::memcpy(out.scales + 4 * ((expert * words + w) * column + i), scales + 4 * w, 4);
+        }
+    }
+
+    // Alignment gaps of grouped read as zero; nobody wrote there, and older rows may lie there.
+    void zero_padding() {
+        if (a.layout != RecvLayout::kGrouped) return;
+        for (int e = 0; e < num_local; ++e) {
+            const int64_t used = result.group_start[e] + a.expert_counts[e];
+            const int64_t gap = result.group_start[e + 1] - used;
+            if (gap > 0) std::memset(x + used * a.row_bytes(), 0, gap * a.row_bytes());
+        }
+    }
+
+    void index_rows() {
+        std::vector<int32_t> next(out.offsets, out.offsets + num_local);
+        std::fill_n(out.row_index, out.offsets[num_local], -1);
+        for (int64_t i = 0; i < result.num_recv; ++i) {
+            int32_t local[kMaxTopk];
+            std::memcpy(local, records + i * meta.bytes + meta.experts.offset, meta.experts.bytes);
+            for (int k = 0; k < a.num_topk; ++k) {
+                const int32_t e = checked(local[k], num_local);
+                if (e < 0) continue;
+                if (next[e] < out.offsets[e + 1]) {
+                    out.row_index[next[e]++] = static_cast<int32_t>(i);
+                } else {
+                    sane = false;
+                }
+            }
+        }
+    }
+
+    const Rank& rank;
+    const Dispatched& result;
+    const DispatchArgs& a;
+    const UnpackArgs& out;
+    const MetaLayout meta;
+    const int num_local;
+    const bool compact;
+    const int64_t total_rows;
+    std::byte* x;
+    const std::byte* records;
+    bool sane = true;
+};
+
+}  // namespace
+
+bool Rank::unpack(const Dispatched& result, const DispatchArgs& args, const UnpackArgs& out) const {
+    return Unpack(*this, result, args, out).run();
+}
+
+}  // namespace ep::cpu

@@ -1,0 +1,212 @@
+#include "cpu/watch.h"
+
+#include <linux/futex.h>
+#include <poll.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <climits>
+#include <cstdio>
+#include <cstring>
+#include <ctime>
+
+namespace ep::cpu {
+namespace {
+
+constexpr long kSliceNs = 20'000'000;  // how long a waiter sleeps before it looks at its peers again
+constexpr int kSpins = 64;             // a few microseconds: a peer on another core often answers at once
+constexpr auto kLookEvery = std::chrono::milliseconds(20);
+
+void futex_sleep(uint32_t& word, uint32_t seen) {
+    const timespec slice{0, kSliceNs};
+    syscall(SYS_futex, &word, FUTEX_WAIT, seen, &slice, nullptr, 0);
+}
+
+void futex_wake_all(uint32_t& word) {
+    syscall(SYS_futex, &word, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
+}
+
+void pause_briefly() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+
+Life life_of(ControlHeader& header) {
+    return static_cast<Life>(std::atomic_ref(header.life).load(std::memory_order_acquire));
+}
+
+// A stopped process (SIGSTOP, debugger) is alive but its heart does not beat.
+bool is_stopped(int64_t pid) {
+    if (pid <= 0) return false;
+    char path[48];
+    std::snprintf(path, sizeof(path), "/proc/%lld/stat", static_cast<long long>(pid));
+    std::FILE* file = std::fopen(path, "re");
+    if (file == nullptr) return false;
+    char line[512] = {0};
+    const size_t got = std::fread(line, 1, sizeof(line) - 1, file);
+    std::fclose(file);
+    const char* name_end = got > 0 ? std::strrchr(line, ')') : nullptr;
+    return name_end != nullptr && (name_end[2] == 'T' || name_end[2] == 't');
+}
+
+bool is_gone(const PeerProcess& process) {
+    pollfd fds[2];
+    nfds_t count = 0;
+    if (process.pidfd >= 0) fds[count++] = {process.pidfd, POLLIN, 0};
+    if (process.socket >= 0) fds[count++] = {process.socket, POLLRDHUP, 0};
+    if (count == 0 || poll(fds, count, 0) <= 0) return false;
+    for (nfds_t i = 0; i < count; ++i) {
+        if ((fds[i].revents & (POLLIN | POLLRDHUP | POLLHUP | POLLERR)) != 0) return true;
+    }
+    return false;
+}
+
+}  // namespace
+
+void ring(ControlHeader& receiver) {
+    std::atomic_ref(receiver.doorbell).fetch_add(1, std::memory_order_seq_cst);
+    if (std::atomic_ref(receiver.sleepers).load(std::memory_order_seq_cst) != 0) {
+        futex_wake_all(receiver.doorbell);
+    }
+}
+
+Watch::Watch(int rank, std::vector<ControlHeader*> headers,
+             const std::vector<PeerProcess>& processes, const Clocks& clocks,
+             const WaitHooks& hooks, OpKind op, uint64_t seq)
+    : rank_(rank),
+      headers_(std::move(headers)),
+      processes_(processes),
+      clocks_(clocks),
+      hooks_(hooks),
+      op_(op),
+      seq_(seq) {}
+
+bool Watch::until(Site site, int peer, const std::function<bool()>& ready,
+                  const std::function<int64_t()>& progress, int64_t want) {
+    if (!outcome_.ok()) return false;
+    for (int i = 0; i < kSpins; ++i) {
+        if (ready()) return true;
+        pause_briefly();
+    }
+    ControlHeader& own = *headers_[rank_];
+    Wait wait{site, peer, Clock::now(), Clock::now(), want, 0, progress == nullptr, false};
+    auto next_look = wait.start;
+    while (true) {
+        // The bell is read before the condition: a publication in between changes it and futex refuses to sleep.
+        const uint32_t bell = std::atomic_ref(own.doorbell).load(std::memory_order_seq_cst);
+        if (ready()) return true;
+        const auto now = Clock::now();
+        if (now >= next_look) {
+            next_look = now + kLookEvery;
+            if (progress != nullptr) {
+                const int64_t have = progress();
+                if (have != wait.have) wait.last_progress = now;
+                wait.have = have;
+            }
+            if (give_up(wait)) return ready() && outcome_.ok();
+        }
+        std::atomic_ref(own.sleepers).fetch_add(1, std::memory_order_seq_cst);
+        futex_sleep(own.doorbell, bell);
+        std::atomic_ref(own.sleepers).fetch_sub(1, std::memory_order_seq_cst);
+    }
+}
+
+// Precedence: interrupt, death, a peer's own verdict, a peer that left, the clocks.
+bool Watch::give_up(Wait& wait) {
+    if (hooks_.interrupted && hooks_.interrupted()) {
+        blame(kInterrupted, wait, wait.peer);
+        return true;
+    }
+    const int gone = first_gone();
+    if (gone >= 0) {
+        blame(kPeerDied, wait, gone);
+        return true;
+    }
+    if (adopt_failure(wait)) return true;
+    if (wait.peer != rank_ && life_of(*headers_[wait.peer]) == Life::kLeft) {
+        blame(kPeerLeft, wait, wait.peer);
+        return true;
+    }
+    return expired(wait, Clock::now());
+}
+
+bool Watch::adopt_failure(const Wait& wait) {
+    for (size_t p = 0; p < headers_.size(); ++p) {
+        if (static_cast<int>(p) != rank_ && life_of(*headers_[p]) == Life::kFailed) {
+            adopt(*headers_[p], wait);
+            return true;
+        }
+    }
+    return false;
+}
+
+bool Watch::healthy(Site site) {
+    const Wait wait{site, rank_, Clock::now(), Clock::now(), 0, 0, false, false};
+    return outcome_.ok() && !adopt_failure(wait);
+}
+
+bool Watch::expired(Wait& wait, Clock::time_point now) {
+    const auto seconds = [now](Clock::time_point since) {
+        return std::chrono::duration<double>(now - since).count();
+    };
+    const double waited = seconds(wait.start);
+    if (waited >= clocks_.arrival_warn_s && !wait.warned) {
+        wait.warned = true;
+        if (hooks_.late) hooks_.late(wait.site, wait.peer, waited);
+    }
+    if (!wait.arriving) {
+        if (seconds(wait.last_progress) < clocks_.progress_s) return false;
+        blame(kStalled, wait, wait.peer);
+        return true;
+    }
+    const bool late = clocks_.arrival_s >= 0 && waited >= clocks_.arrival_s;
+    const bool silent = waited >= clocks_.progress_s && is_stopped(processes_[wait.peer].pid);
+    if (!late && !silent) return false;
+    blame(kPeerAbsent, wait, wait.peer);
+    return true;
+}
+
+// A process that ended after it closed its buffer has left, not died.
+int Watch::first_gone() const {
+    for (size_t p = 0; p < headers_.size(); ++p) {
+        if (static_cast<int>(p) == rank_ || !is_gone(processes_[p])) continue;
+        if (life_of(*headers_[p]) == Life::kAlive) return static_cast<int>(p);
+    }
+    return -1;
+}
+
+void Watch::blame(int code, const Wait& wait, int peer) {
+    Incident& incident = outcome_.incident;
+    incident.code = static_cast<uint16_t>(code);
+    incident.site = wait.site;
+    incident.op = static_cast<uint8_t>(op_);
+    incident.rank = static_cast<int16_t>(rank_);
+    incident.peer = static_cast<int16_t>(peer);
+    incident.epoch = static_cast<uint32_t>(seq_);
+    incident.seq = seq_;
+    incident.peer_seq =
+        std::atomic_ref(headers_[peer]->entered_seq).load(std::memory_order_acquire);
+    incident.waited_ns = static_cast<uint64_t>(
+        std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - wait.start).count());
+    incident.want = wait.want;
+    incident.have = wait.have;
+}
+
+// One fault, one verdict: a peer that already failed told us why, and who.
+void Watch::adopt(const ControlHeader& failed, const Wait& wait) {
+    ControlHeader& header = const_cast<ControlHeader&>(failed);
+    if (load_acquire(header.verdict_valid) == 0) {
+        blame(kPeerLeft, wait, wait.peer);
+        return;
+    }
+    const Incident verdict = header.verdict;
+    const bool by_signal = verdict.code == kInterrupted;  // it left because its user asked for it
+    const int culprit = by_signal ? verdict.rank : verdict.peer;
+    blame(by_signal ? static_cast<int>(kPeerLeft) : verdict.code, wait, culprit);
+    outcome_.detail[0] = verdict.rank + 1;  // who found out, counted from 1; 0 = we did
+    outcome_.incident.want = verdict.want;
+    outcome_.incident.have = verdict.have;
+}
+
+}  // namespace ep::cpu

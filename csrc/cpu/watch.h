@@ -1,0 +1,94 @@
+// Bounded waiting between ranks that share host memory: futex doorbells, deadlines, and who is to blame.
+//
+// A waiter sleeps on its own doorbell; whoever publishes something for it rings. Every few milliseconds it looks whether a
+// peer died, failed or left. Nothing here spins for longer than a few microseconds.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "contract/records.h"
+#include "contract/status.h"
+
+namespace ep::cpu {
+
+struct Clocks {
+    double arrival_warn_s = 5.0;
+    double arrival_s = 600.0;  // < 0: never
+    double progress_s = 30.0;
+};
+
+// What a waiter knows about a peer besides its shared memory.
+struct PeerProcess {
+    int pidfd = -1;   // readable once the process is gone; -1 = same process, or unknown
+    int socket = -1;  // the bootstrap connection, readable (EOF) once the process is gone
+    int64_t pid = 0;  // 0 = not visible from here
+};
+
+// Called now and then from a waiting thread. `interrupted` is asked often and ends the wait when true.
+struct WaitHooks {
+    std::function<bool()> interrupted;
+    std::function<void(Site, int peer, double waited_s)> late;
+};
+
+// Publishing and seeing flag words: the only places that order memory between ranks.
+inline uint64_t load_acquire(uint64_t& word) {
+    return std::atomic_ref(word).load(std::memory_order_acquire);
+}
+inline void store_release(uint64_t& word, uint64_t value) {
+    std::atomic_ref(word).store(value, std::memory_order_release);
+}
+inline void add_release(uint64_t& word, uint64_t value) {
+    std::atomic_ref(word).fetch_add(value, std::memory_order_release);
+}
+
+void ring(ControlHeader& receiver);
+
+// One operation's view of time and of its peers.
+class Watch {
+   public:
+    Watch(int rank, std::vector<ControlHeader*> headers, const std::vector<PeerProcess>& processes,
+          const Clocks& clocks, const WaitHooks& hooks, OpKind op, uint64_t seq);
+
+    // True once ready() holds. False when the wait is over without it: `outcome()` says why.
+    // `progress()` is a number that changes while the peer advances; null = the peer has not entered yet (arrival clock).
+    [[nodiscard]] bool until(Site site, int peer, const std::function<bool()>& ready,
+                             const std::function<int64_t()>& progress = nullptr, int64_t want = 0);
+
+    // False when a peer's communicator has failed, whatever we were waiting for.
+    [[nodiscard]] bool healthy(Site site);
+
+    const Outcome& outcome() const { return outcome_; }
+
+   private:
+    using Clock = std::chrono::steady_clock;
+    struct Wait {
+        Site site;
+        int peer;
+        Clock::time_point start, last_progress;
+        int64_t want, have;
+        bool arriving;  // the peer has not entered this operation
+        bool warned;
+    };
+
+    bool give_up(Wait& wait);
+    bool adopt_failure(const Wait& wait);
+    bool expired(Wait& wait, Clock::time_point now);
+    int first_gone() const;
+    void blame(int code, const Wait& wait, int peer);
+    void adopt(const ControlHeader& failed, const Wait& wait);
+
+    int rank_;
+    std::vector<ControlHeader*> headers_;
+    const std::vector<PeerProcess>& processes_;
+    Clocks clocks_;
+    const WaitHooks& hooks_;
+    OpKind op_;
+    uint64_t seq_;
+    Outcome outcome_;
+};
+
+}  // namespace ep::cpu

@@ -1,0 +1,79 @@
+#include "host/arena.h"
+
+#include <algorithm>
+
+#include "contract/config.h"
+
+namespace ep {
+
+Arena::Arena(int64_t capacity, std::shared_ptr<void> memory)
+    : capacity_(capacity), memory_(std::move(memory)) {
+    if (capacity > 0) free_[0] = capacity;
+}
+
+std::optional<Extent> Arena::grant(int64_t bytes) {
+    const int64_t rounded =
+        (std::max<int64_t>(bytes, 1) + kExtentAlign - 1) / kExtentAlign * kExtentAlign;
+    std::lock_guard lock(mutex_);
+    for (auto it = free_.begin(); it != free_.end(); ++it) {
+        if (it->second < rounded) continue;
+        const Extent extent{it->first, rounded};
+        const int64_t rest = it->second - rounded;
+        free_.erase(it);
+        if (rest > 0) free_[extent.offset + rounded] = rest;
+        used_[extent.offset] = rounded;
+        in_use_ += rounded;
+        peak_ = std::max(peak_, in_use_);
+        return extent;
+    }
+    return std::nullopt;
+}
+
+void Arena::give_back(int64_t offset) {
+    std::lock_guard lock(mutex_);
+    const auto used = used_.find(offset);
+    if (used == used_.end()) return;
+    int64_t bytes = used->second;
+    in_use_ -= bytes;
+    used_.erase(used);
+    auto next = free_.lower_bound(offset);
+    if (next != free_.end() && next->first == offset + bytes) {
+        bytes += next->second;
+        next = free_.erase(next);
+    }
+    if (next != free_.begin()) {
+        const auto before = std::prev(next);
+        if (before->first + before->second == offset) {
+            before->second += bytes;
+            return;
+        }
+    }
+    free_[offset] = bytes;
+}
+
+std::optional<Extent> Arena::find(int64_t offset, int64_t bytes) const {
+    std::lock_guard lock(mutex_);
+    auto it = used_.upper_bound(offset);
+    if (it == used_.begin()) return std::nullopt;
+    --it;
+    if (offset + bytes > it->first + it->second) return std::nullopt;
+    return Extent{it->first, it->second};
+}
+
+std::vector<Extent> Arena::free_ranges() const {
+    std::lock_guard lock(mutex_);
+    std::vector<Extent> ranges;
+    for (const auto& [offset, bytes] : free_) ranges.push_back({offset, bytes});
+    std::sort(ranges.begin(), ranges.end(),
+              [](const Extent& a, const Extent& b) { return a.bytes < b.bytes; });
+    return ranges;
+}
+
+ArenaStats Arena::stats() const {
+    std::lock_guard lock(mutex_);
+    int64_t largest = 0;
+    for (const auto& [offset, bytes] : free_) largest = std::max(largest, bytes);
+    return {capacity_, in_use_, peak_, largest, static_cast<int64_t>(used_.size())};
+}
+
+}  // namespace ep
