@@ -28,7 +28,7 @@ def find_tool(name: str, folder_attribute: str) -> str | None:
 
 
 def forget_foreign_cache(build: Path, generator: str) -> None:
-    """CMake refuses a build folder made elsewhere or for another generator; such a one starts anew."""
+    """CMake refuses a build folder made elsewhere or for another generator: start it anew."""
     cache = build / "CMakeCache.txt"
     if not cache.exists():
         return
