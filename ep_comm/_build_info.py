@@ -34,7 +34,7 @@ def build_info() -> BuildInfo:
             f"ep_comm._core cannot be imported ({error}); "
             "build it with `pip install .`, or `make` in a checkout"
         ) from error
-    made = _core.build_info()
+    made = _core.BUILD
     return {
         "version": made["version"],
         "build_type": made["build_type"],
