@@ -28,7 +28,7 @@ def build_info() -> BuildInfo:
         ImportError: the native core is missing; the message says how to build it.
     """
     try:
-        from ep_comm import _core
+        from . import _core
     except ImportError as error:
         raise ImportError(
             f"ep_comm._core cannot be imported ({error}); "
