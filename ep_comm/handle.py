@@ -15,6 +15,8 @@ from typing import Final, NamedTuple, NoReturn, TypeGuard
 import torch
 from torch import Tensor
 
+from ep_comm.errors import make_error
+
 MAGIC: Final = 0x45505F48414E444C  # "EP_HANDL"
 META_SIZE: Final = 16
 LAYOUTS: Final = ("compact", "grouped", "slab")  # a layout's code in `meta` is its index here
@@ -154,9 +156,7 @@ def parse_handle(
 
 def reject_handle(got: str, want: str) -> NoReturn:
     """Raise E320: the handle is foreign, stale or damaged."""
-    from ep_comm.errors import EPUsageError
-
-    raise EPUsageError(f"rejected handle: got {got}, want {want}", code="E320")
+    raise make_error("E320", f"rejected handle: got {got}, want {want}")
 
 
 def _is_tensor(value: object, shape: tuple[int, ...], *dtypes: torch.dtype) -> TypeGuard[Tensor]:

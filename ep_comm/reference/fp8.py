@@ -11,6 +11,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from ep_comm.errors import make_error
+
 KINDS: Final = ("fp8", "fp8_ue8m0")
 FP8_MAX: Final = 448.0  # largest finite float8_e4m3fn
 MIN_AMAX: Final = 1e-4  # keeps 448 / amax finite for a block of zeros
@@ -66,15 +68,13 @@ def dequantize(q: Tensor, scales: Tensor, *, dtype: torch.dtype = torch.float32)
 
 
 def _check(hidden: int, kind: str, scale_block: int) -> None:
-    from ep_comm.errors import EPArgumentError
-
     if kind not in KINDS:
-        raise EPArgumentError(f"rejected quantize={kind}: want one of {KINDS}", code="E203")
+        raise make_error("E203", f"rejected quantize={kind}: want one of {KINDS}")
     if scale_block not in (32, 128):
-        raise EPArgumentError(f"rejected scale_block={scale_block}: want 32 or 128", code="E203")
+        raise make_error("E203", f"rejected scale_block={scale_block}: want 32 or 128")
     multiple = scale_block * (EXPONENTS_PER_WORD if kind == "fp8_ue8m0" else 1)
     if hidden % multiple:
-        raise EPArgumentError(f"rejected hidden={hidden}: want multiple of {multiple}", code="E211")
+        raise make_error("E211", f"rejected hidden={hidden}: want multiple of {multiple}")
 
 
 # A scale below is its unbiased exponent e, int32; 128 stands for "not finite".

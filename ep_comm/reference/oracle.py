@@ -8,11 +8,12 @@ indexing a list.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import NoReturn, overload
 
 import torch
 from torch import Tensor
 
+from ep_comm.errors import make_error
 from ep_comm.handle import LAYOUTS, Handle, HandleMeta, parse_handle, reject_handle
 from ep_comm.received import Received
 from ep_comm.reference import fp8
@@ -188,6 +189,30 @@ def _dispatch_cached(
     return received
 
 
+@overload
+def combine(
+    x: Sequence[Tensor],
+    handles: Sequence[Handle | Sequence[Tensor]],
+    *,
+    weighted: bool = ...,
+    topk_weights: None = ...,
+    bias: Sequence[Bias] | None = ...,
+    expert_map: Sequence[int] | Tensor | None = ...,
+) -> list[Tensor]: ...
+
+
+@overload
+def combine(
+    x: Sequence[Tensor],
+    handles: Sequence[Handle | Sequence[Tensor]],
+    *,
+    weighted: bool = ...,
+    topk_weights: Sequence[Tensor],
+    bias: Sequence[Bias] | None = ...,
+    expert_map: Sequence[int] | Tensor | None = ...,
+) -> list[tuple[Tensor, Tensor]]: ...
+
+
 def combine(
     x: Sequence[Tensor],
     handles: Sequence[Handle | Sequence[Tensor]],
@@ -328,7 +353,7 @@ def _float_weights(weights: Sequence[Tensor] | None) -> list[Tensor] | None:
 
 
 def _with_weights(handle: Handle, meta: HandleMeta, weights: Tensor) -> Handle:
-    _check_shape("topk_weights", -1, weights, (meta.num_tokens, meta.num_topk))
+    _check_shape("topk_weights", None, weights, (meta.num_tokens, meta.num_topk))
     flagged = handle.meta.clone()
     flagged[11] = 1
     return handle._replace(meta=flagged, topk_weights=weights)
@@ -380,29 +405,23 @@ def _check_inputs(
             _raise_overflow([None] * rank + [(num_tokens, max_tokens)])
 
 
-def _check_shape(name: str, rank: int, tensor: Tensor, want: tuple[int, ...]) -> None:
+def _check_shape(name: str, rank: int | None, tensor: Tensor, want: tuple[int, ...]) -> None:
     if tensor.shape != want:
         _reject("E201", f"rejected {name}: got {list(tensor.shape)}, want {list(want)}", rank)
 
 
-def _reject(code: str, message: str, rank: int = -1) -> NoReturn:
-    from ep_comm.errors import EPArgumentError
-
-    raise EPArgumentError(message, code=code, rank=rank, op="dispatch")
+def _reject(code: str, what: str, rank: int | None = None) -> NoReturn:
+    raise make_error(code, what, rank=rank)
 
 
 def _raise_bad_ids(bad: Sequence[BadIds | None]) -> NoReturn:
-    from ep_comm.errors import EPArgumentError
-
     rank, first = next((r, b) for r, b in enumerate(bad) if b is not None)
     where = f"first token {first.token}, k {first.slot}, id {first.expert}"
-    message = f"got {first.num_bad} bad ids from rank {rank}: {where}"
-    raise EPArgumentError(message, code="E213", peer=rank, op="dispatch")
+    what = f"got {first.num_bad} bad ids from rank {rank}: {where}"
+    raise make_error("E213", what, peer=rank, op="dispatch")
 
 
 def _raise_overflow(overflows: Sequence[tuple[int, int] | None]) -> NoReturn:
-    from ep_comm.errors import EPCapacityError
-
     rank, (got, limit) = next((r, o) for r, o in enumerate(overflows) if o is not None)
-    message = f"has too many tokens: got {got}, want <= {limit}"
-    raise EPCapacityError(message, code="E230", rank=rank, op="dispatch")
+    what = f"has too many tokens: got {got}, want <= {limit}"
+    raise make_error("E230", what, rank=rank, op="dispatch")

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ep_comm.errors import make_error
+
 
 class ExpertOwner(NamedTuple):
     """Where each expert lives. Local experts of a rank are its experts in ascending global id."""
@@ -47,15 +49,13 @@ def expert_owner(
 
 
 def _check_map(owner: Tensor, num_experts: int, num_ranks: int) -> None:
-    from ep_comm.errors import EPArgumentError
-
     if owner.shape != (num_experts,):
-        message = f"rejected map: got shape {list(owner.shape)}, want [{num_experts}]"
-        raise EPArgumentError(message, code="E212")
+        what = f"rejected map: got shape {list(owner.shape)}, want [{num_experts}]"
+        raise make_error("E212", what)
     for expert, rank in enumerate(owner.tolist()):
         if not 0 <= rank < num_ranks:
-            message = f"rejected map: expert {expert} on rank {rank} of {num_ranks}"
-            raise EPArgumentError(message, code="E212")
+            what = f"rejected map: expert {expert} on rank {rank} of {num_ranks}"
+            raise make_error("E212", what)
 
 
 def rank_in_group(group: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
