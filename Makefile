@@ -22,9 +22,9 @@ PIP_INSTALL = $(PY) -m pip install --quiet
 
 $(VENV)/.made:
 	@python=$$(for p in "$(PYTHON)" python3.11 python3.12 python3; do \
-	    [ -n "$$p" ] && "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
-	    && echo "$$p" && break; done) \
-	    || { echo "ep_comm needs Python 3.11 or newer; name one with PYTHON=..." >&2; exit 1; }; \
+	    "$$p" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	    && echo "$$p" && break; done) || { \
+	    echo "ep_comm needs Python 3.11 or newer with venv; name one with PYTHON=..." >&2; exit 1; }; \
 	echo "making $(VENV) with $$python"; "$$python" -m venv --clear $(VENV)
 	@touch $@
 

@@ -5,23 +5,20 @@ themselves are in `ep_comm.cli.app`.
 """
 
 import sys
-
-# What the extra [cli] installs. A missing module of any other name is a bug, not a missing extra.
-_EXTRA = ("typer", "rich", "matplotlib")
+from importlib.util import find_spec
 
 
 def main() -> int:
     """Run the command line and return its exit status."""
-    try:
-        from ep_comm.cli.app import app
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in _EXTRA:
-            raise
+    missing = [name for name in ("typer", "rich") if find_spec(name) is None]
+    if missing:
         print(
-            f"ep-comm: the command line needs {error.name}, which is not installed.\n"
+            f"ep-comm: the command line needs {' and '.join(missing)}, not installed here.\n"
             "Install it with: pip install 'ep-comm[cli]'",
             file=sys.stderr,
         )
         return 2
+    from ep_comm.cli.app import app
+
     app()
     return 0
