@@ -9,6 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ep_comm._build_info import BuildInfo, build_info
+    from ep_comm.bootstrap import StoreGroup
+    from ep_comm.buffer import Begun, Buffer
+    from ep_comm.config import EPConfig
+    from ep_comm.errors import EPError
     from ep_comm.handle import Handle
     from ep_comm.received import Received
 
@@ -18,12 +22,28 @@ if TYPE_CHECKING:
 _HOME = {
     "BuildInfo": "_build_info",
     "build_info": "_build_info",
+    "Begun": "buffer",
+    "Buffer": "buffer",
+    "EPConfig": "config",
+    "EPError": "errors",
+    "StoreGroup": "bootstrap",
     "Handle": "handle",
     "Received": "received",
 }
-_SUBMODULES = ("reference",)
+_SUBMODULES = ("errors", "reference", "testing")
 
-__all__ = ["BuildInfo", "Handle", "Received", "__version__", "build_info"]
+__all__ = [
+    "Begun",
+    "Buffer",
+    "BuildInfo",
+    "EPConfig",
+    "EPError",
+    "Handle",
+    "Received",
+    "StoreGroup",
+    "__version__",
+    "build_info",
+]
 
 
 def __getattr__(name: str) -> Any:

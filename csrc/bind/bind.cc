@@ -1,4 +1,5 @@
-// Integers and structs between Python and C++. No logic: every line here names something that lives elsewhere.
+// Integers and structs between Python and C++. No logic: every line here names something that lives
+// elsewhere.
 #include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -28,10 +29,12 @@ namespace {
 
 // Struct fields reach Python under their own names; addresses travel as integers.
 #define EP_FIELD(type, field) .def_readwrite(#field, &type::field)
-#define EP_ADDRESS(type, field)                                                             \
-    .def_property(                                                                          \
-        #field, [](const type& s) { return reinterpret_cast<uintptr_t>(s.field); },         \
-        [](type& s, uintptr_t address) { s.field = reinterpret_cast<decltype(s.field)>(address); })
+#define EP_ADDRESS(type, field)                                                     \
+    .def_property(                                                                  \
+        #field, [](const type& s) { return reinterpret_cast<uintptr_t>(s.field); }, \
+        [](type& s, uintptr_t address) {                                            \
+            s.field = reinterpret_cast<decltype(s.field)>(address);                 \
+        })
 
 // A signal handler that raised while a call waited, thrown once the call has come home.
 struct Interrupt {
@@ -55,7 +58,8 @@ auto blocking(const py::object& late, Call call) {
     const cpu::WaitHooks hooks{[&] { return interrupt.poll(); },
                                [&](Site site, int peer, double waited_s) {
                                    py::gil_scoped_acquire gil;
-                                   if (!late.is_none()) late(static_cast<int>(site), peer, waited_s);
+                                   if (!late.is_none())
+                                       late(static_cast<int>(site), peer, waited_s);
                                }};
     auto result = [&] {
         py::gil_scoped_release nogil;
@@ -65,7 +69,8 @@ auto blocking(const py::object& late, Call call) {
     return result;
 }
 
-// Bytes of a held extent as a DLPack capsule; the extent returns when the last array over it dies, on any thread.
+// Bytes of a held extent as a DLPack capsule; the extent returns when the last array over it dies,
+// on any thread.
 struct HeldArray {
     dlpack::ManagedTensor managed;
     int64_t shape[1];
@@ -74,8 +79,12 @@ struct HeldArray {
 
 py::capsule to_dlpack(std::shared_ptr<ExtentHold> hold, uintptr_t address, int64_t bytes) {
     auto* array = new HeldArray{{}, {bytes}, std::move(hold)};
-    array->managed.tensor = {reinterpret_cast<void*>(address), {dlpack::kCpu, 0}, 1,
-                             {dlpack::kUInt, 8, 1},            array->shape,      nullptr,
+    array->managed.tensor = {reinterpret_cast<void*>(address),
+                             {dlpack::kCpu, 0},
+                             1,
+                             {dlpack::kUInt, 8, 1},
+                             array->shape,
+                             nullptr,
                              0};
     array->managed.context = array;
     array->managed.deleter = [](dlpack::ManagedTensor* self) {
@@ -83,8 +92,8 @@ py::capsule to_dlpack(std::shared_ptr<ExtentHold> hold, uintptr_t address, int64
     };
     return py::capsule(&array->managed, "dltensor", [](PyObject* capsule) {
         if (!PyCapsule_IsValid(capsule, "dltensor")) return;  // taken over by an array
-        auto* managed = static_cast<dlpack::ManagedTensor*>(
-            PyCapsule_GetPointer(capsule, "dltensor"));
+        auto* managed =
+            static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
         managed->deleter(managed);
     });
 }
@@ -151,8 +160,8 @@ void bind_contract(py::module_& m) {
 
     py::class_<Shape>(m, "Shape")
         .def(py::init<>()) EP_FIELD(Shape, num_ranks) EP_FIELD(Shape, num_slots)
-        EP_FIELD(Shape, num_experts) EP_FIELD(Shape, max_local_experts) EP_FIELD(Shape, num_topk)
-        EP_FIELD(Shape, max_tokens);
+            EP_FIELD(Shape, num_experts) EP_FIELD(Shape, max_local_experts)
+                EP_FIELD(Shape, num_topk) EP_FIELD(Shape, max_tokens);
     py::class_<ControlLayout>(m, "ControlLayout")
         .def(py::init<const Shape&>())
         .def_readonly("end", &ControlLayout::end)
@@ -178,11 +187,11 @@ void bind_status(py::module_& m) {
                                [](const Outcome& o) { return double(o.incident.waited_ns) * 1e-9; })
         .def_property_readonly("want", [](const Outcome& o) { return o.incident.want; })
         .def_property_readonly("have", [](const Outcome& o) { return o.incident.have; })
-        .def_property_readonly(
-            "detail",
-            [](const Outcome& o) {
-                return py::make_tuple(o.detail[0], o.detail[1], o.detail[2], o.detail[3]);
-            })
+        .def_property_readonly("detail",
+                               [](const Outcome& o) {
+                                   return py::make_tuple(o.detail[0], o.detail[1], o.detail[2],
+                                                         o.detail[3]);
+                               })
         .def_property_readonly("reason", [](const Outcome& o) { return std::string(o.reason); });
 }
 
@@ -190,28 +199,30 @@ void bind_args(py::module_& m) {
     using D = DispatchArgs;
     py::class_<D>(m, "DispatchArgs")
         .def(py::init<>()) EP_ADDRESS(D, x) EP_ADDRESS(D, scales) EP_ADDRESS(D, topk_idx)
-        EP_ADDRESS(D, topk_weights) EP_ADDRESS(D, send_row) EP_ADDRESS(D, rank_counts)
-        EP_ADDRESS(D, expert_counts) EP_FIELD(D, num_tokens) EP_FIELD(D, x_stride)
-        EP_FIELD(D, hidden) EP_FIELD(D, scale_bytes) EP_FIELD(D, capacity) EP_FIELD(D, num_topk)
-        EP_FIELD(D, alignment) EP_FIELD(D, scale_block) EP_FIELD(D, layout) EP_FIELD(D, dtype)
-        EP_FIELD(D, quantize) EP_FIELD(D, with_weights) EP_FIELD(D, is_static)
-        EP_FIELD(D, cached) EP_FIELD(D, routing)
+            EP_ADDRESS(D, topk_weights) EP_ADDRESS(D, send_row) EP_ADDRESS(D, rank_counts)
+                EP_ADDRESS(D, expert_counts) EP_FIELD(D, num_tokens) EP_FIELD(D, x_stride)
+                    EP_FIELD(D, hidden) EP_FIELD(D, scale_bytes) EP_FIELD(D, capacity)
+                        EP_FIELD(D, given_capacity) EP_FIELD(D, num_topk) EP_FIELD(D, alignment)
+                            EP_FIELD(D, scale_block) EP_FIELD(D, layout) EP_FIELD(D, dtype)
+                                EP_FIELD(D, quantize) EP_FIELD(D, with_weights)
+                                    EP_FIELD(D, is_static) EP_FIELD(D, cached) EP_FIELD(D, routing)
         .def("row_bytes", &D::row_bytes);
     using U = UnpackArgs;
     py::class_<U>(m, "UnpackArgs")
         .def(py::init<>()) EP_ADDRESS(U, recv_src) EP_ADDRESS(U, recv_row) EP_ADDRESS(U, topk_idx)
-        EP_ADDRESS(U, topk_weights) EP_ADDRESS(U, scales) EP_ADDRESS(U, offsets)
-        EP_ADDRESS(U, row_index) EP_FIELD(U, max_recv) EP_FIELD(U, max_rows)
-        EP_FIELD(U, row_alignment) EP_FIELD(U, idx_is_int64);
+            EP_ADDRESS(U, topk_weights) EP_ADDRESS(U, scales) EP_ADDRESS(U, offsets)
+                EP_ADDRESS(U, row_index) EP_FIELD(U, max_recv) EP_FIELD(U, max_rows)
+                    EP_FIELD(U, row_alignment) EP_FIELD(U, idx_is_int64);
     using C = CombineArgs;
     py::class_<C>(m, "CombineArgs")
         .def(py::init<>()) EP_ADDRESS(C, x) EP_ADDRESS(C, y_weights) EP_ADDRESS(C, topk_idx)
-        EP_ADDRESS(C, topk_weights) EP_ADDRESS(C, send_row) EP_ADDRESS(C, rank_counts)
-        EP_ADDRESS(C, recv_src) EP_ADDRESS(C, recv_row) EP_ADDRESS(C, bias0) EP_ADDRESS(C, bias1)
-        EP_ADDRESS(C, out) EP_ADDRESS(C, out_weights) EP_FIELD(C, num_tokens)
-        EP_FIELD(C, num_recv) EP_FIELD(C, num_rows) EP_FIELD(C, hidden)
-        EP_FIELD(C, arena_offset) EP_FIELD(C, num_topk) EP_FIELD(C, layout) EP_FIELD(C, dtype)
-        EP_FIELD(C, weighted) EP_FIELD(C, with_weights) EP_FIELD(C, routing);
+            EP_ADDRESS(C, topk_weights) EP_ADDRESS(C, send_row) EP_ADDRESS(C, rank_counts)
+                EP_ADDRESS(C, recv_src) EP_ADDRESS(C, recv_row) EP_ADDRESS(C, bias0)
+                    EP_ADDRESS(C, bias1) EP_ADDRESS(C, out) EP_ADDRESS(C, out_weights)
+                        EP_FIELD(C, num_tokens) EP_FIELD(C, num_recv) EP_FIELD(C, num_rows)
+                            EP_FIELD(C, hidden) EP_FIELD(C, arena_offset) EP_FIELD(C, num_topk)
+                                EP_FIELD(C, layout) EP_FIELD(C, dtype) EP_FIELD(C, weighted)
+                                    EP_FIELD(C, with_weights) EP_FIELD(C, routing);
 }
 
 // Memory of one rank: extents of its arena as arrays.
@@ -251,11 +262,12 @@ void bind_memory(py::module_& m) {
         }
     });
     py::class_<Segment, std::shared_ptr<Segment>>(m, "Segment")
-        .def_static("create",
-                    [](const std::string& label, int64_t bytes) {
-                        return Segment::create(label.c_str(), bytes);
-                    },
-                    "label"_a, "bytes"_a)
+        .def_static(
+            "create",
+            [](const std::string& label, int64_t bytes) {
+                return Segment::create(label.c_str(), bytes);
+            },
+            "label"_a, "bytes"_a)
         .def_static("map", &Segment::map, "fd"_a, "bytes"_a)
         .def_property_readonly("fd", &Segment::fd)
         .def_property_readonly("bytes", &Segment::bytes)
@@ -281,17 +293,17 @@ void bind_memory(py::module_& m) {
 
 std::unique_ptr<cpu::Communicator> make_communicator(
     const Shape& shape, int rank, uint64_t generation, std::vector<int32_t> owner,
-    const std::vector<std::tuple<std::shared_ptr<Segment>, std::shared_ptr<Segment>, int, int,
-                                 int64_t>>& peers,
+    const std::vector<
+        std::tuple<std::shared_ptr<Segment>, std::shared_ptr<Segment>, int, int, int64_t>>& peers,
     const ArenaView& arena, std::tuple<double, double, double> clocks) {
     std::vector<cpu::Peer> views;
     for (const auto& [control, memory, pidfd, socket, pid] : peers) {
         views.push_back({control, memory, {pidfd, socket, pid}});
     }
     const auto [warn, arrival, progress] = clocks;
-    return std::make_unique<cpu::Communicator>(std::make_unique<cpu::Rank>(
-        shape, rank, generation, std::move(owner), std::move(views), arena.arena,
-        cpu::Clocks{warn, arrival, progress}));
+    return std::make_unique<cpu::Communicator>(
+        std::make_unique<cpu::Rank>(shape, rank, generation, std::move(owner), std::move(views),
+                                    arena.arena, cpu::Clocks{warn, arrival, progress}));
 }
 
 void bind_cpu(py::module_& m) {
@@ -304,8 +316,10 @@ void bind_cpu(py::module_& m) {
         .def_readonly("num_recv", &Dispatched::num_recv)
         .def_readonly("num_rows", &Dispatched::num_rows)
         .def_readonly("group_start", &Dispatched::group_start)
-        .def("drop_meta", [](Dispatched& d) { d.meta.reset(); })
-        .def("drop_x", [](Dispatched& d) { d.x.reset(); });
+        .def("drop", [](Dispatched& d) {
+            d.x.reset();
+            d.meta.reset();
+        });
     py::class_<Pending, std::shared_ptr<Pending>>(m, "Pending")
         .def("done", &Pending::done)
         .def("wait",
@@ -317,60 +331,68 @@ void bind_cpu(py::module_& m) {
     py::class_<Communicator>(m, "CpuCommunicator")
         .def(py::init(&make_communicator), "shape"_a, "rank"_a, "generation"_a, "expert_owner"_a,
              "peers"_a, "arena"_a, "clocks"_a)
-        .def("dispatch",
-             [](Communicator& self, const DispatchArgs& args, const py::object& late) {
-                 return blocking(late, [&](const auto& hooks) { return self.dispatch(args, hooks); });
-             },
-             "args"_a, "late"_a = py::none())
-        .def("combine",
-             [](Communicator& self, const CombineArgs& args, const py::object& late) {
-                 return blocking(late, [&](const auto& hooks) { return self.combine(args, hooks); });
-             },
-             "args"_a, "late"_a = py::none())
-        .def("refuse",
-             [](Communicator& self, OpKind kind, const Outcome& why) {
-                 return blocking(py::none(), [&](const auto& hooks) {
-                     return self.refuse(kind, why, hooks);
-                 });
-             },
-             "kind"_a, "why"_a)
+        .def(
+            "dispatch",
+            [](Communicator& self, const DispatchArgs& args, const py::object& late) {
+                return blocking(late,
+                                [&](const auto& hooks) { return self.dispatch(args, hooks); });
+            },
+            "args"_a, "late"_a = py::none())
+        .def(
+            "combine",
+            [](Communicator& self, const CombineArgs& args, const py::object& late) {
+                return blocking(late, [&](const auto& hooks) { return self.combine(args, hooks); });
+            },
+            "args"_a, "late"_a = py::none())
+        .def(
+            "refuse",
+            [](Communicator& self, OpKind kind, const Outcome& why) {
+                return blocking(py::none(),
+                                [&](const auto& hooks) { return self.refuse(kind, why, hooks); });
+            },
+            "kind"_a, "why"_a)
         .def("begin_dispatch", &Communicator::begin_dispatch, "args"_a,
              py::call_guard<py::gil_scoped_release>())
         .def("begin_combine", &Communicator::begin_combine, "args"_a,
              py::call_guard<py::gil_scoped_release>())
-        .def("unpack",
-             [](Communicator& self, const Dispatched& d, const DispatchArgs& a,
-                const UnpackArgs& out) {
-                 py::gil_scoped_release nogil;
-                 return self.rank().unpack(d, a, out);
-             },
-             "dispatched"_a, "args"_a, "out"_a)
-        .def("x_array",
-             [](Communicator& self, const Dispatched& d, int64_t bytes) {
-                 const auto address = reinterpret_cast<uintptr_t>(self.rank().arena_data()) +
-                                      d.x->extent().offset;
-                 return to_dlpack(d.x, address, bytes);
-             },
-             "dispatched"_a, "bytes"_a)
+        .def(
+            "unpack",
+            [](Communicator& self, const Dispatched& d, const DispatchArgs& a,
+               const UnpackArgs& out) {
+                py::gil_scoped_release nogil;
+                return self.rank().unpack(d, a, out);
+            },
+            "dispatched"_a, "args"_a, "out"_a)
+        .def(
+            "x_array",
+            [](Communicator& self, const Dispatched& d, int64_t bytes) {
+                const auto address =
+                    reinterpret_cast<uintptr_t>(self.rank().arena_data()) + d.x->extent().offset;
+                return to_dlpack(d.x, address, bytes);
+            },
+            "dispatched"_a, "bytes"_a)
         .def("close", &Communicator::close, py::call_guard<py::gil_scoped_release>())
         .def("verdict", [](Communicator& self) { return self.rank().verdict(); })
         .def("seq", [](Communicator& self) { return self.rank().seq(); })
         .def("seed_seq", [](Communicator& self, uint64_t seq) { self.rank().seed_seq(seq); });
     m.def("simd", [] { return std::string(cpu::simd().name); });
-    m.def("force_simd", [](std::optional<std::string> name) {
-        return cpu::force_simd(name ? name->c_str() : nullptr);
-    }, "name"_a);
+    m.def(
+        "force_simd",
+        [](std::optional<std::string> name) {
+            return cpu::force_simd(name ? name->c_str() : nullptr);
+        },
+        "name"_a);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
     m.doc() = "Native part of ep_comm: contract, transport, arena, CPU backend.";
-    m.attr("BUILD") = py::dict("version"_a = kBuildInfo.version, "build_type"_a = kBuildInfo.build_type,
-                               "compiler"_a = kBuildInfo.compiler, "simd"_a = kBuildInfo.simd,
-                               "cuda"_a = kBuildInfo.cuda, "cuda_missing"_a = kBuildInfo.cuda_missing,
-                               "nvshmem"_a = kBuildInfo.nvshmem,
-                               "nvshmem_missing"_a = kBuildInfo.nvshmem_missing);
+    m.attr("BUILD") = py::dict(
+        "version"_a = kBuildInfo.version, "build_type"_a = kBuildInfo.build_type,
+        "compiler"_a = kBuildInfo.compiler, "simd"_a = kBuildInfo.simd, "cuda"_a = kBuildInfo.cuda,
+        "cuda_missing"_a = kBuildInfo.cuda_missing, "nvshmem"_a = kBuildInfo.nvshmem,
+        "nvshmem_missing"_a = kBuildInfo.nvshmem_missing);
     bind_contract(m);
     bind_status(m);
     bind_args(m);

@@ -1,4 +1,5 @@
-// The part of the DLPack ABI that hands arena memory to an array library (https://dmlc.github.io/dlpack, version 0).
+// The part of the DLPack ABI that hands arena memory to an array library
+// (https://dmlc.github.io/dlpack, version 0).
 #pragma once
 
 #include <cstdint>

@@ -14,9 +14,9 @@ namespace ep {
 
 struct DispatchArgs {
     // in
-    const std::byte* x = nullptr;         // [num_tokens, hidden] of dtype, rows x_stride bytes apart
-    const std::byte* scales = nullptr;    // [num_tokens, scale_bytes], given with already quantized x
-    const int64_t* topk_idx = nullptr;    // [num_tokens, num_topk] global expert, -1 = none
+    const std::byte* x = nullptr;       // [num_tokens, hidden] of dtype, rows x_stride bytes apart
+    const std::byte* scales = nullptr;  // [num_tokens, scale_bytes], given with already quantized x
+    const int64_t* topk_idx = nullptr;  // [num_tokens, num_topk] global expert, -1 = none
     const float* topk_weights = nullptr;  // [num_tokens, num_topk] or null
     // out of a fresh call, in of a cached one
     int32_t* send_row = nullptr;       // [num_tokens, num_topk] row at the owner, -1 = none
@@ -26,8 +26,9 @@ struct DispatchArgs {
     int64_t num_tokens = 0;
     int64_t x_stride = 0;
     int64_t hidden = 0;
-    int64_t scale_bytes = 0;  // per token, as it travels: given, or made by `quantize`
-    int64_t capacity = -1;    // rows (slab: per expert), -1 = whatever arrives
+    int64_t scale_bytes = 0;      // per token, as it travels: given, or made by `quantize`
+    int64_t capacity = -1;        // rows (slab: per expert), -1 = whatever arrives
+    int64_t given_capacity = -1;  // as the caller passed it, the same on all ranks; -1 = left out
     int32_t num_topk = 0;
     int32_t alignment = 1;
     int32_t scale_block = 128;
@@ -37,20 +38,23 @@ struct DispatchArgs {
     bool with_weights = false;  // the same on all ranks, also on one without tokens
     bool is_static = false;     // capacity rows, whatever arrives
     bool cached = false;
-    uint64_t routing = 0;       // of the handle, when cached
+    uint64_t routing = 0;  // of the handle, when cached
 
-    constexpr DType wire_dtype() const { return quantize == Quantize::kNone ? dtype : DType::kE4M3; }
+    constexpr DType wire_dtype() const {
+        return quantize == Quantize::kNone ? dtype : DType::kE4M3;
+    }
     constexpr int64_t row_bytes() const { return hidden * dtype_bytes(wire_dtype()); }
 };
 static_assert(std::is_trivially_copyable_v<DispatchArgs>);
 
 // Where the receiver unpacks what came beside the rows; null = not wanted.
 struct UnpackArgs {
-    int32_t* recv_src = nullptr;   // [num_recv, 2] source rank, source token
-    int32_t* recv_row = nullptr;   // [num_recv, num_topk] grouped, slab; in of a cached call
-    void* topk_idx = nullptr;      // compact [num_recv, num_topk]; grouped, slab [num_rows]; local, -1
-    float* topk_weights = nullptr; // the same shape
-    std::byte* scales = nullptr;   // [num_rows, scale_bytes]; slab: per expert [scale words][capacity4]
+    int32_t* recv_src = nullptr;  // [num_recv, 2] source rank, source token
+    int32_t* recv_row = nullptr;  // [num_recv, num_topk] grouped, slab; in of a cached call
+    void* topk_idx = nullptr;  // compact [num_recv, num_topk]; grouped, slab [num_rows]; local, -1
+    float* topk_weights = nullptr;  // the same shape
+    std::byte* scales =
+        nullptr;  // [num_rows, scale_bytes]; slab: per expert [scale words][capacity4]
     int32_t* offsets = nullptr;    // grouped, row index: [num_local_experts + 1]
     int32_t* row_index = nullptr;  // compact: [offsets[last]], see row_alignment
     int64_t max_recv = 0;          // rows of recv_src (static: padded with -1)
@@ -61,9 +65,9 @@ struct UnpackArgs {
 
 struct CombineArgs {
     // in
-    const std::byte* x = nullptr;          // [num_rows, hidden] expert output, dtype, contiguous
-    const float* y_weights = nullptr;      // to send back: [num_recv, num_topk] or [num_rows]; or null
-    const int64_t* topk_idx = nullptr;     // [num_tokens, num_topk] of the handle
+    const std::byte* x = nullptr;       // [num_rows, hidden] expert output, dtype, contiguous
+    const float* y_weights = nullptr;   // to send back: [num_recv, num_topk] or [num_rows]; or null
+    const int64_t* topk_idx = nullptr;  // [num_tokens, num_topk] of the handle
     const float* topk_weights = nullptr;   // [num_tokens, num_topk], applied when weighted
     const int32_t* send_row = nullptr;     // [num_tokens, num_topk] of the handle
     const int64_t* rank_counts = nullptr;  // [2, num_ranks] of the handle
@@ -72,16 +76,16 @@ struct CombineArgs {
     const std::byte* bias0 = nullptr;      // [num_tokens, hidden] or null
     const std::byte* bias1 = nullptr;
     // out
-    std::byte* out = nullptr;              // [num_tokens, hidden]
-    float* out_weights = nullptr;          // [num_tokens, num_topk] or null
+    std::byte* out = nullptr;      // [num_tokens, hidden]
+    float* out_weights = nullptr;  // [num_tokens, num_topk] or null
     // scalars
     int64_t num_tokens = 0, num_recv = 0, num_rows = 0, hidden = 0;
-    int64_t arena_offset = -1;             // of x when it lies in the arena
+    int64_t arena_offset = -1;  // of x when it lies in the arena
     int32_t num_topk = 0;
     RecvLayout layout = RecvLayout::kCompact;
     DType dtype = DType::kBF16;
     bool weighted = false;
-    bool with_weights = false;             // weights come back; the same on all ranks
+    bool with_weights = false;  // weights come back; the same on all ranks
     uint64_t routing = 0;
 
     constexpr int64_t row_bytes() const { return hidden * dtype_bytes(dtype); }

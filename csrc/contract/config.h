@@ -13,11 +13,11 @@
 
 namespace ep {
 
-inline constexpr int kMaxTopk = 32;         // slots of a token; a warp has one lane for each
+inline constexpr int kMaxTopk = 32;  // slots of a token; a warp has one lane for each
 inline constexpr int kMaxRanks = 1024;
 inline constexpr int kMaxSlots = 16;
-inline constexpr int kRowAlign = 16;        // a row of x is a multiple of this many bytes
-inline constexpr int kExtentAlign = 4096;   // arena extents start on a page
+inline constexpr int kRowAlign = 16;       // a row of x is a multiple of this many bytes
+inline constexpr int kExtentAlign = 4096;  // arena extents start on a page
 inline constexpr uint32_t kProtocolVersion = 1;
 
 enum class OpKind : int32_t { kNone = 0, kDispatch = 1, kCombine = 2 };

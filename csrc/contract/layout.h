@@ -1,6 +1,7 @@
 // Where things lie: the control block of a rank, and the metadata record of a token. One walk each.
 //
-// Host sizing, device addressing, the CPU backend, Python and docs/protocol.md read the results; nobody adds bytes twice.
+// Host sizing, device addressing, the CPU backend, Python and docs/protocol.md read the results;
+// nobody adds bytes twice.
 #pragma once
 
 #include <array>
@@ -18,7 +19,7 @@ struct Region {
 
 // Hands out disjoint regions, each on its own cache lines.
 class Cursor {
-   public:
+public:
     static constexpr int64_t kAlign = 128;
 
     EP_HD constexpr Region take(int64_t bytes) {
@@ -28,7 +29,7 @@ class Cursor {
     }
     EP_HD constexpr int64_t end() const { return at_; }
 
-   private:
+private:
     int64_t at_ = 0;
 };
 
@@ -37,7 +38,8 @@ struct NamedRegion {
     Region region;
 };
 
-// Head of every rank's shared memory: same offsets on every rank. Indices are [slot][rank] unless said otherwise.
+// Head of every rank's shared memory: same offsets on every rank. Indices are [slot][rank] unless
+// said otherwise.
 struct ControlLayout {
     Region header, entries, counts, bases, expert_rows, arrived, pulled, released;
     int64_t end = 0;
@@ -50,18 +52,20 @@ struct ControlLayout {
         const int64_t pairs = int64_t{s.num_slots} * s.num_ranks;
         Cursor at;
         header = at.take(sizeof(ControlHeader));
-        entries = at.take(pairs * kEntryStride);                        // EntryRecord per source
-        counts = at.take(pairs * s.max_local_experts * 4);              // int32 per source, local expert
-        bases = at.take(pairs * int64_t{sizeof(BaseRecord)});           // BaseRecord per receiver
-        expert_rows = at.take(int64_t{s.num_slots} * s.num_experts * 4);  // int32 per expert, by owner
-        arrived = at.take(pairs * kWordStride);                         // uint64 per source
-        pulled = at.take(pairs * kWordStride);                          // uint64 per source
-        released = at.take(pairs * kWordStride);                        // uint64 per peer
+        entries = at.take(pairs * kEntryStride);               // EntryRecord per source
+        counts = at.take(pairs * s.max_local_experts * 4);     // int32 per source, local expert
+        bases = at.take(pairs * int64_t{sizeof(BaseRecord)});  // BaseRecord per receiver
+        expert_rows =
+            at.take(int64_t{s.num_slots} * s.num_experts * 4);  // int32 per expert, by owner
+        arrived = at.take(pairs * kWordStride);                 // uint64 per source
+        pulled = at.take(pairs * kWordStride);                  // uint64 per source
+        released = at.take(pairs * kWordStride);                // uint64 per peer
         end = at.end();
     }
 
     static constexpr int64_t kEntryStride = 384;  // EntryRecord, padded to cache lines
-    static constexpr int64_t kWordStride = 64;    // one flag, one cache line: no two writers share one
+    static constexpr int64_t kWordStride =
+        64;  // one flag, one cache line: no two writers share one
 
     EP_HD constexpr int64_t entry(int slot, int src) const {
         return entries.offset + pair(slot, src) * kEntryStride;
@@ -96,8 +100,10 @@ struct ControlLayout {
                  {"released", released}}};
     }
 
-   private:
-    EP_HD constexpr int64_t pair(int slot, int rank) const { return int64_t{slot} * num_ranks + rank; }
+private:
+    EP_HD constexpr int64_t pair(int slot, int rank) const {
+        return int64_t{slot} * num_ranks + rank;
+    }
 };
 static_assert(sizeof(EntryRecord) <= ControlLayout::kEntryStride);
 

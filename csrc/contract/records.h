@@ -1,6 +1,8 @@
-// What ranks write into each other's control blocks. docs/protocol.md tells who, when and why it is safe.
+// What ranks write into each other's control blocks. docs/protocol.md tells who, when and why it is
+// safe.
 //
-// A record is published by a release-store of its `seq`, last; its reader acquires `seq`, then reads the rest.
+// A record is published by a release-store of its `seq`, last; its reader acquires `seq`, then
+// reads the rest.
 #pragma once
 
 #include <cstdint>
@@ -42,16 +44,18 @@ struct Descriptor {
 };
 
 // Bits of Field::kFlags.
-inline constexpr int64_t kFlagWeights = 1;   // top-k weights travel (dispatch) or come back (combine)
-inline constexpr int64_t kFlagStatic = 2;    // sync=False
-inline constexpr int64_t kFlagCached = 4;    // routing of a handle
+inline constexpr int64_t kFlagWeights =
+    1;                                     // top-k weights travel (dispatch) or come back (combine)
+inline constexpr int64_t kFlagStatic = 2;  // sync=False
+inline constexpr int64_t kFlagCached = 4;  // routing of a handle
 inline constexpr int64_t kFlagWeighted = 8;  // combine multiplies by the top-k weights
 
-// "I entered operation seq, and this is what I bring you." Written by a source into every receiver's block.
+// "I entered operation seq, and this is what I bring you." Written by a source into every
+// receiver's block.
 struct EntryRecord {
     uint64_t seq;
-    int32_t kind;            // OpKind
-    int32_t code;            // kOk, or the poison of a call its rank refused
+    int32_t kind;  // OpKind
+    int32_t code;  // kOk, or the poison of a call its rank refused
     Descriptor descriptor;
     int64_t num_tokens;      // of the source, in total
     int64_t num_rows;        // dispatch: rows it will push to this receiver; combine: rows of its y
@@ -62,16 +66,17 @@ struct EntryRecord {
 };
 static_assert(sizeof(EntryRecord) == 280 && std::is_trivially_copyable_v<EntryRecord>);
 
-// "You may write here." Written by a receiver into every source's block; publishing it is the credit.
+// "You may write here." Written by a receiver into every source's block; publishing it is the
+// credit.
 struct BaseRecord {
     uint64_t seq;
-    int32_t code;           // kOk, or the poison of a receiver that cannot place the rows
+    int32_t code;  // kOk, or the poison of a receiver that cannot place the rows
     int32_t reserved;
-    int64_t x_offset;       // extents in the receiver's arena
+    int64_t x_offset;  // extents in the receiver's arena
     int64_t meta_offset;
-    int64_t row;            // first compact row of this source
-    int64_t num_rows;       // rows of x in the extent
-    int64_t detail[2];      // why not: have, want
+    int64_t row;        // first compact row of this source
+    int64_t num_rows;   // rows of x in the extent
+    int64_t detail[2];  // why not: have, want
 };
 static_assert(sizeof(BaseRecord) == 64 && std::is_trivially_copyable_v<BaseRecord>);
 
@@ -80,11 +85,11 @@ enum class Life : uint32_t { kUnborn = 0, kAlive, kLeft, kFailed };
 
 struct ControlHeader {
     uint64_t magic;
-    uint64_t generation;     // of the buffer; random, equal on all ranks
-    uint32_t doorbell;       // bumped by whoever published something here, then futex-woken
-    uint32_t sleepers;       // waiters of this rank inside futex
-    uint32_t life;           // Life
-    uint32_t entered_kind;   // OpKind of the last operation entered
+    uint64_t generation;    // of the buffer; random, equal on all ranks
+    uint32_t doorbell;      // bumped by whoever published something here, then futex-woken
+    uint32_t sleepers;      // waiters of this rank inside futex
+    uint32_t life;          // Life
+    uint32_t entered_kind;  // OpKind of the last operation entered
     uint64_t entered_seq;
     uint64_t finished_seq;
     uint64_t verdict_valid;  // release-stored after `verdict`

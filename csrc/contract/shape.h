@@ -7,7 +7,7 @@ namespace ep {
 
 struct Shape {
     int32_t num_ranks = 1;
-    int32_t num_slots = 2;          // operations that may be in flight
+    int32_t num_slots = 2;  // operations that may be in flight
     int32_t num_experts = 1;
     int32_t max_local_experts = 1;  // of the rank that owns most
     int32_t num_topk = 1;           // largest top-k of any call

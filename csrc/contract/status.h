@@ -1,6 +1,7 @@
 // What goes wrong, as numbers: error codes, wait sites and the incident record.
 //
-// The table of codes, classes and sentences is docs/errors.md; Python turns an Outcome into one of them.
+// The table of codes, classes and sentences is docs/errors.md; Python turns an Outcome into one of
+// them.
 #pragma once
 
 #include <cstdint>
@@ -10,9 +11,9 @@ namespace ep {
 
 enum Code : int32_t {
     kOk = 0,
-    kInterrupted = 1,     // a signal handler raised while we waited; never leaves the process
-    kPeerAbsent = 101,    // peer never entered the op
-    kStalled = 102,       // peer entered, then nothing new arrived
+    kInterrupted = 1,   // a signal handler raised while we waited; never leaves the process
+    kPeerAbsent = 101,  // peer never entered the op
+    kStalled = 102,     // peer entered, then nothing new arrived
     kPeerDied = 110,
     kPeerLeft = 111,
     kBadDtype = 200,
@@ -38,9 +39,9 @@ struct Incident {
     Site site = Site::kNone;
     uint8_t op = 0;  // OpKind
     int16_t rank = -1, peer = -1;
-    uint32_t epoch = 0;      // low half of the sequence number compared with
-    uint64_t seq = 0;        // my operation
-    uint64_t peer_seq = 0;   // last operation the peer entered
+    uint32_t epoch = 0;     // low half of the sequence number compared with
+    uint64_t seq = 0;       // my operation
+    uint64_t peer_seq = 0;  // last operation the peer entered
     uint64_t waited_ns = 0;
     int64_t want = 0, have = 0;
     uint32_t generation = 0;
@@ -55,9 +56,10 @@ inline constexpr int kReasonBytes = 112;
 // The verdict on an operation: kOk, or an incident with the numbers its sentence needs.
 struct Outcome {
     Incident incident;
-    // E213: count, token, slot, id. E220: field. E230: rows, limit. E231: need, free. E1xx: 1 + rank that reported it
+    // E213: count, token, slot, id. E220: field. E230: rows, limit. E231: need, free. E1xx: 1 +
+    // rank that reported it
     int64_t detail[4] = {0, 0, 0, 0};
-    char reason[kReasonBytes] = {0};   // E20x of a peer: "topk_idx: got int16, want int32 or int64"
+    char reason[kReasonBytes] = {0};  // E20x of a peer: "topk_idx: got int16, want int32 or int64"
 
     bool ok() const { return incident.code == kOk; }
 };

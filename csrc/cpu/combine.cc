@@ -1,5 +1,6 @@
-// Combine: every source reads the rows of its tokens from the ranks that hold them and adds them in fp32, in ascending
-// (rank, slot) order, rounding once. An owner returns only when every source has pulled.
+// Combine: every source reads the rows of its tokens from the ranks that hold them and adds them in
+// fp32, in ascending (rank, slot) order, rounding once. An owner returns only when every source has
+// pulled.
 #include <algorithm>
 #include <cstring>
 
@@ -27,7 +28,7 @@ struct Contribution {
 };
 
 class CombineOp : public Operation {
-   public:
+public:
     CombineOp(Rank& rank, uint64_t sequence, const CombineArgs& args, const WaitHooks& hooks)
         : Operation(rank, OpKind::kCombine, sequence, hooks), a(args) {}
 
@@ -49,8 +50,9 @@ class CombineOp : public Operation {
         return Outcome{};
     }
 
-   private:
-    // 1. y where peers can read it. Rows of remote sources of an ordinary tensor are copied; our own are read in place.
+private:
+    // 1. y where peers can read it. Rows of remote sources of an ordinary tensor are copied; our
+    // own are read in place.
     void publish() {
         EntryRecord entry{};
         entry.descriptor = describe(a);
@@ -70,7 +72,8 @@ class CombineOp : public Operation {
             const int64_t bytes = a.num_rows * per_row * int64_t{sizeof(float)};
             staged_weights = grant(bytes, entry);
             if (staged_weights) {
-                std::memcpy(rank.arena_data() + staged_weights->extent().offset, a.y_weights, bytes);
+                std::memcpy(rank.arena_data() + staged_weights->extent().offset, a.y_weights,
+                            bytes);
                 entry.weights_offset = staged_weights->extent().offset;
             }
         }
@@ -133,7 +136,8 @@ class CombineOp : public Operation {
         return offset < 0 ? nullptr : reinterpret_cast<const float*>(arena_of(owner) + offset);
     }
 
-    // Contributions of a token, ascending rank, then slot; compact holds one row for all slots of a rank.
+    // Contributions of a token, ascending rank, then slot; compact holds one row for all slots of a
+    // rank.
     int gather(int64_t t, Contribution* found) const {
         int count = 0;
         for (int k = 0; k < a.num_topk; ++k) {

@@ -57,13 +57,15 @@ Outcome Communicator::refuse(OpKind kind, const Outcome& why, const WaitHooks& h
 
 std::shared_ptr<Pending> Communicator::begin_dispatch(const DispatchArgs& args) {
     return submit([this, args, seq = rank_->take_seq()](Pending& pending) {
-        pending.dispatched = rank_->dispatch(seq, args, {[this] { return stopping_.load(); }, nullptr});
+        pending.dispatched =
+            rank_->dispatch(seq, args, {[this] { return stopping_.load(); }, nullptr});
     });
 }
 
 std::shared_ptr<Pending> Communicator::begin_combine(const CombineArgs& args) {
     return submit([this, args, seq = rank_->take_seq()](Pending& pending) {
-        pending.combined = rank_->combine(seq, args, {[this] { return stopping_.load(); }, nullptr});
+        pending.combined =
+            rank_->combine(seq, args, {[this] { return stopping_.load(); }, nullptr});
     });
 }
 
@@ -80,7 +82,8 @@ std::shared_ptr<Pending> Communicator::submit(std::function<void(Pending&)> work
     return pending;
 }
 
-// A call without begin waits for everything begun before it: one order for all operations of a rank.
+// A call without begin waits for everything begun before it: one order for all operations of a
+// rank.
 bool Communicator::drain(const WaitHooks& hooks) {
     std::shared_ptr<Pending> last;
     {

@@ -1,7 +1,7 @@
 // A rank with its communication thread: operations run in the order they were begun, here or there.
 //
-// A begun operation costs its caller nothing until it is waited for. Waiting never runs anything, so begun operations may be
-// waited for in any order without deadlock.
+// A begun operation costs its caller nothing until it is waited for. Waiting never runs anything,
+// so begun operations may be waited for in any order without deadlock.
 #pragma once
 
 #include <atomic>
@@ -18,7 +18,7 @@ namespace ep::cpu {
 
 // A begun operation. Exactly one of the results is filled, by its kind.
 class Pending {
-   public:
+public:
     bool done() const;
     // True once finished; false when the hooks interrupted the wait.
     bool wait(const WaitHooks& hooks);
@@ -26,7 +26,7 @@ class Pending {
     Dispatched dispatched;
     Outcome combined;
 
-   private:
+private:
     friend class Communicator;
     void finish();
 
@@ -36,7 +36,7 @@ class Pending {
 };
 
 class Communicator {
-   public:
+public:
     explicit Communicator(std::unique_ptr<Rank> rank) : rank_(std::move(rank)) {}
     ~Communicator() { close(); }
 
@@ -46,12 +46,13 @@ class Communicator {
     std::shared_ptr<Pending> begin_dispatch(const DispatchArgs& args);
     std::shared_ptr<Pending> begin_combine(const CombineArgs& args);
 
-    // Local and bounded: what is begun is cut short, peers learn that we left. Never throws, may be called twice.
+    // Local and bounded: what is begun is cut short, peers learn that we left. Never throws, may be
+    // called twice.
     void close();
 
     Rank& rank() { return *rank_; }
 
-   private:
+private:
     std::shared_ptr<Pending> submit(std::function<void(Pending&)> work);
     bool drain(const WaitHooks& hooks);
     void work();

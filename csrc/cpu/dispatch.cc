@@ -1,7 +1,8 @@
-// Dispatch: every token is copied once, by its source, straight into its final row at each rank that owns one of its experts.
+// Dispatch: every token is copied once, by its source, straight into its final row at each rank
+// that owns one of its experts.
 //
-// Rows follow from prefix sums over everybody's counts, so nobody negotiates and nothing is copied again, but for the extra
-// rows of grouped and slab, which the receiver makes itself.
+// Rows follow from prefix sums over everybody's counts, so nobody negotiates and nothing is copied
+// again, but for the extra rows of grouped and slab, which the receiver makes itself.
 #include <algorithm>
 #include <cstring>
 
@@ -26,7 +27,7 @@ Descriptor describe(const DispatchArgs& a) {
     d[Field::kScaleBytes] = a.scale_bytes;
     d[Field::kTopk] = a.num_topk;
     d[Field::kAlignment] = a.alignment;
-    d[Field::kCapacity] = a.capacity;
+    d[Field::kCapacity] = a.given_capacity;
     d[Field::kFlags] = (a.with_weights ? kFlagWeights : 0) | (a.is_static ? kFlagStatic : 0) |
                        (a.cached ? kFlagCached : 0);
     d[Field::kRouting] = static_cast<int64_t>(a.routing);
@@ -38,7 +39,8 @@ MetaLayout meta_layout(const DispatchArgs& a) {
                       a.scale_bytes);
 }
 
-// What one scan of the ids finds: rows for each rank, selections of each expert (by position), ids that are none.
+// What one scan of the ids finds: rows for each rank, selections of each expert (by position), ids
+// that are none.
 struct Counts {
     std::vector<int64_t> rows;
     std::vector<int32_t> selections;
@@ -74,7 +76,7 @@ Counts count(const DispatchArgs& a, const ExpertMap& experts, int num_ranks) {
 }
 
 class DispatchOp : public Operation {
-   public:
+public:
     DispatchOp(Rank& rank, uint64_t sequence, const DispatchArgs& args, const WaitHooks& hooks)
         : Operation(rank, OpKind::kDispatch, sequence, hooks), a(args), meta(meta_layout(args)) {}
 
@@ -92,10 +94,11 @@ class DispatchOp : public Operation {
         return std::move(result);
     }
 
-   private:
+private:
     Dispatched failed(const Outcome& why) {
         result.outcome = fail(why);
-        // A late peer may still push after a failed communicator: its rows must not be granted again.
+        // A late peer may still push after a failed communicator: its rows must not be granted
+        // again.
         if (ends_communicator(result.outcome.incident.code)) {
             abandon(std::move(result.x));
             abandon(std::move(result.meta));
@@ -144,7 +147,8 @@ class DispatchOp : public Operation {
                 return false;
             }
             if (a.cached && entry.num_rows != a.rank_counts[num_ranks + src]) {
-                outcome = outcome_of(kMiscount, src, a.rank_counts[num_ranks + src], entry.num_rows);
+                outcome =
+                    outcome_of(kMiscount, src, a.rank_counts[num_ranks + src], entry.num_rows);
                 return false;
             }
             for (int e = 0; !a.cached && e < experts.num_local(me); ++e) {
@@ -158,7 +162,8 @@ class DispatchOp : public Operation {
         return true;
     }
 
-    // 2. Prefix sums over sources (and local experts) give every source its rows; the arena gives the place.
+    // 2. Prefix sums over sources (and local experts) give every source its rows; the arena gives
+    // the place.
     void place() {
         const int num_local = experts.num_local(me);
         first_row.assign(num_ranks, 0);
@@ -189,9 +194,8 @@ class DispatchOp : public Operation {
         int64_t arriving = result.num_recv;  // rows compared with the capacity
         if (a.layout == RecvLayout::kGrouped) arriving = result.group_start[num_local];
         if (a.layout == RecvLayout::kSlab) {
-            arriving = num_local > 0
-                           ? *std::max_element(a.expert_counts, a.expert_counts + num_local)
-                           : 0;
+            arriving =
+                num_local > 0 ? *std::max_element(a.expert_counts, a.expert_counts + num_local) : 0;
         }
         result.num_rows = a.is_static || a.layout == RecvLayout::kSlab ? a.capacity : arriving;
         if (a.capacity >= 0 && arriving > a.capacity) {
@@ -240,7 +244,8 @@ class DispatchOp : public Operation {
 
     const BaseRecord& base_of(int dst) const { return at<BaseRecord>(me, layout.base(slot, dst)); }
 
-    // 3. All bases, not only those of ranks we send to: so all ranks learn of a refusal, before any row moves.
+    // 3. All bases, not only those of ranks we send to: so all ranks learn of a refusal, before any
+    // row moves.
     bool await_bases() {
         for (int p = 0; p < num_ranks; ++p) {
             uint64_t& word = at<BaseRecord>(me, layout.base(slot, p)).seq;
@@ -314,8 +319,8 @@ class DispatchOp : public Operation {
 
     Token load(int64_t t) const {
         if (a.quantize != Quantize::kNone) return {scratch.data(), nullptr, false};
-        return {a.x + t * a.x_stride,
-                a.scales != nullptr ? a.scales + t * a.scale_bytes : nullptr, true};
+        return {a.x + t * a.x_stride, a.scales != nullptr ? a.scales + t * a.scale_bytes : nullptr,
+                true};
     }
 
     void quantize(int64_t t, Token& token) {
@@ -383,7 +388,8 @@ class DispatchOp : public Operation {
         if (meta.scales.bytes > 0) {
             std::memcpy(out + meta.scales.offset, token.scales, meta.scales.bytes);
         }
-        std::memcpy(arena_of(dst) + base_of(dst).meta_offset + compact * meta.bytes, out, meta.bytes);
+        std::memcpy(arena_of(dst) + base_of(dst).meta_offset + compact * meta.bytes, out,
+                    meta.bytes);
     }
 
     // 6. Everything announced to us has arrived.
@@ -405,10 +411,10 @@ class DispatchOp : public Operation {
     const DispatchArgs& a;
     const MetaLayout meta;
     Dispatched result;
-    Outcome placed;                   // why this receiver refuses, if it does
-    std::vector<int64_t> first_row;   // [num_ranks] first compact row of each source
-    std::vector<std::byte> scratch;   // a quantized row and its scales
-    std::vector<std::byte> record;    // the metadata of one (token, rank)
+    Outcome placed;                  // why this receiver refuses, if it does
+    std::vector<int64_t> first_row;  // [num_ranks] first compact row of each source
+    std::vector<std::byte> scratch;  // a quantized row and its scales
+    std::vector<std::byte> record;   // the metadata of one (token, rank)
 };
 
 }  // namespace

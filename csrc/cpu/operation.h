@@ -1,4 +1,5 @@
-// What dispatch and combine share: entering an operation, reading everybody's entry, failing it, leaving its slot.
+// What dispatch and combine share: entering an operation, reading everybody's entry, failing it,
+// leaving its slot.
 #pragma once
 
 #include <vector>
@@ -11,21 +12,24 @@ namespace ep::cpu {
 bool ends_communicator(int code);
 
 class Operation {
-   public:
+public:
     Operation(Rank& rank, OpKind kind, uint64_t seq, const WaitHooks& hooks);
 
-    // 0. The slot is ours again at every peer: it has finished what it did there num_slots operations ago.
+    // 0. The slot is ours again at every peer: it has finished what it did there num_slots
+    // operations ago.
     bool acquire_slot();
     // 1. Publishes `entry` (and our selections of the peer's experts) to one peer.
     void enter(int peer, EntryRecord entry, const int32_t* expert_counts);
-    // 2. Waits for everybody's entry; false when one of them poisons the call or disagrees with `mine`.
+    // 2. Waits for everybody's entry; false when one of them poisons the call or disagrees with
+    // `mine`.
     bool await_entries(const Descriptor& mine);
     // 8. We have read all there is in this slot.
     void release_slot();
 
     // Marks the call failed here; `fail` also ends the communicator when the code says so.
     Outcome fail(const Outcome& outcome);
-    // An extent that a late peer may still write to after the communicator failed: never granted again.
+    // An extent that a late peer may still write to after the communicator failed: never granted
+    // again.
     void abandon(std::shared_ptr<ExtentHold> extent) { rank.lost_.push_back(std::move(extent)); }
     static Outcome outcome_of(int code, int peer, int64_t a = 0, int64_t b = 0);
 
@@ -33,7 +37,9 @@ class Operation {
     T& at(int owner, int64_t offset) const {
         return *reinterpret_cast<T*>(rank.peers_[owner].control->data() + offset);
     }
-    const EntryRecord& entry_of(int src) const { return at<EntryRecord>(me, layout.entry(slot, src)); }
+    const EntryRecord& entry_of(int src) const {
+        return at<EntryRecord>(me, layout.entry(slot, src));
+    }
     uint64_t& expected(int src) const { return rank.expected_[size_t(slot) * num_ranks + src]; }
     std::byte* arena_of(int peer) const { return rank.peers_[peer].arena->data(); }
     void ring_all() const;
@@ -47,7 +53,7 @@ class Operation {
     Watch watch;
     Outcome outcome;
 
-   private:
+private:
     bool judge_entries(const Descriptor& mine);
 };
 

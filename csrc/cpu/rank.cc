@@ -198,7 +198,8 @@ Outcome Operation::fail(const Outcome& why) {
     ControlHeader& own = rank.header(me);
     own.verdict = incident;
     store_release(own.verdict_valid, 1);
-    std::atomic_ref(own.life).store(static_cast<uint32_t>(Life::kFailed), std::memory_order_release);
+    std::atomic_ref(own.life).store(static_cast<uint32_t>(Life::kFailed),
+                                    std::memory_order_release);
     ring_all();
     return outcome;
 }

@@ -1,7 +1,8 @@
 // One CPU rank: its own and its peers' shared memory, and the two operations on it.
 //
-// The protocol is docs/protocol.md, the same as on GPUs: counts first, the receiver places, rows go straight to their final
-// place, combine pulls. Operations of one rank run one after the other, in the order they were begun.
+// The protocol is docs/protocol.md, the same as on GPUs: counts first, the receiver places, rows go
+// straight to their final place, combine pulls. Operations of one rank run one after the other, in
+// the order they were begun.
 #pragma once
 
 #include <cstddef>
@@ -29,7 +30,7 @@ struct Peer {
 
 // Which rank owns an expert, and where it stands there.
 class ExpertMap {
-   public:
+public:
     ExpertMap(std::vector<int32_t> owner, int num_ranks);
 
     int num_experts() const { return static_cast<int>(owner_.size()); }
@@ -40,7 +41,7 @@ class ExpertMap {
     int first(int rank) const { return first_[rank]; }
     int position(int64_t expert) const { return first_[owner_[expert]] + local_[expert]; }
 
-   private:
+private:
     std::vector<int32_t> owner_, local_, first_;
 };
 
@@ -55,7 +56,7 @@ struct Dispatched {
 };
 
 class Rank {
-   public:
+public:
     Rank(const Shape& shape, int rank, uint64_t generation, std::vector<int32_t> expert_owner,
          std::vector<Peer> peers, std::shared_ptr<Arena> arena, const Clocks& clocks);
 
@@ -63,17 +64,20 @@ class Rank {
     uint64_t take_seq() { return ++last_seq_; }
 
     Dispatched dispatch(uint64_t seq, const DispatchArgs& args, const WaitHooks& hooks);
-    // Turns what lies beside the rows into the tensors a user sees, and duplicates rows where a layout wants it.
-    // False when a peer's metadata names an expert or a row that does not exist; that entry is skipped.
+    // Turns what lies beside the rows into the tensors a user sees, and duplicates rows where a
+    // layout wants it. False when a peer's metadata names an expert or a row that does not exist;
+    // that entry is skipped.
     bool unpack(const Dispatched& result, const DispatchArgs& args, const UnpackArgs& out) const;
     Outcome combine(uint64_t seq, const CombineArgs& args, const WaitHooks& hooks);
-    // Tells every peer that this rank refused its call, so that they raise instead of waiting. Waits only for the slot.
+    // Tells every peer that this rank refused its call, so that they raise instead of waiting.
+    // Waits only for the slot.
     Outcome refuse(uint64_t seq, OpKind kind, const Outcome& why, const WaitHooks& hooks);
 
     void leave();  // peers that wait for us raise E111 from now on
     Outcome verdict() const { return verdict_; }
     uint64_t seq() const { return last_seq_; }
-    void seed_seq(uint64_t seq);  // tests: start near a wrap; all ranks alike, before the first operation
+    void seed_seq(
+        uint64_t seq);  // tests: start near a wrap; all ranks alike, before the first operation
 
     int rank() const { return rank_; }
     const Shape& shape() const { return shape_; }
@@ -83,7 +87,7 @@ class Rank {
     int64_t peers_arena_bytes(int rank) const { return peers_[rank].arena->bytes(); }
     ControlHeader& header(int rank) const;
 
-   private:
+private:
     friend class Operation;
 
     Shape shape_;
@@ -95,10 +99,10 @@ class Rank {
     std::shared_ptr<Arena> arena_;
     Clocks clocks_;
     uint64_t last_seq_ = 0;
-    std::vector<uint64_t> expected_;  // [slots][ranks] rows ever announced to us
-    Outcome verdict_;                 // of the failure that ended this communicator
+    std::vector<uint64_t> expected_;                 // [slots][ranks] rows ever announced to us
+    Outcome verdict_;                                // of the failure that ended this communicator
     std::vector<std::shared_ptr<ExtentHold>> lost_;  // extents a peer may still write to
-    std::mutex running_;              // one operation at a time
+    std::mutex running_;                             // one operation at a time
 };
 
 }  // namespace ep::cpu

@@ -1,6 +1,8 @@
-// Arithmetic on rows: copies, ordered fp32 sums, fp8 quantization. One source, compiled for each instruction set.
+// Arithmetic on rows: copies, ordered fp32 sums, fp8 quantization. One source, compiled for each
+// instruction set.
 //
-// All builds give the same bits: no fused multiply-add, one rounding where the documentation says one.
+// All builds give the same bits: no fused multiply-add, one rounding where the documentation says
+// one.
 #pragma once
 
 #include <cstddef>
@@ -10,7 +12,8 @@
 
 namespace ep::cpu {
 
-// out[i] = round(((bias0[i] + bias1[i]) + weight[0] * row[0][i]) + weight[1] * row[1][i] ...), in fp32, in this order.
+// out[i] = round(((bias0[i] + bias1[i]) + weight[0] * row[0][i]) + weight[1] * row[1][i] ...), in
+// fp32, in this order.
 struct SumArgs {
     std::byte* out;                // [hidden] of dtype
     const std::byte* const* rows;  // [num_rows] rows of dtype
@@ -32,14 +35,16 @@ struct QuantizeArgs {
 
 struct Simd {
     const char* name;
-    void (*copy)(std::byte* dst, const std::byte* src, int64_t bytes);         // through the cache
-    void (*copy_stream)(std::byte* dst, const std::byte* src, int64_t bytes);  // past it; needs drain()
-    void (*drain)();  // earlier streamed bytes are visible before later releases
+    void (*copy)(std::byte* dst, const std::byte* src, int64_t bytes);  // through the cache
+    void (*copy_stream)(std::byte* dst, const std::byte* src,
+                        int64_t bytes);  // past it; needs drain()
+    void (*drain)();                     // earlier streamed bytes are visible before later releases
     void (*sum)(DType dtype, const SumArgs& args);
     void (*quantize)(DType dtype, const QuantizeArgs& args);
 };
 
-// The widest set this processor runs; `force` picks one by name (tests), null returns to the widest.
+// The widest set this processor runs; `force` picks one by name (tests), null returns to the
+// widest.
 const Simd& simd();
 bool force_simd(const char* name);
 

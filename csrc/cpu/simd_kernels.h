@@ -1,6 +1,8 @@
-// The row kernels, written once over the compiler's vector types; each simd_*.cc instantiates them for its width.
+// The row kernels, written once over the compiler's vector types; each simd_*.cc instantiates them
+// for its width.
 //
-// The anonymous namespace is deliberate: every including file compiles its own copy with its own instruction set.
+// The anonymous namespace is deliberate: every including file compiles its own copy with its own
+// instruction set.
 #pragma once
 
 #include <bit>
@@ -53,7 +55,8 @@ EP_INLINE U pick(const M& mask, const U& a, const U& b) {
     return (a & m) | (b & ~m);
 }
 
-// ---- element types to and from fp32; NaN stays NaN, everything else is exact or rounds to nearest even ----
+// ---- element types to and from fp32; NaN stays NaN, everything else is exact or rounds to nearest
+// even ----
 
 template <int W, DType D>
 struct Element;
@@ -171,9 +174,12 @@ void sum_rows(const SumArgs& a) {
 template <int W>
 void sum_any(DType dtype, const SumArgs& args) {
     switch (dtype) {
-        case DType::kBF16: return sum_rows<W, DType::kBF16>(args);
-        case DType::kF16: return sum_rows<W, DType::kF16>(args);
-        default: return sum_rows<W, DType::kF32>(args);
+        case DType::kBF16:
+            return sum_rows<W, DType::kBF16>(args);
+        case DType::kF16:
+            return sum_rows<W, DType::kF16>(args);
+        default:
+            return sum_rows<W, DType::kF32>(args);
     }
 }
 
@@ -215,7 +221,8 @@ void quantize_row(const QuantizeArgs& a) {
             const uint32_t exponent = ceil_exponent(scale);
             multiplier = exponent == 255 ? (amax != amax ? amax : 0.0f)
                                          : std::bit_cast<float>((254u - exponent) << 23);
-            a.scales[b] = static_cast<std::byte>(exponent);  // little endian: byte b % 4 of word b / 4
+            a.scales[b] =
+                static_cast<std::byte>(exponent);  // little endian: byte b % 4 of word b / 4
         } else {
             store_as(a.scales + 4 * b, scale);
         }
@@ -229,9 +236,12 @@ void quantize_row(const QuantizeArgs& a) {
 template <int W>
 void quantize_any(DType dtype, const QuantizeArgs& args) {
     switch (dtype) {
-        case DType::kBF16: return quantize_row<W, DType::kBF16>(args);
-        case DType::kF16: return quantize_row<W, DType::kF16>(args);
-        default: return quantize_row<W, DType::kF32>(args);
+        case DType::kBF16:
+            return quantize_row<W, DType::kBF16>(args);
+        case DType::kF16:
+            return quantize_row<W, DType::kF16>(args);
+        default:
+            return quantize_row<W, DType::kF32>(args);
     }
 }
 

@@ -1,5 +1,6 @@
-// The receiver's side of dispatch, after the rows have arrived: metadata records become tensors, and the extra rows of
-// tokens that chose several local experts are copied from the one that was sent.
+// The receiver's side of dispatch, after the rows have arrived: metadata records become tensors,
+// and the extra rows of tokens that chose several local experts are copied from the one that was
+// sent.
 #include <algorithm>
 #include <cstring>
 
@@ -10,7 +11,7 @@ namespace ep::cpu {
 namespace {
 
 class Unpack {
-   public:
+public:
     Unpack(const Rank& r, const Dispatched& d, const DispatchArgs& args, const UnpackArgs& o)
         : rank(r),
           result(d),
@@ -36,11 +37,12 @@ class Unpack {
         return sane;
     }
 
-   private:
+private:
     // Ids of padding are -1 and its weights 0, whatever the layout.
     void blank() {
         const int64_t per_row = compact ? a.num_topk : 1;
-        const int64_t max_rows = a.layout == RecvLayout::kSlab ? out.max_rows * num_local : out.max_rows;
+        const int64_t max_rows =
+            a.layout == RecvLayout::kSlab ? out.max_rows * num_local : out.max_rows;
         const int64_t first = compact ? result.num_recv : 0;
         const int64_t count = (max_rows - first) * per_row;
         if (out.topk_idx != nullptr) {

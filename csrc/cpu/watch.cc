@@ -13,8 +13,9 @@
 namespace ep::cpu {
 namespace {
 
-constexpr long kSliceNs = 20'000'000;  // how long a waiter sleeps before it looks at its peers again
-constexpr int kSpins = 64;             // a few microseconds: a peer on another core often answers at once
+constexpr long kSliceNs =
+    20'000'000;             // how long a waiter sleeps before it looks at its peers again
+constexpr int kSpins = 64;  // a few microseconds: a peer on another core often answers at once
 constexpr auto kLookEvery = std::chrono::milliseconds(20);
 
 void futex_sleep(uint32_t& word, uint32_t seen) {
@@ -93,7 +94,8 @@ bool Watch::until(Site site, int peer, const std::function<bool()>& ready,
     Wait wait{site, peer, Clock::now(), Clock::now(), want, 0, progress == nullptr, false};
     auto next_look = wait.start;
     while (true) {
-        // The bell is read before the condition: a publication in between changes it and futex refuses to sleep.
+        // The bell is read before the condition: a publication in between changes it and futex
+        // refuses to sleep.
         const uint32_t bell = std::atomic_ref(own.doorbell).load(std::memory_order_seq_cst);
         if (ready()) return true;
         const auto now = Clock::now();

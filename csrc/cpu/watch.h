@@ -1,7 +1,9 @@
-// Bounded waiting between ranks that share host memory: futex doorbells, deadlines, and who is to blame.
+// Bounded waiting between ranks that share host memory: futex doorbells, deadlines, and who is to
+// blame.
 //
-// A waiter sleeps on its own doorbell; whoever publishes something for it rings. Every few milliseconds it looks whether a
-// peer died, failed or left. Nothing here spins for longer than a few microseconds.
+// A waiter sleeps on its own doorbell; whoever publishes something for it rings. Every few
+// milliseconds it looks whether a peer died, failed or left. Nothing here spins for longer than a
+// few microseconds.
 #pragma once
 
 #include <atomic>
@@ -28,7 +30,8 @@ struct PeerProcess {
     int64_t pid = 0;  // 0 = not visible from here
 };
 
-// Called now and then from a waiting thread. `interrupted` is asked often and ends the wait when true.
+// Called now and then from a waiting thread. `interrupted` is asked often and ends the wait when
+// true.
 struct WaitHooks {
     std::function<bool()> interrupted;
     std::function<void(Site, int peer, double waited_s)> late;
@@ -49,12 +52,13 @@ void ring(ControlHeader& receiver);
 
 // One operation's view of time and of its peers.
 class Watch {
-   public:
+public:
     Watch(int rank, std::vector<ControlHeader*> headers, const std::vector<PeerProcess>& processes,
           const Clocks& clocks, const WaitHooks& hooks, OpKind op, uint64_t seq);
 
     // True once ready() holds. False when the wait is over without it: `outcome()` says why.
-    // `progress()` is a number that changes while the peer advances; null = the peer has not entered yet (arrival clock).
+    // `progress()` is a number that changes while the peer advances; null = the peer has not
+    // entered yet (arrival clock).
     [[nodiscard]] bool until(Site site, int peer, const std::function<bool()>& ready,
                              const std::function<int64_t()>& progress = nullptr, int64_t want = 0);
 
@@ -63,7 +67,7 @@ class Watch {
 
     const Outcome& outcome() const { return outcome_; }
 
-   private:
+private:
     using Clock = std::chrono::steady_clock;
     struct Wait {
         Site site;

@@ -1,6 +1,8 @@
-// The arena's allocator: extents of one rank's symmetric memory, granted to operations and returned by dying tensors.
+// The arena's allocator: extents of one rank's symmetric memory, granted to operations and returned
+// by dying tensors.
 //
-// First fit from the lowest address, so memory that was touched once is used again. Any thread may return an extent.
+// First fit from the lowest address, so memory that was touched once is used again. Any thread may
+// return an extent.
 #pragma once
 
 #include <cstddef>
@@ -22,7 +24,7 @@ struct ArenaStats {
 };
 
 class Arena {
-   public:
+public:
     // `memory` is what the extents lie in; it lives as long as the arena and every extent held.
     explicit Arena(int64_t capacity, std::shared_ptr<void> memory = nullptr);
 
@@ -35,7 +37,7 @@ class Arena {
     std::vector<Extent> free_ranges() const;
     ArenaStats stats() const;
 
-   private:
+private:
     mutable std::mutex mutex_;
     std::map<int64_t, int64_t> free_;  // offset -> bytes, never adjacent
     std::map<int64_t, int64_t> used_;
@@ -43,9 +45,10 @@ class Arena {
     std::shared_ptr<void> memory_;
 };
 
-// An extent held by tensors: the last one to die returns it. Keeps the arena (and what it stands on) alive.
+// An extent held by tensors: the last one to die returns it. Keeps the arena (and what it stands
+// on) alive.
 class ExtentHold {
-   public:
+public:
     ExtentHold(std::shared_ptr<Arena> arena, Extent extent)
         : arena_(std::move(arena)), extent_(extent) {}
     ~ExtentHold() { arena_->give_back(extent_.offset); }
@@ -54,7 +57,7 @@ class ExtentHold {
 
     const Extent& extent() const { return extent_; }
 
-   private:
+private:
     std::shared_ptr<Arena> arena_;
     Extent extent_;
 };

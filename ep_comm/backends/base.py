@@ -1,0 +1,49 @@
+"""What a backend is: the operations on checked calls, and the memory its results live in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ep_comm.checks import CombineCall, DispatchCall
+from ep_comm.errors import EPError
+from ep_comm.received import Received
+
+Combined = Tensor | tuple[Tensor, Tensor]
+
+
+class BegunOp(Protocol):
+    """An operation in flight; `finish` is called once."""
+
+    def done(self) -> bool: ...
+    def finish(self) -> Any: ...
+
+
+class Backend(Protocol):
+    """One rank's end of a buffer. Calls are checked before they come here.
+
+    A call that fails raises EPError; with scope "call" the backend stays usable, on every rank alike.
+    """
+
+    name: str
+    generation: int  # id of the buffer, the same on all ranks
+    deferred: EPError | None  # of a static call that failed; the next call raises it
+
+    def dispatch(self, call: DispatchCall) -> Received: ...
+    def combine(self, call: CombineCall) -> Combined: ...
+    def begin_dispatch(self, call: DispatchCall) -> BegunOp: ...
+    def begin_combine(self, call: CombineCall) -> BegunOp: ...
+    def refuse(self, op: str, error: EPError) -> None:
+        """Make every peer raise `error`'s code for this operation instead of waiting for us."""
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor: ...
+    def seq(self) -> int:
+        """Number of the last operation begun here."""
+
+    def stats(self) -> dict[str, Any]: ...
+    def release(self) -> None: ...
+    def resume(self) -> None: ...
+    def close(self) -> None: ...

@@ -1,0 +1,31 @@
+"""Which backend a buffer gets. Every rank decides from the same handshakes, so every rank decides alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, Literal
+
+from ep_comm.bootstrap import Group, Hello
+from ep_comm.errors import make_error
+
+BACKENDS: Final = ("auto", "cpu", "collective")
+Name = Literal["cpu", "collective"]
+
+
+def choose(asked: str, device_type: str, group: Group, hellos: Sequence[Hello]) -> tuple[Name, str]:
+    """The backend and the reason for it; E404 when the one asked for cannot be had."""
+    one_host = len({h.boot_id for h in hellos}) == 1
+    if asked == "collective":
+        return "collective", "asked for"
+    if asked == "cpu" and not (one_host and device_type == "cpu"):
+        why = "ranks are on several hosts" if not one_host else f"tensors are on {device_type}"
+        raise make_error("E404", f"cannot use backend 'cpu': {why}", rank=group.rank)
+    if device_type == "cpu" and one_host:
+        return "cpu", "CPU tensors, all ranks on one host"
+    why = (
+        "CPU ranks on several hosts" if device_type == "cpu" else "this build has no nvlink backend"
+    )
+    if group.process_group is None:
+        what = f"has no backend: {why}, and backend 'collective' needs a torch.distributed group"
+        raise make_error("E404", what, rank=group.rank)
+    return "collective", why

@@ -1,0 +1,575 @@
+"""The cpu backend: ranks of one host share memory; the work is done in csrc/cpu.
+
+Only this file and its GPU sibling take addresses of tensors. Outputs lie in the arena, a sealed memfd that
+every rank has mapped: peers write rows straight into the tensor the caller gets.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from ep_comm import _core
+from ep_comm.backends.base import Combined
+from ep_comm.bootstrap import (
+    Exchange,
+    Group,
+    Hello,
+    Listener,
+    Mesh,
+    group_token,
+    receive_fds,
+    send_fds,
+)
+from ep_comm.checks import BufferSpec, CombineCall, DispatchCall
+from ep_comm.config import EPConfig
+from ep_comm.errors import EPError, make_error
+from ep_comm.handle import Handle, HandleMeta
+from ep_comm.received import Received
+from ep_comm.verdict import PeerState, error_of
+
+_log = logging.getLogger("ep_comm")
+
+_LAYOUTS: Final = {
+    "compact": _core.RecvLayout.COMPACT,
+    "grouped": _core.RecvLayout.GROUPED,
+    "slab": _core.RecvLayout.SLAB,
+}
+_DTYPES: Final = {
+    torch.bfloat16: _core.DType.BF16,
+    torch.float16: _core.DType.F16,
+    torch.float32: _core.DType.F32,
+    torch.float8_e4m3fn: _core.DType.E4M3,
+    torch.float8_e5m2: _core.DType.E5M2,
+    torch.int8: _core.DType.I8,
+    torch.uint8: _core.DType.U8,
+}
+_QUANTIZE: Final = {
+    None: _core.Quantize.NONE,
+    "fp8": _core.Quantize.FP8,
+    "fp8_ue8m0": _core.Quantize.FP8_UE8M0,
+}
+# Above this share of the arena in use, output="auto" returns ordinary torch memory instead.
+_WATERMARK: Final = 0.75
+
+# Ranks that are threads of one process find each other's memory here, by (token of the group, rank).
+_in_process: dict[tuple[bytes, int], tuple[_core.Segment, _core.Segment]] = {}
+_in_process_lock = threading.Lock()
+
+
+def default_arena_bytes() -> int:
+    """All of the machine's memory: pages that nobody touches cost nothing."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+class CpuBackend:
+    """One rank of a buffer over shared memory. Collective to construct; see `connect`."""
+
+    name = "cpu"
+
+    def __init__(
+        self,
+        spec: BufferSpec,
+        generation: int,
+        config: EPConfig,
+        memory: Memory,
+        shape: _core.Shape,
+    ) -> None:
+        self.spec = spec
+        self.generation = generation
+        self._memory = memory
+        self._arena = memory.arena
+        self.deferred: EPError | None = None
+        self._copies_out = 0
+        self._peer_pids = [memory.mesh.pids.get(r, 0) for r in range(spec.num_ranks)]
+        arrival = -1.0 if config.arrival_s is None else config.arrival_s
+        self._comm = _core.CpuCommunicator(
+            shape, spec.rank, generation, list(spec.owner), memory.views(), memory.arena,
+            (config.arrival_warn_s, arrival, config.progress_s),
+        )  # fmt: skip
+
+    # ---- operations ----
+
+    def dispatch(self, call: DispatchCall) -> Received:
+        work = _Dispatch(self, call)
+        return work.received(self._comm.dispatch(work.args, self._late("dispatch", call.tag)))
+
+    def combine(self, call: CombineCall) -> Combined:
+        work = _Combine(self, call)
+        return work.combined(self._comm.combine(work.args, self._late("combine", call.tag)))
+
+    def begin_dispatch(self, call: DispatchCall) -> _Begun:
+        work = _Dispatch(self, call)
+        return _Begun(self._comm.begin_dispatch(work.args), lambda p: work.received(p.dispatched))
+
+    def begin_combine(self, call: CombineCall) -> _Begun:
+        work = _Combine(self, call)
+        return _Begun(self._comm.begin_combine(work.args), lambda p: work.combined(p.combined))
+
+    def refuse(self, op: str, error: EPError) -> None:
+        kind = _core.OpKind.DISPATCH if op == "dispatch" else _core.OpKind.COMBINE
+        reason = error.what.encode()[: _core.REASON_BYTES - 1].decode(errors="ignore")
+        self._comm.refuse(kind, _core.Outcome(int(error.code[1:]), reason))
+
+    def error(self, outcome: _core.Outcome, op: str, tag: str) -> EPError:
+        peer = outcome.peer
+        pid = self._peer_pids[peer] if 0 <= peer < len(self._peer_pids) else 0
+        return error_of(outcome, op=op, tag=tag, peer=PeerState(pid))
+
+    def _late(self, op: str, tag: str) -> Any:
+        def warn(site: int, peer: int, waited_s: float) -> None:
+            name = f' (tag "{tag}")' if tag else ""
+            text = f"W101: rank {self.spec.rank} has waited {waited_s:.1f} s for rank {peer} in {op}{name}"
+            _log.warning(text)
+
+        return warn
+
+    def seq(self) -> int:
+        return int(self._comm.seq())
+
+    # ---- memory ----
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Arena memory for an expert output, so that combine need not copy it; E231 when there is none."""
+        num_bytes = dtype.itemsize
+        for size in shape:
+            num_bytes *= size
+        if num_bytes == 0:
+            return torch.empty(tuple(shape), dtype=dtype)
+        capsule = self._arena.array(num_bytes)
+        if capsule is None:
+            free = self._arena.stats()["largest_free"]
+            what = f"is out of arena memory: need {num_bytes} B in one piece, free {free} B"
+            raise make_error("E231", what, rank=self.spec.rank)
+        flat: Tensor = torch.from_dlpack(capsule)
+        return flat.view(dtype).view(tuple(shape))
+
+    def offset_in_arena(self, tensor: Tensor) -> int:
+        """Where a dense tensor lies in our arena, or -1."""
+        return int(self._arena.offset_of(tensor.data_ptr(), tensor.numel() * tensor.itemsize))
+
+    def wants_copy(self, output: str) -> bool:
+        """Whether an output should leave the arena at once."""
+        if output != "auto":
+            return output == "torch"
+        stats = self._arena.stats()
+        crowded = stats["in_use"] > _WATERMARK * stats["capacity"]
+        self._copies_out += crowded
+        return crowded
+
+    def stats(self) -> dict[str, Any]:
+        return {
+            "arena": dict(self._arena.stats(), committed=self._memory.own_arena.committed_bytes()),
+            "copied_out": self._copies_out,
+        }
+
+    def release(self) -> None:
+        self._arena.discard_free()
+
+    def resume(self) -> None:
+        """Pages come back by themselves, zeroed, when they are touched."""
+
+    def close(self) -> None:
+        self._comm.close()
+        self._memory.close()
+
+
+class _Begun:
+    def __init__(self, pending: _core.Pending, finish: Any) -> None:
+        self._pending = pending
+        self._finish = finish
+
+    def done(self) -> bool:
+        return bool(self._pending.done())
+
+    def finish(self) -> Any:
+        self._pending.wait()
+        return self._finish(self._pending)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+class _Dispatch:
+    """One dispatch: its arguments as the core wants them, then the tensors the caller gets.
+
+    Holds every tensor whose address the core has until the operation is over.
+    """
+
+    def __init__(self, backend: CpuBackend, call: DispatchCall) -> None:
+        self.backend, self.call = backend, call
+        spec = backend.spec
+        tokens, topk = call.topk_idx.shape
+        if call.handle is None:
+            self.send_row = torch.empty((tokens, topk), dtype=torch.int32)
+            self.rank_counts = torch.zeros((2, spec.num_ranks), dtype=torch.int64)
+            self.counts = torch.empty(spec.num_local_experts, dtype=torch.int32)
+        else:
+            self.send_row = call.handle.send_row
+            self.rank_counts = call.handle.rank_counts
+            self.counts = call.handle.num_tokens_per_expert
+        self.args = self._fill(_core.DispatchArgs())
+
+    def _fill(self, a: _core.DispatchArgs) -> _core.DispatchArgs:
+        call = self.call
+        a.x, a.x_stride = call.x.data_ptr(), call.x.stride(0) * call.x.itemsize
+        a.scales = _address(call.scales)
+        a.topk_idx = call.topk_idx.data_ptr()
+        a.topk_weights = _address(call.topk_weights)
+        a.send_row = self.send_row.data_ptr()
+        a.rank_counts = self.rank_counts.data_ptr()
+        a.expert_counts = self.counts.data_ptr()
+        a.num_tokens, a.hidden = call.x.shape
+        a.scale_bytes = 4 * call.scale_words
+        a.capacity = -1 if call.capacity is None else call.capacity
+        a.given_capacity = -1 if call.given_capacity is None else call.given_capacity
+        a.num_topk = call.num_topk
+        a.alignment = call.alignment
+        a.scale_block = call.scale_block
+        a.layout = _LAYOUTS[call.layout]
+        a.dtype = _DTYPES[call.x.dtype]
+        a.quantize = _QUANTIZE[call.quantize]
+        a.with_weights = call.topk_weights is not None
+        a.is_static = not call.sync
+        a.cached = call.handle is not None
+        a.routing = call.meta.routing_number if call.meta is not None else 0
+        return a
+
+    def received(self, result: _core.Dispatched) -> Received:
+        """Unpack what arrived, or raise. Failures a static call may not raise come back as its status."""
+        outcome = result.outcome
+        if outcome.code != 0:
+            error = self.backend.error(outcome, "dispatch", self.call.tag)
+            if self.call.sync or error.code not in ("E213", "E230", "E231") or outcome.reason:
+                raise error
+            return self._failed(error)
+        x = self._take_x(result)
+        out = self._outputs(result)
+        if not self.backend._comm.unpack(result, self.args, self._unpack_args(result, out)):
+            raise make_error("E240", "refused metadata of a peer: an expert or row that does not exist",
+                             rank=self.backend.spec.rank, op="dispatch", seq=result.seq)  # fmt: skip
+        result.drop()  # from here on the extents belong to the tensors
+        if self.backend.wants_copy(self.call.output):
+            x = x.clone()
+        return self._assemble(result, x, out, status=0)
+
+    def _take_x(self, result: _core.Dispatched) -> Tensor:
+        spec, call = self.backend.spec, self.call
+        shape: tuple[int, ...] = (result.num_rows, spec.hidden)
+        if call.layout == "slab":
+            shape = (spec.num_local_experts, *shape)
+        num_bytes = call.wire_dtype.itemsize
+        for size in shape:
+            num_bytes *= size
+        if num_bytes == 0:
+            x = torch.empty(shape, dtype=call.wire_dtype)
+        else:
+            flat: Tensor = torch.from_dlpack(self.backend._comm.x_array(result, num_bytes))
+            x = flat.view(call.wire_dtype).view(shape)
+        return x
+
+    def _max_recv(self, num_recv: int) -> int:
+        """Rows of the tensors that have one per unique token."""
+        spec, call = self.backend.spec, self.call
+        if call.sync:
+            return num_recv
+        worst = spec.num_ranks * spec.max_tokens
+        return (
+            worst
+            if call.layout != "compact" or call.capacity is None
+            else min(worst, call.capacity)
+        )
+
+    def _outputs(self, result: _core.Dispatched) -> dict[str, Tensor]:
+        spec, call = self.backend.spec, self.call
+        rows, topk, local = result.num_rows, call.num_topk, spec.num_local_experts
+        per_row = {"compact": (rows, topk), "grouped": (rows,), "slab": (local, rows)}[call.layout]
+        out: dict[str, Tensor] = {}
+        if call.handle is None:
+            max_recv = self._max_recv(result.num_recv)
+            out["recv_src"] = torch.empty((max_recv, 2), dtype=torch.int32)
+            out["recv_row"] = torch.empty(
+                (max_recv if call.layout != "compact" else 0, topk), dtype=torch.int32
+            )
+            out["topk_idx"] = torch.empty(per_row, dtype=call.idx_dtype)
+        else:
+            out["recv_src"], out["recv_row"] = call.handle.recv_src, call.handle.recv_row
+        if call.topk_weights is not None:
+            out["topk_weights"] = torch.empty(per_row, dtype=torch.float32)
+        if call.scale_dtype is not None:
+            words = call.scale_words
+            if call.layout == "slab":
+                padded = torch.zeros((local, words, -(-rows // 4) * 4), dtype=call.scale_dtype)
+                out["scales"] = padded.transpose(1, 2)[:, :rows]
+            else:
+                out["scales"] = torch.zeros((rows, words), dtype=call.scale_dtype)
+        if call.layout == "grouped" or call.row_index:
+            out["offsets"] = torch.empty(local + 1, dtype=torch.int32)
+        if call.row_index:
+            counts = self.counts.to(torch.int64)
+            total = int((-(-counts // call.alignment) * call.alignment).sum())
+            out["row_index"] = torch.empty(total, dtype=torch.int32)
+        return out
+
+    def _unpack_args(self, result: _core.Dispatched, out: dict[str, Tensor]) -> _core.UnpackArgs:
+        u = _core.UnpackArgs()
+        for name, tensor in out.items():
+            setattr(u, name, tensor.data_ptr())
+        u.max_recv = out["recv_src"].shape[0]
+        u.max_rows = result.num_rows
+        u.row_alignment = self.call.alignment
+        u.idx_is_int64 = self.call.idx_dtype == torch.int64
+        return u
+
+    def _assemble(self, result: Any, x: Tensor, out: dict[str, Tensor], status: int) -> Received:
+        call = self.call
+        num_recv = int(result.num_recv)
+        return Received(
+            x=x,
+            topk_idx=out.get("topk_idx"),
+            topk_weights=out.get("topk_weights"),
+            scales=out.get("scales"),
+            num_tokens_per_expert=self.counts,
+            num_recv=num_recv if call.sync else torch.tensor([num_recv], dtype=torch.int32),
+            offsets=out.get("offsets"),
+            row_index=out.get("row_index"),
+            status=torch.tensor([status], dtype=torch.int32),
+            handle=call.handle if call.handle is not None else self._handle(result, out),
+            layout=call.layout,
+        )
+
+    def _handle(self, result: Any, out: dict[str, Tensor]) -> Handle:
+        spec, call = self.backend.spec, self.call
+        meta = HandleMeta(
+            generation=self.backend.generation,
+            routing_number=int(result.seq),
+            layout=call.layout,
+            alignment=call.alignment,
+            num_tokens=call.x.shape[0],
+            num_unique=out["recv_src"].shape[0],
+            num_rows=int(result.num_rows),
+            num_topk=call.num_topk,
+            capacity=-1 if call.given_capacity is None else call.given_capacity,
+            sync=call.sync,
+            has_weights=call.topk_weights is not None,
+            num_ranks=spec.num_ranks,
+            num_experts=spec.num_experts,
+            num_local_experts=spec.num_local_experts,
+            hidden=spec.hidden,
+        )
+        weights = call.topk_weights
+        if weights is None:
+            weights = torch.empty((0, call.num_topk), dtype=torch.float32)
+        return Handle(
+            meta=meta.pack(),
+            topk_idx=call.topk_idx,
+            topk_weights=weights,
+            send_row=self.send_row,
+            recv_src=out["recv_src"],
+            recv_row=out["recv_row"],
+            rank_counts=self.rank_counts,
+            num_tokens_per_expert=self.counts,
+        )
+
+    def _failed(self, error: EPError) -> Received:
+        """A static call's result when it failed: its shapes, nothing in them, and the code."""
+        call, spec = self.call, self.backend.spec
+        assert call.capacity is not None
+        result = SimpleNamespace(num_recv=0, num_rows=call.capacity, seq=error.seq or 0)
+        slabs = (spec.num_local_experts,) if call.layout == "slab" else ()
+        x = torch.zeros((*slabs, call.capacity, spec.hidden), dtype=call.wire_dtype)
+        self.counts.zero_()
+        self.rank_counts.zero_()
+        self.send_row.fill_(-1)
+        out = self._outputs(result)
+        for name, tensor in out.items():
+            tensor.fill_(0 if name in ("topk_weights", "scales", "offsets") else -1)
+        self.backend.deferred = error
+        return self._assemble(result, x, out, status=int(error.code[1:]))
+
+
+class _Combine:
+    """One combine: its arguments as the core wants them, then the result."""
+
+    def __init__(self, backend: CpuBackend, call: CombineCall) -> None:
+        self.backend, self.call = backend, call
+        meta, handle = call.meta, call.handle
+        shape = (meta.num_tokens, backend.spec.hidden)
+        self.out = torch.empty(shape, dtype=call.x.dtype) if call.out is None else call.out
+        self.out_weights = None
+        if call.topk_weights is not None:
+            self.out_weights = torch.empty((meta.num_tokens, meta.num_topk), dtype=torch.float32)
+        a = _core.CombineArgs()
+        a.x = call.x.data_ptr()
+        a.y_weights = _address(call.topk_weights)
+        a.topk_idx = handle.topk_idx.data_ptr()
+        a.topk_weights = handle.topk_weights.data_ptr() if call.weighted else 0
+        a.send_row = handle.send_row.data_ptr()
+        a.rank_counts = handle.rank_counts.data_ptr()
+        a.recv_src = handle.recv_src.data_ptr()
+        a.recv_row = handle.recv_row.data_ptr()
+        a.bias0, a.bias1 = _address(call.bias[0]), _address(call.bias[1])
+        a.out, a.out_weights = self.out.data_ptr(), _address(self.out_weights)
+        slabs = backend.spec.num_local_experts if meta.layout == "slab" else 1
+        a.num_tokens, a.hidden, a.num_topk = meta.num_tokens, meta.hidden, meta.num_topk
+        a.num_recv, a.num_rows = meta.num_unique, meta.num_rows * slabs
+        a.arena_offset = backend.offset_in_arena(call.x) if call.x.numel() > 0 else -1
+        a.layout = _LAYOUTS[meta.layout]
+        a.dtype = _DTYPES[call.x.dtype]
+        a.weighted = call.weighted
+        a.with_weights = call.topk_weights is not None
+        a.routing = meta.routing_number
+        self.args = a
+
+    def combined(self, outcome: _core.Outcome) -> Combined:
+        if outcome.code != 0:
+            raise self.backend.error(outcome, "combine", self.call.tag)
+        return self.out if self.out_weights is None else (self.out, self.out_weights)
+
+
+# ---- construction ----
+
+
+class Memory:
+    """This rank's segments and its view of everybody else's."""
+
+    def __init__(
+        self, rank: int, control: _core.Segment, own_arena: _core.Segment, mesh: Mesh
+    ) -> None:
+        self.rank, self.control, self.own_arena, self.mesh = rank, control, own_arena, mesh
+        self.arena = _core.Arena(own_arena)
+        self.peers: dict[int, tuple[_core.Segment, _core.Segment]] = {rank: (control, own_arena)}
+        self.key: tuple[bytes, int] | None = None
+
+    def views(self) -> list[tuple[_core.Segment, _core.Segment, int, int, int]]:
+        """(control, arena, pidfd, socket, pid) by rank, as the core takes them."""
+        mesh = self.mesh
+        return [
+            (*self.peers[r], mesh.pidfds.get(r, -1), mesh.sockets[r].fileno() if r in mesh.sockets else -1,
+             mesh.pids.get(r, 0))
+            for r in range(len(self.peers))
+        ]  # fmt: skip
+
+    def close(self) -> None:
+        """Descriptors only; memory lives as long as a tensor in it."""
+        self.mesh.close()
+        if self.key is not None:
+            with _in_process_lock:
+                _in_process.pop(self.key, None)
+
+
+def connect(
+    group: Group,
+    hellos: Sequence[Hello],
+    listener: Listener,
+    exchange: Exchange,
+    shape: _core.Shape,
+    arena_bytes: int,
+) -> Memory:
+    """Create our memory, give it to every peer, map theirs. All ranks succeed, or all raise and keep nothing."""
+    me = group.rank
+    token = group_token(hellos)
+    failure: EPError | None = None
+    memory: Memory | None = None
+    try:
+        mesh = listener.connect_all(me, hellos, token, exchange)
+        memory = _create(me, mesh, shape, arena_bytes)
+        _publish_in_process(memory, token)
+    except EPError as error:
+        failure = error
+    _agree(exchange, "created", me, failure)
+    assert memory is not None
+    try:
+        _share(memory, hellos, token, shape)
+    except EPError as error:
+        failure = error
+    except OSError as error:
+        failure = make_error(
+            "E405", f"cannot share memory: {error}, needs descriptor passing", rank=me
+        )
+    try:
+        _agree(exchange, "mapped", me, failure)
+    except EPError:
+        memory.close()
+        raise
+    memory.control.close_fd()
+    return memory
+
+
+def _create(me: int, mesh: Mesh, shape: _core.Shape, arena_bytes: int) -> Memory:
+    try:
+        control = _core.Segment.create("ep_comm_control", _core.ControlLayout(shape).end)
+        arena = _core.Segment.create("ep_comm_arena", arena_bytes)
+    except _core.SystemCallError as error:
+        number, call = error.args
+        what = f"is out of memory: {call} of {arena_bytes} B: {os.strerror(number)}"
+        raise make_error("E232", what, rank=me) from error
+    return Memory(me, control, arena, mesh)
+
+
+def _publish_in_process(memory: Memory, token: bytes) -> None:
+    memory.key = (token, memory.rank)
+    with _in_process_lock:
+        _in_process[memory.key] = (memory.control, memory.own_arena)
+
+
+def _share(memory: Memory, hellos: Sequence[Hello], token: bytes, shape: _core.Shape) -> None:
+    me, mesh = memory.rank, memory.mesh
+    control_bytes = _core.ControlLayout(shape).end
+    for sock in mesh.sockets.values():
+        send_fds(
+            sock,
+            [memory.control.fd, memory.own_arena.fd],
+            [control_bytes, memory.own_arena.bytes],
+            30.0,
+        )
+    for peer in hellos:
+        if peer.rank == me:
+            continue
+        if peer.rank not in mesh.sockets:
+            with _in_process_lock:
+                memory.peers[peer.rank] = _in_process[(token, peer.rank)]
+            continue
+        fds, sizes = receive_fds(mesh.sockets[peer.rank], 2, 30.0)
+        try:
+            if sizes[0] != control_bytes:
+                raise make_error(
+                    "E406",
+                    f"rejected bootstrap of rank {peer.rank}: control block of {sizes[0]} B",
+                    rank=me,
+                )
+            memory.peers[peer.rank] = (
+                _core.Segment.map(fds[0], sizes[0]),
+                _core.Segment.map(fds[1], sizes[1]),
+            )
+        except _core.SystemCallError as error:
+            number, call = error.args
+            what = f"cannot share memory: {call} {os.strerror(number)}, needs address space"
+            raise make_error("E405", what, rank=me, peer=peer.rank) from error
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+
+def _agree(exchange: Exchange, step: str, me: int, failure: EPError | None) -> None:
+    """Every rank learns whether every rank succeeded; the lowest failed rank's error is raised by all."""
+    text = "" if failure is None else f"{failure.code} {failure.what}"
+    answers = exchange.gather(step, text.encode()[:300])
+    if failure is not None:
+        raise failure
+    for rank, answer in enumerate(answers):
+        if answer:
+            code, _, what = answer.decode(errors="replace").partition(" ")
+            code = code if code in ("E110", "E120", "E232", "E405", "E406", "E407") else "E406"
+            raise make_error(code, f"cannot construct: rank {rank} {what}", rank=me, peer=rank)
+
+
+__all__ = ["CpuBackend", "Memory", "connect", "default_arena_bytes"]

@@ -1,0 +1,514 @@
+"""How ranks find each other before there is shared memory: a key-value store, then one socket per pair.
+
+Only fixed structs cross, each with magic, version, length and checksum; nothing is ever unpickled. Every
+rank reads every other rank's struct, so all come to the same verdict about a disagreement.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+import select
+import socket
+import struct
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from datetime import timedelta
+from typing import Any, Final
+
+from ep_comm.errors import EPError, make_error
+
+_MAGIC: Final = b"EPHELLO1"
+_HEAD: Final = struct.Struct("<8sII")  # magic, length of the body, crc32 of the body
+_GREETING: Final = struct.Struct("<8s16si")  # magic, token of the group, rank
+
+
+@dataclass(frozen=True)
+class StoreGroup:
+    """Ranks that share a `torch.distributed` store; all a Buffer needs of a process group.
+
+    Args:
+        store: any c10d Store that all ranks reach (TCPStore, FileStore, HashStore for threads).
+        rank, size: this rank, and how many there are.
+        name: tells groups over one store apart.
+    """
+
+    store: Any
+    rank: int
+    size: int
+    name: str = "default"
+
+
+@dataclass(frozen=True)
+class Group:
+    """A caller's group as the library uses it."""
+
+    store: Any
+    rank: int
+    size: int
+    process_group: Any = None  # what torch.distributed collectives take; None = there is none
+    members: tuple[int, ...] = ()  # global ranks, in order
+
+
+def resolve_group(group: Any) -> Group:
+    """Accept a ProcessGroup, a StoreGroup, or None (the default group, else a single rank)."""
+    import torch.distributed as dist
+
+    if isinstance(group, StoreGroup):
+        if not 0 <= group.rank < group.size:
+            raise make_error("E406", f"rejected bootstrap of rank {group.rank}: size {group.size}")
+        store = dist.PrefixStore(f"ep_comm/{group.name}", group.store)
+        return Group(store, group.rank, group.size, None, tuple(range(group.size)))
+    initialized = dist.is_available() and dist.is_initialized()
+    if group is None and not initialized:
+        return Group(dist.HashStore(), 0, 1, None, (0,))
+    if not initialized:
+        raise make_error(
+            "E406", "rejected bootstrap of this rank: torch.distributed is not initialized"
+        )
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    group = dist.group.WORLD if group is None else group
+    members = tuple(dist.get_process_group_ranks(group))
+    digest = hashlib.sha256(struct.pack(f"<{len(members)}q", *members)).hexdigest()[:16]
+    store = dist.PrefixStore(f"ep_comm/{digest}", _get_default_store())
+    return Group(store, dist.get_rank(group), len(members), group, members)
+
+
+# ---- what a rank says of itself ----
+
+
+def _blank(fmt: str) -> Any:
+    return "" if fmt.endswith("s") else 0
+
+
+def _free(fmt: str) -> Any:
+    """A field that may differ between ranks."""
+    return field(default=_blank(fmt), metadata={"fmt": fmt, "code": None})
+
+
+def _same(fmt: str, code: str) -> Any:
+    """A field all ranks must agree on, and the error when they don't."""
+    return field(default=_blank(fmt), metadata={"fmt": fmt, "code": code})
+
+
+@dataclass(frozen=True)
+class Hello:
+    """The construction handshake: one per rank, compared field by field."""
+
+    protocol: int = _same("I", "E222")
+    version: str = _same("24s", "E222")
+    structs: int = _same("Q", "E222")  # hash of the sizes of all structs on the wire
+    world_size: int = _same("i", "E406")
+    members: int = _same("Q", "E406")  # hash of the ordered membership
+    num_experts: int = _same("q", "E221")
+    expert_map: int = _same("Q", "E221")  # hash
+    hidden: int = _same("q", "E221")
+    num_topk: int = _same("i", "E221")
+    max_tokens: int = _same("q", "E221")
+    num_slots: int = _same("i", "E221")
+    backend: str = _same("16s", "E221")  # as asked for
+    device: str = _same("16s", "E221")
+    rank: int = _free("i")
+    pid: int = _free("q")
+    boot_id: bytes = field(default=bytes(16), metadata={"fmt": "16s", "code": None})
+    pid_namespace: int = _free("Q")
+    token: bytes = field(default=bytes(16), metadata={"fmt": "16s", "code": None})  # random
+    refusal: str = _free(
+        "128s"
+    )  # why this rank cannot construct: code and sentence; empty = it can
+
+    @classmethod
+    def _format(cls) -> struct.Struct:
+        return struct.Struct("<" + "".join(f.metadata["fmt"] for f in fields(cls)))
+
+    def pack(self) -> bytes:
+        values = [
+            v.encode(errors="replace") if isinstance(v, str) else v for v in vars(self).values()
+        ]
+        body = self._format().pack(*values)
+        return _HEAD.pack(_MAGIC, len(body), zlib.crc32(body)) + body
+
+    @classmethod
+    def unpack(cls, data: bytes, sender: int) -> Hello:
+        """Parse what `sender` published; E406 for anything but a whole, intact Hello of that rank."""
+
+        def reject(what: str) -> EPError:
+            return make_error("E406", f"rejected bootstrap of rank {sender}: {what}")
+
+        form = cls._format()
+        if len(data) < _HEAD.size:
+            raise reject(f"{len(data)} bytes")
+        magic, length, crc = _HEAD.unpack_from(data)
+        if magic != _MAGIC:
+            raise reject("magic")
+        if length != form.size:  # another version: its own fields cannot be read, its existence can
+            raise make_error(
+                "E222",
+                f"cannot construct: rank {sender} speaks another handshake, of {length} bytes, want {form.size}",
+            )
+        if len(data) != _HEAD.size + length:
+            raise reject(f"length {len(data)}")
+        body = data[_HEAD.size :]
+        if zlib.crc32(body) != crc:
+            raise reject("checksum")
+        values: list[Any] = []
+        for f, value in zip(fields(cls), form.unpack(body), strict=True):
+            if f.type == "str":
+                try:
+                    value = value.rstrip(b"\0").decode("ascii")
+                except UnicodeDecodeError:
+                    raise reject(f.name) from None
+            values.append(value)
+        hello = cls(*values)
+        if hello.rank != sender:
+            raise reject(f"rank {hello.rank}")
+        return hello
+
+    def same_process(self, other: Hello) -> bool:
+        """Whether two ranks are threads of one process."""
+        mine, theirs = (
+            (self.boot_id, self.pid_namespace, self.pid),
+            (other.boot_id, other.pid_namespace, other.pid),
+        )
+        return mine == theirs
+
+
+def check_agreement(me: int, hellos: Sequence[Hello]) -> None:
+    """Raise the same error on every rank when a field differs; names the minority, both values."""
+    for hello in hellos:
+        if hello.refusal:
+            code, _, what = hello.refusal.partition(" ")
+            code = code if code in ("E203", "E210", "E211", "E212") else "E406"
+            raise make_error(
+                code, f"cannot construct: rank {hello.rank} {what}", rank=me, peer=hello.rank
+            )
+    for f in fields(Hello):
+        code = f.metadata["code"]
+        values = [getattr(h, f.name) for h in hellos]
+        if code is None or len(set(values)) == 1:
+            continue
+        common = max(set(values), key=lambda v: (values.count(v), -values.index(v)))
+        odd = next(r for r, v in enumerate(values) if v != common)
+        others = _name_ranks([r for r, v in enumerate(values) if v == common])
+        what = f"cannot construct: rank {odd} has {f.name}={values[odd]}, {others} {common}"
+        raise make_error(code, what, rank=me, peer=odd)
+
+
+def _name_ranks(ranks: list[int]) -> str:
+    runs: list[str] = []
+    for r in ranks:
+        if runs and int(runs[-1].split("-")[-1]) == r - 1:
+            runs[-1] = f"{runs[-1].split('-')[0]}-{r}"
+        else:
+            runs.append(str(r))
+    return f"rank {runs[0]} has" if len(ranks) == 1 else f"ranks {','.join(runs)} have"
+
+
+def host_identity() -> tuple[bytes, int]:
+    """Boot id of the kernel and our PID namespace; hostnames lie, and containers share them."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            boot = bytes.fromhex(file.read().strip().replace("-", ""))
+    except (OSError, ValueError):
+        boot = hashlib.sha256(socket.gethostname().encode()).digest()[:16]
+    try:
+        namespace = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        namespace = 0
+    return boot, namespace
+
+
+# ---- the store ----
+
+
+class Exchange:
+    """One construction: rounds in which every rank publishes bytes and reads everybody's."""
+
+    def __init__(self, group: Group, limit_s: float | None) -> None:
+        self.group = group
+        self.deadline = None if limit_s is None else time.monotonic() + limit_s
+        self.alive: Callable[[], int | None] = lambda: None  # a rank known to be dead
+        # The store itself counts constructions of this rank, so any number of buffers share a group.
+        self._number = group.store.add(f"count/{group.rank}", 1)
+        self._keys: list[str] = []
+
+    def publish(self, name: str, payload: bytes) -> None:
+        """Our bytes of a round, without waiting for anybody else's."""
+        key = f"{self._number}/{name}/{self.group.rank}"
+        self.group.store.set(key, payload)
+        self._keys.append(key)
+
+    def gather(self, name: str, payload: bytes) -> list[bytes]:
+        """Everybody's bytes, by rank. E120 names who is missing, E110 who died meanwhile."""
+        store, group = self.group.store, self.group
+        self.publish(name, payload)
+        keys = [f"{self._number}/{name}/{r}" for r in range(group.size)]
+        start = time.monotonic()
+        for rank, key in enumerate(keys):
+            while not self._wait_slice(key):
+                dead = self.alive()
+                if dead is not None:
+                    raise make_error(
+                        "E110",
+                        f"lost rank {dead}: its process ended during construction",
+                        rank=group.rank,
+                        peer=dead,
+                    )
+                if self.deadline is not None and time.monotonic() > self.deadline:
+                    missing = [r for r in range(group.size) if not store.check([keys[r]])]
+                    if not missing:
+                        break
+                    waited = time.monotonic() - start
+                    what = f"waited {waited:.1f} s: ranks {missing} missing"
+                    raise make_error("E120", what, rank=group.rank, peer=rank)
+        return [bytes(store.get(key)) for key in keys]
+
+    def _wait_slice(self, key: str) -> bool:
+        if self.group.store.check([key]):
+            return True
+        try:
+            self.group.store.wait([key], timedelta(milliseconds=200))
+        except Exception:  # each kind of store raises its own timeout
+            return bool(self.group.store.check([key]))
+        return True
+
+    def finish(self) -> None:
+        """Take back what everybody has read: all rounds but the last."""
+        for key in self._keys[:-1]:
+            with contextlib.suppress(Exception):
+                self.group.store.delete_key(key)
+
+    def abandon(self) -> None:
+        """Others never came: our next construction, which is their first, takes this number again."""
+        with contextlib.suppress(Exception):
+            self.group.store.add(f"count/{self.group.rank}", -1)
+
+
+# ---- sockets: descriptors travel over them, and their end tells of a death ----
+
+
+@dataclass
+class Mesh:
+    """One Unix socket to every rank of another process on this host."""
+
+    sockets: dict[int, socket.socket] = field(default_factory=dict)
+    pidfds: dict[int, int] = field(default_factory=dict)
+    pids: dict[int, int] = field(default_factory=dict)  # 0 = not visible from here
+
+    def close(self) -> None:
+        for sock in self.sockets.values():
+            sock.close()
+        for fd in self.pidfds.values():
+            os.close(fd)
+        self.sockets.clear()
+        self.pidfds.clear()
+
+    def dead_rank(self) -> int | None:
+        """A rank whose process, or whose end of the socket, is gone."""
+        for rank, pidfd in self.pidfds.items():
+            if select.select([pidfd], [], [], 0)[0]:
+                return rank
+        for rank, sock in self.sockets.items():
+            try:
+                if sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b"":
+                    return rank
+            except BlockingIOError:
+                continue
+            except OSError:
+                return rank
+        return None
+
+
+class Listener:
+    """Where peers of this host reach us; made before the handshake, so that nobody comes too early."""
+
+    def __init__(self) -> None:
+        self.token = secrets.token_bytes(16)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._socket.bind(_address(self.token))
+            self._socket.listen(128)
+        except OSError as error:
+            self._socket.close()
+            raise make_error(
+                "E405", f"cannot share memory: bind {error.strerror}, needs Unix sockets"
+            ) from error
+
+    def connect_all(
+        self, me: int, hellos: Sequence[Hello], group_token: bytes, exchange: Exchange
+    ) -> Mesh:
+        """Connect to every lower rank and accept every higher one; ranks of our own process are left out."""
+        mesh = Mesh()
+        exchange.alive = mesh.dead_rank
+        try:
+            others = [h for h in hellos if h.rank != me and not h.same_process(hellos[me])]
+            for peer in others:
+                if peer.pid_namespace == hellos[me].pid_namespace:
+                    _watch(mesh, peer.rank, peer.pid)
+            for peer in others:
+                if peer.rank < me:
+                    self._connect(mesh, me, peer, group_token, exchange)
+            waiting = {peer.rank for peer in others if peer.rank > me}
+            while waiting:
+                rank = self._accept(mesh, group_token, exchange, waiting)
+                waiting.discard(rank)
+        except BaseException:
+            mesh.close()
+            raise
+        return mesh
+
+    def _connect(
+        self, mesh: Mesh, me: int, peer: Hello, group_token: bytes, exchange: Exchange
+    ) -> None:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(_slice(exchange))
+            sock.connect(_address(peer.token))
+            _check_user(sock, peer.rank)
+            sock.sendall(_GREETING.pack(_MAGIC, group_token, me))
+        except OSError as error:
+            sock.close()
+            if isinstance(error, ConnectionRefusedError) and not _same_network(peer):
+                what = f"cannot share memory: connect to rank {peer.rank}: {error.strerror}, needs one network namespace"
+                raise make_error("E405", what, rank=me, peer=peer.rank) from error
+            raise make_error(
+                "E110",
+                f"lost rank {peer.rank}: {error} during construction",
+                rank=me,
+                peer=peer.rank,
+            ) from error
+        except BaseException:
+            sock.close()
+            raise
+        _keep(mesh, peer.rank, sock)
+
+    def _accept(self, mesh: Mesh, group_token: bytes, exchange: Exchange, waiting: set[int]) -> int:
+        for _ in _slices(exchange, waiting, mesh):
+            self._socket.settimeout(0.2)
+            try:
+                sock, _ = self._socket.accept()
+            except TimeoutError:
+                continue
+            rank = self._greet(sock, group_token, waiting)
+            if rank is not None:
+                _keep(mesh, rank, sock)
+                return rank
+            sock.close()  # a stranger: refused, and we go on waiting for ours
+        raise AssertionError("_slices ends by raising")
+
+    @staticmethod
+    def _greet(sock: socket.socket, group_token: bytes, waiting: set[int]) -> int | None:
+        """The rank behind a connection, or None when it is not one we wait for."""
+        try:
+            _check_user(sock, -1)
+            sock.settimeout(2.0)
+            data = _receive_exactly(sock, _GREETING.size)
+        except (OSError, EPError):
+            return None
+        magic, token, rank = _GREETING.unpack(data)
+        genuine = magic == _MAGIC and secrets.compare_digest(token, group_token)
+        return rank if genuine and rank in waiting else None
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def group_token(hellos: Sequence[Hello]) -> bytes:
+    """Sixteen bytes only the members know, the same on all of them."""
+    return hashlib.sha256(b"".join(h.token for h in hellos)).digest()[:16]
+
+
+def send_fds(sock: socket.socket, fds: Sequence[int], sizes: Sequence[int], limit_s: float) -> None:
+    """Hand descriptors to the peer, with the size of the memory behind each."""
+    sock.settimeout(limit_s)
+    socket.send_fds(sock, [struct.pack(f"<{len(sizes)}q", *sizes)], list(fds))
+
+
+def receive_fds(sock: socket.socket, count: int, limit_s: float) -> tuple[list[int], list[int]]:
+    """Descriptors of the peer, close-on-exec, and the size of the memory behind each."""
+    sock.settimeout(limit_s)
+    data, fds, flags, _ = socket.recv_fds(sock, 8 * count, count)
+    for fd in fds:
+        os.set_inheritable(fd, False)
+    if len(fds) != count or len(data) != 8 * count or flags & socket.MSG_CTRUNC:
+        for fd in fds:
+            os.close(fd)
+        raise OSError(f"got {len(fds)} descriptors and {len(data)} bytes")
+    return list(fds), list(struct.unpack(f"<{count}q", data))
+
+
+def _address(token: bytes) -> bytes:
+    return b"\0ep_comm-" + token.hex().encode()
+
+
+def _same_network(peer: Hello) -> bool:
+    """Whether the peer's listener is visible here; abstract sockets belong to a network namespace."""
+    try:
+        with open("/proc/net/unix") as file:
+            return f"@ep_comm-{peer.token.hex()}" in file.read()
+    except OSError:
+        return True
+
+
+def _check_user(sock: socket.socket, rank: int) -> None:
+    _, uid, _ = _credentials(sock)
+    if uid != os.getuid():
+        raise make_error(
+            "E406", f"rejected bootstrap of rank {rank}: uid {uid}, want {os.getuid()}"
+        )
+
+
+def _credentials(sock: socket.socket) -> tuple[int, int, int]:
+    pid, uid, gid = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return pid, uid, gid
+
+
+def _keep(mesh: Mesh, rank: int, sock: socket.socket) -> None:
+    mesh.sockets[rank] = sock
+    pid, _, _ = _credentials(sock)
+    _watch(mesh, rank, pid)
+
+
+def _watch(mesh: Mesh, rank: int, pid: int) -> None:
+    mesh.pids[rank] = pid
+    if rank not in mesh.pidfds and pid > 0 and hasattr(os, "pidfd_open"):
+        with contextlib.suppress(OSError):
+            mesh.pidfds[rank] = os.pidfd_open(pid)
+
+
+def _slice(exchange: Exchange) -> float:
+    if exchange.deadline is None:
+        return 600.0
+    return max(0.01, exchange.deadline - time.monotonic())
+
+
+def _slices(exchange: Exchange, waiting: set[int], mesh: Mesh) -> Iterator[None]:
+    start = time.monotonic()
+    while True:
+        yield
+        dead = mesh.dead_rank()
+        if dead is not None:
+            raise make_error(
+                "E110",
+                f"lost rank {dead}: its process ended during construction",
+                rank=exchange.group.rank,
+                peer=dead,
+            )
+        if exchange.deadline is not None and time.monotonic() > exchange.deadline:
+            what = f"waited {time.monotonic() - start:.1f} s: ranks {sorted(waiting)} missing"
+            raise make_error("E120", what, rank=exchange.group.rank, peer=min(waiting))
+
+
+def _receive_exactly(sock: socket.socket, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        piece = sock.recv(count - len(data))
+        if not piece:
+            raise OSError("connection closed")
+        data += piece
+    return data

@@ -1,0 +1,496 @@
+"""The Buffer: one object, two verbs. It checks arguments, keeps the order of calls and leaves the work to a backend."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import threading
+import weakref
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+from ep_comm import _core
+from ep_comm.backends.base import Backend, BegunOp, Combined
+from ep_comm.backends.choose import BACKENDS, choose
+from ep_comm.bootstrap import (
+    Exchange,
+    Hello,
+    Listener,
+    check_agreement,
+    group_token,
+    host_identity,
+    resolve_group,
+)
+from ep_comm.checks import (
+    MAX_HIDDEN,
+    MAX_TOPK,
+    BufferSpec,
+    check_combine,
+    check_dispatch,
+    expert_owner,
+    one_of,
+    positive,
+)
+from ep_comm.config import EPConfig
+from ep_comm.errors import EPError, EPTimeout, make_error
+from ep_comm.received import Received
+
+T = TypeVar("T")
+
+
+class Begun(Generic[T]):
+    """An operation begun with `wait=False`. Keep it; `wait()` returns what the call would have returned."""
+
+    def __init__(self, buffer: Buffer, op: BegunOp) -> None:
+        self._buffer, self._op = buffer, op
+        self._result: list[T] = []
+        self._error: EPError | None = None
+
+    def done(self) -> bool:
+        """Whether `wait()` would return at once."""
+        return bool(self._result) or self._error is not None or self._op.done()
+
+    def wait(self) -> T:
+        """Finish the operation and return its result; may be called again, in any order among begun operations.
+
+        Raises:
+            EPError: whatever the operation raised; again on every later call.
+        """
+        if self._error is not None:
+            raise self._error
+        if not self._result:
+            try:
+                self._result.append(self._op.finish())
+            except EPError as error:
+                self._error = error
+                raise
+        return self._result[0]
+
+
+class Buffer:
+    """Expert-parallel dispatch and combine between the ranks of a group.
+
+    Args:
+        group: a `torch.distributed` process group of any backend, a `StoreGroup`, or None: the default group if
+            there is one, else a single rank.
+        num_experts: experts in total.
+        num_topk: largest top-k of any call, at most 32.
+        hidden: elements of a row; a row is a multiple of 16 bytes.
+        max_tokens: largest number of tokens of a rank in one call.
+        num_slots: operations that may be in flight at once, from 2 to 16.
+        expert_map: rank of each expert, int [num_experts]; None: contiguous blocks as even as possible. Local
+            experts of a rank are its experts in ascending order.
+        backend: "auto", or one of "cpu", "collective"; one that cannot be had raises E404.
+        device: of all tensors; None: "cuda" when there is a GPU, else "cpu".
+        arena_bytes: memory for outputs; None: cpu, as much as the machine has (pages are taken when touched).
+        num_sms: SMs the kernels of GPU backends may occupy; None: computed from the bytes to move.
+        config: the clocks.
+    Raises:
+        EPArgumentError: E203, E210 to E212, an option here or on another rank is not acceptable.
+        EPMismatch: E221 or E222, ranks were built for different things; names field, ranks, both values.
+        EPTimeout: E120, ranks are missing. EPEnvironmentError: E404 to E407. EPMemoryError: E232.
+
+    Collective: every rank of the group constructs it; nothing is created when one of them fails. Calls on one
+    buffer are made in the same order on all ranks. Threads of a process may share a buffer; calls are serialized.
+    """
+
+    def __init__(
+        self,
+        group: Any = None,
+        *,
+        num_experts: int,
+        num_topk: int,
+        hidden: int,
+        max_tokens: int,
+        num_slots: int = 2,
+        expert_map: Any = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        arena_bytes: int | None = None,
+        num_sms: int | None = None,
+        config: EPConfig | None = None,
+    ) -> None:
+        self.config = EPConfig() if config is None else config
+        self.group = group
+        self._group = resolve_group(group)
+        self._exchange = Exchange(self._group, self.config.arrival_s)
+        me = self._group.rank
+        target = torch.device(_default_device() if device is None else device)
+        try:
+            self._spec = _check_options(
+                me, self._group.size, num_experts, num_topk, hidden, max_tokens, num_slots, expert_map,
+                backend, target, arena_bytes, num_sms,
+            )  # fmt: skip
+        except EPError as error:
+            refusal = f"{error.code} {error.what}"
+            self._exchange.publish("hello", Hello(rank=me, refusal=refusal).pack())
+            raise make_error(error.code, error.what, rank=me, fix=error.fix) from None
+        self._num_sms = num_sms
+        try:
+            self._backend, self.backend_reason = self._construct(backend, arena_bytes)
+        except EPTimeout:
+            self._exchange.abandon()
+            raise
+        self._exchange.finish()
+        self._lock = threading.RLock()
+        self._pid = os.getpid()
+        self._closed: str | None = None
+        self._finalizer = weakref.finalize(self, _close_backend, self._backend, self._pid)
+
+    def _construct(self, backend: str, arena_bytes: int | None) -> tuple[Backend, str]:
+        me, spec = self._group.rank, self._spec
+        listener = Listener()
+        try:
+            hello = _hello(spec, backend, self._group.members, listener.token)
+            answers = self._exchange.gather("hello", hello.pack())
+            hellos = [Hello.unpack(data, rank) for rank, data in enumerate(answers)]
+            check_agreement(me, hellos)
+            name, reason = choose(backend, spec.device.type, self._group, hellos)
+            generation = int.from_bytes(group_token(hellos)[:8], "little") >> 1
+            if name == "collective":
+                from ep_comm.backends.collective import CollectiveBackend
+
+                return CollectiveBackend(spec, generation, self.config, self._group), reason
+            from ep_comm.backends.cpu import CpuBackend, connect, default_arena_bytes
+
+            shape = _shape(spec)
+            size = default_arena_bytes() if arena_bytes is None else arena_bytes
+            memory = connect(self._group, hellos, listener, self._exchange, shape, size)
+            return CpuBackend(spec, generation, self.config, memory, shape), reason
+        finally:
+            listener.close()
+
+    # ---- the two verbs ----
+
+    def dispatch(
+        self,
+        x: Any,
+        topk_idx: Any = None,
+        topk_weights: Any = None,
+        *,
+        scales: Any = None,
+        scale_block: int = 128,
+        quantize: str | None = None,
+        handle: Any = None,
+        layout: str = "compact",
+        alignment: int = 1,
+        row_index: bool = False,
+        capacity: int | None = None,
+        sync: bool = True,
+        wait: bool = True,
+        output: str = "auto",
+        num_sms: int | None = None,
+        tag: str = "",
+    ) -> Any:
+        """Send each token to the ranks that own its experts.
+
+        A token crosses to a rank once, however many of its experts live there.
+
+        Args:
+            x: [num_tokens, hidden] bfloat16, float16, float32, or one-byte elements (float8_e4m3fn, float8_e5m2, int8,
+                uint8); dense rows, 16 bytes aligned; num_tokens <= max_tokens and may be 0.
+            topk_idx: int64 or int32 [num_tokens, num_topk], global expert, -1 = none, duplicates allowed; None with `handle`.
+            topk_weights: float32 [num_tokens, num_topk] (bfloat16 and float16 are converted); they travel along.
+            scales: float32 [num_tokens, hidden / scale_block] or int32 (four ue8m0 exponents a word) for x of
+                one-byte elements; any strides.
+            scale_block: elements that share a scale, 128 or 32.
+            quantize: "fp8" (float32 scales) or "fp8_ue8m0" (power-of-two scales, packed): quantize x on the way.
+            handle: routing of an earlier dispatch with as many tokens (cached dispatch): the same rows, no ids.
+            layout: "compact", "grouped" or "slab", see Received.
+            alignment: grouped (and row_index): group sizes are multiples of it.
+            row_index: compact: also return the expert-grouped index of rows, for a gathering GEMM.
+            capacity: most rows (slab: per expert, default num_ranks * max_tokens); beyond it the call fails everywhere.
+            sync: True: sizes are exact. False: shapes are static, counts are tensors, failures found after the call
+                began show in `status` and are raised by the next call or `check()`.
+            wait: False: return a `Begun` at once.
+            output: "arena", "torch" (copied out), or "auto" (copied out when the arena runs short).
+            num_sms: SMs for this call, GPU backends.
+            tag: your name for the call, quoted in errors.
+        Returns:
+            Received; Begun[Received] with wait=False.
+        Raises:
+            EPArgumentError: E200 to E213, also when another rank's argument is bad. EPMismatch: E220.
+            EPCapacityError: E230. EPMemoryError: E231. EPUsageError: E320 for a foreign handle.
+            EPTimeout, EPPeerDied, EPPeerLeft: E101 to E111; the buffer can then only be closed.
+
+        Stream: CPU: none, the call returns when its rows are there.
+        Collective: every rank calls it, in the same order.
+        Cost: payload bytes * unique (token, rank) pairs, written once.
+        """
+        self._enter()
+        with self._lock:
+            try:
+                call = check_dispatch(
+                    self._spec, self._backend.generation, x, topk_idx, topk_weights, scales=scales,
+                    scale_block=scale_block, quantize=quantize, handle=handle, layout=layout, alignment=alignment,
+                    row_index=row_index, capacity=capacity, sync=sync, output=output, num_sms=num_sms, tag=tag,
+                )  # fmt: skip
+            except EPError as error:
+                raise self._refused("dispatch", error, tag) from None
+            if wait:
+                return self._backend.dispatch(call)
+            return Begun[Received](self, self._backend.begin_dispatch(call))
+
+    def combine(
+        self,
+        x: Any,
+        handle: Any,
+        *,
+        weighted: bool = False,
+        topk_weights: Any = None,
+        bias: Any = None,
+        out: Tensor | None = None,
+        wait: bool = True,
+        num_sms: int | None = None,
+        tag: str = "",
+    ) -> Any:
+        """Bring expert outputs home and add them.
+
+        out[t] = round(((0 or bias) + row + row ...) in float32), rows in ascending (owner rank, top-k slot) order, one
+        rounding at the end. Compact adds one row per (token, rank), grouped and slab one per selection. A token that
+        went nowhere gets 0 (plus bias).
+
+        Args:
+            x: expert output in the rows of the dispatch, shape of its `recv.x`; bfloat16, float16 or float32, contiguous.
+                In memory of `buffer.empty()` peers read it in place; otherwise rows of remote tokens are copied first.
+            handle: `recv.handle`, or a tuple or list of the same tensors.
+            weighted: multiply each row by the top-k weight given at dispatch, in float32, product rounded; grouped, slab.
+            topk_weights: float32, compact [num_recv, num_topk], grouped [rows], slab [experts, capacity]: values to send
+                back slot by slot (router gradients).
+            bias: [num_tokens, hidden] of x's dtype, or a pair of them (either None), added first.
+            out: [num_tokens, hidden] of x's dtype; written and returned.
+            wait, num_sms, tag: as in dispatch.
+        Returns:
+            [num_tokens, hidden]; with topk_weights a pair, the second float32 [num_tokens, num_topk], 0 where the id is -1.
+            Begun of it with wait=False.
+        Raises:
+            As dispatch.
+
+        Stream: CPU: none, the call returns when every rank has read its rows of x.
+        Collective: every rank calls it, in the same order.
+        Cost: row bytes * unique (token, rank) pairs (compact) or selections, read once.
+        """
+        self._enter()
+        with self._lock:
+            try:
+                call = check_combine(
+                    self._spec, self._backend.generation, x, handle, weighted=weighted, topk_weights=topk_weights,
+                    bias=bias, out=out, num_sms=num_sms, tag=tag,
+                )  # fmt: skip
+            except EPError as error:
+                raise self._refused("combine", error, tag) from None
+            if wait:
+                return self._backend.combine(call)
+            return Begun[Combined](self, self._backend.begin_combine(call))
+
+    # ---- memory, state, end ----
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Uninitialized memory in the arena, for an expert output that combine reads in place. Local, not collective.
+
+        Raises:
+            EPMemoryError: E231, no free piece is long enough.
+        """
+        self._enter()
+        return self._backend.empty(shape, dtype)
+
+    def check(self) -> None:
+        """Raise what a static call (`sync=False`) could not: its failure, once. Local."""
+        self._enter()
+
+    def stats(self) -> dict[str, Any]:
+        """Numbers about this rank: arena bytes (capacity, in use, peak, committed), outputs copied out."""
+        return {
+            "backend": self._backend.name,
+            "operations": self._backend.seq(),
+            **self._backend.stats(),
+        }
+
+    def release(self) -> None:
+        """Give memory that no tensor holds back to the system. Local; the next operation takes what it needs."""
+        self._enter()
+        self._backend.release()
+
+    def resume(self) -> None:
+        """Take back what `release()` gave away. Local; cpu: nothing to do, pages come when touched."""
+        self._enter()
+        self._backend.resume()
+
+    def close(self) -> None:
+        """Leave: peers that still wait for this rank raise E111. Local, bounded, may be called twice.
+
+        Tensors received stay valid.
+        """
+        if self._closed is None:
+            self._closed = "close()"
+            self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        s = self._spec
+        state = "closed" if self._closed else f"{self._backend.name}: {self.backend_reason}"
+        return (
+            f"Buffer(rank {s.rank} of {s.num_ranks}, {state}; num_experts={s.num_experts}, num_topk={s.num_topk}, "
+            f"hidden={s.hidden}, max_tokens={s.max_tokens}, device={s.device})"
+        )
+
+    rank = property(lambda self: self._spec.rank, doc="This rank in the group.")
+    num_ranks = property(lambda self: self._spec.num_ranks, doc="Ranks of the group.")
+    num_experts = property(lambda self: self._spec.num_experts, doc="Experts of all ranks.")
+    num_local_experts = property(
+        lambda self: self._spec.num_local_experts, doc="Experts of this rank."
+    )
+    backend = property(
+        lambda self: self._backend.name,
+        doc='"cpu" or "collective"; the reason is in `backend_reason`.',
+    )
+
+    @property
+    def local_experts(self) -> list[int]:
+        """Global ids of this rank's experts, ascending; position = local id."""
+        return [e for e, r in enumerate(self._spec.owner) if r == self._spec.rank]
+
+    @staticmethod
+    def size_hint(
+        *,
+        num_ranks: int,
+        num_topk: int,
+        hidden: int,
+        max_tokens: int,
+        num_local_experts: int = 1,
+        dtype: torch.dtype = torch.bfloat16,
+        layout: str = "compact",
+        alignment: int = 1,
+        in_flight: int = 2,
+    ) -> int:
+        """Arena bytes that `in_flight` dispatches of the worst case, and an expert output for each, can need."""
+        worst = num_ranks * max_tokens
+        rows = {
+            "compact": worst,
+            "grouped": worst * num_topk + num_local_experts * (alignment - 1),
+            "slab": worst * num_local_experts,
+        }[one_of("layout", layout, ("compact", "grouped", "slab"))]
+        page = _core.EXTENT_ALIGN
+        meta = _core.MetaLayout(num_topk, True, True, True, hidden // 8).bytes * worst
+        x = rows * hidden * dtype.itemsize
+        return in_flight * sum(-(-size // page) * page for size in (x, x, meta))
+
+    # ---- inside ----
+
+    def _enter(self) -> None:
+        """Refuse what cannot work at all; raise what an earlier static call could not."""
+        if self._closed is not None:
+            raise make_error("E340", f"is closed: at {self._closed}", rank=self._spec.rank)
+        if self._pid != os.getpid():
+            raise make_error(
+                "E341",
+                f"is a fork: made in pid {self._pid}, now {os.getpid()}",
+                rank=self._spec.rank,
+            )
+        deferred = self._backend.deferred
+        if deferred is not None:
+            self._backend.deferred = None
+            raise deferred
+
+    def _refused(self, op: str, error: EPError, tag: str) -> EPError:
+        """Tell the peers that this call will not happen, then let the caller have the error."""
+        self._backend.refuse(op, error)
+        return make_error(
+            error.code,
+            error.what,
+            rank=self._spec.rank,
+            op=op,
+            seq=self._backend.seq(),
+            tag=tag,
+            fix=error.fix,
+        )
+
+
+def _close_backend(backend: Backend, pid: int) -> None:
+    if os.getpid() == pid:  # a fork shares the memory, but it is not the rank
+        backend.close()
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _check_options(
+    rank: int, num_ranks: int, num_experts: int, num_topk: int, hidden: int, max_tokens: int, num_slots: int,
+    expert_map: Any, backend: str, device: torch.device, arena_bytes: int | None, num_sms: int | None,
+) -> BufferSpec:  # fmt: skip
+    positive("num_experts", num_experts)
+    positive("max_tokens", max_tokens)
+    positive("hidden", hidden)
+    if hidden > MAX_HIDDEN:
+        raise make_error("E211", f"rejected hidden={hidden}: want <= {MAX_HIDDEN}")
+    if hidden % 4 != 0:
+        raise make_error("E211", f"rejected hidden={hidden}: want rows of a multiple of 16 bytes")
+    if positive("num_topk", num_topk, code="E210") > MAX_TOPK:
+        raise make_error("E210", f"rejected top_k={num_topk}: limit {MAX_TOPK}")
+    if positive("num_slots", num_slots) < 2 or num_slots > _core.MAX_SLOTS:
+        raise make_error("E203", f"rejected num_slots={num_slots}: want 2 to {_core.MAX_SLOTS}")
+    if num_ranks > _core.MAX_RANKS:
+        raise make_error("E212", f"rejected {num_ranks} ranks: limit {_core.MAX_RANKS}")
+    one_of("backend", backend, BACKENDS)
+    for name, value in (("arena_bytes", arena_bytes), ("num_sms", num_sms)):
+        if value is not None:
+            positive(name, value)
+    owner = expert_owner(num_experts, num_ranks, expert_map)
+    return BufferSpec(
+        rank, num_ranks, num_experts, num_topk, hidden, max_tokens, num_slots, owner, device
+    )
+
+
+def _hash(data: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
+
+
+def _hello(spec: BufferSpec, backend: str, members: tuple[int, ...], token: bytes) -> Hello:
+    boot_id, namespace = host_identity()
+    return Hello(
+        protocol=_core.PROTOCOL_VERSION,
+        version=_core.BUILD["version"],
+        structs=_hash(struct.pack(f"<{len(_core.STRUCT_SIZES)}q", *_core.STRUCT_SIZES)),
+        world_size=spec.num_ranks,
+        members=_hash(struct.pack(f"<{len(members)}q", *members)),
+        num_experts=spec.num_experts,
+        expert_map=_hash(struct.pack(f"<{len(spec.owner)}i", *spec.owner)),
+        hidden=spec.hidden,
+        num_topk=spec.num_topk,
+        max_tokens=spec.max_tokens,
+        num_slots=spec.num_slots,
+        backend=backend,
+        device=spec.device.type,
+        rank=spec.rank,
+        pid=os.getpid(),
+        boot_id=boot_id,
+        pid_namespace=namespace,
+        token=token,
+    )
+
+
+def _shape(spec: BufferSpec) -> _core.Shape:
+    shape = _core.Shape()
+    shape.num_ranks = spec.num_ranks
+    shape.num_slots = spec.num_slots
+    shape.num_experts = spec.num_experts
+    shape.max_local_experts = max(spec.owner.count(r) for r in range(spec.num_ranks))
+    shape.num_topk = spec.num_topk
+    shape.max_tokens = spec.max_tokens
+    return shape

@@ -1,0 +1,413 @@
+"""Argument checks: pure functions that precede every side effect and say argument, got and want."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor
+
+from ep_comm.errors import EPError, make_error
+from ep_comm.handle import Handle, HandleMeta, parse_handle
+
+Layout = Literal["compact", "grouped", "slab"]
+Quantize = Literal["fp8", "fp8_ue8m0"]
+Output = Literal["auto", "arena", "torch"]
+
+MAX_TOPK: Final = 32
+MAX_HIDDEN: Final = 1 << 20
+ROW_ALIGN: Final = 16
+QUANTIZABLE: Final = (torch.bfloat16, torch.float16, torch.float32)
+ONE_BYTE: Final = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)
+DISPATCHABLE: Final = (*QUANTIZABLE, *ONE_BYTE)
+SCALE_BLOCKS: Final = (128, 32)
+
+
+@dataclass(frozen=True)
+class BufferSpec:
+    """What a buffer was built for; equal on all ranks but for `rank`."""
+
+    rank: int
+    num_ranks: int
+    num_experts: int
+    num_topk: int
+    hidden: int
+    max_tokens: int
+    num_slots: int
+    owner: tuple[int, ...]  # rank of each expert
+    device: torch.device
+
+    @property
+    def num_local_experts(self) -> int:
+        return self.owner.count(self.rank)
+
+
+@dataclass
+class DispatchCall:
+    """A checked dispatch, ready for a backend: contiguous tensors on the buffer's device."""
+
+    x: Tensor  # [T, H], rows dense
+    topk_idx: Tensor  # int64 [T, K]
+    idx_dtype: torch.dtype  # of the ids returned
+    topk_weights: Tensor | None  # float32 [T, K]
+    scales: Tensor | None  # [T, S] four-byte words
+    scale_words: int  # per token as it travels, 0 = none
+    scale_dtype: torch.dtype | None
+    handle: Handle | None
+    meta: HandleMeta | None
+    layout: Layout
+    alignment: int
+    given_capacity: int | None  # as the caller passed it, the same on all ranks
+    capacity: (
+        int | None
+    )  # rows of x when that cannot follow from what arrives; may differ between ranks
+    sync: bool
+    quantize: Quantize | None
+    scale_block: int
+    row_index: bool
+    output: Output
+    num_sms: int | None
+    tag: str
+
+    @property
+    def num_topk(self) -> int:
+        return self.topk_idx.shape[1]
+
+    @property
+    def wire_dtype(self) -> torch.dtype:
+        """Of the rows as they travel and arrive."""
+        return self.x.dtype if self.quantize is None else torch.float8_e4m3fn
+
+
+@dataclass
+class CombineCall:
+    """A checked combine, ready for a backend."""
+
+    x: Tensor  # expert output in the rows of the dispatch, contiguous
+    handle: Handle
+    meta: HandleMeta
+    weighted: bool
+    topk_weights: Tensor | None  # to send back
+    bias: tuple[Tensor | None, Tensor | None]
+    out: Tensor | None
+    num_sms: int | None
+    tag: str
+
+
+def as_tensor(name: str, value: Any) -> Tensor:
+    """The one door for arrays: tensors pass, anything with DLPack or a CUDA array interface becomes one."""
+    if isinstance(value, Tensor):
+        return value
+    if hasattr(value, "__dlpack__"):
+        tensor: Tensor = torch.from_dlpack(value)
+        return tensor
+    if hasattr(value, "__cuda_array_interface__"):
+        return torch.as_tensor(value)
+    raise make_error(
+        "E200", f"rejected {name}: got {type(value).__name__}, want a tensor or DLPack array"
+    )
+
+
+def rejected(code: str, name: str, got: Any, want: Any) -> EPError:
+    """`rejected {name}: got {got}, want {want}`"""
+    return make_error(code, f"rejected {name}: got {got}, want {want}")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def names(dtypes: Sequence[torch.dtype]) -> str:
+    return " or ".join(dtype_name(d) for d in dtypes)
+
+
+def check_tensor(
+    name: str,
+    value: Any,
+    spec: BufferSpec,
+    dtypes: Sequence[torch.dtype],
+    shape: Sequence[int | str],
+) -> Tensor:
+    """A tensor of one of the dtypes, on the buffer's device, with the shape; a str in `shape` matches any size."""
+    tensor = as_tensor(name, value)
+    if tensor.dtype not in dtypes:
+        raise rejected("E200", name, dtype_name(tensor.dtype), names(dtypes))
+    fits = tensor.dim() == len(shape) and all(
+        isinstance(w, str) or g == w for g, w in zip(tensor.shape, shape, strict=True)
+    )
+    if not fits:
+        want = "[" + ", ".join(str(w) for w in shape) + "]"
+        raise rejected("E201", name, list(tensor.shape), want)
+    if tensor.device != spec.device:
+        raise rejected("E202", name, f"device {tensor.device}", spec.device)
+    return tensor
+
+
+def dense(name: str, tensor: Tensor) -> Tensor:
+    """E202 unless the tensor is contiguous and 16 bytes aligned."""
+    if not tensor.is_contiguous():
+        raise rejected("E202", name, f"strides {list(tensor.stride())}", "contiguous")
+    if tensor.numel() > 0 and tensor.data_ptr() % ROW_ALIGN != 0:
+        raise rejected(
+            "E202", name, f"address % {ROW_ALIGN} = {tensor.data_ptr() % ROW_ALIGN}", "0"
+        )
+    return tensor
+
+
+def positive(name: str, value: Any, minimum: int = 1, code: str = "E203") -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise make_error(code, f"rejected {name}={value!r}: want an int >= {minimum}")
+    return value
+
+
+def one_of(name: str, value: Any, allowed: Sequence[Any]) -> Any:
+    if value not in allowed:
+        raise make_error(
+            "E203", f"rejected {name}={value!r}: want one of {', '.join(map(repr, allowed))}"
+        )
+    return value
+
+
+def expert_owner(num_experts: int, num_ranks: int, expert_map: Any) -> tuple[int, ...]:
+    """Rank of each expert: contiguous blocks as even as possible, or the caller's map (E212)."""
+    if expert_map is None:
+        base, extra = divmod(num_experts, num_ranks)
+        sizes = [base + (r < extra) for r in range(num_ranks)]
+        return tuple(r for r, size in enumerate(sizes) for _ in range(size))
+    owner = tuple(
+        int(r) for r in (expert_map.tolist() if hasattr(expert_map, "tolist") else expert_map)
+    )
+    if len(owner) != num_experts:
+        raise make_error("E212", f"rejected map: {len(owner)} entries, want {num_experts}")
+    for expert, rank in enumerate(owner):
+        if not 0 <= rank < num_ranks:
+            raise make_error("E212", f"rejected map: expert {expert} on rank {rank} of {num_ranks}")
+    return owner
+
+
+def check_hidden(hidden: int, dtype: torch.dtype) -> None:
+    if hidden * dtype.itemsize % ROW_ALIGN != 0:
+        multiple = ROW_ALIGN // dtype.itemsize
+        raise make_error(
+            "E211",
+            f"rejected hidden={hidden}: want a multiple of {multiple} for {dtype_name(dtype)}",
+        )
+
+
+# ---- dispatch ----
+
+
+def check_dispatch(
+    spec: BufferSpec,
+    generation: int,
+    x: Any,
+    topk_idx: Any,
+    topk_weights: Any,
+    *,
+    scales: Any,
+    scale_block: Any,
+    quantize: Any,
+    handle: Any,
+    layout: Any,
+    alignment: Any,
+    row_index: Any,
+    capacity: Any,
+    sync: Any,
+    output: Any,
+    num_sms: Any,
+    tag: Any,
+) -> DispatchCall:
+    """Everything about a dispatch that one rank can see; raises the coded error and changes nothing."""
+    x = check_tensor("x", x, spec, DISPATCHABLE, ("num_tokens", spec.hidden))
+    check_hidden(spec.hidden, x.dtype)
+    num_tokens = x.shape[0]
+    if num_tokens > spec.max_tokens:
+        what = f"has too many tokens: got {num_tokens}, want <= {spec.max_tokens}"
+        raise make_error(
+            "E230", what, fix=f"build the Buffer with max_tokens={num_tokens}, or send fewer"
+        )
+    if x.numel() > 0 and (
+        x.stride(1) != 1 or x.stride(0) * x.itemsize % ROW_ALIGN or x.data_ptr() % ROW_ALIGN
+    ):
+        raise rejected("E202", "x", f"strides {list(x.stride())}", "dense rows, 16 bytes aligned")
+    one_of("layout", layout, ("compact", "grouped", "slab"))
+    one_of("output", output, ("auto", "arena", "torch"))
+    positive("alignment", alignment)
+    if alignment != 1 and layout == "slab":
+        raise make_error("E203", f"rejected alignment={alignment}: want 1 with layout='slab'")
+    if num_sms is not None:
+        positive("num_sms", num_sms)
+    if capacity is not None:
+        positive("capacity", capacity, 0)
+    if row_index and (layout != "compact" or not sync):
+        raise make_error("E203", "rejected row_index=True: want layout='compact' and sync=True")
+    scale_tensor, words, scale_dtype = _check_scales(spec, x, scales, scale_block, quantize)
+    if handle is not None:
+        routed = _routing_of_handle(spec, generation, handle, topk_idx, num_tokens)
+        parsed, meta, idx, idx_dtype = routed
+        layout, alignment, sync, row_index = meta.layout, meta.alignment, meta.sync, False
+        capacity = None if meta.capacity < 0 else meta.capacity
+    else:
+        parsed = meta = None
+        idx, idx_dtype = _check_ids(spec, topk_idx, num_tokens)
+    weights = _check_weights(spec, topk_weights, num_tokens, idx.shape[1])
+    call = DispatchCall(
+        x, idx, idx_dtype, weights, scale_tensor, words, scale_dtype, parsed, meta, layout, alignment,
+        capacity, capacity, bool(sync), quantize, scale_block, bool(row_index), output, num_sms, str(tag),
+    )  # fmt: skip
+    call.capacity = default_capacity(spec, call)
+    return call
+
+
+def default_capacity(spec: BufferSpec, call: DispatchCall) -> int | None:
+    """Rows of x where the shape cannot follow from what arrives; None = it does."""
+    if call.capacity is not None or (call.sync and call.layout != "slab"):
+        return call.capacity
+    worst = spec.num_ranks * spec.max_tokens
+    if call.layout != "grouped":
+        return worst
+    local = spec.num_local_experts
+    if local == 0:
+        return 0
+    rows = worst * min(call.num_topk, local) + local * (call.alignment - 1)
+    return -(-rows // call.alignment) * call.alignment
+
+
+def _check_ids(spec: BufferSpec, topk_idx: Any, num_tokens: int) -> tuple[Tensor, torch.dtype]:
+    if topk_idx is None:
+        raise make_error(
+            "E201", "rejected topk_idx: got None, want ids, or a handle of an earlier dispatch"
+        )
+    idx = check_tensor(
+        "topk_idx", topk_idx, spec, (torch.int64, torch.int32), (num_tokens, "num_topk")
+    )
+    limit = min(spec.num_topk, MAX_TOPK)
+    if not 1 <= idx.shape[1] <= limit:
+        raise make_error("E210", f"rejected top_k={idx.shape[1]}: limit {limit}, at least 1")
+    return idx.to(torch.int64).contiguous(), idx.dtype
+
+
+def _check_weights(spec: BufferSpec, weights: Any, num_tokens: int, num_topk: int) -> Tensor | None:
+    if weights is None:
+        return None
+    tensor = check_tensor(
+        "topk_weights",
+        weights,
+        spec,
+        (torch.float32, torch.bfloat16, torch.float16),
+        (num_tokens, num_topk),
+    )
+    return tensor.to(torch.float32).contiguous()
+
+
+def _check_scales(
+    spec: BufferSpec, x: Tensor, scales: Any, block: Any, quantize: Any
+) -> tuple[Tensor | None, int, torch.dtype | None]:
+    one_of("scale_block", block, SCALE_BLOCKS)
+    one_of("quantize", quantize, (None, "fp8", "fp8_ue8m0"))
+    if scales is not None and quantize is not None:
+        raise make_error("E203", f"rejected quantize={quantize!r}: want None with given scales")
+    if quantize is not None:
+        if x.dtype not in QUANTIZABLE:
+            raise rejected("E200", "x", dtype_name(x.dtype), f"{names(QUANTIZABLE)} with quantize=")
+        per_word = block * (4 if quantize == "fp8_ue8m0" else 1)
+        if spec.hidden % per_word:
+            raise make_error(
+                "E211",
+                f"rejected hidden={spec.hidden}: want a multiple of {per_word} with quantize={quantize!r}",
+            )
+        return (
+            None,
+            spec.hidden // per_word,
+            torch.int32 if quantize == "fp8_ue8m0" else torch.float32,
+        )
+    if scales is None:
+        return None, 0, None
+    if x.dtype not in ONE_BYTE:
+        raise rejected("E200", "x", dtype_name(x.dtype), f"{names(ONE_BYTE)} with scales=")
+    tensor = check_tensor(
+        "scales", scales, spec, (torch.float32, torch.int32), (x.shape[0], "words")
+    )
+    per_word = block * (4 if tensor.dtype == torch.int32 else 1)
+    want = -(-spec.hidden // per_word)
+    if tensor.shape[1] != want:
+        raise rejected("E201", "scales", list(tensor.shape), [x.shape[0], want])
+    return tensor.contiguous(), want, tensor.dtype
+
+
+def _routing_of_handle(
+    spec: BufferSpec, generation: int, handle: Any, topk_idx: Any, num_tokens: int
+) -> tuple[Handle, HandleMeta, Tensor, torch.dtype]:
+    if topk_idx is not None:
+        raise make_error("E203", "rejected topk_idx: want None with handle=")
+    parsed, meta = check_handle(spec, generation, handle)
+    if meta.num_tokens != num_tokens:
+        raise make_error("E320", f"rejected handle: of {meta.num_tokens} tokens, want {num_tokens}")
+    return parsed, meta, parsed.topk_idx, torch.int64
+
+
+def check_handle(spec: BufferSpec, generation: int, handle: Any) -> tuple[Handle, HandleMeta]:
+    """E320 unless the handle is whole, of this buffer, and dense on its device."""
+    parsed, meta = parse_handle(handle, generation=generation)
+    world = (meta.num_ranks, meta.num_experts, meta.num_local_experts, meta.hidden)
+    mine = (spec.num_ranks, spec.num_experts, spec.num_local_experts, spec.hidden)
+    if world != mine or not 1 <= meta.num_topk <= MAX_TOPK:
+        raise make_error("E320", f"rejected handle: of {world}, want {mine}")
+    for tensor in parsed[1:]:
+        if tensor.device != spec.device or not tensor.is_contiguous():
+            raise make_error("E320", f"rejected handle: tensors not contiguous on {spec.device}")
+    return parsed, meta
+
+
+# ---- combine ----
+
+
+def check_combine(
+    spec: BufferSpec,
+    generation: int,
+    x: Any,
+    handle: Any,
+    *,
+    weighted: Any,
+    topk_weights: Any,
+    bias: Any,
+    out: Any,
+    num_sms: Any,
+    tag: Any,
+) -> CombineCall:
+    """Everything about a combine that one rank can see; raises the coded error and changes nothing."""
+    parsed, meta = check_handle(spec, generation, handle)
+    x = dense("x", check_tensor("x", x, spec, QUANTIZABLE, meta.x_shape))
+    check_hidden(spec.hidden, x.dtype)
+    if num_sms is not None:
+        positive("num_sms", num_sms)
+    if weighted and meta.layout == "compact":
+        raise make_error(
+            "E203",
+            "rejected weighted=True: want a grouped or slab handle, compact rows hold several experts",
+        )
+    if weighted and not meta.has_weights:
+        raise make_error(
+            "E203", "rejected weighted=True: want a handle whose dispatch was given topk_weights"
+        )
+    weights = topk_weights
+    if weights is not None:
+        shape: tuple[int, ...] = meta.x_shape[:-1]
+        if meta.layout == "compact":
+            shape = (meta.num_rows, meta.num_topk)
+        weights = check_tensor("topk_weights", weights, spec, (torch.float32,), shape).contiguous()
+    token_shape = (meta.num_tokens, spec.hidden)
+    pair = bias if isinstance(bias, tuple | list) else (bias, None)
+    if len(pair) != 2:
+        raise rejected("E201", "bias", f"{len(pair)} tensors", "one or two")
+    first, second = (
+        None if b is None else dense("bias", check_tensor("bias", b, spec, (x.dtype,), token_shape))
+        for b in pair
+    )
+    if out is not None:
+        out = dense("out", check_tensor("out", out, spec, (x.dtype,), token_shape))
+    return CombineCall(
+        x, parsed, meta, bool(weighted), weights, (first, second), out, num_sms, str(tag)
+    )

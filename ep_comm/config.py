@@ -1,0 +1,32 @@
+"""Options that rarely change: the clocks. Everything else is an argument of Buffer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ep_comm.errors import make_error
+
+
+@dataclass(frozen=True)
+class EPConfig:
+    """How long to wait for other ranks.
+
+    Args:
+        arrival_warn_s: seconds after which a peer that has not entered the operation is logged (W101).
+        arrival_s: seconds after which it fails the communicator (E101); None = never. Limits the
+            construction of a buffer, too (E120).
+        progress_s: seconds without progress by a peer that has entered (E102); a peer whose process is
+            stopped is given up after this time, too.
+    """
+
+    arrival_warn_s: float = 5.0
+    arrival_s: float | None = 600.0
+    progress_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name in ("arrival_warn_s", "arrival_s", "progress_s"):
+            value = getattr(self, name)
+            if value is None and name == "arrival_s":
+                continue
+            if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+                raise make_error("E203", f"rejected {name}={value!r}: want seconds > 0")

@@ -1,0 +1,10 @@
+"""Pretend clusters: many ranks on one machine, as threads of one process or as processes.
+
+Cluster        ranks are threads; quick, and a debugger sees them all
+run_processes  ranks are processes; what users run
+"""
+
+from ep_comm.testing.cluster import Cluster
+from ep_comm.testing.processes import run_processes
+
+__all__ = ["Cluster", "run_processes"]

@@ -1,0 +1,85 @@
+"""Ranks as threads of one process."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, Self, TypeVar
+
+from ep_comm.bootstrap import StoreGroup
+from ep_comm.buffer import Buffer
+
+T = TypeVar("T")
+
+
+class Cluster:
+    """num_nodes * ranks_per_node ranks in this process, one thread each while something runs.
+
+    Args:
+        num_nodes, ranks_per_node: the cluster to pretend.
+        device: "cpu".
+
+    Cost: a thread per rank and call of `run`. Threads share memory without descriptors (loopback).
+    """
+
+    def __init__(self, num_nodes: int = 1, ranks_per_node: int = 2, device: str = "cpu") -> None:
+        import torch.distributed as dist
+
+        self.num_nodes, self.ranks_per_node, self.device = num_nodes, ranks_per_node, device
+        self.num_ranks = num_nodes * ranks_per_node
+        self._store = dist.HashStore()
+        self.buffers: list[Buffer] = []
+
+    def group(self, rank: int) -> StoreGroup:
+        """What to pass to Buffer as this rank."""
+        return StoreGroup(self._store, rank, self.num_ranks, "cluster")
+
+    def run(self, work: Callable[..., T], *per_rank: Any, limit_s: float = 120.0) -> list[T]:
+        """Call `work(rank, *values of that rank)` on every rank at once; results by rank.
+
+        The first exception of the lowest rank is raised after all ranks have ended; use `run_catching` to see all.
+        """
+        results = self.run_catching(work, *per_rank, limit_s=limit_s)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        return results  # type: ignore[return-value]
+
+    def run_catching(
+        self, work: Callable[..., T], *per_rank: Any, limit_s: float = 120.0
+    ) -> list[T | BaseException]:
+        """As run; a rank's exception stands in its place."""
+        results: list[Any] = [TimeoutError(f"rank ran longer than {limit_s} s")] * self.num_ranks
+
+        def body(rank: int) -> None:
+            try:
+                results[rank] = work(rank, *(values[rank] for values in per_rank))
+            except BaseException as error:  # noqa: BLE001 - handed to the caller, whatever it is
+                results[rank] = error
+
+        threads = [
+            threading.Thread(target=body, args=(r,), daemon=True) for r in range(self.num_ranks)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(limit_s)
+        return results
+
+    def make_buffers(self, **options: Any) -> list[Buffer]:
+        """A Buffer on every rank; closed with the cluster."""
+        options.setdefault("device", self.device)
+        buffers = self.run(lambda rank: Buffer(self.group(rank), **options))
+        self.buffers += buffers
+        return buffers
+
+    def close(self) -> None:
+        for buffer in self.buffers:
+            buffer.close()
+        self.buffers.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

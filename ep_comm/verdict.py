@@ -1,0 +1,112 @@
+"""From the native core's verdict on an operation to the exception a user reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ep_comm import _core
+from ep_comm.errors import EPError, make_error
+from ep_comm.handle import LAYOUTS
+
+_SITES = {
+    _core.Site.SLOT: "to finish its earlier operation",
+    _core.Site.ENTRY: "to enter",
+    _core.Site.BASE: "to place our rows",
+    _core.Site.ROWS: "to send its rows",
+    _core.Site.PULLED: "to read our rows",
+}
+_OPS = {_core.OpKind.DISPATCH: "dispatch", _core.OpKind.COMBINE: "combine"}
+_DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2", "int8", "uint8")
+_QUANTIZE = ("None", "fp8", "fp8_ue8m0")
+
+
+@dataclass(frozen=True)
+class PeerState:
+    """What can be found out about a peer's process from here."""
+
+    pid: int  # 0 = not visible
+
+    def describe(self) -> str:
+        """ "alive", "alive but stopped", "gone", or nothing when it is not visible."""
+        if self.pid <= 0:
+            return ""
+        try:
+            with open(f"/proc/{self.pid}/stat") as file:
+                state = file.read().rpartition(")")[2].split()[0]
+        except OSError:
+            return "its process is gone"
+        if state in "Tt":
+            return "its process is alive but stopped"
+        return "its process is gone" if state in "ZX" else "its process is alive, outside ep_comm"
+
+
+def error_of(outcome: _core.Outcome, *, op: str, tag: str, peer: PeerState) -> EPError:
+    """The exception for a failed outcome of this rank's operation `op`."""
+    code, p = outcome.code, outcome.peer
+    facts = {"rank": outcome.rank, "peer": p, "op": op, "seq": outcome.seq, "tag": tag}
+    if code == 1:  # a signal ended the wait; the exception it raised has already been seen
+        return make_error("E111", "was interrupted: the communicator stopped there", **facts)
+    return make_error(f"E{code}", _sentence(outcome, peer), **facts)
+
+
+def _sentence(o: _core.Outcome, peer: PeerState) -> str:
+    p, detail = o.peer, o.detail
+    if o.code < 200:
+        return _liveness(o, peer)
+    if o.code == 213:
+        count, token, slot, expert = detail
+        return f"got {count} bad ids from rank {p}: first token {token}, k {slot}, id {expert}"
+    if o.code == 220:
+        field = _core.DESCRIPTOR_FIELDS[detail[0]]
+        mine, theirs = _name(field, o.want), _name(field, o.have)
+        return f"disagrees with rank {p}: {field} {mine} here, {theirs} there"
+    if o.code == 230 and not o.reason:
+        where = "" if p == o.rank else f" for rank {p}"
+        return f"has too many tokens{where}: got {o.have} rows, want <= {o.want}"
+    if o.code == 231:
+        whose = "" if p == o.rank else f" on rank {p}"
+        need, free = (detail[0], detail[1]) if detail[0] else (o.want, o.have)
+        return f"is out of arena memory{whose}: need {need} B in one piece, free {free} B"
+    if o.code == 240:
+        return f"refused count of rank {p}: {o.have}, limit {o.want}"
+    if o.code == 241:
+        return f"read a bad sequence number from rank {p}: {o.have}, want {o.want}"
+    if o.code == 242:
+        return f"miscounts with rank {p}: want {o.want} rows, got {o.have}"
+    if o.code == 330:
+        mine = _OPS.get(_core.OpKind(o.want), "?")
+        theirs = _OPS.get(_core.OpKind(o.have), "?")
+        return f"is out of step: rank {p} in {theirs} #{o.seq}, rank {o.rank} in {mine} #{o.seq}"
+    reason = o.reason or "rejected its arguments"
+    return f"cannot go on: rank {p} {reason}"
+
+
+def _liveness(o: _core.Outcome, peer: PeerState) -> str:
+    p = o.peer
+    last = f"last entered #{o.peer_seq}" if o.peer_seq else "entered nothing yet"
+    found = (
+        f"; rank {o.detail[0] - 1} found out" if o.detail[0] and o.detail[0] - 1 != o.rank else ""
+    )
+    if o.code == 110:
+        return f"lost rank {p}: its process ended; it {last}{found}"
+    if o.code == 111:
+        return f"lost rank {p}: it closed its buffer or raised; it {last}{found}"
+    state = peer.describe()
+    known = f"it {last}" + (f", {state}" if state else "") + found
+    if p == o.rank:
+        return f"was given up by rank {o.detail[0] - 1}: {known}"
+    if o.code == 101:
+        return f"waited {o.waited_s:.1f} s for rank {p} {_SITES.get(o.site, '')}: {known}"
+    moved = f"got {o.have} of {o.want} rows, " if o.site == _core.Site.ROWS else ""
+    return f"stalled on rank {p}, {o.waited_s:.1f} s {_SITES.get(o.site, '')}: {moved}{known}"
+
+
+def _name(field: str, value: int) -> str:
+    names: dict[str, tuple[str, ...]] = {"layout": LAYOUTS, "dtype": _DTYPES, "quantize": _QUANTIZE}
+    table = names.get(field, ())
+    if 0 <= value < len(table):
+        return table[value]
+    if field == "flags":
+        bits = ("weights", "static", "cached", "weighted")
+        return "+".join(name for i, name in enumerate(bits) if value >> i & 1) or "none"
+    return "none" if field == "capacity" and value < 0 else str(value)
