@@ -1,14 +1,15 @@
 // Checks for the C++ tests: functions and a main(), no framework.
 //
 //     int main() {
-//         ep::test("an extent freed twice is found", [] { ep::expect_eq(arena.free_bytes(), 4096); });
-//         return ep::finish();
+//         ep::test("an extent freed twice is found", [] { ep::expect_eq(arena.free_bytes(), 4096);
+//         }); return ep::finish();
 //     }
 #pragma once
 
 #include <cstdlib>
 #include <exception>
 #include <iostream>
+#include <mutex>
 #include <source_location>
 #include <sstream>
 #include <string>
@@ -18,6 +19,7 @@ namespace ep {
 inline constexpr int kSkip = 77;  // exit code ctest shows as skipped
 
 struct Tally {
+    std::mutex mutex;  // checks may fail on any thread
     int tests = 0, failures = 0;
 };
 
@@ -27,6 +29,7 @@ inline Tally& tally() {
 }
 
 inline void fail(const std::string& what, std::source_location at) {
+    std::lock_guard lock(tally().mutex);
     ++tally().failures;
     std::cerr << at.file_name() << ":" << at.line() << ": " << what << "\n";
 }
