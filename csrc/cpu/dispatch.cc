@@ -7,13 +7,10 @@
 #include <cstring>
 
 #include "cpu/operation.h"
-#include "cpu/simd.h"
+#include "cpu/push.h"
 
 namespace ep::cpu {
 namespace {
-
-// Above this many pushed bytes rows bypass the cache: their reader is another process, and later.
-constexpr int64_t kStreamBytes = int64_t{4} << 20;
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -242,8 +239,6 @@ private:
         ring_all();
     }
 
-    const BaseRecord& base_of(int dst) const { return at<BaseRecord>(me, layout.base(slot, dst)); }
-
     // 3. All bases, not only those of ranks we send to: so all ranks learn of a refusal, before any
     // row moves.
     bool await_bases() {
@@ -266,130 +261,17 @@ private:
         return true;
     }
 
-    // 4. One pass over our tokens: each row is read once and written to every rank that wants it.
+    // 4., 5. Rows and records to their final places, then one release per destination.
     bool push() {
-        std::vector<int64_t> next_compact(num_ranks), pushed(num_ranks, 0);
-        for (int p = 0; p < num_ranks; ++p) next_compact[p] = base_of(p).row;
-        std::vector<int32_t> next_row;
-        if (!a.cached) {
-            next_row.assign(&at<int32_t>(me, layout.expert_row(slot, 0)),
-                            &at<int32_t>(me, layout.expert_row(slot, 0)) + experts.num_experts());
-        }
-        int64_t total = 0;
-        for (int p = 0; p < num_ranks; ++p) total += a.rank_counts[p] * a.row_bytes();
-        const Simd& ops = simd();
-        const auto copy = total >= kStreamBytes ? ops.copy_stream : ops.copy;
-        scratch.resize(a.quantize != Quantize::kNone ? a.row_bytes() + a.scale_bytes + 64 : 0);
-        record.resize(meta.bytes);
+        Push rows(*this, a, meta);
         for (int64_t t = 0; t < a.num_tokens; ++t) {
-            Token token = load(t);
-            int32_t rows[kMaxTopk];
-            assign_rows(t, next_compact, next_row, rows);
-            for (int k = 0; k < a.num_topk; ++k) {
-                if (rows[k] < 0 || !is_first(t, k)) continue;
-                const int dst = experts.owner(a.topk_idx[t * a.num_topk + k]);
-                if (rows[k] >= base_of(dst).num_rows) return stale_row(dst, rows[k]);
-                if (!token.ready) quantize(t, token);
-                copy(arena_of(dst) + base_of(dst).x_offset + rows[k] * a.row_bytes(), token.row,
-                     a.row_bytes());
-                push_record(t, dst, next_compact[dst] - 1, rows, token);
-                ++pushed[dst];
+            if (!rows.token(t)) {
+                outcome = rows.refusal();
+                return false;
             }
         }
-        ops.drain();
-        for (int p = 0; p < num_ranks; ++p) {
-            // Releases the rows and records pushed above; pairs with the acquire in await_rows.
-            add_release(at<uint64_t>(p, layout.arrived_word(slot, me)), pushed[p]);
-        }
-        ring_all();
+        rows.arrive();
         return true;
-    }
-
-    // A cached row the receiver does not have. Others already push, so the communicator ends here.
-    bool stale_row(int dst, int64_t row) {
-        outcome = outcome_of(kMiscount, dst, base_of(dst).num_rows, row);
-        return false;
-    }
-
-    struct Token {
-        const std::byte* row;     // [row_bytes] as it travels
-        const std::byte* scales;  // [scale_bytes]
-        bool ready;
-    };
-
-    Token load(int64_t t) const {
-        if (a.quantize != Quantize::kNone) return {scratch.data(), nullptr, false};
-        return {a.x + t * a.x_stride, a.scales != nullptr ? a.scales + t * a.scale_bytes : nullptr,
-                true};
-    }
-
-    void quantize(int64_t t, Token& token) {
-        std::byte* scales = scratch.data() + round_up(a.row_bytes(), 16);
-        simd().quantize(a.dtype, {scratch.data(), scales, a.x + t * a.x_stride, a.hidden,
-                                  a.scale_block, a.quantize == Quantize::kFp8Ue8m0});
-        token = {scratch.data(), scales, true};
-    }
-
-    bool is_first(int64_t t, int k) const {
-        const int64_t* ids = a.topk_idx + t * a.num_topk;
-        const int owner = experts.owner(ids[k]);
-        for (int j = 0; j < k; ++j) {
-            if (ids[j] >= 0 && experts.owner(ids[j]) == owner) return false;
-        }
-        return true;
-    }
-
-    // The row of every slot of a token, and the token's turn at each of its ranks.
-    void assign_rows(int64_t t, std::vector<int64_t>& next_compact, std::vector<int32_t>& next_row,
-                     int32_t (&rows)[kMaxTopk]) {
-        const int64_t* ids = a.topk_idx + t * a.num_topk;
-        int32_t* send_row = a.send_row + t * a.num_topk;
-        for (int k = 0; k < a.num_topk; ++k) {
-            if (ids[k] < 0) {
-                rows[k] = send_row[k] = -1;
-                continue;
-            }
-            const int dst = experts.owner(ids[k]);
-            const int64_t compact = is_first(t, k) ? next_compact[dst]++ : next_compact[dst] - 1;
-            if (!a.cached) {
-                send_row[k] = a.layout == RecvLayout::kCompact
-                                  ? static_cast<int32_t>(compact)
-                                  : next_row[experts.position(ids[k])]++;
-            }
-            rows[k] = send_row[k];
-        }
-    }
-
-    void push_record(int64_t t, int dst, int64_t compact, const int32_t* rows, const Token& token) {
-        if (meta.bytes == 0) return;
-        const int64_t* ids = a.topk_idx + t * a.num_topk;
-        const int num_topk = a.num_topk;
-        std::byte* out = record.data();
-        if (meta.src_token.bytes > 0) {
-            const int32_t src_token = static_cast<int32_t>(t);
-            std::memcpy(out + meta.src_token.offset, &src_token, 4);
-            int32_t local[kMaxTopk], row[kMaxTopk];
-            for (int k = 0; k < num_topk; ++k) {
-                const bool here = ids[k] >= 0 && experts.owner(ids[k]) == dst;
-                local[k] = here ? experts.local(ids[k]) : -1;
-                row[k] = here ? rows[k] : -1;
-            }
-            std::memcpy(out + meta.experts.offset, local, meta.experts.bytes);
-            std::memcpy(out + meta.rows.offset, row, meta.rows.bytes);
-        }
-        if (meta.weights.bytes > 0) {
-            float weights[kMaxTopk];
-            for (int k = 0; k < num_topk; ++k) {
-                const bool here = ids[k] >= 0 && experts.owner(ids[k]) == dst;
-                weights[k] = here ? a.topk_weights[t * num_topk + k] : 0.0f;
-            }
-            std::memcpy(out + meta.weights.offset, weights, meta.weights.bytes);
-        }
-        if (meta.scales.bytes > 0) {
-            std::memcpy(out + meta.scales.offset, token.scales, meta.scales.bytes);
-        }
-        std::memcpy(arena_of(dst) + base_of(dst).meta_offset + compact * meta.bytes, out,
-                    meta.bytes);
     }
 
     // 6. Everything announced to us has arrived.
@@ -413,8 +295,6 @@ private:
     Dispatched result;
     Outcome placed;                  // why this receiver refuses, if it does
     std::vector<int64_t> first_row;  // [num_ranks] first compact row of each source
-    std::vector<std::byte> scratch;  // a quantized row and its scales
-    std::vector<std::byte> record;   // the metadata of one (token, rank)
 };
 
 }  // namespace

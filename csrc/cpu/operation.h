@@ -40,6 +40,7 @@ public:
     const EntryRecord& entry_of(int src) const {
         return at<EntryRecord>(me, layout.entry(slot, src));
     }
+    const BaseRecord& base_of(int dst) const { return at<BaseRecord>(me, layout.base(slot, dst)); }
     uint64_t& expected(int src) const { return rank.expected_[size_t(slot) * num_ranks + src]; }
     std::byte* arena_of(int peer) const { return rank.peers_[peer].arena->data(); }
     void ring_all() const;

@@ -134,41 +134,93 @@ EP_INLINE typename Vec<W>::U8 to_e4m3(typename Vec<W>::F32 value) {
 
 // ---- ordered sums ----
 
+// 2 * W consecutive elements as two vectors. Which element sits where is the type's own affair:
+// sums are element by element.
+template <int W, DType D>
+struct Block {
+    using F32 = typename Vec<W>::F32;
+    static constexpr int64_t kHalf = int64_t{W} * dtype_bytes(D);
+
+    static EP_INLINE void add(F32 (&acc)[2], const std::byte* src) {
+        acc[0] += Element<W, D>::load(src);
+        acc[1] += Element<W, D>::load(src + kHalf);
+    }
+    static EP_INLINE void add(F32 (&acc)[2], const std::byte* src, F32 weight) {
+        acc[0] += weight * Element<W, D>::load(src);
+        acc[1] += weight * Element<W, D>::load(src + kHalf);
+    }
+    static EP_INLINE void store(std::byte* dst, const F32 (&acc)[2]) {
+        Element<W, D>::store(dst, acc[0]);
+        Element<W, D>::store(dst + kHalf, acc[1]);
+    }
+};
+
+// A 32-bit word holds two bfloat16, each the upper half of a float: even and odd elements part
+// without a shuffle.
+template <int W>
+struct Block<W, DType::kBF16> {
+    using F32 = typename Vec<W>::F32;
+    using U32 = typename Vec<W>::U32;
+
+    static EP_INLINE F32 even(U32 words) { return bits<F32>(words << 16); }
+    static EP_INLINE F32 odd(U32 words) { return bits<F32>(words & 0xffff0000u); }
+
+    static EP_INLINE void add(F32 (&acc)[2], const std::byte* src) {
+        const U32 words = load_as<U32>(src);
+        acc[0] += even(words);
+        acc[1] += odd(words);
+    }
+    static EP_INLINE void add(F32 (&acc)[2], const std::byte* src, F32 weight) {
+        const U32 words = load_as<U32>(src);
+        acc[0] += weight * even(words);
+        acc[1] += weight * odd(words);
+    }
+    // Rounded to nearest even in the upper half of each word.
+    static EP_INLINE U32 round(F32 value) {
+        const U32 u = bits<U32>(value);
+        const U32 rounded = u + 0x7fffu + ((u >> 16) & 1u);
+        return pick<U32>((u & 0x7fffffffu) > 0x7f800000u, U32{} + 0x7fc00000u, rounded);
+    }
+    static EP_INLINE void store(std::byte* dst, const F32 (&acc)[2]) {
+        store_as(dst, (round(acc[0]) >> 16) | (round(acc[1]) & 0xffff0000u));
+    }
+};
+
 template <int W, DType D, int kUnroll>
 EP_INLINE void sum_columns(const SumArgs& a, int64_t column) {
-    using E = Element<W, D>;
+    using B = Block<W, D>;
     using F32 = typename Vec<W>::F32;
-    constexpr int64_t kBytes = int64_t{W} * dtype_bytes(D);
+    constexpr int64_t kBytes = int64_t{2 * W} * dtype_bytes(D);
     const int64_t at = column * dtype_bytes(D);
-    F32 acc[kUnroll] = {};
+    F32 acc[kUnroll][2] = {};
     if (a.bias0 != nullptr) {
-        for (int u = 0; u < kUnroll; ++u) acc[u] += E::load(a.bias0 + at + u * kBytes);
+        for (int u = 0; u < kUnroll; ++u) B::add(acc[u], a.bias0 + at + u * kBytes);
     }
     if (a.bias1 != nullptr) {
-        for (int u = 0; u < kUnroll; ++u) acc[u] += E::load(a.bias1 + at + u * kBytes);
+        for (int u = 0; u < kUnroll; ++u) B::add(acc[u], a.bias1 + at + u * kBytes);
     }
     for (int r = 0; r < a.num_rows; ++r) {
         const std::byte* row = a.rows[r] + at;
         if (a.weights == nullptr) {
-            for (int u = 0; u < kUnroll; ++u) acc[u] += E::load(row + u * kBytes);
+            for (int u = 0; u < kUnroll; ++u) B::add(acc[u], row + u * kBytes);
         } else {
             const F32 weight = F32{} + a.weights[r];
-            for (int u = 0; u < kUnroll; ++u) acc[u] += weight * E::load(row + u * kBytes);
+            for (int u = 0; u < kUnroll; ++u) B::add(acc[u], row + u * kBytes, weight);
         }
     }
-    for (int u = 0; u < kUnroll; ++u) E::store(a.out + at + u * kBytes, acc[u]);
+    for (int u = 0; u < kUnroll; ++u) B::store(a.out + at + u * kBytes, acc[u]);
 }
 
 template <int W, DType D>
 void sum_rows(const SumArgs& a) {
-    constexpr int kUnroll = 4;
+    constexpr int kUnroll = 2, kBlock = 2 * W;
     int64_t column = 0;
-    for (; column + kUnroll * W <= a.hidden; column += kUnroll * W) {
+    for (; column + kUnroll * kBlock <= a.hidden; column += kUnroll * kBlock) {
         sum_columns<W, D, kUnroll>(a, column);
     }
-    for (; column + W <= a.hidden; column += W) sum_columns<W, D, 1>(a, column);
+    for (; column + kBlock <= a.hidden; column += kBlock) sum_columns<W, D, 1>(a, column);
     // A row is a multiple of 16 bytes: the rest is whole groups of four elements.
-    for (; column < a.hidden; column += 4) sum_columns<4, D, 1>(a, column);
+    for (; column < a.hidden; column += 4) sum_columns<2, D, 1>(a, column);
 }
 
 template <int W>
