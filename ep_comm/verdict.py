@@ -1,8 +1,10 @@
-"""From the native core's verdict on an operation to the exception a user reads."""
+"""From a backend's verdict on an operation to the exception a user reads."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from ep_comm import _core
 from ep_comm.errors import EPError, make_error
@@ -18,6 +20,33 @@ _SITES = {
 _OPS = {_core.OpKind.DISPATCH: "dispatch", _core.OpKind.COMBINE: "combine"}
 _DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2", "int8", "uint8")
 _QUANTIZE = ("None", "fp8", "fp8_ue8m0")
+
+
+class Outcome(Protocol):
+    """What a sentence is made of; `_core.Outcome` is one."""
+
+    @property
+    def code(self) -> int: ...
+    @property
+    def site(self) -> _core.Site: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def peer(self) -> int: ...
+    @property
+    def seq(self) -> int: ...
+    @property
+    def peer_seq(self) -> int: ...
+    @property
+    def waited_s(self) -> float: ...
+    @property
+    def want(self) -> int: ...
+    @property
+    def have(self) -> int: ...
+    @property
+    def detail(self) -> Sequence[int]: ...
+    @property
+    def reason(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -40,7 +69,7 @@ class PeerState:
         return "its process is gone" if state in "ZX" else "its process is alive, outside ep_comm"
 
 
-def error_of(outcome: _core.Outcome, *, op: str, tag: str, peer: PeerState) -> EPError:
+def error_of(outcome: Outcome, *, op: str, tag: str, peer: PeerState) -> EPError:
     """The exception for a failed outcome of this rank's operation `op`."""
     code, p = outcome.code, outcome.peer
     facts = {"rank": outcome.rank, "peer": p, "op": op, "seq": outcome.seq, "tag": tag}
@@ -49,7 +78,7 @@ def error_of(outcome: _core.Outcome, *, op: str, tag: str, peer: PeerState) -> E
     return make_error(f"E{code}", _sentence(outcome, peer), **facts)
 
 
-def _sentence(o: _core.Outcome, peer: PeerState) -> str:
+def _sentence(o: Outcome, peer: PeerState) -> str:
     p, detail = o.peer, o.detail
     if o.code < 200:
         return _liveness(o, peer)
@@ -81,7 +110,7 @@ def _sentence(o: _core.Outcome, peer: PeerState) -> str:
     return f"cannot go on: rank {p} {reason}"
 
 
-def _liveness(o: _core.Outcome, peer: PeerState) -> str:
+def _liveness(o: Outcome, peer: PeerState) -> str:
     p = o.peer
     last = f"last entered #{o.peer_seq}" if o.peer_seq else "entered nothing yet"
     found = (
@@ -97,7 +126,8 @@ def _liveness(o: _core.Outcome, peer: PeerState) -> str:
         return f"was given up by rank {o.detail[0] - 1}: {known}"
     if o.code == 101:
         return f"waited {o.waited_s:.1f} s for rank {p} {_SITES.get(o.site, '')}: {known}"
-    moved = f"got {o.have} of {o.want} rows, " if o.site == _core.Site.ROWS else ""
+    counted = o.site == _core.Site.ROWS and o.have >= 0
+    moved = f"got {o.have} of {o.want} rows, " if counted else ""
     return f"stalled on rank {p}, {o.waited_s:.1f} s {_SITES.get(o.site, '')}: {moved}{known}"
 
 

@@ -1,5 +1,7 @@
 #include "cpu/communicator.h"
 
+#include <unistd.h>
+
 #include <chrono>
 
 namespace ep::cpu {
@@ -35,6 +37,8 @@ void Pending::finish() {
     done_ = true;
     changed_.notify_all();
 }
+
+Communicator::Communicator(std::unique_ptr<Rank> rank) : rank_(std::move(rank)), pid_(getpid()) {}
 
 Dispatched Communicator::dispatch(const DispatchArgs& args, const WaitHooks& hooks) {
     if (!drain(hooks)) {
@@ -110,6 +114,10 @@ void Communicator::work() {
 }
 
 void Communicator::close() {
+    if (getpid() != pid_) {
+        if (thread_.joinable()) thread_.detach();
+        return;
+    }
     {
         std::lock_guard lock(mutex_);
         if (stopping_) return;

@@ -37,7 +37,7 @@ private:
 
 class Communicator {
 public:
-    explicit Communicator(std::unique_ptr<Rank> rank) : rank_(std::move(rank)) {}
+    explicit Communicator(std::unique_ptr<Rank> rank);
     ~Communicator() { close(); }
 
     Dispatched dispatch(const DispatchArgs& args, const WaitHooks& hooks);
@@ -64,6 +64,7 @@ private:
     std::shared_ptr<Pending> last_;
     std::thread thread_;
     std::atomic<bool> stopping_{false};
+    int64_t pid_;  // a fork has our memory but not our thread, and is not the rank
 };
 
 }  // namespace ep::cpu

@@ -207,6 +207,7 @@ void Watch::adopt(const ControlHeader& failed, const Wait& wait) {
     const int culprit = by_signal ? verdict.rank : verdict.peer;
     blame(by_signal ? static_cast<int>(kPeerLeft) : verdict.code, wait, culprit);
     outcome_.detail[0] = verdict.rank + 1;  // who found out, counted from 1; 0 = we did
+    outcome_.detail[1] = static_cast<int64_t>(verdict.seq);
     outcome_.incident.want = verdict.want;
     outcome_.incident.have = verdict.have;
 }

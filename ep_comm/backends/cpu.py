@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, Final
 
@@ -88,6 +88,7 @@ class CpuBackend:
         self._arena = memory.arena
         self.deferred: EPError | None = None
         self._copies_out = 0
+        self._in_flight: list[tuple[_core.Pending, Any]] = []
         self._peer_pids = [memory.mesh.pids.get(r, 0) for r in range(spec.num_ranks)]
         arrival = -1.0 if config.arrival_s is None else config.arrival_s
         self._comm = _core.CpuCommunicator(
@@ -107,11 +108,20 @@ class CpuBackend:
 
     def begin_dispatch(self, call: DispatchCall) -> _Begun:
         work = _Dispatch(self, call)
-        return _Begun(self._comm.begin_dispatch(work.args), lambda p: work.received(p.dispatched))
+        pending = self._comm.begin_dispatch(work.args)
+        return self._begun(pending, work, lambda: work.received(pending.dispatched))
 
     def begin_combine(self, call: CombineCall) -> _Begun:
         work = _Combine(self, call)
-        return _Begun(self._comm.begin_combine(work.args), lambda p: work.combined(p.combined))
+        pending = self._comm.begin_combine(work.args)
+        return self._begun(pending, work, lambda: work.combined(pending.combined))
+
+    def _begun(self, pending: _core.Pending, work: Any, finish: Callable[[], Any]) -> _Begun:
+        # The communication thread has addresses of tensors that only `work` holds, and a caller may
+        # drop what we return.
+        self._in_flight = [(p, w) for p, w in self._in_flight if not p.done()]
+        self._in_flight.append((pending, work))
+        return _Begun(pending, finish)
 
     def refuse(self, op: str, error: EPError) -> None:
         kind = _core.OpKind.DISPATCH if op == "dispatch" else _core.OpKind.COMBINE
@@ -189,7 +199,7 @@ class CpuBackend:
 
 
 class _Begun:
-    def __init__(self, pending: _core.Pending, finish: Any) -> None:
+    def __init__(self, pending: _core.Pending, finish: Callable[[], Any]) -> None:
         self._pending = pending
         self._finish = finish
 
@@ -198,7 +208,7 @@ class _Begun:
 
     def finish(self) -> Any:
         self._pending.wait()
-        return self._finish(self._pending)
+        return self._finish()
 
 
 def _address(tensor: Tensor | None) -> int:
