@@ -132,6 +132,18 @@ def test_dispatch_cached_worked_example_gives_the_same_rows(layout: str, sync: b
     assert all(r.topk_weights is None for r in plain)
 
 
+def test_dispatch_cached_with_new_weights_makes_a_handle_that_weighs() -> None:
+    x, topk_idx, weights = zip(*(worked_example.inputs(rank) for rank in RANKS), strict=True)
+    where: dict[str, Any] = {"num_experts": 8, "max_tokens": 4}
+    first = reference.dispatch(x, topk_idx, layout="grouped", alignment=2, **where)
+    handles = [r.handle for r in first]
+    again = reference.dispatch(x, None, weights, handles=handles, **where)
+    y = [worked_example.experts(recv, rank) for rank, recv in enumerate(first)]
+    error_of("E203", reference.combine, y, handles, weighted=True)
+    for rank, out in enumerate(reference.combine(y, [r.handle for r in again], weighted=True)):
+        worked_example.check_combined(out, rank, "grouped", weighted=True)
+
+
 def test_dispatch_static_has_the_documented_shapes() -> None:
     shapes = {
         name: [tuple(received.x.shape) for received in dispatch_example(name, sync=False)]
@@ -148,6 +160,52 @@ def test_dispatch_static_has_the_documented_shapes() -> None:
     assert compact.num_recv.dtype == torch.int32
     assert compact.num_recv.shape == (1,)
     assert dispatch_example("slab", sync=False)[0].handle.recv_row.shape == (16, 2)
+
+
+@pytest.mark.parametrize(
+    ("layout", "num_topk", "options", "x_rows", "unique_rows"),
+    [
+        ("compact", 2, {}, [12, 12, 12], 12),  # R * M
+        ("compact", 2, {"capacity": 5}, [5, 5, 5], 5),
+        ("compact", 2, {"capacity": 20}, [20, 20, 20], 12),  # no more than R * M can arrive
+        ("grouped", 2, {}, [24, 12, 0], 12),  # R * M * min(K, El)
+        ("grouped", 5, {}, [24, 12, 0], 12),
+        ("grouped", 1, {"alignment": 8}, [32, 24, 0], 12),  # 12 + 2 * 7 and 12 + 7, rounded up
+        ("grouped", 2, {"alignment": 8, "capacity": 16}, [16, 16, 16], 12),
+        ("slab", 2, {}, [12, 12, 12], 12),
+        ("slab", 2, {"capacity": 3}, [3, 3, 3], 12),
+    ],
+)
+def test_dispatch_static_sizes_follow_from_the_options_alone(
+    layout: str, num_topk: int, options: dict[str, Any], x_rows: list[int], unique_rows: int
+) -> None:
+    x = [torch.zeros(0, 16) for _ in range(3)]
+    ids = [torch.zeros(0, num_topk).long() for _ in range(3)]
+    where: dict[str, Any] = {"num_experts": 3, "max_tokens": 4, "expert_map": [0, 1, 0]}
+    for rank, recv in enumerate(
+        reference.dispatch(x, ids, layout=layout, sync=False, **where, **options)
+    ):
+        num_local = [2, 1, 0][rank]
+        slab = (num_local,) if layout == "slab" else ()
+        assert recv.x.shape == (*slab, x_rows[rank], 16)
+        assert recv.handle.recv_src.shape == (unique_rows, 2)
+        assert recv.handle.recv_row.shape == (0 if layout == "compact" else unique_rows, num_topk)
+        assert HandleMeta.unpack(recv.handle.meta).x_shape == recv.x.shape
+
+
+def test_dispatch_static_duplicates_beyond_the_default_size_fail_with_230() -> None:
+    x, ids = [torch.ones(2, 16)], [torch.tensor([[0, 0], [0, 0]])]
+    for options in ({"layout": "grouped"}, {"layout": "slab"}, {"row_index": True}):
+        one: dict[str, Any] = {"num_experts": 1, "max_tokens": 2, **options}
+        (recv,) = reference.dispatch(
+            x, ids, sync=False, **one
+        )  # 4 selections, 1 * 2 * min(2, 1) rows
+        assert recv.status.tolist() == [230]
+        if options.get("layout") == "slab":
+            error_of("E230", reference.dispatch, x, ids, **one)
+        else:
+            (recv,) = reference.dispatch(x, ids, **one)  # sync mode has no limit of its own
+            assert recv.counts == [4]
 
 
 # ---- Owners ----
@@ -626,6 +684,27 @@ def test_quantize_random_blocks_match_exact_arithmetic(
             want_codes, want_exponent = quantize_block_ue8m0(values)
             assert codes(q8[row, part]) == want_codes
             assert int(words[row, 0]) >> (8 * block) & 0xFF == want_exponent
+
+
+def test_quantize_at_every_rounding_boundary_uses_the_rounded_quotient() -> None:
+    # A value that is scaled to just about the middle of two codes shows the last bit of 448 / amax:
+    # 448 * (1 / amax) and 1 / (amax / 448) round twice and give other codes here.
+    middles = torch.tensor([float((a + b) / 2) for a, b in itertools.pairwise(POSITIVE)])  # [126]
+    generator = torch.Generator().manual_seed(0)
+    blocks, differ = [], [False, False]
+    for amax in torch.rand(6, generator=generator) + 0.5:
+        at = (middles.double() * amax.double() / 448).float()
+        for values in (at, torch.nextafter(at, amax), torch.nextafter(at, -amax)):
+            blocks.append(torch.cat([values, amax.reshape(1), amax.reshape(1)]))
+    q, _ = reference.quantize(torch.stack(blocks))  # [18, 128]
+    for got, block in zip(q, blocks, strict=True):
+        values = block.tolist()
+        want, scale = quantize_block(values)
+        assert codes(got) == want
+        amax_value = values[-1]
+        for i, inverse in enumerate((fp32(448 * fp32(1 / amax_value)), fp32(1 / scale))):
+            differ[i] |= want != [encode_e4m3(min(fp32(v * inverse), 448.0)) for v in values]
+    assert all(differ)  # the boundaries are sharp enough to tell
 
 
 def test_quantize_ue8m0_rounds_the_scale_up_to_a_power_of_two() -> None:

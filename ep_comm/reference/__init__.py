@@ -8,6 +8,14 @@
 
 The first three describe one rank each and know of no communication, so the `collective` backend
 runs the same functions with real exchanges in between: every rule of the library is written once.
+One rank's call, with what it exchanges on the right:
+
+    sends = plan_sends(topk_idx, experts)                   -> its last two fields, the counts
+    receives = plan_receive(<counts>, options)              -> token_base, expert_base
+    metadata_to(sends, rank, topk_weights) for every rank   -> those rows of x, scales, metadata
+    send_row = send_rows(sends, layout, <bases>); make_handle(...); arrange(...)
+    rows_for_source(handle, meta, rank) for every rank      -> those rows of y
+    add_in_order(<contributions>, plan_from_handle(handle, experts), layout)
 """
 
 from ep_comm.reference.fp8 import dequantize, quantize

@@ -8,6 +8,7 @@ indexing a list.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NoReturn, overload
 
 import torch
@@ -354,9 +355,7 @@ def _float_weights(weights: Sequence[Tensor] | None) -> list[Tensor] | None:
 
 def _with_weights(handle: Handle, meta: HandleMeta, weights: Tensor) -> Handle:
     _check_shape("topk_weights", None, weights, (meta.num_tokens, meta.num_topk))
-    flagged = handle.meta.clone()
-    flagged[11] = 1
-    return handle._replace(meta=flagged, topk_weights=weights)
+    return handle._replace(meta=replace(meta, has_weights=True).pack(), topk_weights=weights)
 
 
 def _parse_handles(
