@@ -46,8 +46,8 @@ T = TypeVar("T")
 class Begun(Generic[T]):
     """An operation begun with `wait=False`. Keep it; `wait()` returns what the call would have returned."""
 
-    def __init__(self, buffer: Buffer, op: BegunOp) -> None:
-        self._buffer, self._op = buffer, op
+    def __init__(self, op: BegunOp) -> None:
+        self._op = op
         self._result: list[T] = []
         self._error: EPError | None = None
 
@@ -120,8 +120,8 @@ class Buffer:
         self._group = resolve_group(group)
         self._exchange = Exchange(self._group, self.config.arrival_s)
         me = self._group.rank
-        target = torch.device(_default_device() if device is None else device)
         try:
+            target = _device(device)
             self._spec = _check_options(
                 me, self._group.size, num_experts, num_topk, hidden, max_tokens, num_slots, expert_map,
                 backend, target, arena_bytes, num_sms,
@@ -130,6 +130,9 @@ class Buffer:
             refusal = f"{error.code} {error.what}"
             self._exchange.publish("hello", Hello(rank=me, refusal=refusal).pack())
             raise make_error(error.code, error.what, rank=me, fix=error.fix) from None
+        except Exception as error:
+            self._exchange.publish("hello", Hello(rank=me, refusal=f"E203 {error}").pack())
+            raise
         self._num_sms = num_sms
         try:
             self._backend, self.backend_reason = self._construct(backend, arena_bytes)
@@ -230,11 +233,13 @@ class Buffer:
                     scale_block=scale_block, quantize=quantize, handle=handle, layout=layout, alignment=alignment,
                     row_index=row_index, capacity=capacity, sync=sync, output=output, num_sms=num_sms, tag=tag,
                 )  # fmt: skip
+                work = self._backend.prepare_dispatch(call)
             except EPError as error:
                 raise self._refused("dispatch", error, tag) from None
-            if wait:
-                return self._backend.dispatch(call)
-            return Begun[Received](self, self._backend.begin_dispatch(call))
+            except Exception as error:
+                self._refused("dispatch", _unexpected(error), tag)
+                raise
+            return work.run() if wait else Begun[Received](work.begin())
 
     def combine(
         self,
@@ -282,11 +287,13 @@ class Buffer:
                     self._spec, self._backend.generation, x, handle, weighted=weighted, topk_weights=topk_weights,
                     bias=bias, out=out, num_sms=num_sms, tag=tag,
                 )  # fmt: skip
+                work = self._backend.prepare_combine(call)
             except EPError as error:
                 raise self._refused("combine", error, tag) from None
-            if wait:
-                return self._backend.combine(call)
-            return Begun[Combined](self, self._backend.begin_combine(call))
+            except Exception as error:
+                self._refused("combine", _unexpected(error), tag)
+                raise
+            return work.run() if wait else Begun[Combined](work.begin())
 
     # ---- memory, state, end ----
 
@@ -421,13 +428,27 @@ class Buffer:
         )
 
 
+def _unexpected(error: Exception) -> EPError:
+    """What peers are told when a call failed here in a way we did not foresee."""
+    return make_error("E203", f"raised {type(error).__name__}: {error}")
+
+
 def _close_backend(backend: Backend, pid: int) -> None:
     if os.getpid() == pid:  # a fork shares the memory, but it is not the rank
         backend.close()
 
 
-def _default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _device(asked: torch.device | str | None) -> torch.device:
+    if asked is None:
+        return (
+            torch.device("cuda", torch.cuda.current_device())
+            if torch.cuda.is_available()
+            else torch.device("cpu")
+        )
+    try:
+        return torch.device(asked)
+    except (RuntimeError, TypeError) as error:
+        raise make_error("E203", f"rejected device={asked!r}: want a device, {error}") from None
 
 
 def _check_options(

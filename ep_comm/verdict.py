@@ -105,6 +105,9 @@ def _sentence(o: Outcome, peer: PeerState) -> str:
     if o.code == 330:
         mine = _OPS.get(_core.OpKind(o.want), "?")
         theirs = _OPS.get(_core.OpKind(o.have), "?")
+        if detail[0]:  # somebody else found out and told us
+            other = f"rank {detail[0] - 1} in {mine} #{detail[1]}"
+            return f"is out of step: rank {p} in {theirs} #{detail[1]}, {other}"
         return f"is out of step: rank {p} in {theirs} #{o.seq}, rank {o.rank} in {mine} #{o.seq}"
     reason = o.reason or "rejected its arguments"
     return f"cannot go on: rank {p} {reason}"

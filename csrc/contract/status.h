@@ -56,8 +56,8 @@ inline constexpr int kReasonBytes = 112;
 // The verdict on an operation: kOk, or an incident with the numbers its sentence needs.
 struct Outcome {
     Incident incident;
-    // E213: count, token, slot, id. E220: field. E230: rows, limit. E231: need, free. E1xx: 1 +
-    // rank that reported it
+    // E213: count, token, slot, id. E220: field. E230: rows, limit. E231: need, free.
+    // E1xx, E330 told by a peer: 1 + the rank that found out, the number of its operation.
     int64_t detail[4] = {0, 0, 0, 0};
     char reason[kReasonBytes] = {0};  // E20x of a peer: "topk_idx: got int16, want int32 or int64"
 

@@ -68,8 +68,7 @@ private:
             }
         }
         if (num_ranks > 1 && a.y_weights != nullptr) {
-            const int64_t per_row = a.layout == RecvLayout::kCompact ? a.num_topk : 1;
-            const int64_t bytes = a.num_rows * per_row * int64_t{sizeof(float)};
+            const int64_t bytes = a.num_rows * weights_per_row() * int64_t{sizeof(float)};
             staged_weights = grant(bytes, entry);
             if (staged_weights) {
                 std::memcpy(rank.arena_data() + staged_weights->extent().offset, a.y_weights,
@@ -114,18 +113,26 @@ private:
 
     // Offsets of peers are untrusted.
     bool check_peers() {
+        const int64_t per_row = weights_per_row() * int64_t{sizeof(float)};
         for (int p = 0; p < num_ranks; ++p) {
             const EntryRecord& entry = entry_of(p);
             if (p == me) continue;
             const int64_t limit = rank.peers_arena_bytes(p);
-            const int64_t end = entry.y_offset + entry.num_rows * a.row_bytes();
-            if (entry.num_rows < 0 || entry.y_offset < 0 || end > limit) {
-                outcome = outcome_of(kBadCount, p, limit, end);
-                return false;
+            const auto fits = [&](int64_t offset, int64_t bytes) {
+                return offset >= 0 && offset <= limit && entry.num_rows >= 0 &&
+                       (bytes == 0 || entry.num_rows <= (limit - offset) / bytes);
+            };
+            if (fits(entry.y_offset, a.row_bytes()) &&
+                (!a.with_weights || fits(entry.weights_offset, per_row))) {
+                continue;
             }
+            outcome = outcome_of(kBadCount, p, limit, entry.y_offset);
+            return false;
         }
         return true;
     }
+
+    int64_t weights_per_row() const { return a.layout == RecvLayout::kCompact ? a.num_topk : 1; }
 
     const std::byte* y_of(int owner) const {
         return owner == me ? a.x : arena_of(owner) + entry_of(owner).y_offset;
@@ -188,8 +195,10 @@ private:
             const int64_t at = t * a.num_topk + k;
             const int64_t expert = a.topk_idx[at], row = a.send_row[at];
             float value = 0.0f;
-            if (expert >= 0 && expert < experts.num_experts() && row >= 0) {
-                const float* held = weights_of(experts.owner(expert));
+            const bool here = expert >= 0 && expert < experts.num_experts();
+            const int owner = here ? experts.owner(expert) : -1;
+            if (here && row >= 0 && row < entry_of(owner).num_rows) {
+                const float* held = weights_of(owner);
                 const int64_t index = a.layout == RecvLayout::kCompact ? row * a.num_topk + k : row;
                 if (held != nullptr) value = held[index];
             }

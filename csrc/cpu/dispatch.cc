@@ -4,6 +4,7 @@
 // Rows follow from prefix sums over everybody's counts, so nobody negotiates and nothing is copied
 // again, but for the extra rows of grouped and slab, which the receiver makes itself.
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 
 #include "cpu/operation.h"
@@ -127,7 +128,10 @@ private:
 
     // A handle is a tuple of tensors that anybody may have touched since.
     bool matches_handle(const Counts& counts) const {
-        return std::equal(counts.rows.begin(), counts.rows.end(), a.rank_counts);
+        const int num_local = experts.num_local(me);
+        return std::equal(counts.rows.begin(), counts.rows.end(), a.rank_counts) &&
+               std::all_of(a.expert_counts, a.expert_counts + num_local,
+                           [](int32_t n) { return n >= 0; });
     }
 
     const int32_t* counts_from(int src) const {
@@ -175,13 +179,18 @@ private:
                 for (int e = 0; e < num_local; ++e) a.expert_counts[e] += counts_from(src)[e];
             }
         }
-        result.group_start.assign(num_local + 1, 0);
+        std::vector<int64_t> start(num_local + 1, 0);
         for (int e = 0; e < num_local; ++e) {
-            const int64_t step = a.layout == RecvLayout::kSlab
-                                     ? a.capacity
-                                     : round_up(a.expert_counts[e], a.alignment);
-            result.group_start[e + 1] = static_cast<int32_t>(result.group_start[e] + step);
+            start[e + 1] = start[e] + (a.layout == RecvLayout::kSlab
+                                           ? a.capacity
+                                           : round_up(a.expert_counts[e], a.alignment));
         }
+        // Rows are int32 everywhere: in the protocol, in handles, on GPUs.
+        if (start[num_local] > INT32_MAX) {
+            placed = outcome_of(kOverCapacity, me, INT32_MAX, start[num_local]);
+            return;
+        }
+        result.group_start.assign(start.begin(), start.end());
         size_rows();
         if (placed.ok()) grant();
     }
@@ -252,13 +261,33 @@ private:
         }
         for (int p = 0; p < num_ranks; ++p) {
             const BaseRecord& base = base_of(p);
-            if (base.code == kOk) continue;
+            if (base.code == kOk) {
+                if (check_base(p)) continue;
+                return false;
+            }
             outcome = outcome_of(base.code, p, base.detail[1], base.detail[0]);
             outcome.detail[0] = base.detail[0];
             outcome.detail[1] = base.detail[1];
             return false;
         }
         return true;
+    }
+
+    // A peer's base becomes an address only after it was found to lie in that peer's arena.
+    bool check_base(int p) {
+        const BaseRecord& base = base_of(p);
+        const int64_t limit = rank.peers_arena_bytes(p), rows = a.rank_counts[p];
+        const auto fits = [limit](int64_t offset, int64_t count, int64_t bytes) {
+            return offset >= 0 && offset <= limit && count >= 0 &&
+                   (bytes == 0 || count <= (limit - offset) / bytes);
+        };
+        const bool row_ok = base.row >= 0 && base.row <= limit;
+        const bool x_ok = fits(base.x_offset, base.num_rows, a.row_bytes());
+        const bool meta_ok =
+            rows == 0 || meta.bytes == 0 || fits(base.meta_offset, base.row + rows, meta.bytes);
+        if (row_ok && x_ok && meta_ok) return true;
+        outcome = outcome_of(kBadCount, p, limit, base.x_offset);
+        return false;
     }
 
     // 4., 5. Rows and records to their final places, then one release per destination.

@@ -106,12 +106,19 @@ bool Watch::until(Site site, int peer, const std::function<bool()>& ready,
                 if (have != wait.have) wait.last_progress = now;
                 wait.have = have;
             }
-            if (give_up(wait)) return ready() && outcome_.ok();
+            if (give_up(wait)) return came_after_all(ready);
         }
         std::atomic_ref(own.sleepers).fetch_add(1, std::memory_order_seq_cst);
         futex_sleep(own.doorbell, bell);
         std::atomic_ref(own.sleepers).fetch_sub(1, std::memory_order_seq_cst);
     }
+}
+
+// A peer may publish its last word and leave between our two looks: what it published counts.
+bool Watch::came_after_all(const std::function<bool()>& ready) {
+    if (outcome_.incident.code == kInterrupted || !ready()) return false;
+    outcome_ = Outcome{};
+    return true;
 }
 
 // Precedence: interrupt, death, a peer's own verdict, a peer that left, the clocks.

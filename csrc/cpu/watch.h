@@ -79,6 +79,7 @@ private:
     };
 
     bool give_up(Wait& wait);
+    bool came_after_all(const std::function<bool()>& ready);
     bool adopt_failure(const Wait& wait);
     bool expired(Wait& wait, Clock::time_point now);
     int first_gone() const;

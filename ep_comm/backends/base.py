@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from ep_comm.received import Received
 Combined = Tensor | tuple[Tensor, Tensor]
 
 
+R_co = TypeVar("R_co", covariant=True)
+
+
 class BegunOp(Protocol):
     """An operation in flight; `finish` is called once."""
 
@@ -22,20 +25,26 @@ class BegunOp(Protocol):
     def finish(self) -> Any: ...
 
 
+class Work(Protocol[R_co]):
+    """An operation with everything it needs, not yet visible to anybody; one of these is called, once."""
+
+    def run(self) -> R_co: ...
+    def begin(self) -> BegunOp: ...
+
+
 class Backend(Protocol):
     """One rank's end of a buffer. Calls are checked before they come here.
 
-    A call that fails raises EPError; with scope "call" the backend stays usable, on every rank alike.
+    A call that fails raises EPError; with scope "call" the backend stays usable, on every rank
+    alike. `prepare_*` has no effect on peers: when it raises, the caller refuses the call.
     """
 
     name: str
     generation: int  # id of the buffer, the same on all ranks
     deferred: EPError | None  # of a static call that failed; the next call raises it
 
-    def dispatch(self, call: DispatchCall) -> Received: ...
-    def combine(self, call: CombineCall) -> Combined: ...
-    def begin_dispatch(self, call: DispatchCall) -> BegunOp: ...
-    def begin_combine(self, call: CombineCall) -> BegunOp: ...
+    def prepare_dispatch(self, call: DispatchCall) -> Work[Received]: ...
+    def prepare_combine(self, call: CombineCall) -> Work[Combined]: ...
     def refuse(self, op: str, error: EPError) -> None:
         """Make every peer raise `error`'s code for this operation instead of waiting for us."""
 

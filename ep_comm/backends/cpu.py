@@ -10,6 +10,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, Final
 
@@ -91,49 +92,36 @@ class CpuBackend:
         self._in_flight: list[tuple[_core.Pending, Any]] = []
         self._peer_pids = [memory.mesh.pids.get(r, 0) for r in range(spec.num_ranks)]
         arrival = -1.0 if config.arrival_s is None else config.arrival_s
-        self._comm = _core.CpuCommunicator(
+        self.comm = _core.CpuCommunicator(
             shape, spec.rank, generation, list(spec.owner), memory.views(), memory.arena,
             (config.arrival_warn_s, arrival, config.progress_s),
         )  # fmt: skip
 
     # ---- operations ----
 
-    def dispatch(self, call: DispatchCall) -> Received:
-        work = _Dispatch(self, call)
-        return work.received(self._comm.dispatch(work.args, self._late("dispatch", call.tag)))
+    def prepare_dispatch(self, call: DispatchCall) -> _Dispatch:
+        return _Dispatch(self, call)
 
-    def combine(self, call: CombineCall) -> Combined:
-        work = _Combine(self, call)
-        return work.combined(self._comm.combine(work.args, self._late("combine", call.tag)))
+    def prepare_combine(self, call: CombineCall) -> _Combine:
+        return _Combine(self, call)
 
-    def begin_dispatch(self, call: DispatchCall) -> _Begun:
-        work = _Dispatch(self, call)
-        pending = self._comm.begin_dispatch(work.args)
-        return self._begun(pending, work, lambda: work.received(pending.dispatched))
-
-    def begin_combine(self, call: CombineCall) -> _Begun:
-        work = _Combine(self, call)
-        pending = self._comm.begin_combine(work.args)
-        return self._begun(pending, work, lambda: work.combined(pending.combined))
-
-    def _begun(self, pending: _core.Pending, work: Any, finish: Callable[[], Any]) -> _Begun:
-        # The communication thread has addresses of tensors that only `work` holds, and a caller may
-        # drop what we return.
+    def keep(self, pending: _core.Pending, work: object) -> None:
+        """Hold the tensors of a begun operation until the communication thread is done with them,
+        also when the caller drops it."""
         self._in_flight = [(p, w) for p, w in self._in_flight if not p.done()]
         self._in_flight.append((pending, work))
-        return _Begun(pending, finish)
 
     def refuse(self, op: str, error: EPError) -> None:
         kind = _core.OpKind.DISPATCH if op == "dispatch" else _core.OpKind.COMBINE
         reason = error.what.encode()[: _core.REASON_BYTES - 1].decode(errors="ignore")
-        self._comm.refuse(kind, _core.Outcome(int(error.code[1:]), reason))
+        self.comm.refuse(kind, _core.Outcome(int(error.code[1:]), reason))
 
     def error(self, outcome: _core.Outcome, op: str, tag: str) -> EPError:
         peer = outcome.peer
         pid = self._peer_pids[peer] if 0 <= peer < len(self._peer_pids) else 0
         return error_of(outcome, op=op, tag=tag, peer=PeerState(pid))
 
-    def _late(self, op: str, tag: str) -> Any:
+    def late(self, op: str, tag: str) -> Any:
         def warn(site: int, peer: int, waited_s: float) -> None:
             name = f' (tag "{tag}")' if tag else ""
             text = f"W101: rank {self.spec.rank} has waited {waited_s:.1f} s for rank {peer} in {op}{name}"
@@ -142,7 +130,7 @@ class CpuBackend:
         return warn
 
     def seq(self) -> int:
-        return int(self._comm.seq())
+        return int(self.comm.seq())
 
     # ---- memory ----
 
@@ -194,7 +182,7 @@ class CpuBackend:
         """Pages come back by themselves, zeroed, when they are touched."""
 
     def close(self) -> None:
-        self._comm.close()
+        self.comm.close()
         self._memory.close()
 
 
@@ -260,6 +248,15 @@ class _Dispatch:
         a.routing = call.meta.routing_number if call.meta is not None else 0
         return a
 
+    def run(self) -> Received:
+        comm, late = self.backend.comm, self.backend.late("dispatch", self.call.tag)
+        return self.received(comm.dispatch(self.args, late))
+
+    def begin(self) -> _Begun:
+        pending = self.backend.comm.begin_dispatch(self.args)
+        self.backend.keep(pending, self)
+        return _Begun(pending, lambda: self.received(pending.dispatched))
+
     def received(self, result: _core.Dispatched) -> Received:
         """Unpack what arrived, or raise. Failures a static call may not raise come back as its status."""
         outcome = result.outcome
@@ -270,7 +267,7 @@ class _Dispatch:
             return self._failed(error)
         x = self._take_x(result)
         out = self._outputs(result)
-        if not self.backend._comm.unpack(result, self.args, self._unpack_args(result, out)):
+        if not self.backend.comm.unpack(result, self.args, self._unpack_args(result, out)):
             raise make_error("E240", "refused metadata of a peer: an expert or row that does not exist",
                              rank=self.backend.spec.rank, op="dispatch", seq=result.seq)  # fmt: skip
         result.drop()  # from here on the extents belong to the tensors
@@ -289,7 +286,7 @@ class _Dispatch:
         if num_bytes == 0:
             x = torch.empty(shape, dtype=call.wire_dtype)
         else:
-            flat: Tensor = torch.from_dlpack(self.backend._comm.x_array(result, num_bytes))
+            flat: Tensor = torch.from_dlpack(self.backend.comm.x_array(result, num_bytes))
             x = flat.view(call.wire_dtype).view(shape)
         return x
 
@@ -359,12 +356,17 @@ class _Dispatch:
             offsets=out.get("offsets"),
             row_index=out.get("row_index"),
             status=torch.tensor([status], dtype=torch.int32),
-            handle=call.handle if call.handle is not None else self._handle(result, out),
+            handle=self._handle(result, out),
             layout=call.layout,
         )
 
     def _handle(self, result: Any, out: dict[str, Tensor]) -> Handle:
         spec, call = self.backend.spec, self.call
+        if call.handle is not None and call.meta is not None:
+            if call.topk_weights is None:
+                return call.handle
+            meta = replace(call.meta, has_weights=True)
+            return call.handle._replace(meta=meta.pack(), topk_weights=call.topk_weights)
         meta = HandleMeta(
             generation=self.backend.generation,
             routing_number=int(result.seq),
@@ -401,13 +403,17 @@ class _Dispatch:
         call, spec = self.call, self.backend.spec
         assert call.capacity is not None
         result = SimpleNamespace(num_recv=0, num_rows=call.capacity, seq=error.seq or 0)
+        self.counts = torch.zeros_like(self.counts)
         slabs = (spec.num_local_experts,) if call.layout == "slab" else ()
         x = torch.zeros((*slabs, call.capacity, spec.hidden), dtype=call.wire_dtype)
-        self.counts.zero_()
-        self.rank_counts.zero_()
-        self.send_row.fill_(-1)
         out = self._outputs(result)
-        for name, tensor in out.items():
+        fresh = dict(out)
+        if call.handle is None:
+            self.rank_counts.zero_()
+            self.send_row.fill_(-1)
+        else:  # these are the caller's
+            del fresh["recv_src"], fresh["recv_row"]
+        for name, tensor in fresh.items():
             tensor.fill_(0 if name in ("topk_weights", "scales", "offsets") else -1)
         self.backend.deferred = error
         return self._assemble(result, x, out, status=int(error.code[1:]))
@@ -446,6 +452,15 @@ class _Combine:
         a.routing = meta.routing_number
         self.args = a
 
+    def run(self) -> Combined:
+        comm, late = self.backend.comm, self.backend.late("combine", self.call.tag)
+        return self.combined(comm.combine(self.args, late))
+
+    def begin(self) -> _Begun:
+        pending = self.backend.comm.begin_combine(self.args)
+        self.backend.keep(pending, self)
+        return _Begun(pending, lambda: self.combined(pending.combined))
+
     def combined(self, outcome: _core.Outcome) -> Combined:
         if outcome.code != 0:
             raise self.backend.error(outcome, "combine", self.call.tag)
@@ -475,6 +490,12 @@ class Memory:
             for r in range(len(self.peers))
         ]  # fmt: skip
 
+    def publish_in_process(self, token: bytes) -> None:
+        """Let ranks that are threads of this process find our memory."""
+        self.key = (token, self.rank)
+        with _in_process_lock:
+            _in_process[self.key] = (self.control, self.own_arena)
+
     def close(self) -> None:
         """Descriptors only; memory lives as long as a tensor in it."""
         self.mesh.close()
@@ -494,31 +515,40 @@ def connect(
     """Create our memory, give it to every peer, map theirs. All ranks succeed, or all raise and keep nothing."""
     me = group.rank
     token = group_token(hellos)
-    failure: EPError | None = None
+    mesh = Mesh()
     memory: Memory | None = None
     try:
-        mesh = listener.connect_all(me, hellos, token, exchange)
-        memory = _create(me, mesh, shape, arena_bytes)
-        _publish_in_process(memory, token)
-    except EPError as error:
-        failure = error
-    _agree(exchange, "created", me, failure)
-    assert memory is not None
-    try:
-        _share(memory, hellos, token, shape)
-    except EPError as error:
-        failure = error
-    except OSError as error:
-        failure = make_error(
-            "E405", f"cannot share memory: {error}, needs descriptor passing", rank=me
-        )
-    try:
+        failure: EPError | None = None
+        try:
+            mesh = listener.connect_all(me, hellos, token, exchange)
+            memory = _create(me, mesh, shape, arena_bytes)
+            memory.publish_in_process(token)
+        except EPError as error:
+            failure = error
+        _agree(exchange, "created", me, failure)
+        assert memory is not None
+        try:
+            _share(memory, hellos, token, shape)
+        except EPError as error:
+            failure = error
+        except OSError as error:
+            failure = _broken_share(me, mesh, error)
         _agree(exchange, "mapped", me, failure)
-    except EPError:
-        memory.close()
+    except BaseException:
+        mesh.close()
+        if memory is not None:
+            memory.close()
         raise
     memory.control.close_fd()
     return memory
+
+
+def _broken_share(me: int, mesh: Mesh, error: OSError) -> EPError:
+    dead = mesh.dead_rank()
+    if dead is not None:
+        what = f"lost rank {dead}: its process ended during construction"
+        return make_error("E110", what, rank=me, peer=dead)
+    return make_error("E405", f"cannot share memory: {error}, needs descriptor passing", rank=me)
 
 
 def _create(me: int, mesh: Mesh, shape: _core.Shape, arena_bytes: int) -> Memory:
@@ -530,12 +560,6 @@ def _create(me: int, mesh: Mesh, shape: _core.Shape, arena_bytes: int) -> Memory
         what = f"is out of memory: {call} of {arena_bytes} B: {os.strerror(number)}"
         raise make_error("E232", what, rank=me) from error
     return Memory(me, control, arena, mesh)
-
-
-def _publish_in_process(memory: Memory, token: bytes) -> None:
-    memory.key = (token, memory.rank)
-    with _in_process_lock:
-        _in_process[memory.key] = (memory.control, memory.own_arena)
 
 
 def _share(memory: Memory, hellos: Sequence[Hello], token: bytes, shape: _core.Shape) -> None:
