@@ -145,6 +145,7 @@ class DispatchArgs:
     scale_bytes: int
     capacity: int
     given_capacity: int
+    index_capacity: int
     num_topk: int
     alignment: int
     scale_block: int
@@ -168,6 +169,7 @@ class UnpackArgs:
     row_index: int
     max_recv: int
     max_rows: int
+    max_index: int
     row_alignment: int
     idx_is_int64: bool
 
@@ -258,7 +260,7 @@ class CpuCommunicator:
     def combine(
         self, args: CombineArgs, late: Callable[[int, int, float], object] | None = ...
     ) -> Outcome: ...
-    def refuse(self, kind: OpKind, why: Outcome) -> Outcome: ...
+    def refuse(self, kind: OpKind, why: Outcome) -> None: ...
     def begin_dispatch(self, args: DispatchArgs) -> Pending: ...
     def begin_combine(self, args: CombineArgs) -> Pending: ...
     def unpack(self, dispatched: Dispatched, args: DispatchArgs, out: UnpackArgs) -> bool: ...

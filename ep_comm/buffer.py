@@ -209,7 +209,7 @@ class Buffer:
             row_index: compact: also return the expert-grouped index of rows, for a gathering GEMM.
             capacity: most rows (slab: per expert, default num_ranks * max_tokens); beyond it the call fails everywhere.
             sync: True: sizes are exact. False: shapes are static, counts are tensors, failures found after the call
-                began show in `status` and are raised by the next call or `check()`.
+                began show in `status` and are raised by `check()` or the next dispatch with sync=True.
             wait: False: return a `Begun` at once.
             output: "arena", "torch" (copied out), or "auto" (copied out when the arena runs short).
             num_sms: SMs for this call, GPU backends.
@@ -227,6 +227,8 @@ class Buffer:
         """
         self._enter()
         with self._lock:
+            if sync:
+                self._raise_deferred()
             try:
                 call = check_dispatch(
                     self._spec, self._backend.generation, x, topk_idx, topk_weights, scales=scales,
@@ -307,8 +309,13 @@ class Buffer:
         return self._backend.empty(shape, dtype)
 
     def check(self) -> None:
-        """Raise what a static call (`sync=False`) could not: its failure, once. Local."""
+        """Raise what static calls (`sync=False`) could not: the first failure, once.
+
+        Waits for operations begun with wait=False. Local, but call it at the same point of the program on all ranks.
+        """
         self._enter()
+        with self._lock:
+            self._raise_deferred()
 
     def stats(self) -> dict[str, Any]:
         """Numbers about this rank: arena bytes (capacity, in use, peak, committed), outputs copied out."""
@@ -400,7 +407,7 @@ class Buffer:
     # ---- inside ----
 
     def _enter(self) -> None:
-        """Refuse what cannot work at all; raise what an earlier static call could not."""
+        """Refuse what cannot work at all."""
         if self._closed is not None:
             raise make_error("E340", f"is closed: at {self._closed}", rank=self._spec.rank)
         if self._pid != os.getpid():
@@ -409,10 +416,12 @@ class Buffer:
                 f"is a fork: made in pid {self._pid}, now {os.getpid()}",
                 rank=self._spec.rank,
             )
-        deferred = self._backend.deferred
-        if deferred is not None:
-            self._backend.deferred = None
-            raise deferred
+
+    def _raise_deferred(self) -> None:
+        """Raise what an earlier static call could not."""
+        error = self._backend.take_deferred()
+        if error is not None:
+            raise error
 
     def _refused(self, op: str, error: EPError, tag: str) -> EPError:
         """Tell the peers that this call will not happen, then let the caller have the error."""

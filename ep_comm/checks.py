@@ -241,8 +241,8 @@ def check_dispatch(
         positive("num_sms", num_sms)
     if capacity is not None:
         positive("capacity", capacity, 0)
-    if row_index and (layout != "compact" or not sync):
-        raise make_error("E203", "rejected row_index=True: want layout='compact' and sync=True")
+    if row_index and layout != "compact":
+        raise make_error("E203", f"rejected row_index=True: want layout='compact', got {layout!r}")
     scale_tensor, words, scale_dtype = _check_scales(spec, x, scales, scale_block, quantize)
     if handle is not None:
         routed = _routing_of_handle(spec, generation, handle, topk_idx, num_tokens)
@@ -263,14 +263,19 @@ def check_dispatch(
 
 def default_capacity(spec: BufferSpec, call: DispatchCall) -> int | None:
     """Rows of x where the shape cannot follow from what arrives; None = it does."""
-    if call.capacity is not None or (call.sync and call.layout != "slab"):
-        return call.capacity
-    worst = spec.num_ranks * spec.max_tokens
-    if call.layout != "grouped":
-        return worst
+    if call.given_capacity is not None or (call.sync and call.layout != "slab"):
+        return call.given_capacity
+    if call.layout == "grouped":
+        return worst_grouped_rows(spec, call)
+    return spec.num_ranks * spec.max_tokens
+
+
+def worst_grouped_rows(spec: BufferSpec, call: DispatchCall) -> int:
+    """Rows of all groups, padding included, when nobody chooses an expert twice."""
     local = spec.num_local_experts
     if local == 0:
         return 0
+    worst = spec.num_ranks * spec.max_tokens
     rows = worst * min(call.num_topk, local) + local * (call.alignment - 1)
     return -(-rows // call.alignment) * call.alignment
 

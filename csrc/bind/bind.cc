@@ -202,17 +202,18 @@ void bind_args(py::module_& m) {
             EP_ADDRESS(D, topk_weights) EP_ADDRESS(D, send_row) EP_ADDRESS(D, rank_counts)
                 EP_ADDRESS(D, expert_counts) EP_FIELD(D, num_tokens) EP_FIELD(D, x_stride)
                     EP_FIELD(D, hidden) EP_FIELD(D, scale_bytes) EP_FIELD(D, capacity)
-                        EP_FIELD(D, given_capacity) EP_FIELD(D, num_topk) EP_FIELD(D, alignment)
-                            EP_FIELD(D, scale_block) EP_FIELD(D, layout) EP_FIELD(D, dtype)
-                                EP_FIELD(D, quantize) EP_FIELD(D, with_weights)
-                                    EP_FIELD(D, is_static) EP_FIELD(D, cached) EP_FIELD(D, routing)
+                        EP_FIELD(D, given_capacity) EP_FIELD(D, index_capacity)
+                            EP_FIELD(D, num_topk) EP_FIELD(D, alignment) EP_FIELD(D, scale_block)
+                                EP_FIELD(D, layout) EP_FIELD(D, dtype) EP_FIELD(D, quantize)
+                                    EP_FIELD(D, with_weights) EP_FIELD(D, is_static)
+                                        EP_FIELD(D, cached) EP_FIELD(D, routing)
         .def("row_bytes", &D::row_bytes);
     using U = UnpackArgs;
     py::class_<U>(m, "UnpackArgs")
         .def(py::init<>()) EP_ADDRESS(U, recv_src) EP_ADDRESS(U, recv_row) EP_ADDRESS(U, topk_idx)
             EP_ADDRESS(U, topk_weights) EP_ADDRESS(U, scales) EP_ADDRESS(U, offsets)
                 EP_ADDRESS(U, row_index) EP_FIELD(U, max_recv) EP_FIELD(U, max_rows)
-                    EP_FIELD(U, row_alignment) EP_FIELD(U, idx_is_int64);
+                    EP_FIELD(U, max_index) EP_FIELD(U, row_alignment) EP_FIELD(U, idx_is_int64);
     using C = CombineArgs;
     py::class_<C>(m, "CombineArgs")
         .def(py::init<>()) EP_ADDRESS(C, x) EP_ADDRESS(C, y_weights) EP_ADDRESS(C, topk_idx)
@@ -344,13 +345,8 @@ void bind_cpu(py::module_& m) {
                 return blocking(late, [&](const auto& hooks) { return self.combine(args, hooks); });
             },
             "args"_a, "late"_a = py::none())
-        .def(
-            "refuse",
-            [](Communicator& self, OpKind kind, const Outcome& why) {
-                return blocking(py::none(),
-                                [&](const auto& hooks) { return self.refuse(kind, why, hooks); });
-            },
-            "kind"_a, "why"_a)
+        .def("refuse", &Communicator::refuse, "kind"_a, "why"_a,
+             py::call_guard<py::gil_scoped_release>())
         .def("begin_dispatch", &Communicator::begin_dispatch, "args"_a,
              py::call_guard<py::gil_scoped_release>())
         .def("begin_combine", &Communicator::begin_combine, "args"_a,

@@ -28,6 +28,7 @@ struct DispatchArgs {
     int64_t hidden = 0;
     int64_t scale_bytes = 0;      // per token, as it travels: given, or made by `quantize`
     int64_t capacity = -1;        // rows (slab: per expert), -1 = whatever arrives
+    int64_t index_capacity = -1;  // entries of a static row index, -1 = none or as it comes
     int64_t given_capacity = -1;  // as the caller passed it, the same on all ranks; -1 = left out
     int32_t num_topk = 0;
     int32_t alignment = 1;
@@ -56,9 +57,10 @@ struct UnpackArgs {
     std::byte* scales =
         nullptr;  // [num_rows, scale_bytes]; slab: per expert [scale words][capacity4]
     int32_t* offsets = nullptr;    // grouped, row index: [num_local_experts + 1]
-    int32_t* row_index = nullptr;  // compact: [offsets[last]], see row_alignment
+    int32_t* row_index = nullptr;  // compact: [max_index], see row_alignment
     int64_t max_recv = 0;          // rows of recv_src (static: padded with -1)
     int64_t max_rows = 0;          // rows of x
+    int64_t max_index = 0;         // entries of row_index (static: padded with -1)
     int32_t row_alignment = 1;     // of row_index groups
     bool idx_is_int64 = true;
 };

@@ -54,9 +54,11 @@ Outcome Communicator::combine(const CombineArgs& args, const WaitHooks& hooks) {
     return rank_->combine(rank_->take_seq(), args, hooks);
 }
 
-Outcome Communicator::refuse(OpKind kind, const Outcome& why, const WaitHooks& hooks) {
-    if (!drain(hooks)) return interrupted();
-    return rank_->refuse(rank_->take_seq(), kind, why, hooks);
+void Communicator::refuse(OpKind kind, const Outcome& why) {
+    submit([this, kind, why, seq = rank_->take_seq()](Pending& pending) {
+        pending.combined =
+            rank_->refuse(seq, kind, why, {[this] { return stopping_.load(); }, nullptr});
+    });
 }
 
 std::shared_ptr<Pending> Communicator::begin_dispatch(const DispatchArgs& args) {

@@ -42,7 +42,8 @@ public:
 
     Dispatched dispatch(const DispatchArgs& args, const WaitHooks& hooks);
     Outcome combine(const CombineArgs& args, const WaitHooks& hooks);
-    Outcome refuse(OpKind kind, const Outcome& why, const WaitHooks& hooks);
+    // In its turn behind what was begun before; the caller need not wait for that.
+    void refuse(OpKind kind, const Outcome& why);
     std::shared_ptr<Pending> begin_dispatch(const DispatchArgs& args);
     std::shared_ptr<Pending> begin_combine(const CombineArgs& args);
 

@@ -83,7 +83,7 @@ public:
         if (!acquire_slot()) return failed(watch.outcome());
         announce();
         if (!await_entries(describe(a)) || !check_counts()) return failed(outcome);
-        place();
+        if (placed.ok()) place();
         publish_bases();
         if (!await_bases()) return failed(outcome);
         if (!push()) return failed(outcome);
@@ -148,9 +148,8 @@ private:
                 return false;
             }
             if (a.cached && entry.num_rows != a.rank_counts[num_ranks + src]) {
-                outcome =
-                    outcome_of(kMiscount, src, a.rank_counts[num_ranks + src], entry.num_rows);
-                return false;
+                // Our own handle is not the one the peers use: refuse, as a receiver.
+                placed = outcome_of(kStaleHandle, me);
             }
             for (int e = 0; !a.cached && e < experts.num_local(me); ++e) {
                 const int64_t selections = counts_from(src)[e];
@@ -179,6 +178,10 @@ private:
                 for (int e = 0; e < num_local; ++e) a.expert_counts[e] += counts_from(src)[e];
             }
         }
+        if (a.layout == RecvLayout::kSlab && a.capacity < 0) {
+            placed = outcome_of(kOverCapacity, me, a.capacity, result.num_recv);
+            return;
+        }
         std::vector<int64_t> start(num_local + 1, 0);
         for (int e = 0; e < num_local; ++e) {
             start[e + 1] = start[e] + (a.layout == RecvLayout::kSlab
@@ -206,6 +209,11 @@ private:
         result.num_rows = a.is_static || a.layout == RecvLayout::kSlab ? a.capacity : arriving;
         if (a.capacity >= 0 && arriving > a.capacity) {
             placed = outcome_of(kOverCapacity, me, a.capacity, arriving);
+        }
+        // Compact rows do not depend on the groups, but a static row index has room for so many.
+        const int64_t grouped = result.group_start[num_local];
+        if (a.index_capacity >= 0 && grouped > a.index_capacity) {
+            placed = outcome_of(kOverCapacity, me, a.index_capacity, grouped);
         }
     }
 
@@ -239,7 +247,7 @@ private:
             base.code = placed.incident.code;
             base.x_offset = result.x ? result.x->extent().offset : -1;
             base.meta_offset = result.meta ? result.meta->extent().offset : -1;
-            base.row = first_row[src];
+            base.row = placed.ok() ? first_row[src] : 0;
             base.num_rows = result.num_rows * slabs();
             base.detail[0] = placed.incident.have;
             base.detail[1] = placed.incident.want;

@@ -129,7 +129,9 @@ EP_INLINE typename Vec<W>::U8 to_e4m3(typename Vec<W>::F32 value) {
     const U32 denormal = bits<U32>(bits<F32>(magnitude) + bits<F32>(magic)) - magic;
     U32 out = pick<U32>(magnitude < (121u << 23), denormal, normal);
     out = pick<U32>(magnitude >= (1087u << 20), U32{} + 0x7fu, out);
-    return __builtin_convertvector(out | sign, typename Vec<W>::U8);
+    // A product's NaN has whatever sign the instruction gives it: ours has none.
+    out = pick<U32>(magnitude > 0x7f800000u, U32{} + 0x7fu, out | sign);
+    return __builtin_convertvector(out, typename Vec<W>::U8);
 }
 
 // ---- ordered sums ----
@@ -271,8 +273,8 @@ void quantize_row(const QuantizeArgs& a) {
         float multiplier = 448.0f / amax;
         if (a.ue8m0) {
             const uint32_t exponent = ceil_exponent(scale);
-            multiplier = exponent == 255 ? (amax != amax ? amax : 0.0f)
-                                         : std::bit_cast<float>((254u - exponent) << 23);
+            multiplier = std::bit_cast<float>(exponent == 255 ? 0x7fc00000u  // Inf or NaN: all NaN
+                                                              : (254u - exponent) << 23);
             a.scales[b] =
                 static_cast<std::byte>(exponent);  // little endian: byte b % 4 of word b / 4
         } else {

@@ -162,14 +162,14 @@ private:
 
     void index_rows() {
         std::vector<int32_t> next(out.offsets, out.offsets + num_local);
-        std::fill_n(out.row_index, out.offsets[num_local], -1);
+        std::fill_n(out.row_index, out.max_index, -1);
         for (int64_t i = 0; i < result.num_recv; ++i) {
             int32_t local[kMaxTopk];
             std::memcpy(local, records + i * meta.bytes + meta.experts.offset, meta.experts.bytes);
             for (int k = 0; k < a.num_topk; ++k) {
                 const int32_t e = checked(local[k], num_local);
                 if (e < 0) continue;
-                if (next[e] < out.offsets[e + 1]) {
+                if (next[e] < out.offsets[e + 1] && next[e] < out.max_index) {
                     out.row_index[next[e]++] = static_cast<int32_t>(i);
                 } else {
                     sane = false;

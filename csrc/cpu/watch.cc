@@ -151,6 +151,8 @@ bool Watch::adopt_failure(const Wait& wait) {
 }
 
 bool Watch::healthy(Site site) {
+    // What we read until now was read before we look whether its owner had given up.
+    std::atomic_thread_fence(std::memory_order_acquire);
     const Wait wait{site, rank_, Clock::now(), Clock::now(), 0, 0, false, false};
     return outcome_.ok() && !adopt_failure(wait);
 }

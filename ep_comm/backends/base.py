@@ -41,10 +41,15 @@ class Backend(Protocol):
 
     name: str
     generation: int  # id of the buffer, the same on all ranks
-    deferred: EPError | None  # of a static call that failed; the next call raises it
 
     def prepare_dispatch(self, call: DispatchCall) -> Work[Received]: ...
     def prepare_combine(self, call: CombineCall) -> Work[Combined]: ...
+    def take_deferred(self) -> EPError | None:
+        """The first failure of static calls not yet told, after everything begun so far is over.
+
+        All ranks asked at the same point of their programs answer alike.
+        """
+
     def refuse(self, op: str, error: EPError) -> None:
         """Make every peer raise `error`'s code for this operation instead of waiting for us."""
 

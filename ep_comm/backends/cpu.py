@@ -29,7 +29,7 @@ from ep_comm.bootstrap import (
     receive_fds,
     send_fds,
 )
-from ep_comm.checks import BufferSpec, CombineCall, DispatchCall
+from ep_comm.checks import BufferSpec, CombineCall, DispatchCall, worst_grouped_rows
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPError, make_error
 from ep_comm.handle import Handle, HandleMeta
@@ -57,6 +57,8 @@ _QUANTIZE: Final = {
     "fp8": _core.Quantize.FP8,
     "fp8_ue8m0": _core.Quantize.FP8_UE8M0,
 }
+# Failures a static call finds after it began: shown as its status, raised later.
+_DEFERRABLE: Final = (213, 230, 231)
 # Above this share of the arena in use, output="auto" returns ordinary torch memory instead.
 _WATERMARK: Final = 0.75
 
@@ -87,7 +89,7 @@ class CpuBackend:
         self.generation = generation
         self._memory = memory
         self._arena = memory.arena
-        self.deferred: EPError | None = None
+        self._deferred: EPError | None = None
         self._copies_out = 0
         self._in_flight: list[tuple[_core.Pending, Any]] = []
         self._peer_pids = [memory.mesh.pids.get(r, 0) for r in range(spec.num_ranks)]
@@ -110,6 +112,23 @@ class CpuBackend:
         also when the caller drops it."""
         self._in_flight = [(p, w) for p, w in self._in_flight if not p.done()]
         self._in_flight.append((pending, work))
+
+    def defer(self, work: _Dispatch, error: EPError) -> None:
+        """Remember a static call's failure until somebody may be told."""
+        if self._deferred is None and not work.reported:
+            self._deferred = error
+        work.reported = True
+
+    def take_deferred(self) -> EPError | None:
+        # Everything begun so far takes part, waited for or not: so all ranks find the same here.
+        for pending, work in self._in_flight:
+            pending.wait()
+            if isinstance(work, _Dispatch) and not work.call.sync and not work.reported:
+                outcome = pending.dispatched.outcome
+                if outcome.code in _DEFERRABLE and not outcome.reason:
+                    self.defer(work, self.error(outcome, "dispatch", work.call.tag))
+        error, self._deferred = self._deferred, None
+        return error
 
     def refuse(self, op: str, error: EPError) -> None:
         kind = _core.OpKind.DISPATCH if op == "dispatch" else _core.OpKind.COMBINE
@@ -211,6 +230,7 @@ class _Dispatch:
 
     def __init__(self, backend: CpuBackend, call: DispatchCall) -> None:
         self.backend, self.call = backend, call
+        self.reported = False  # a failure of this static call has been remembered
         spec = backend.spec
         tokens, topk = call.topk_idx.shape
         if call.handle is None:
@@ -235,6 +255,8 @@ class _Dispatch:
         a.num_tokens, a.hidden = call.x.shape
         a.scale_bytes = 4 * call.scale_words
         a.capacity = -1 if call.capacity is None else call.capacity
+        if call.row_index and not call.sync:
+            a.index_capacity = worst_grouped_rows(self.backend.spec, call)
         a.given_capacity = -1 if call.given_capacity is None else call.given_capacity
         a.num_topk = call.num_topk
         a.alignment = call.alignment
@@ -262,7 +284,7 @@ class _Dispatch:
         outcome = result.outcome
         if outcome.code != 0:
             error = self.backend.error(outcome, "dispatch", self.call.tag)
-            if self.call.sync or error.code not in ("E213", "E230", "E231") or outcome.reason:
+            if self.call.sync or outcome.code not in _DEFERRABLE or outcome.reason:
                 raise error
             return self._failed(error)
         x = self._take_x(result)
@@ -328,8 +350,10 @@ class _Dispatch:
         if call.layout == "grouped" or call.row_index:
             out["offsets"] = torch.empty(local + 1, dtype=torch.int32)
         if call.row_index:
-            counts = self.counts.to(torch.int64)
-            total = int((-(-counts // call.alignment) * call.alignment).sum())
+            total = self.args.index_capacity
+            if total < 0:
+                counts = self.counts.to(torch.int64)
+                total = int((-(-counts // call.alignment) * call.alignment).sum())
             out["row_index"] = torch.empty(total, dtype=torch.int32)
         return out
 
@@ -339,6 +363,7 @@ class _Dispatch:
             setattr(u, name, tensor.data_ptr())
         u.max_recv = out["recv_src"].shape[0]
         u.max_rows = result.num_rows
+        u.max_index = out["row_index"].shape[0] if "row_index" in out else 0
         u.row_alignment = self.call.alignment
         u.idx_is_int64 = self.call.idx_dtype == torch.int64
         return u
@@ -415,7 +440,7 @@ class _Dispatch:
             del fresh["recv_src"], fresh["recv_row"]
         for name, tensor in fresh.items():
             tensor.fill_(0 if name in ("topk_weights", "scales", "offsets") else -1)
-        self.backend.deferred = error
+        self.backend.defer(self, error)
         return self._assemble(result, x, out, status=int(error.code[1:]))
 
 
