@@ -2,6 +2,7 @@
 
 base        what a backend is
 cpu         ranks of one host over shared memory (csrc/cpu)
-collective  any torch.distributed group, with all_to_all_single
+collective  any torch.distributed group, with one all-to-all: its exchanges in wire, what ranks
+            tell each other first in record, begun operations in worker
 choose      which of them a buffer gets, and why
 """
