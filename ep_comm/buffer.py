@@ -27,6 +27,8 @@ from ep_comm.bootstrap import (
     resolve_group,
 )
 from ep_comm.checks import (
+    MAX_BYTES,
+    MAX_COUNT,
     MAX_HIDDEN,
     MAX_TOPK,
     BufferSpec,
@@ -480,7 +482,7 @@ def _check_options(
     one_of("backend", backend, BACKENDS)
     for name, value in (("arena_bytes", arena_bytes), ("num_sms", num_sms)):
         if value is not None:
-            positive(name, value)
+            positive(name, value, maximum=MAX_BYTES if name == "arena_bytes" else MAX_COUNT)
     owner = expert_owner(num_experts, num_ranks, expert_map)
     return BufferSpec(
         rank, num_ranks, num_experts, num_topk, hidden, max_tokens, num_slots, owner, device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -19,6 +20,8 @@ Output = Literal["auto", "arena", "torch"]
 MAX_TOPK: Final = 32
 MAX_HIDDEN: Final = 1 << 20
 ROW_ALIGN: Final = 16
+MAX_COUNT: Final = (1 << 31) - 1  # rows, experts and tokens travel as int32
+MAX_BYTES: Final = 1 << 62
 QUANTIZABLE: Final = (torch.bfloat16, torch.float16, torch.float32)
 ONE_BYTE: Final = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)
 DISPATCHABLE: Final = (*QUANTIZABLE, *ONE_BYTE)
@@ -100,14 +103,16 @@ def as_tensor(name: str, value: Any) -> Tensor:
     """The one door for arrays: tensors pass, anything with DLPack or a CUDA array interface becomes one."""
     if isinstance(value, Tensor):
         return value
-    if hasattr(value, "__dlpack__"):
-        tensor: Tensor = torch.from_dlpack(value)
-        return tensor
-    if hasattr(value, "__cuda_array_interface__"):
-        return torch.as_tensor(value)
-    raise make_error(
-        "E200", f"rejected {name}: got {type(value).__name__}, want a tensor or DLPack array"
-    )
+    what = f"rejected {name}: got {type(value).__name__}, want a tensor or DLPack array"
+    try:
+        if hasattr(value, "__dlpack__"):
+            tensor: Tensor = torch.from_dlpack(value)
+            return tensor
+        if hasattr(value, "__cuda_array_interface__"):
+            return torch.as_tensor(value)
+    except Exception as error:  # each library raises its own, e.g. numpy for a read-only array
+        raise make_error("E200", f"{what} ({error})") from error
+    raise make_error("E200", what)
 
 
 def rejected(code: str, name: str, got: Any, want: Any) -> EPError:
@@ -115,7 +120,7 @@ def rejected(code: str, name: str, got: Any, want: Any) -> EPError:
     return make_error(code, f"rejected {name}: got {got}, want {want}")
 
 
-def dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype | torch.layout) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -134,6 +139,8 @@ def check_tensor(
     tensor = as_tensor(name, value)
     if tensor.dtype not in dtypes:
         raise rejected("E200", name, dtype_name(tensor.dtype), names(dtypes))
+    if tensor.layout != torch.strided:
+        raise rejected("E202", name, dtype_name(tensor.layout), "strided")
     fits = tensor.dim() == len(shape) and all(
         isinstance(w, str) or g == w for g, w in zip(tensor.shape, shape, strict=True)
     )
@@ -156,18 +163,36 @@ def dense(name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def positive(name: str, value: Any, minimum: int = 1, code: str = "E203") -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise make_error(code, f"rejected {name}={value!r}: want an int >= {minimum}")
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two dense tensors share a byte."""
+    a_start, b_start = a.data_ptr(), b.data_ptr()
+    a_end, b_end = a_start + a.numel() * a.itemsize, b_start + b.numel() * b.itemsize
+    return max(a_start, b_start) < min(a_end, b_end)
+
+
+def positive(
+    name: str, value: Any, minimum: int = 1, code: str = "E203", maximum: int = MAX_COUNT
+) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+        what = f"rejected {name}={value!r}: want an int from {minimum} to {maximum}"
+        raise make_error(code, what)
     return value
 
 
 def one_of(name: str, value: Any, allowed: Sequence[Any]) -> Any:
-    if value not in allowed:
+    """Of the same type, too: 128.0 is no 128, and an array compares with anything."""
+    if type(value) not in {type(a) for a in allowed} or value not in allowed:
         raise make_error(
             "E203", f"rejected {name}={value!r}: want one of {', '.join(map(repr, allowed))}"
         )
     return value
+
+
+def flag(name: str, value: Any) -> bool:
+    try:
+        return bool(value)
+    except Exception:
+        raise make_error("E203", f"rejected {name}={value!r}: want True or False") from None
 
 
 def expert_owner(num_experts: int, num_ranks: int, expert_map: Any) -> tuple[int, ...]:
@@ -176,9 +201,11 @@ def expert_owner(num_experts: int, num_ranks: int, expert_map: Any) -> tuple[int
         base, extra = divmod(num_experts, num_ranks)
         sizes = [base + (r < extra) for r in range(num_ranks)]
         return tuple(r for r, size in enumerate(sizes) for _ in range(size))
-    owner = tuple(
-        int(r) for r in (expert_map.tolist() if hasattr(expert_map, "tolist") else expert_map)
-    )
+    try:
+        listed = expert_map.tolist() if hasattr(expert_map, "tolist") else list(expert_map)
+        owner = tuple(operator.index(r) for r in listed)  # an int of any kind, but no 0.5
+    except TypeError as error:
+        raise make_error("E212", f"rejected map: {error}, want int [{num_experts}]") from None
     if len(owner) != num_experts:
         raise make_error("E212", f"rejected map: {len(owner)} entries, want {num_experts}")
     for expert, rank in enumerate(owner):
@@ -235,12 +262,16 @@ def check_dispatch(
     one_of("layout", layout, ("compact", "grouped", "slab"))
     one_of("output", output, ("auto", "arena", "torch"))
     positive("alignment", alignment)
+    if alignment * spec.num_local_experts > MAX_COUNT // 2:
+        what = f"rejected alignment={alignment}: of {spec.num_local_experts} experts, want fewer rows"
+        raise make_error("E203", what)
     if alignment != 1 and layout == "slab":
         raise make_error("E203", f"rejected alignment={alignment}: want 1 with layout='slab'")
     if num_sms is not None:
         positive("num_sms", num_sms)
     if capacity is not None:
         positive("capacity", capacity, 0)
+    sync, row_index = flag("sync", sync), flag("row_index", row_index)
     if row_index and layout != "compact":
         raise make_error("E203", f"rejected row_index=True: want layout='compact', got {layout!r}")
     scale_tensor, words, scale_dtype = _check_scales(spec, x, scales, scale_block, quantize)
@@ -255,9 +286,13 @@ def check_dispatch(
     weights = _check_weights(spec, topk_weights, num_tokens, idx.shape[1])
     call = DispatchCall(
         x, idx, idx_dtype, weights, scale_tensor, words, scale_dtype, parsed, meta, layout, alignment,
-        capacity, capacity, bool(sync), quantize, scale_block, bool(row_index), output, num_sms, str(tag),
+        capacity, capacity, sync, quantize, scale_block, row_index, output, num_sms, str(tag),
     )  # fmt: skip
     call.capacity = default_capacity(spec, call)
+    slabs = spec.num_local_experts if call.layout == "slab" else 1
+    if call.capacity is not None and call.capacity * slabs > MAX_COUNT:
+        what = f"rejected capacity={call.capacity}: {slabs} times it, want <= {MAX_COUNT} rows"
+        raise make_error("E203", what)
     return call
 
 
@@ -358,12 +393,32 @@ def check_handle(spec: BufferSpec, generation: int, handle: Any) -> tuple[Handle
     parsed, meta = parse_handle(handle, generation=generation)
     world = (meta.num_ranks, meta.num_experts, meta.num_local_experts, meta.hidden)
     mine = (spec.num_ranks, spec.num_experts, spec.num_local_experts, spec.hidden)
-    if world != mine or not 1 <= meta.num_topk <= MAX_TOPK:
+    sizes_fit = meta.num_topk <= MAX_TOPK and max(meta.alignment, meta.capacity) <= MAX_COUNT
+    if world != mine or meta.num_topk < 1 or not sizes_fit:
         raise make_error("E320", f"rejected handle: of {world}, want {mine}")
     for tensor in parsed[1:]:
         if tensor.device != spec.device or not tensor.is_contiguous():
             raise make_error("E320", f"rejected handle: tensors not contiguous on {spec.device}")
+    if parsed.topk_weights.dtype != torch.float32:  # the reference has float64 ones
+        raise make_error("E320", f"rejected handle: topk_weights {parsed.topk_weights.dtype}")
+    if spec.device.type == "cpu":  # elsewhere the host would wait for the device
+        _check_handle_counts(parsed, meta)
     return parsed, meta
+
+
+def _check_handle_counts(handle: Handle, meta: HandleMeta) -> None:
+    """E320 for counts that somebody changed: everything else in a handle is bounded by them."""
+    sent, received = handle.rank_counts.tolist()
+    selections = handle.num_tokens_per_expert.tolist()
+    total = sum(received)
+    if (
+        min([*sent, *received, *selections, 0]) < 0
+        or max(sent) > meta.num_tokens
+        or total > meta.num_unique
+        or (meta.sync and total != meta.num_unique)
+        or sum(selections) > total * meta.num_topk
+    ):
+        raise make_error("E320", "rejected handle: damaged, its counts contradict each other")
 
 
 # ---- combine ----
@@ -388,6 +443,7 @@ def check_combine(
     check_hidden(spec.hidden, x.dtype)
     if num_sms is not None:
         positive("num_sms", num_sms)
+    weighted = flag("weighted", weighted)
     if weighted and meta.layout == "compact":
         raise make_error(
             "E203",
@@ -413,6 +469,6 @@ def check_combine(
     )
     if out is not None:
         out = dense("out", check_tensor("out", out, spec, (x.dtype,), token_shape))
-    return CombineCall(
-        x, parsed, meta, bool(weighted), weights, (first, second), out, num_sms, str(tag)
-    )
+        if overlap(out, x):  # peers may still read x when we write
+            raise rejected("E202", "out", "memory of x", "memory of its own")
+    return CombineCall(x, parsed, meta, weighted, weights, (first, second), out, num_sms, str(tag))
