@@ -1,7 +1,7 @@
-"""How ranks find each other before there is shared memory: a key-value store, then one socket per pair.
+"""How ranks find each other before there is shared memory: a store, then one socket per pair.
 
-Only fixed structs cross, each with magic, version, length and checksum; nothing is ever unpickled. Every
-rank reads every other rank's struct, so all come to the same verdict about a disagreement.
+Only fixed structs cross, each with magic, version, length and checksum; nothing is ever unpickled.
+Every rank reads every other rank's struct, so all come to the same verdict about a disagreement.
 """
 
 from __future__ import annotations
@@ -55,7 +55,11 @@ class Group:
 
 
 def resolve_group(group: Any) -> Group:
-    """Accept a ProcessGroup, a StoreGroup, or None (the default group, else a single rank)."""
+    """Accept a ProcessGroup, a StoreGroup, or None (the default group, else a single rank).
+
+    Raises:
+        EPEnvironmentError: E406, the group cannot be used; local, peers are not told.
+    """
     import torch.distributed as dist
 
     if isinstance(group, StoreGroup):
@@ -98,7 +102,10 @@ def _same(fmt: str, code: str) -> Any:
 
 @dataclass(frozen=True)
 class Hello:
-    """The construction handshake: one per rank, compared field by field."""
+    """The construction handshake: one per rank, compared field by field.
+
+    A string too long for its field is cut, on every rank alike.
+    """
 
     protocol: int = _same("I", "E222")
     version: str = _same("24s", "E222")
@@ -118,9 +125,7 @@ class Hello:
     boot_id: bytes = field(default=bytes(16), metadata={"fmt": "16s", "code": None})
     pid_namespace: int = _free("Q")
     token: bytes = field(default=bytes(16), metadata={"fmt": "16s", "code": None})  # random
-    refusal: str = _free(
-        "128s"
-    )  # why this rank cannot construct: code and sentence; empty = it can
+    refusal: str = _free("128s")  # why this rank cannot construct: "E203 rejected ..."; "" = it can
 
     @classmethod
     def _format(cls) -> struct.Struct:
@@ -128,14 +133,19 @@ class Hello:
 
     def pack(self) -> bytes:
         values = [
-            v.encode(errors="replace") if isinstance(v, str) else v for v in vars(self).values()
+            v.encode("ascii", "replace") if isinstance(v, str) else v for v in vars(self).values()
         ]
         body = self._format().pack(*values)
         return _HEAD.pack(_MAGIC, len(body), zlib.crc32(body)) + body
 
     @classmethod
     def unpack(cls, data: bytes, sender: int) -> Hello:
-        """Parse what `sender` published; E406 for anything but a whole, intact Hello of that rank."""
+        """Parse what `sender` published.
+
+        Raises:
+            EPEnvironmentError: E406, anything but a whole, intact Hello of that rank.
+            EPMismatch: E222, a Hello of another version, recognized by its length.
+        """
 
         def reject(what: str) -> EPError:
             return make_error("E406", f"rejected bootstrap of rank {sender}: {what}")
@@ -147,10 +157,8 @@ class Hello:
         if magic != _MAGIC:
             raise reject("magic")
         if length != form.size:  # another version: its own fields cannot be read, its existence can
-            raise make_error(
-                "E222",
-                f"cannot construct: rank {sender} speaks another handshake, of {length} bytes, want {form.size}",
-            )
+            what = f"rank {sender} speaks another handshake, of {length} bytes, want {form.size}"
+            raise make_error("E222", f"cannot construct: {what}")
         if len(data) != _HEAD.size + length:
             raise reject(f"length {len(data)}")
         body = data[_HEAD.size :]
@@ -171,15 +179,15 @@ class Hello:
 
     def same_process(self, other: Hello) -> bool:
         """Whether two ranks are threads of one process."""
-        mine, theirs = (
-            (self.boot_id, self.pid_namespace, self.pid),
-            (other.boot_id, other.pid_namespace, other.pid),
-        )
-        return mine == theirs
+        mine = (self.boot_id, self.pid_namespace, self.pid)
+        return mine == (other.boot_id, other.pid_namespace, other.pid)
 
 
 def check_agreement(me: int, hellos: Sequence[Hello]) -> None:
-    """Raise the same error on every rank when a field differs; names the minority, both values."""
+    """Raise the same error on every rank when one refused or a field differs.
+
+    Names one rank of the minority, its value, and the value of the majority.
+    """
     for hello in hellos:
         if hello.refusal:
             code, _, what = hello.refusal.partition(" ")
@@ -200,6 +208,7 @@ def check_agreement(me: int, hellos: Sequence[Hello]) -> None:
 
 
 def _name_ranks(ranks: list[int]) -> str:
+    """ "rank 3 has" or "ranks 0,2-7 have"."""
     runs: list[str] = []
     for r in ranks:
         if runs and int(runs[-1].split("-")[-1]) == r - 1:
@@ -233,7 +242,7 @@ class Exchange:
         self.group = group
         self.deadline = None if limit_s is None else time.monotonic() + limit_s
         self.alive: Callable[[], int | None] = lambda: None  # a rank known to be dead
-        # The store itself counts constructions of this rank, so any number of buffers share a group.
+        # The store counts the constructions of each rank: any number of buffers share a group.
         self._number = group.store.add(f"count/{group.rank}", 1)
         self._keys: list[str] = []
 
@@ -244,7 +253,12 @@ class Exchange:
         self._keys.append(key)
 
     def gather(self, name: str, payload: bytes) -> list[bytes]:
-        """Everybody's bytes, by rank. E120 names who is missing, E110 who died meanwhile."""
+        """Everybody's bytes, by rank. Collective.
+
+        Raises:
+            EPTimeout: E120, the deadline has passed; names all ranks that are missing.
+            EPPeerDied: E110, a rank whose process we know ended meanwhile.
+        """
         store, group = self.group.store, self.group
         self.publish(name, payload)
         keys = [f"{self._number}/{name}/{r}" for r in range(group.size)]
@@ -253,12 +267,7 @@ class Exchange:
             while not self._wait_slice(key):
                 dead = self.alive()
                 if dead is not None:
-                    raise make_error(
-                        "E110",
-                        f"lost rank {dead}: its process ended during construction",
-                        rank=group.rank,
-                        peer=dead,
-                    )
+                    raise died_early(group.rank, dead)
                 if self.deadline is not None and time.monotonic() > self.deadline:
                     missing = [r for r in range(group.size) if not store.check([keys[r]])]
                     if not missing:
@@ -284,7 +293,7 @@ class Exchange:
                 self.group.store.delete_key(key)
 
     def abandon(self) -> None:
-        """Others never came: our next construction, which is their first, takes this number again."""
+        """Others never came: our next construction, their first, takes this number again."""
         with contextlib.suppress(Exception):
             self.group.store.add(f"count/{self.group.rank}", -1)
 
@@ -324,8 +333,18 @@ class Mesh:
         return None
 
 
+def died_early(me: int, dead: int) -> EPError:
+    """E110 before there is a buffer."""
+    what = f"lost rank {dead}: its process ended during construction"
+    return make_error("E110", what, rank=me, peer=dead)
+
+
 class Listener:
-    """Where peers of this host reach us; made before the handshake, so that nobody comes too early."""
+    """Where peers of this host reach us; made before the handshake, so nobody comes too early.
+
+    An abstract Unix socket whose name is our random token. Only processes of the same user that
+    know the token of the whole group get in.
+    """
 
     def __init__(self) -> None:
         self.token = secrets.token_bytes(16)
@@ -342,7 +361,14 @@ class Listener:
     def connect_all(
         self, me: int, hellos: Sequence[Hello], group_token: bytes, exchange: Exchange
     ) -> Mesh:
-        """Connect to every lower rank and accept every higher one; ranks of our own process are left out."""
+        """Connect to every lower rank and accept every higher one.
+
+        Ranks of our own process are left out: their memory is found in a table.
+
+        Raises:
+            EPEnvironmentError: E405, a peer cannot be reached; E406, it is of another user.
+            EPPeerDied, EPTimeout: E110, E120, as `Exchange.gather`.
+        """
         mesh = Mesh()
         exchange.alive = mesh.dead_rank
         try:
@@ -367,21 +393,18 @@ class Listener:
     ) -> None:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            sock.settimeout(_slice(exchange))
+            sock.settimeout(_seconds_left(exchange))
             sock.connect(_address(peer.token))
             _check_user(sock, peer.rank)
             sock.sendall(_GREETING.pack(_MAGIC, group_token, me))
         except OSError as error:
             sock.close()
             if isinstance(error, ConnectionRefusedError) and not _same_network(peer):
-                what = f"cannot share memory: connect to rank {peer.rank}: {error.strerror}, needs one network namespace"
+                call = f"connect to rank {peer.rank}: {error.strerror}"
+                what = f"cannot share memory: {call}, needs one network namespace"
                 raise make_error("E405", what, rank=me, peer=peer.rank) from error
-            raise make_error(
-                "E110",
-                f"lost rank {peer.rank}: {error} during construction",
-                rank=me,
-                peer=peer.rank,
-            ) from error
+            what = f"lost rank {peer.rank}: {error} during construction"
+            raise make_error("E110", what, rank=me, peer=peer.rank) from error
         except BaseException:
             sock.close()
             raise
@@ -447,7 +470,10 @@ def _address(token: bytes) -> bytes:
 
 
 def _same_network(peer: Hello) -> bool:
-    """Whether the peer's listener is visible here; abstract sockets belong to a network namespace."""
+    """Whether the peer's listener is visible here.
+
+    Abstract sockets belong to a network namespace; True when the kernel does not tell.
+    """
     try:
         with open("/proc/net/unix") as file:
             return f"@ep_comm-{peer.token.hex()}" in file.read()
@@ -481,24 +507,20 @@ def _watch(mesh: Mesh, rank: int, pid: int) -> None:
             mesh.pidfds[rank] = os.pidfd_open(pid)
 
 
-def _slice(exchange: Exchange) -> float:
+def _seconds_left(exchange: Exchange) -> float:
     if exchange.deadline is None:
         return 600.0
     return max(0.01, exchange.deadline - time.monotonic())
 
 
 def _slices(exchange: Exchange, waiting: set[int], mesh: Mesh) -> Iterator[None]:
+    """Turns of a wait for the ranks `waiting`; ends by raising E110 or E120."""
     start = time.monotonic()
     while True:
         yield
         dead = mesh.dead_rank()
         if dead is not None:
-            raise make_error(
-                "E110",
-                f"lost rank {dead}: its process ended during construction",
-                rank=exchange.group.rank,
-                peer=dead,
-            )
+            raise died_early(exchange.group.rank, dead)
         if exchange.deadline is not None and time.monotonic() > exchange.deadline:
             what = f"waited {time.monotonic() - start:.1f} s: ranks {sorted(waiting)} missing"
             raise make_error("E120", what, rank=exchange.group.rank, peer=min(waiting))

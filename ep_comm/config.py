@@ -12,11 +12,16 @@ class EPConfig:
     """How long to wait for other ranks.
 
     Args:
-        arrival_warn_s: seconds after which a peer that has not entered the operation is logged (W101).
-        arrival_s: seconds after which it fails the communicator (E101); None = never. Limits the
-            construction of a buffer, too (E120).
-        progress_s: seconds without progress by a peer that has entered (E102); a peer whose process is
-            stopped is given up after this time, too.
+        arrival_warn_s: seconds after which a peer that has not entered the operation is logged, as
+            a warning W101 of the logger "ep_comm".
+        arrival_s: seconds after which such a peer ends the communicator (E101); None = never. It
+            limits the construction of a buffer, too (E120).
+        progress_s: seconds without progress by a peer that has entered (E102). A peer whose process
+            is stopped (SIGSTOP, a debugger) is given up after this time already (E101).
+    Raises:
+        EPArgumentError: E203, a limit is not a positive number.
+
+    All are run-time seconds of the wall clock. They may differ between ranks.
     """
 
     arrival_warn_s: float = 5.0

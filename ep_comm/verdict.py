@@ -56,7 +56,7 @@ class PeerState:
     pid: int  # 0 = not visible
 
     def describe(self) -> str:
-        """ "alive", "alive but stopped", "gone", or nothing when it is not visible."""
+        """Part of a sentence: its process is alive, stopped or gone; "" when it is not visible."""
         if self.pid <= 0:
             return ""
         try:
@@ -79,6 +79,7 @@ def error_of(outcome: Outcome, *, op: str, tag: str, peer: PeerState) -> EPError
 
 
 def _sentence(o: Outcome, peer: PeerState) -> str:
+    """What `EPError` takes as `what`; the rows of docs/errors.md, with numbers."""
     p, detail = o.peer, o.detail
     if o.code < 200:
         return _liveness(o, peer)
@@ -114,6 +115,7 @@ def _sentence(o: Outcome, peer: PeerState) -> str:
 
 
 def _liveness(o: Outcome, peer: PeerState) -> str:
+    """E101 to E111: who, how long, where, and what the peer was last seen doing."""
     p = o.peer
     last = f"last entered #{o.peer_seq}" if o.peer_seq else "entered nothing yet"
     found = (
@@ -135,6 +137,7 @@ def _liveness(o: Outcome, peer: PeerState) -> str:
 
 
 def _name(field: str, value: int) -> str:
+    """A value of a field of the call's descriptor, as the caller spelled it."""
     names: dict[str, tuple[str, ...]] = {"layout": LAYOUTS, "dtype": _DTYPES, "quantize": _QUANTIZE}
     table = names.get(field, ())
     if 0 <= value < len(table):

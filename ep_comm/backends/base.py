@@ -12,9 +12,7 @@ from ep_comm.checks import CombineCall, DispatchCall
 from ep_comm.errors import EPError
 from ep_comm.received import Received
 
-Combined = Tensor | tuple[Tensor, Tensor]
-
-
+Combined = Tensor | tuple[Tensor, Tensor]  # the second: top-k weights brought home
 R_co = TypeVar("R_co", covariant=True)
 
 
@@ -26,7 +24,10 @@ class BegunOp(Protocol):
 
 
 class Work(Protocol[R_co]):
-    """An operation with everything it needs, not yet visible to anybody; one of these is called, once."""
+    """An operation with everything it needs, not yet visible to anybody.
+
+    One of the two is called, once: `run` returns the result, `begin` returns at once.
+    """
 
     def run(self) -> R_co: ...
     def begin(self) -> BegunOp: ...

@@ -1,4 +1,4 @@
-"""Which backend a buffer gets. Every rank decides from the same handshakes, so every rank decides alike."""
+"""Which backend a buffer gets: every rank decides from the same handshakes, so all decide alike."""
 
 from __future__ import annotations
 

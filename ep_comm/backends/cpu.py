@@ -1,18 +1,18 @@
 """The cpu backend: ranks of one host share memory; the work is done in csrc/cpu.
 
-Only this file and its GPU sibling take addresses of tensors. Outputs lie in the arena, a sealed memfd that
-every rank has mapped: peers write rows straight into the tensor the caller gets.
+Only this file and its GPU sibling take addresses of tensors. Outputs lie in the arena, a sealed
+memfd that every rank has mapped: peers write rows straight into the tensor the caller gets.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from ep_comm.bootstrap import (
     Hello,
     Listener,
     Mesh,
+    died_early,
     group_token,
     receive_fds,
     send_fds,
@@ -62,13 +63,14 @@ _DEFERRABLE: Final = (213, 230, 231)
 # Above this share of the arena in use, output="auto" returns ordinary torch memory instead.
 _WATERMARK: Final = 0.75
 
-# Ranks that are threads of one process find each other's memory here, by (token of the group, rank).
+# Where ranks that are threads of one process find each other's memory: (token of the group, rank)
+# -> (control block, arena).
 _in_process: dict[tuple[bytes, int], tuple[_core.Segment, _core.Segment]] = {}
 _in_process_lock = threading.Lock()
 
 
 def default_arena_bytes() -> int:
-    """All of the machine's memory: pages that nobody touches cost nothing."""
+    """As much as the machine has: pages that nobody touches cost nothing."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -140,11 +142,13 @@ class CpuBackend:
         pid = self._peer_pids[peer] if 0 <= peer < len(self._peer_pids) else 0
         return error_of(outcome, op=op, tag=tag, peer=PeerState(pid))
 
-    def late(self, op: str, tag: str) -> Any:
+    def late(self, op: str, tag: str) -> Callable[[int, int, float], None]:
+        """What the core calls when a peer is late: one warning W101 per wait."""
+
         def warn(site: int, peer: int, waited_s: float) -> None:
             name = f' (tag "{tag}")' if tag else ""
-            text = f"W101: rank {self.spec.rank} has waited {waited_s:.1f} s for rank {peer} in {op}{name}"
-            _log.warning(text)
+            late = f"for rank {peer} in {op}{name}"
+            _log.warning(f"W101: rank {self.spec.rank} has waited {waited_s:.1f} s {late}")
 
         return warn
 
@@ -154,10 +158,8 @@ class CpuBackend:
     # ---- memory ----
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Arena memory for an expert output, so that combine need not copy it; E231 when there is none."""
-        num_bytes = dtype.itemsize
-        for size in shape:
-            num_bytes *= size
+        """Arena memory, uninitialized; E231 when no free piece is long enough."""
+        num_bytes = dtype.itemsize * math.prod(shape)
         if num_bytes == 0:
             return torch.empty(tuple(shape), dtype=dtype)
         capsule = self._arena.array(num_bytes)
@@ -169,7 +171,8 @@ class CpuBackend:
         return flat.view(dtype).view(tuple(shape))
 
     def warm(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Memory for a result: pages of the arena that were used before cost no faults."""
+        """Memory for a result: of the arena when there is room, its pages have been touched before;
+        else of torch."""
         try:
             return self.empty(shape, dtype)
         except EPError:
@@ -220,6 +223,14 @@ class _Begun:
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+class _Arrival(NamedTuple):
+    """The numbers of a dispatch that is over; shapes follow from them."""
+
+    num_recv: int  # unique tokens
+    num_rows: int  # of x; slab: per local expert
+    seq: int
 
 
 class _Dispatch:
@@ -280,37 +291,35 @@ class _Dispatch:
         return _Begun(pending, lambda: self.received(pending.dispatched))
 
     def received(self, result: _core.Dispatched) -> Received:
-        """Unpack what arrived, or raise. Failures a static call may not raise come back as its status."""
+        """Unpack what arrived, or raise; a failure that a static call keeps becomes its status."""
         outcome = result.outcome
         if outcome.code != 0:
             error = self.backend.error(outcome, "dispatch", self.call.tag)
             if self.call.sync or outcome.code not in _DEFERRABLE or outcome.reason:
                 raise error
             return self._failed(error)
+        arrival = _Arrival(result.num_recv, result.num_rows, result.seq)
         x = self._take_x(result)
-        out = self._outputs(result)
-        if not self.backend.comm.unpack(result, self.args, self._unpack_args(result, out)):
-            raise make_error("E240", "refused metadata of a peer: an expert or row that does not exist",
-                             rank=self.backend.spec.rank, op="dispatch", seq=result.seq)  # fmt: skip
+        out = self._outputs(arrival)
+        if not self.backend.comm.unpack(result, self.args, self._unpack_args(arrival, out)):
+            what = "refused metadata of a peer: an expert or row that does not exist"
+            facts = {"rank": self.backend.spec.rank, "op": "dispatch", "seq": result.seq}
+            raise make_error("E240", what, tag=self.call.tag, **facts)
         result.drop()  # from here on the extents belong to the tensors
         if self.backend.wants_copy(self.call.output):
             x = x.clone()
-        return self._assemble(result, x, out, status=0)
+        return self._assemble(arrival, x, out, status=0)
 
     def _take_x(self, result: _core.Dispatched) -> Tensor:
         spec, call = self.backend.spec, self.call
         shape: tuple[int, ...] = (result.num_rows, spec.hidden)
         if call.layout == "slab":
             shape = (spec.num_local_experts, *shape)
-        num_bytes = call.wire_dtype.itemsize
-        for size in shape:
-            num_bytes *= size
+        num_bytes = call.wire_dtype.itemsize * math.prod(shape)
         if num_bytes == 0:
-            x = torch.empty(shape, dtype=call.wire_dtype)
-        else:
-            flat: Tensor = torch.from_dlpack(self.backend.comm.x_array(result, num_bytes))
-            x = flat.view(call.wire_dtype).view(shape)
-        return x
+            return torch.empty(shape, dtype=call.wire_dtype)
+        flat: Tensor = torch.from_dlpack(self.backend.comm.x_array(result, num_bytes))
+        return flat.view(call.wire_dtype).view(shape)
 
     def _max_recv(self, num_recv: int) -> int:
         """Rows of the tensors that have one per unique token."""
@@ -318,23 +327,21 @@ class _Dispatch:
         if call.sync:
             return num_recv
         worst = spec.num_ranks * spec.max_tokens
-        return (
-            worst
-            if call.layout != "compact" or call.capacity is None
-            else min(worst, call.capacity)
-        )
+        if call.layout != "compact" or call.capacity is None:
+            return worst
+        return min(worst, call.capacity)
 
-    def _outputs(self, result: _core.Dispatched) -> dict[str, Tensor]:
+    def _outputs(self, arrival: _Arrival) -> dict[str, Tensor]:
+        """Tensors for everything but x, by the names of UnpackArgs."""
         spec, call = self.backend.spec, self.call
-        rows, topk, local = result.num_rows, call.num_topk, spec.num_local_experts
+        rows, topk, local = arrival.num_rows, call.num_topk, spec.num_local_experts
         per_row = {"compact": (rows, topk), "grouped": (rows,), "slab": (local, rows)}[call.layout]
         out: dict[str, Tensor] = {}
         if call.handle is None:
-            max_recv = self._max_recv(result.num_recv)
+            max_recv = self._max_recv(arrival.num_recv)
+            with_rows = max_recv if call.layout != "compact" else 0
             out["recv_src"] = torch.empty((max_recv, 2), dtype=torch.int32)
-            out["recv_row"] = torch.empty(
-                (max_recv if call.layout != "compact" else 0, topk), dtype=torch.int32
-            )
+            out["recv_row"] = torch.empty((with_rows, topk), dtype=torch.int32)
             out["topk_idx"] = torch.empty(per_row, dtype=call.idx_dtype)
         else:
             out["recv_src"], out["recv_row"] = call.handle.recv_src, call.handle.recv_row
@@ -342,7 +349,7 @@ class _Dispatch:
             out["topk_weights"] = torch.empty(per_row, dtype=torch.float32)
         if call.scale_dtype is not None:
             words = call.scale_words
-            if call.layout == "slab":
+            if call.layout == "slab":  # column-major, columns of a multiple of four words
                 padded = torch.zeros((local, words, -(-rows // 4) * 4), dtype=call.scale_dtype)
                 out["scales"] = padded.transpose(1, 2)[:, :rows]
             else:
@@ -357,20 +364,21 @@ class _Dispatch:
             out["row_index"] = torch.empty(total, dtype=torch.int32)
         return out
 
-    def _unpack_args(self, result: _core.Dispatched, out: dict[str, Tensor]) -> _core.UnpackArgs:
+    def _unpack_args(self, arrival: _Arrival, out: dict[str, Tensor]) -> _core.UnpackArgs:
         u = _core.UnpackArgs()
         for name, tensor in out.items():
             setattr(u, name, tensor.data_ptr())
         u.max_recv = out["recv_src"].shape[0]
-        u.max_rows = result.num_rows
+        u.max_rows = arrival.num_rows
         u.max_index = out["row_index"].shape[0] if "row_index" in out else 0
         u.row_alignment = self.call.alignment
         u.idx_is_int64 = self.call.idx_dtype == torch.int64
         return u
 
-    def _assemble(self, result: Any, x: Tensor, out: dict[str, Tensor], status: int) -> Received:
-        call = self.call
-        num_recv = int(result.num_recv)
+    def _assemble(
+        self, arrival: _Arrival, x: Tensor, out: dict[str, Tensor], status: int
+    ) -> Received:
+        call, num_recv = self.call, arrival.num_recv
         return Received(
             x=x,
             topk_idx=out.get("topk_idx"),
@@ -381,11 +389,11 @@ class _Dispatch:
             offsets=out.get("offsets"),
             row_index=out.get("row_index"),
             status=torch.tensor([status], dtype=torch.int32),
-            handle=self._handle(result, out),
+            handle=self._handle(arrival, out),
             layout=call.layout,
         )
 
-    def _handle(self, result: Any, out: dict[str, Tensor]) -> Handle:
+    def _handle(self, arrival: _Arrival, out: dict[str, Tensor]) -> Handle:
         spec, call = self.backend.spec, self.call
         if call.handle is not None and call.meta is not None:
             if call.topk_weights is None:
@@ -394,12 +402,12 @@ class _Dispatch:
             return call.handle._replace(meta=meta.pack(), topk_weights=call.topk_weights)
         meta = HandleMeta(
             generation=self.backend.generation,
-            routing_number=int(result.seq),
+            routing_number=arrival.seq,
             layout=call.layout,
             alignment=call.alignment,
             num_tokens=call.x.shape[0],
             num_unique=out["recv_src"].shape[0],
-            num_rows=int(result.num_rows),
+            num_rows=arrival.num_rows,
             num_topk=call.num_topk,
             capacity=-1 if call.given_capacity is None else call.given_capacity,
             sync=call.sync,
@@ -427,11 +435,11 @@ class _Dispatch:
         """A static call's result when it failed: its shapes, nothing in them, and the code."""
         call, spec = self.call, self.backend.spec
         assert call.capacity is not None
-        result = SimpleNamespace(num_recv=0, num_rows=call.capacity, seq=error.seq or 0)
+        arrival = _Arrival(num_recv=0, num_rows=call.capacity, seq=error.seq or 0)
         self.counts = torch.zeros_like(self.counts)
         slabs = (spec.num_local_experts,) if call.layout == "slab" else ()
         x = torch.zeros((*slabs, call.capacity, spec.hidden), dtype=call.wire_dtype)
-        out = self._outputs(result)
+        out = self._outputs(arrival)
         fresh = dict(out)
         if call.handle is None:
             self.rank_counts.zero_()
@@ -441,7 +449,7 @@ class _Dispatch:
         for name, tensor in fresh.items():
             tensor.fill_(0 if name in ("topk_weights", "scales", "offsets") else -1)
         self.backend.defer(self, error)
-        return self._assemble(result, x, out, status=int(error.code[1:]))
+        return self._assemble(arrival, x, out, status=int(error.code[1:]))
 
 
 class _Combine:
@@ -507,13 +515,16 @@ class Memory:
         self.key: tuple[bytes, int] | None = None
 
     def views(self) -> list[tuple[_core.Segment, _core.Segment, int, int, int]]:
-        """(control, arena, pidfd, socket, pid) by rank, as the core takes them."""
-        mesh = self.mesh
+        """(control, arena, pidfd, socket, pid) of each rank, as the core takes them.
+
+        No pidfd, no socket: -1; a process that is not visible: pid 0.
+        """
+        mesh, ranks = self.mesh, range(len(self.peers))
+        sockets = {r: sock.fileno() for r, sock in mesh.sockets.items()}
         return [
-            (*self.peers[r], mesh.pidfds.get(r, -1), mesh.sockets[r].fileno() if r in mesh.sockets else -1,
-             mesh.pids.get(r, 0))
-            for r in range(len(self.peers))
-        ]  # fmt: skip
+            (*self.peers[r], mesh.pidfds.get(r, -1), sockets.get(r, -1), mesh.pids.get(r, 0))
+            for r in ranks
+        ]
 
     def publish_in_process(self, token: bytes) -> None:
         """Let ranks that are threads of this process find our memory."""
@@ -537,7 +548,17 @@ def connect(
     shape: _core.Shape,
     arena_bytes: int,
 ) -> Memory:
-    """Create our memory, give it to every peer, map theirs. All ranks succeed, or all raise and keep nothing."""
+    """Create our memory, give it to every peer, map theirs.
+
+    Args:
+        listener, exchange: of this construction; `hellos` has been agreed on.
+        shape: decides the size of the control block.
+        arena_bytes: of our own arena; ranks may differ.
+    Raises:
+        EPMemoryError: E232. EPEnvironmentError: E405, E406. EPTimeout: E120. EPPeerDied: E110.
+
+    Collective: all ranks succeed, or all raise and keep nothing.
+    """
     me = group.rank
     token = group_token(hellos)
     mesh = Mesh()
@@ -571,8 +592,7 @@ def connect(
 def _broken_share(me: int, mesh: Mesh, error: OSError) -> EPError:
     dead = mesh.dead_rank()
     if dead is not None:
-        what = f"lost rank {dead}: its process ended during construction"
-        return make_error("E110", what, rank=me, peer=dead)
+        return died_early(me, dead)
     return make_error("E405", f"cannot share memory: {error}, needs descriptor passing", rank=me)
 
 
@@ -626,7 +646,10 @@ def _share(memory: Memory, hellos: Sequence[Hello], token: bytes, shape: _core.S
 
 
 def _agree(exchange: Exchange, step: str, me: int, failure: EPError | None) -> None:
-    """Every rank learns whether every rank succeeded; the lowest failed rank's error is raised by all."""
+    """Every rank learns whether every rank succeeded.
+
+    A rank that failed raises its own error, the others that of the lowest rank that failed.
+    """
     text = "" if failure is None else f"{failure.code} {failure.what}"
     answers = exchange.gather(step, text.encode()[:300])
     if failure is not None:

@@ -17,7 +17,7 @@ class Cluster:
 
     Args:
         num_nodes, ranks_per_node: the cluster to pretend.
-        device: "cpu".
+        device: of the buffers that `make_buffers` makes.
 
     Cost: a thread per rank and call of `run`. Threads share memory without descriptors (loopback).
     """
@@ -37,7 +37,10 @@ class Cluster:
     def run(self, work: Callable[..., T], *per_rank: Any, limit_s: float = 120.0) -> list[T]:
         """Call `work(rank, *values of that rank)` on every rank at once; results by rank.
 
-        The first exception of the lowest rank is raised after all ranks have ended; use `run_catching` to see all.
+        Raises:
+            BaseException: that of the lowest rank that raised, once all ranks have ended;
+                `run_catching` shows them all.
+            TimeoutError: a rank ran longer than limit_s; its thread goes on.
         """
         results = self.run_catching(work, *per_rank, limit_s=limit_s)
         for result in results:
@@ -54,7 +57,7 @@ class Cluster:
         def body(rank: int) -> None:
             try:
                 results[rank] = work(rank, *(values[rank] for values in per_rank))
-            except BaseException as error:  # noqa: BLE001 - handed to the caller, whatever it is
+            except BaseException as error:  # handed to the caller, whatever it is
                 results[rank] = error
 
         threads = [
