@@ -1,10 +1,12 @@
 """Errors: one class per family, one code per cause, one sentence per fault.
 
-The sentence always reads the same way, so that people and scripts can read it:
+The sentence always reads the same way, on one line, so that people and scripts can read it:
 
-    <Class>[<code>]: rank <me> <what happened> in <op> #<seq> (tag "<tag>"): <details>. Fix: <action>.
+    <Class>[<code>]: rank <me> <what happened> in <op> #<seq> (tag "<tag>"): <details>.
+    Fix: <action>.
 
-Codes are never reused or renumbered; `docs/errors.md` has a paragraph for each.
+What is not known is left out. Codes are never reused or renumbered; `docs/errors.md` has a
+paragraph for each.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ class EPError(Exception):
         rank, peer: who raises, and who is to blame (None = not known, or nobody).
         op, seq, tag: the operation, its number on this buffer, and the caller's own name for it.
         fix: one action; the code's default when left out.
+
+    The message is one line of at most MAX_SENTENCE characters. Errors pickle and copy whole.
     """
 
     def __init__(
@@ -52,12 +56,15 @@ class EPError(Exception):
 
     @property
     def scope(self) -> Scope:
-        """What still works: "call" this call failed, "comm" close and rebuild, "init" nothing was made,
-        "local" only this rank noticed."""
+        """What still works afterwards.
+
+        "call": only this call failed, on all ranks alike; "comm": the communicator is dead, close
+        and rebuild; "init": nothing was made; "local": only this process misused its buffer.
+        """
         return CODES[self.code].scope
 
     def as_dict(self) -> dict[str, Any]:
-        """The same facts for logs and monitoring; stable keys."""
+        """The same facts for logs and monitoring; stable keys, values that JSON can hold."""
         keys = ("code", "rank", "peer", "op", "seq", "tag", "fix", "scope", "what")
         return {"class": type(self).__name__, **{key: getattr(self, key) for key in keys}}
 
@@ -134,6 +141,7 @@ class EPFabricError(EPError):
 
 
 # E200 is also a TypeError, E201 to E213 also a ValueError, as callers of tensor libraries expect.
+# Both are called EPArgumentError: that is what users catch, and what the sentence says.
 class _TypeArgument(EPArgumentError, TypeError): ...
 
 
@@ -154,6 +162,7 @@ class CodeInfo:
     fix: str
 
 
+# One line per code, however long: it is a table. Its columns are those of CodeInfo.
 CODES: Final[dict[str, CodeInfo]] = {
     "E101": CodeInfo(EPTimeout, "comm", "peer never entered the op", "find out where that rank is"),
     "E102": CodeInfo(EPTimeout, "comm", "transfer stalled", "check that rank and its link"),
@@ -203,7 +212,7 @@ CODES: Final[dict[str, CodeInfo]] = {
 
 
 def make_error(code: str, what: str, **facts: Any) -> EPError:
-    """The error of `code`, of its class; `facts` as EPError takes them."""
+    """The error of `code`, of its class; `facts` are the keyword arguments of EPError."""
     return CODES[code].cls(what, code=code, **facts)
 
 
