@@ -237,7 +237,7 @@ private:
     void publish_bases() {
         std::vector<int32_t> next(result.group_start.begin(), result.group_start.end());
         for (int src = 0; src < num_ranks; ++src) {
-            if (!a.cached) {
+            if (!a.cached && placed.ok()) {
                 for (int e = 0; e < experts.num_local(me); ++e) {
                     at<int32_t>(src, layout.expert_row(slot, experts.first(me) + e)) = next[e];
                     next[e] += counts_from(src)[e];

@@ -143,6 +143,10 @@ struct Block {
     using F32 = typename Vec<W>::F32;
     static constexpr int64_t kHalf = int64_t{W} * dtype_bytes(D);
 
+    static EP_INLINE void set(F32 (&acc)[2], const std::byte* src) {
+        acc[0] = Element<W, D>::load(src);
+        acc[1] = Element<W, D>::load(src + kHalf);
+    }
     static EP_INLINE void add(F32 (&acc)[2], const std::byte* src) {
         acc[0] += Element<W, D>::load(src);
         acc[1] += Element<W, D>::load(src + kHalf);
@@ -167,6 +171,11 @@ struct Block<W, DType::kBF16> {
     static EP_INLINE F32 even(U32 words) { return bits<F32>(words << 16); }
     static EP_INLINE F32 odd(U32 words) { return bits<F32>(words & 0xffff0000u); }
 
+    static EP_INLINE void set(F32 (&acc)[2], const std::byte* src) {
+        const U32 words = load_as<U32>(src);
+        acc[0] = even(words);
+        acc[1] = odd(words);
+    }
     static EP_INLINE void add(F32 (&acc)[2], const std::byte* src) {
         const U32 words = load_as<U32>(src);
         acc[0] += even(words);
@@ -195,10 +204,12 @@ EP_INLINE void sum_columns(const SumArgs& a, int64_t column) {
     constexpr int64_t kBytes = int64_t{2 * W} * dtype_bytes(D);
     const int64_t at = column * dtype_bytes(D);
     F32 acc[kUnroll][2] = {};
-    if (a.bias0 != nullptr) {
-        for (int u = 0; u < kUnroll; ++u) B::add(acc[u], a.bias0 + at + u * kBytes);
+    // The first bias replaces the zero, so that a bias of -0.0 stays what it is.
+    const std::byte* first = a.bias0 != nullptr ? a.bias0 : a.bias1;
+    if (first != nullptr) {
+        for (int u = 0; u < kUnroll; ++u) B::set(acc[u], first + at + u * kBytes);
     }
-    if (a.bias1 != nullptr) {
+    if (a.bias0 != nullptr && a.bias1 != nullptr) {
         for (int u = 0; u < kUnroll; ++u) B::add(acc[u], a.bias1 + at + u * kBytes);
     }
     for (int r = 0; r < a.num_rows; ++r) {
