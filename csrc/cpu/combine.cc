@@ -67,12 +67,12 @@ private:
                 entry.y_offset = staged_y->extent().offset;
             }
         }
-        if (num_ranks > 1 && a.y_weights != nullptr) {
+        if (num_ranks > 1 && a.with_weights) {
             const int64_t bytes = a.num_rows * weights_per_row() * int64_t{sizeof(float)};
             staged_weights = grant(bytes, entry);
             if (staged_weights) {
-                std::memcpy(rank.arena_data() + staged_weights->extent().offset, a.y_weights,
-                            bytes);
+                std::byte* staged = rank.arena_data() + staged_weights->extent().offset;
+                if (bytes > 0) std::memcpy(staged, a.y_weights, bytes);  // an empty tensor is null
                 entry.weights_offset = staged_weights->extent().offset;
             }
         }
