@@ -21,8 +21,14 @@ def same_bits(got: Tensor, want: Tensor, what: str = "") -> None:
     """Equal dtype, shape and bits: -0.0 is not 0.0, and a NaN is only itself."""
     assert got.dtype == want.dtype, (what, got.dtype, want.dtype)
     assert got.shape == want.shape, (what, list(got.shape), list(want.shape))
-    different = bits(got) != bits(want)
-    assert not different.any(), (what, different.nonzero()[:4].tolist(), got, want)
+    _none(bits(got) != bits(want), got, want, what)
+
+
+def _none(different: Tensor, got: Tensor, want: Tensor, what: str) -> None:
+    if different.any():
+        first = different.nonzero()[:4]
+        pairs = [(i.tolist(), got[tuple(i)].item(), want[tuple(i)].item()) for i in first]
+        raise AssertionError(f"{what}: {int(different.sum())} differ, at (got, want): {pairs}")
 
 
 def same_values(got: Tensor, want: Tensor, what: str = "") -> None:
@@ -31,7 +37,7 @@ def same_values(got: Tensor, want: Tensor, what: str = "") -> None:
     assert got.shape == want.shape, (what, list(got.shape), list(want.shape))
     got_nan, want_nan = got.float().isnan(), want.float().isnan()
     different = (got_nan != want_nan) | ((bits(got) != bits(want)) & ~want_nan)
-    assert not different.any(), (what, different.nonzero()[:4].tolist(), got, want)
+    _none(different, got, want, what)
 
 
 def same_received(
