@@ -30,7 +30,7 @@ _HOME = {
     "Handle": "handle",
     "Received": "received",
 }
-_SUBMODULES = ("errors", "reference", "testing")
+_SUBMODULES = ("autograd", "errors", "reference", "testing")
 
 __all__ = [
     "Begun",

@@ -1,0 +1,275 @@
+"""Gradients of dispatch and combine, against the documented order and against the reference's.
+
+Where a sum has one documented order the comparison is bit for bit with random numbers. Autograd
+through the reference adds in an order of its own, so there numbers are small integers, whose sums
+are exact in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ep_comm import Buffer, EPError, reference
+from ep_comm.autograd import combine, dispatch
+from ep_comm.testing import Cluster
+
+NUM_RANKS = 3
+NUM_EXPERTS = 7
+NUM_TOPK = 3
+HIDDEN = 16
+MAX_TOKENS = 6
+TOKENS = (6, 0, 4)
+
+STATIC = {"sync": False}
+LAYOUTS = {
+    "compact": {},
+    "compact-static": {**STATIC, "capacity": 20},
+    "grouped": {"layout": "grouped", "alignment": 4},
+    "grouped-static": {"layout": "grouped", **STATIC},
+    "slab": {"layout": "slab"},
+    "slab-static": {"layout": "slab", **STATIC},
+}
+
+
+@pytest.fixture(scope="module", params=["cpu", "collective"])
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    with Cluster(ranks_per_node=NUM_RANKS) as ranks:
+        ranks.make_buffers(
+            num_experts=NUM_EXPERTS, num_topk=NUM_TOPK, hidden=HIDDEN, max_tokens=MAX_TOKENS,
+            backend=request.param,
+        )  # fmt: skip
+        yield ranks
+
+
+@dataclass
+class Numbers:
+    """Tensors of all ranks: integers, or normally distributed."""
+
+    integers: bool
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+
+    def like(self, shape: Any) -> Tensor:
+        if self.integers:
+            return torch.randint(-4, 5, tuple(shape), generator=self.generator).float()
+        return torch.randn(tuple(shape), generator=self.generator)
+
+    def per_rank(self, *shape: int) -> list[Tensor]:
+        return [self.like((t, *shape)) for t in TOKENS]
+
+    def ids(self) -> list[Tensor]:
+        """With -1 and duplicates."""
+        shapes = [(t, NUM_TOPK) for t in TOKENS]
+        return [torch.randint(-1, NUM_EXPERTS, s, generator=self.generator) for s in shapes]
+
+
+def leaves(tensors: list[Tensor]) -> list[Tensor]:
+    return [t.clone().requires_grad_() for t in tensors]
+
+
+def reference_dispatch(x: Any, ids: Any, weights: Any, **options: Any) -> Any:
+    return reference.dispatch(
+        x, ids, weights, num_experts=NUM_EXPERTS, max_tokens=MAX_TOKENS, **options
+    )
+
+
+def equal(got: list[Any], want: list[Any]) -> None:
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+def has_token(received: Any) -> Tensor:
+    """Which rows hold one, as a factor."""
+    idx = received.topk_idx
+    return ((idx >= 0).any(-1) if received.layout == "compact" else idx >= 0).unsqueeze(-1)
+
+
+# ---- in the documented order, bit for bit ----
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradient_of_dispatch_is_combine(cluster: Cluster, layout: str) -> None:
+    numbers, options = Numbers(integers=False), LAYOUTS[layout]
+    x, ids, weights = numbers.per_rank(HIDDEN), numbers.ids(), numbers.per_rank(NUM_TOPK)
+    want = reference_dispatch(x, ids, weights, **options)
+    grads = [numbers.like(w.x.shape) for w in want]
+    weight_grads = [numbers.like(w.topk_weights.shape) for w in want]
+
+    def work(rank: int, buffer: Buffer, x: Tensor, weights: Tensor) -> Any:
+        received = dispatch(buffer, x, ids[rank], weights, **options)
+        outputs = [received.x, received.topk_weights]
+        return torch.autograd.grad(outputs, [x, weights], [grads[rank], weight_grads[rank]])
+
+    got = cluster.run(work, cluster.buffers, leaves(x), leaves(weights))
+    equal(got, reference.combine(grads, [w.handle for w in want], topk_weights=weight_grads))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradient_of_combine_is_cached_dispatch(cluster: Cluster, layout: str) -> None:
+    numbers, options = Numbers(integers=False), LAYOUTS[layout]
+    x, ids = numbers.per_rank(HIDDEN), numbers.ids()
+    want = reference_dispatch(x, ids, None, **options)
+    y = [numbers.like(w.x.shape) for w in want]
+    values = [numbers.like(w.topk_idx.shape) for w in want]
+    grads, home = numbers.per_rank(HIDDEN), numbers.per_rank(NUM_TOPK)
+
+    def work(rank: int, buffer: Buffer, y: Tensor, values: Tensor, bias: Tensor) -> Any:
+        handle = buffer.dispatch(x[rank], ids[rank], **options).handle
+        outputs = combine(buffer, y, handle, topk_weights=values, bias=(None, bias))
+        inputs = [y, values, bias]
+        return torch.autograd.grad(list(outputs), inputs, [grads[rank], home[rank]])
+
+    got = cluster.run(work, cluster.buffers, leaves(y), leaves(values), leaves(grads))
+    handles = [w.handle for w in want]
+    back = reference_dispatch(grads, None, home, handles=handles)
+    empty = [torch.where(has_token(w), b.x, 0.0) for w, b in zip(want, back, strict=True)]
+    equal(got, [(e, b.topk_weights, g) for e, b, g in zip(empty, back, grads, strict=True)])
+
+
+# ---- a whole MoE layer against autograd through the reference ----
+
+
+def layer(received: Any, back: Any, scale: Tensor, how: str) -> Any:
+    """Experts that scale by their id, on one rank; their gradients show every row."""
+    own = received.topk_idx.clamp(min=0)
+    factor = torch.where(received.topk_idx >= 0, scale[own], 0.0)
+    if how == "owner":
+        factor = factor * received.topk_weights
+    if received.layout == "compact":
+        factor = factor.sum(-1)
+    return back(received.x * factor.unsqueeze(-1))
+
+
+WAYS = [(name, "owner") for name in LAYOUTS]
+WAYS += [(name, "weighted") for name in LAYOUTS if not name.startswith("compact")]
+
+
+@pytest.mark.parametrize(("layout", "how"), WAYS)
+def test_layer_agrees_with_autograd_through_the_reference(
+    cluster: Cluster, layout: str, how: str
+) -> None:
+    numbers, options = Numbers(integers=True), LAYOUTS[layout]
+    x, ids, weights = numbers.per_rank(HIDDEN), numbers.ids(), numbers.per_rank(NUM_TOPK)
+    bias, probe = numbers.per_rank(HIDDEN), numbers.per_rank(HIDDEN)
+    scale = torch.arange(1.0, NUM_EXPERTS + 1)
+    scales = [scale.clone().requires_grad_() for _ in TOKENS]
+    weighted = how == "weighted"
+
+    def work(rank: int, buffer: Buffer, x: Tensor, w: Tensor, b: Tensor, s: Tensor) -> Any:
+        received = dispatch(buffer, x, ids[rank], w, **options)
+        out = layer(
+            received, lambda y: combine(buffer, y, received.handle, weighted=weighted, bias=b), s, how
+        )  # fmt: skip
+        return out.detach(), *torch.autograd.grad((out * probe[rank]).sum(), [x, w, b, s])
+
+    got = cluster.run(work, cluster.buffers, leaves(x), leaves(weights), leaves(bias), scales)
+
+    inputs = [
+        leaves(x),
+        leaves(weights),
+        leaves(bias),
+        [s.detach().clone().requires_grad_() for s in scales],
+    ]
+    everywhere = reference_dispatch(inputs[0], ids, inputs[1], **options)
+    y = [layer(w, lambda y: y, inputs[3][r], how) for r, w in enumerate(everywhere)]
+    outs = reference.combine(y, [w.handle for w in everywhere], weighted=weighted, bias=inputs[2])
+    sum((o * p).sum() for o, p in zip(outs, probe, strict=True)).backward()  # type: ignore[union-attr]
+    equal(got, [(outs[r].detach(), *(i[r].grad for i in inputs)) for r in range(NUM_RANKS)])
+
+
+def test_second_derivative_agrees_with_the_reference(cluster: Cluster) -> None:
+    numbers = Numbers(integers=True)
+    x, ids, weights = numbers.per_rank(HIDDEN), numbers.ids(), numbers.per_rank(NUM_TOPK)
+
+    def loss(received: Any, out: Tensor) -> Tensor:
+        return (out * out).sum() + (received.topk_weights**2).sum()
+
+    def work(rank: int, buffer: Buffer, x: Tensor, w: Tensor) -> Any:
+        received = dispatch(buffer, x, ids[rank], w, layout="grouped")
+        out = combine(buffer, received.x, received.handle, weighted=True)
+        first = torch.autograd.grad(loss(received, out), [x, w], create_graph=True)
+        return torch.autograd.grad(sum((f * f).sum() for f in first), [x, w])
+
+    got = cluster.run(work, cluster.buffers, leaves(x), leaves(weights))
+
+    x, weights = leaves(x), leaves(weights)
+    everywhere = reference_dispatch(x, ids, weights, layout="grouped")
+    outs = reference.combine(
+        [w.x for w in everywhere], [w.handle for w in everywhere], weighted=True
+    )
+    total = sum(loss(w, o) for w, o in zip(everywhere, outs, strict=True))
+    first = torch.autograd.grad(total, [*x, *weights], create_graph=True)
+    second = torch.autograd.grad(sum((f * f).sum() for f in first), [*x, *weights])
+    equal(got, [(second[r], second[NUM_RANKS + r]) for r in range(NUM_RANKS)])
+
+
+# ---- what takes part ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_of_weights_alone_has_their_dtype(cluster: Cluster, dtype: torch.dtype) -> None:
+    numbers = Numbers(integers=True)
+    x, ids = numbers.per_rank(HIDDEN), numbers.ids()
+    weights = [w.to(dtype) for w in numbers.per_rank(NUM_TOPK)]
+
+    def work(rank: int, buffer: Buffer, w: Tensor) -> Tensor:
+        received = dispatch(buffer, x[rank], ids[rank], w)
+        assert not received.x.requires_grad
+        received.topk_weights.square().sum().backward()
+        assert w.grad is not None
+        return w.grad
+
+    got = cluster.run(work, cluster.buffers, leaves(weights))
+    equal(got, [torch.where(i >= 0, 2 * w, 0) for i, w in zip(ids, weights, strict=True)])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_without_token_are_zero(cluster: Cluster, layout: str) -> None:
+    def work(rank: int, buffer: Buffer) -> None:
+        for num_tokens in (6, 1):  # the second dispatch gets memory the first one has written
+            idx = torch.arange(num_tokens * NUM_TOPK).view(num_tokens, NUM_TOPK) % NUM_EXPERTS
+            x = torch.full((num_tokens, HIDDEN), float("nan"))
+            received = dispatch(buffer, x, idx, **LAYOUTS[layout])
+            empty = torch.where(has_token(received), 0.0, received.x)
+            assert torch.equal(empty, torch.zeros_like(empty))
+            del received, empty
+
+    cluster.run(work, cluster.buffers)
+
+
+def test_without_gradients_nothing_is_kept(cluster: Cluster) -> None:
+    def work(rank: int, buffer: Buffer) -> None:
+        received = dispatch(buffer, torch.ones(2, HIDDEN), torch.zeros(2, 1, dtype=torch.int64))
+        out = combine(buffer, received.x, received.handle)
+        assert not received.x.requires_grad
+        assert out.grad_fn is None
+        assert torch.equal(out, torch.ones(2, HIDDEN))
+
+    cluster.run(work, cluster.buffers)
+
+
+def test_begun_or_quantized_dispatch_is_refused(cluster: Cluster) -> None:
+    def work(rank: int, buffer: Buffer) -> None:
+        x, idx = torch.ones(2, HIDDEN, requires_grad=True), torch.zeros(2, 1, dtype=torch.int64)
+        for options in ({"wait": False}, {"quantize": "fp8"}):
+            with pytest.raises(EPError) as caught:
+                dispatch(buffer, x, idx, **options)
+            assert caught.value.code == "E203"
+
+    cluster.run(work, cluster.buffers)
+
+
+def test_what_combine_cannot_take_is_refused_on_every_rank(cluster: Cluster) -> None:
+    def work(rank: int, buffer: Buffer) -> str:
+        received = dispatch(buffer, torch.ones(2, HIDDEN), torch.zeros(2, 1, dtype=torch.int64))
+        handle = received.handle if rank else received.handle[:5]
+        with pytest.raises(EPError) as caught:
+            combine(buffer, received.x, handle)
+        return caught.value.code
+
+    assert cluster.run(work, cluster.buffers) == ["E320"] * NUM_RANKS
