@@ -1,4 +1,8 @@
-"""The Buffer: one object, two verbs. It checks arguments, keeps the order of calls and leaves the work to a backend."""
+"""The Buffer: one object, two verbs.
+
+It checks arguments, keeps the order of calls and leaves the work to a backend. A call that fails
+before its backend begins is refused: the peers raise its error, too, instead of waiting.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Literal, Self, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -26,27 +30,21 @@ from ep_comm.bootstrap import (
     host_identity,
     resolve_group,
 )
-from ep_comm.checks import (
-    MAX_BYTES,
-    MAX_COUNT,
-    MAX_HIDDEN,
-    MAX_TOPK,
-    BufferSpec,
-    check_combine,
-    check_dispatch,
-    expert_owner,
-    one_of,
-    positive,
-)
+from ep_comm.checks import BufferSpec, check_combine, check_dispatch, check_options, one_of
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPError, EPTimeout, make_error
+from ep_comm.handle import LAYOUTS
 from ep_comm.received import Received
 
 T = TypeVar("T")
 
 
 class Begun(Generic[T]):
-    """An operation begun with `wait=False`. Keep it; `wait()` returns what the call would have returned."""
+    """An operation begun with `wait=False`: `wait()` returns what the call would have returned.
+
+    The operation goes on whether or not anybody waits, and holds its tensors until it is over; do
+    not change them before. Dropping a Begun drops the result, not the operation.
+    """
 
     def __init__(self, op: BegunOp) -> None:
         self._op = op
@@ -58,7 +56,9 @@ class Begun(Generic[T]):
         return bool(self._result) or self._error is not None or self._op.done()
 
     def wait(self) -> T:
-        """Finish the operation and return its result; may be called again, in any order among begun operations.
+        """Finish the operation and return its result.
+
+        Begun operations may be waited for in any order, and again: the result is the same object.
 
         Raises:
             EPError: whatever the operation raised; again on every later call.
@@ -78,27 +78,32 @@ class Buffer:
     """Expert-parallel dispatch and combine between the ranks of a group.
 
     Args:
-        group: a `torch.distributed` process group of any backend, a `StoreGroup`, or None: the default group if
-            there is one, else a single rank.
+        group: a `torch.distributed` process group of any backend, a `StoreGroup`, or None: the
+            default group if there is one, else a single rank.
         num_experts: experts in total.
         num_topk: largest top-k of any call, at most 32.
         hidden: elements of a row; a row is a multiple of 16 bytes.
         max_tokens: largest number of tokens of a rank in one call.
         num_slots: operations that may be in flight at once, from 2 to 16.
-        expert_map: rank of each expert, int [num_experts]; None: contiguous blocks as even as possible. Local
-            experts of a rank are its experts in ascending order.
+        expert_map: rank of each expert, int [num_experts]; None: contiguous blocks as even as
+            possible. Local experts of a rank are its experts in ascending order.
         backend: "auto", or one of "cpu", "collective"; one that cannot be had raises E404.
         device: of all tensors; None: "cuda" when there is a GPU, else "cpu".
-        arena_bytes: memory for outputs; None: cpu, as much as the machine has (pages are taken when touched).
+        arena_bytes: memory for outputs, see `size_hint`; None: cpu, as much as the machine has
+            (pages are taken when touched). The collective backend has no arena.
         num_sms: SMs the kernels of GPU backends may occupy; None: computed from the bytes to move.
         config: the clocks.
     Raises:
         EPArgumentError: E203, E210 to E212, an option here or on another rank is not acceptable.
-        EPMismatch: E221 or E222, ranks were built for different things; names field, ranks, both values.
-        EPTimeout: E120, ranks are missing. EPEnvironmentError: E404 to E407. EPMemoryError: E232.
+        EPMismatch: E221, E222, ranks were built for different things; names field, rank, values.
+        EPTimeout: E120, ranks are missing. EPPeerDied: E110, one ended meanwhile.
+        EPEnvironmentError: E404 no such backend, E405 no shared memory, E406 no such group.
+        EPMemoryError: E232, no memory for the arena.
 
-    Collective: every rank of the group constructs it; nothing is created when one of them fails. Calls on one
-    buffer are made in the same order on all ranks. Threads of a process may share a buffer; calls are serialized.
+    Collective: every rank of the group constructs it; nothing is kept when one of them fails. Calls
+    on one buffer are made in the same order on all ranks. Threads of a process may share a buffer;
+    their calls are serialized. `ep_comm.capabilities()` has the limits as numbers.
+    Cost: milliseconds; shared memory of about 1 KiB per peer and slot; one socket per peer process.
     """
 
     def __init__(
@@ -124,10 +129,20 @@ class Buffer:
         me = self._group.rank
         try:
             target = _device(device)
-            self._spec = _check_options(
-                me, self._group.size, num_experts, num_topk, hidden, max_tokens, num_slots, expert_map,
-                backend, target, arena_bytes, num_sms,
-            )  # fmt: skip
+            one_of("backend", backend, BACKENDS)
+            self._spec = check_options(
+                me,
+                self._group.size,
+                num_experts=num_experts,
+                num_topk=num_topk,
+                hidden=hidden,
+                max_tokens=max_tokens,
+                num_slots=num_slots,
+                expert_map=expert_map,
+                device=target,
+                arena_bytes=arena_bytes,
+                num_sms=num_sms,
+            )
         except EPError as error:
             refusal = f"{error.code} {error.what}"
             self._exchange.publish("hello", Hello(rank=me, refusal=refusal).pack())
@@ -148,6 +163,7 @@ class Buffer:
         self._finalizer = weakref.finalize(self, _close_backend, self._backend, self._pid)
 
     def _construct(self, backend: str, arena_bytes: int | None) -> tuple[Backend, str]:
+        """The backend all ranks agree on, ready to use, and why it is this one."""
         me, spec = self._group.rank, self._spec
         listener = Listener()
         try:
@@ -171,6 +187,24 @@ class Buffer:
             listener.close()
 
     # ---- the two verbs ----
+
+    # What type checkers see: the result follows from `wait`. A test compares the parameters.
+    # fmt: off
+    @overload
+    def dispatch(
+        self, x: Any, topk_idx: Any = ..., topk_weights: Any = ..., *, scales: Any = ...,
+        scale_block: int = ..., quantize: str | None = ..., handle: Any = ..., layout: str = ...,
+        alignment: int = ..., row_index: bool = ..., capacity: int | None = ..., sync: bool = ...,
+        wait: Literal[True] = ..., output: str = ..., num_sms: int | None = ..., tag: str = ...,
+    ) -> Received: ...
+    @overload
+    def dispatch(
+        self, x: Any, topk_idx: Any = ..., topk_weights: Any = ..., *, scales: Any = ...,
+        scale_block: int = ..., quantize: str | None = ..., handle: Any = ..., layout: str = ...,
+        alignment: int = ..., row_index: bool = ..., capacity: int | None = ..., sync: bool = ...,
+        wait: Literal[False], output: str = ..., num_sms: int | None = ..., tag: str = ...,
+    ) -> Begun[Received]: ...
+    # fmt: on
 
     def dispatch(
         self,
@@ -197,35 +231,49 @@ class Buffer:
         A token crosses to a rank once, however many of its experts live there.
 
         Args:
-            x: [num_tokens, hidden] bfloat16, float16, float32, or one-byte elements (float8_e4m3fn, float8_e5m2, int8,
-                uint8); dense rows, 16 bytes aligned; num_tokens <= max_tokens and may be 0.
-            topk_idx: int64 or int32 [num_tokens, num_topk], global expert, -1 = none, duplicates allowed; None with `handle`.
-            topk_weights: float32 [num_tokens, num_topk] (bfloat16 and float16 are converted); they travel along.
-            scales: float32 [num_tokens, hidden / scale_block] or int32 (four ue8m0 exponents a word) for x of
-                one-byte elements; any strides.
+            x: [num_tokens, hidden] bfloat16, float16, float32, or one-byte elements (float8_e4m3fn,
+                float8_e5m2, int8, uint8); dense rows, each 16 bytes aligned; num_tokens <=
+                max_tokens and may be 0, also on all ranks.
+            topk_idx: int64 or int32 [num_tokens, num_topk], global expert, -1 = none, duplicates
+                allowed; None with `handle`. num_topk is the same on all ranks.
+            topk_weights: float32 [num_tokens, num_topk] (bfloat16 and float16 are converted); they
+                travel along.
+            scales: for x of one-byte elements; travel verbatim, any strides. float32 [num_tokens,
+                hidden / scale_block], or int32 [num_tokens, hidden / (4 * scale_block)] of four
+                ue8m0 exponents a word.
             scale_block: elements that share a scale, 128 or 32.
-            quantize: "fp8" (float32 scales) or "fp8_ue8m0" (power-of-two scales, packed): quantize x on the way.
-            handle: routing of an earlier dispatch with as many tokens (cached dispatch): the same rows, no ids.
+            quantize: "fp8" (float32 scales) or "fp8_ue8m0" (power-of-two scales, packed): quantize
+                x of 16 or 32 bits on the way; hidden must be a multiple of scale_block (times 4).
+            handle: routing of an earlier dispatch with as many tokens (cached dispatch): the same
+                rows, no ids come back. The handle decides layout, alignment, capacity and sync.
             layout: "compact", "grouped" or "slab", see Received.
             alignment: grouped (and row_index): group sizes are multiples of it.
             row_index: compact: also return the expert-grouped index of rows, for a gathering GEMM.
-            capacity: most rows (slab: per expert, default num_ranks * max_tokens); beyond it the call fails everywhere.
-            sync: True: sizes are exact. False: shapes are static, counts are tensors, failures found after the call
-                began show in `status` and are raised by `check()` or the next dispatch with sync=True.
+            capacity: most rows (slab: per expert, default num_ranks * max_tokens); beyond it the
+                call fails everywhere.
+            sync: True: sizes are exact. False: shapes are static, counts are tensors, failures
+                found after the call began show in `status` and are raised by `check()` or the next
+                dispatch with sync=True.
             wait: False: return a `Begun` at once.
-            output: "arena", "torch" (copied out), or "auto" (copied out when the arena runs short).
+            output: where x lies: "arena", "torch" (copied out), or "auto" (copied out when the
+                arena runs short).
             num_sms: SMs for this call, GPU backends.
             tag: your name for the call, quoted in errors.
         Returns:
             Received; Begun[Received] with wait=False.
         Raises:
-            EPArgumentError: E200 to E213, also when another rank's argument is bad. EPMismatch: E220.
+            EPArgumentError: E200 to E213, also when another rank's argument is bad.
+            EPMismatch: E220, ranks passed different arguments.
             EPCapacityError: E230. EPMemoryError: E231. EPUsageError: E320 for a foreign handle.
-            EPTimeout, EPPeerDied, EPPeerLeft: E101 to E111; the buffer can then only be closed.
+            EPTimeout, EPPeerDied, EPPeerLeft: E101, E102, E110, E111; EPCorruption: E240 to E242;
+                EPUsageError: E330. After these the buffer can only be closed.
 
-        Stream: CPU: none, the call returns when its rows are there.
+        Stream: CPU tensors: none, the call returns when its rows are there. GPU tensors with the
+            collective backend: the current stream; a begun one runs on a stream of its own, behind
+            what was launched before it.
         Collective: every rank calls it, in the same order.
-        Cost: payload bytes * unique (token, rank) pairs, written once.
+        Cost: payload bytes * unique (token, rank) pairs, written once; grouped and slab copy a row
+            again, locally, for each further selection of it.
         """
         self._enter()
         with self._lock:
@@ -233,9 +281,10 @@ class Buffer:
                 self._raise_deferred()
             try:
                 call = check_dispatch(
-                    self._spec, self._backend.generation, x, topk_idx, topk_weights, scales=scales,
-                    scale_block=scale_block, quantize=quantize, handle=handle, layout=layout, alignment=alignment,
-                    row_index=row_index, capacity=capacity, sync=sync, output=output, num_sms=num_sms, tag=tag,
+                    self._spec, self._backend.generation, x, topk_idx, topk_weights,
+                    scales=scales, scale_block=scale_block, quantize=quantize, handle=handle,
+                    layout=layout, alignment=alignment, row_index=row_index, capacity=capacity,
+                    sync=sync, output=output, num_sms=num_sms, tag=tag,
                 )  # fmt: skip
                 work = self._backend.prepare_dispatch(call)
             except EPError as error:
@@ -244,6 +293,33 @@ class Buffer:
                 self._refused("dispatch", _unexpected(error), tag)
                 raise
             return work.run() if wait else Begun[Received](work.begin())
+
+    # fmt: off
+    @overload
+    def combine(
+        self, x: Any, handle: Any, *, weighted: bool = ..., topk_weights: None = ...,
+        bias: Any = ..., out: Tensor | None = ..., wait: Literal[True] = ...,
+        num_sms: int | None = ..., tag: str = ...,
+    ) -> Tensor: ...
+    @overload
+    def combine(
+        self, x: Any, handle: Any, *, weighted: bool = ..., topk_weights: Tensor,
+        bias: Any = ..., out: Tensor | None = ..., wait: Literal[True] = ...,
+        num_sms: int | None = ..., tag: str = ...,
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def combine(
+        self, x: Any, handle: Any, *, weighted: bool = ..., topk_weights: None = ...,
+        bias: Any = ..., out: Tensor | None = ..., wait: Literal[False],
+        num_sms: int | None = ..., tag: str = ...,
+    ) -> Begun[Tensor]: ...
+    @overload
+    def combine(
+        self, x: Any, handle: Any, *, weighted: bool = ..., topk_weights: Tensor,
+        bias: Any = ..., out: Tensor | None = ..., wait: Literal[False],
+        num_sms: int | None = ..., tag: str = ...,
+    ) -> Begun[tuple[Tensor, Tensor]]: ...
+    # fmt: on
 
     def combine(
         self,
@@ -260,27 +336,32 @@ class Buffer:
     ) -> Any:
         """Bring expert outputs home and add them.
 
-        out[t] = round(((0 or bias) + row + row ...) in float32), rows in ascending (owner rank, top-k slot) order, one
-        rounding at the end. Compact adds one row per (token, rank), grouped and slab one per selection. A token that
-        went nowhere gets 0 (plus bias).
+        out[t] = round(((0 or bias) + row + row ...) in float32), rows in ascending order of (owner
+        rank, top-k slot), one rounding at the end: results do not depend on timing. Compact adds
+        one row per (token, rank), grouped and slab one per selection. A token that went nowhere
+        gets 0 (plus bias).
 
         Args:
-            x: expert output in the rows of the dispatch, shape of its `recv.x`; bfloat16, float16 or float32, contiguous.
-                In memory of `buffer.empty()` peers read it in place; otherwise rows of remote tokens are copied first.
+            x: expert output in the rows of the dispatch, shape of its `recv.x`; bfloat16, float16
+                or float32, contiguous, 16 bytes aligned. Where it lies in the arena (`recv.x`,
+                `buffer.empty()`) peers read it in place; otherwise rows of remote tokens are copied
+                there first.
             handle: `recv.handle`, or a tuple or list of the same tensors.
-            weighted: multiply each row by the top-k weight given at dispatch, in float32, product rounded; grouped, slab.
-            topk_weights: float32, compact [num_recv, num_topk], grouped [rows], slab [experts, capacity]: values to send
-                back slot by slot (router gradients).
-            bias: [num_tokens, hidden] of x's dtype, or a pair of them (either None), added first.
-            out: [num_tokens, hidden] of x's dtype; written and returned.
+            weighted: multiply each row by the top-k weight given at dispatch, in float32, product
+                rounded; grouped, slab.
+            topk_weights: float32, compact [num_recv, num_topk], grouped [rows], slab [experts,
+                capacity]: values to send back slot by slot (router gradients).
+            bias: [num_tokens, hidden] of x's dtype, or a pair of them (either None, summed in
+                float32), added first.
+            out: [num_tokens, hidden] of x's dtype, no memory of x; written and returned.
             wait, num_sms, tag: as in dispatch.
         Returns:
-            [num_tokens, hidden]; with topk_weights a pair, the second float32 [num_tokens, num_topk], 0 where the id is -1.
-            Begun of it with wait=False.
+            [num_tokens, hidden] of x's dtype; with topk_weights a pair, the second float32
+            [num_tokens, num_topk], 0 where the id is -1. Begun of it with wait=False.
         Raises:
-            As dispatch.
+            As dispatch; no E213 and E230. E201: x is not what the handle's dispatch returned.
 
-        Stream: CPU: none, the call returns when every rank has read its rows of x.
+        Stream: as dispatch; on the CPU the call returns when every rank has read its rows of x.
         Collective: every rank calls it, in the same order.
         Cost: row bytes * unique (token, rank) pairs (compact) or selections, read once.
         """
@@ -288,8 +369,8 @@ class Buffer:
         with self._lock:
             try:
                 call = check_combine(
-                    self._spec, self._backend.generation, x, handle, weighted=weighted, topk_weights=topk_weights,
-                    bias=bias, out=out, num_sms=num_sms, tag=tag,
+                    self._spec, self._backend.generation, x, handle, weighted=weighted,
+                    topk_weights=topk_weights, bias=bias, out=out, num_sms=num_sms, tag=tag,
                 )  # fmt: skip
                 work = self._backend.prepare_combine(call)
             except EPError as error:
@@ -302,10 +383,16 @@ class Buffer:
     # ---- memory, state, end ----
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Uninitialized memory in the arena, for an expert output that combine reads in place. Local, not collective.
+        """Uninitialized memory in the arena, for an expert output that combine reads in place.
 
+        Args:
+            shape: any; the memory is contiguous and starts on a page.
+            dtype: any.
         Raises:
             EPMemoryError: E231, no free piece is long enough.
+
+        Local, not collective. It belongs to the tensor: the arena has it back when that dies. The
+        collective backend has no arena and returns ordinary memory.
         """
         self._enter()
         return self._backend.empty(shape, dtype)
@@ -313,14 +400,23 @@ class Buffer:
     def check(self) -> None:
         """Raise what static calls (`sync=False`) could not: the first failure, once.
 
-        Waits for operations begun with wait=False. Local, but call it at the same point of the program on all ranks.
+        Waits for operations begun with wait=False. Local, but call it at the same point of the
+        program on all ranks: then all raise, or none does.
+
+        Raises:
+            EPError: E213, E230 or E231 of an earlier dispatch; its operation and number say which.
         """
         self._enter()
         with self._lock:
             self._raise_deferred()
 
     def stats(self) -> dict[str, Any]:
-        """Numbers about this rank: arena bytes (capacity, in use, peak, committed), outputs copied out."""
+        """Numbers about this rank since it was built; local.
+
+        Always "backend" and "operations" (begun so far). cpu: "arena" (bytes: capacity, in_use,
+        peak, committed, largest_free; num_extents) and "copied_out" (outputs that output="auto"
+        moved out of the arena). collective: "bytes_sent" and "waited_s".
+        """
         return {
             "backend": self._backend.name,
             "operations": self._backend.seq(),
@@ -328,19 +424,26 @@ class Buffer:
         }
 
     def release(self) -> None:
-        """Give memory that no tensor holds back to the system. Local; the next operation takes what it needs."""
+        """Give memory that no tensor holds back to the system; the next operation takes it again.
+
+        Local.
+        """
         self._enter()
         self._backend.release()
 
     def resume(self) -> None:
-        """Take back what `release()` gave away. Local; cpu: nothing to do, pages come when touched."""
+        """Take back what `release()` gave away. Local.
+
+        The backends of today have nothing to do: pages come back when they are touched.
+        """
         self._enter()
         self._backend.resume()
 
     def close(self) -> None:
-        """Leave: peers that still wait for this rank raise E111. Local, bounded, may be called twice.
+        """Leave: peers that still wait for this rank raise E111. Local, may be called twice.
 
-        Tensors received stay valid.
+        Bounded: waits for no peer, and operations under way are cut short. Tensors received stay
+        valid; every other call raises EPClosedError E340. Garbage collection closes a buffer, too.
         """
         if self._closed is None:
             self._closed = "close()"
@@ -360,21 +463,34 @@ class Buffer:
     def __repr__(self) -> str:
         s = self._spec
         state = "closed" if self._closed else f"{self._backend.name}: {self.backend_reason}"
-        return (
-            f"Buffer(rank {s.rank} of {s.num_ranks}, {state}; num_experts={s.num_experts}, num_topk={s.num_topk}, "
-            f"hidden={s.hidden}, max_tokens={s.max_tokens}, device={s.device})"
-        )
+        sizes = f"num_experts={s.num_experts}, num_topk={s.num_topk}, hidden={s.hidden}, "
+        sizes += f"max_tokens={s.max_tokens}, device={s.device}"
+        return f"Buffer(rank {s.rank} of {s.num_ranks}, {state}; {sizes})"
 
-    rank = property(lambda self: self._spec.rank, doc="This rank in the group.")
-    num_ranks = property(lambda self: self._spec.num_ranks, doc="Ranks of the group.")
-    num_experts = property(lambda self: self._spec.num_experts, doc="Experts of all ranks.")
-    num_local_experts = property(
-        lambda self: self._spec.num_local_experts, doc="Experts of this rank."
-    )
-    backend = property(
-        lambda self: self._backend.name,
-        doc='"cpu" or "collective"; the reason is in `backend_reason`.',
-    )
+    @property
+    def rank(self) -> int:
+        """This rank in the group."""
+        return self._spec.rank
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of the group."""
+        return self._spec.num_ranks
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of all ranks."""
+        return self._spec.num_experts
+
+    @property
+    def num_local_experts(self) -> int:
+        """Experts of this rank."""
+        return self._spec.num_local_experts
+
+    @property
+    def backend(self) -> str:
+        """ "cpu" or "collective"; `backend_reason` says why."""
+        return self._backend.name
 
     @property
     def local_experts(self) -> list[int]:
@@ -394,15 +510,25 @@ class Buffer:
         alignment: int = 1,
         in_flight: int = 2,
     ) -> int:
-        """Arena bytes that `in_flight` dispatches of the worst case, and an expert output for each, can need."""
+        """Arena bytes for `in_flight` dispatches of the worst case and an expert output of each.
+
+        The worst case is every rank sending max_tokens tokens to this rank: rarely needed, never
+        exceeded. Local, needs no buffer.
+
+        Args:
+            num_local_experts: of the rank that owns most; grouped and slab.
+            dtype: of x and of the expert output.
+            in_flight: dispatches whose received tensors are alive at once.
+        """
         worst = num_ranks * max_tokens
         rows = {
             "compact": worst,
             "grouped": worst * num_topk + num_local_experts * (alignment - 1),
             "slab": worst * num_local_experts,
-        }[one_of("layout", layout, ("compact", "grouped", "slab"))]
+        }[one_of("layout", layout, LAYOUTS)]
         page = _core.EXTENT_ALIGN
-        meta = _core.MetaLayout(num_topk, True, True, True, hidden // 8).bytes * worst
+        scale_bytes = hidden // 8  # float32 for each block of 32
+        meta = _core.MetaLayout(num_topk, True, True, True, scale_bytes).bytes * worst
         x = rows * hidden * dtype.itemsize
         return in_flight * sum(-(-size // page) * page for size in (x, x, meta))
 
@@ -413,11 +539,8 @@ class Buffer:
         if self._closed is not None:
             raise make_error("E340", f"is closed: at {self._closed}", rank=self._spec.rank)
         if self._pid != os.getpid():
-            raise make_error(
-                "E341",
-                f"is a fork: made in pid {self._pid}, now {os.getpid()}",
-                rank=self._spec.rank,
-            )
+            what = f"is a fork: made in pid {self._pid}, now {os.getpid()}"
+            raise make_error("E341", what, rank=self._spec.rank)
 
     def _raise_deferred(self) -> None:
         """Raise what an earlier static call could not."""
@@ -426,17 +549,10 @@ class Buffer:
             raise error
 
     def _refused(self, op: str, error: EPError, tag: str) -> EPError:
-        """Tell the peers that this call will not happen, then let the caller have the error."""
+        """Tell the peers that this call will not happen; returns the error to raise here."""
         self._backend.refuse(op, error)
-        return make_error(
-            error.code,
-            error.what,
-            rank=self._spec.rank,
-            op=op,
-            seq=self._backend.seq(),
-            tag=tag,
-            fix=error.fix,
-        )
+        facts = {"rank": self._spec.rank, "op": op, "seq": self._backend.seq(), "tag": tag}
+        return make_error(error.code, error.what, fix=error.fix, **facts)
 
 
 def _unexpected(error: Exception) -> EPError:
@@ -450,43 +566,14 @@ def _close_backend(backend: Backend, pid: int) -> None:
 
 
 def _device(asked: torch.device | str | None) -> torch.device:
+    if asked is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
     if asked is None:
-        return (
-            torch.device("cuda", torch.cuda.current_device())
-            if torch.cuda.is_available()
-            else torch.device("cpu")
-        )
+        return torch.device("cpu")
     try:
         return torch.device(asked)
     except (RuntimeError, TypeError) as error:
         raise make_error("E203", f"rejected device={asked!r}: want a device, {error}") from None
-
-
-def _check_options(
-    rank: int, num_ranks: int, num_experts: int, num_topk: int, hidden: int, max_tokens: int, num_slots: int,
-    expert_map: Any, backend: str, device: torch.device, arena_bytes: int | None, num_sms: int | None,
-) -> BufferSpec:  # fmt: skip
-    positive("num_experts", num_experts)
-    positive("max_tokens", max_tokens)
-    positive("hidden", hidden)
-    if hidden > MAX_HIDDEN:
-        raise make_error("E211", f"rejected hidden={hidden}: want <= {MAX_HIDDEN}")
-    if hidden % 4 != 0:
-        raise make_error("E211", f"rejected hidden={hidden}: want rows of a multiple of 16 bytes")
-    if positive("num_topk", num_topk, code="E210") > MAX_TOPK:
-        raise make_error("E210", f"rejected top_k={num_topk}: limit {MAX_TOPK}")
-    if positive("num_slots", num_slots) < 2 or num_slots > _core.MAX_SLOTS:
-        raise make_error("E203", f"rejected num_slots={num_slots}: want 2 to {_core.MAX_SLOTS}")
-    if num_ranks > _core.MAX_RANKS:
-        raise make_error("E212", f"rejected {num_ranks} ranks: limit {_core.MAX_RANKS}")
-    one_of("backend", backend, BACKENDS)
-    for name, value in (("arena_bytes", arena_bytes), ("num_sms", num_sms)):
-        if value is not None:
-            positive(name, value, maximum=MAX_BYTES if name == "arena_bytes" else MAX_COUNT)
-    owner = expert_owner(num_experts, num_ranks, expert_map)
-    return BufferSpec(
-        rank, num_ranks, num_experts, num_topk, hidden, max_tokens, num_slots, owner, device
-    )
 
 
 def _hash(data: bytes) -> int:

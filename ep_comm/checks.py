@@ -5,32 +5,38 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from ep_comm import _core
 from ep_comm.errors import EPError, make_error
-from ep_comm.handle import Handle, HandleMeta, parse_handle
+from ep_comm.handle import LAYOUTS, Handle, HandleMeta, parse_handle
 
 Layout = Literal["compact", "grouped", "slab"]
 Quantize = Literal["fp8", "fp8_ue8m0"]
 Output = Literal["auto", "arena", "torch"]
 
-MAX_TOPK: Final = 32
+MAX_TOPK: Final = _core.MAX_TOPK
+MAX_RANKS: Final = _core.MAX_RANKS
+MIN_SLOTS: Final = 2
+MAX_SLOTS: Final = _core.MAX_SLOTS
 MAX_HIDDEN: Final = 1 << 20
-ROW_ALIGN: Final = 16
+ROW_ALIGN: Final = _core.ROW_ALIGN  # bytes
 MAX_COUNT: Final = (1 << 31) - 1  # rows, experts and tokens travel as int32
 MAX_BYTES: Final = 1 << 62
 QUANTIZABLE: Final = (torch.bfloat16, torch.float16, torch.float32)
 ONE_BYTE: Final = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)
 DISPATCHABLE: Final = (*QUANTIZABLE, *ONE_BYTE)
 SCALE_BLOCKS: Final = (128, 32)
+QUANTIZE: Final = get_args(Quantize)
+OUTPUTS: Final = get_args(Output)
 
 
 @dataclass(frozen=True)
 class BufferSpec:
-    """What a buffer was built for; equal on all ranks but for `rank`."""
+    """What a buffer was built for; equal on all ranks but for `rank` and the device's index."""
 
     rank: int
     num_ranks: int
@@ -49,23 +55,25 @@ class BufferSpec:
 
 @dataclass
 class DispatchCall:
-    """A checked dispatch, ready for a backend: contiguous tensors on the buffer's device."""
+    """A checked dispatch, ready for a backend: tensors on the buffer's device.
 
-    x: Tensor  # [T, H], rows dense
-    topk_idx: Tensor  # int64 [T, K]
+    T tokens here, K top-k, H hidden, S scale words per token.
+    """
+
+    x: Tensor  # [T, H], rows dense, row stride a multiple of 16 bytes
+    topk_idx: Tensor  # int64 [T, K], contiguous, as all below
     idx_dtype: torch.dtype  # of the ids returned
     topk_weights: Tensor | None  # float32 [T, K]
-    scales: Tensor | None  # [T, S] four-byte words
-    scale_words: int  # per token as it travels, 0 = none
-    scale_dtype: torch.dtype | None
-    handle: Handle | None
-    meta: HandleMeta | None
+    scales: Tensor | None  # [T, S] given by the caller
+    scale_words: int  # S as it travels, given or made by quantize; 0 = none
+    scale_dtype: torch.dtype | None  # float32, or int32 of four exponents; None = no scales
+    handle: Handle | None  # of a cached dispatch
+    meta: HandleMeta | None  # of `handle`
     layout: Layout
     alignment: int
     given_capacity: int | None  # as the caller passed it, the same on all ranks
-    capacity: (
-        int | None
-    )  # rows of x when that cannot follow from what arrives; may differ between ranks
+    capacity: int | None  # rows of x (slab: per expert) when they do not follow from what arrives;
+    #   None = they do; may differ between ranks
     sync: bool
     quantize: Quantize | None
     scale_block: int
@@ -88,19 +96,19 @@ class DispatchCall:
 class CombineCall:
     """A checked combine, ready for a backend."""
 
-    x: Tensor  # expert output in the rows of the dispatch, contiguous
+    x: Tensor  # expert output in the rows of the dispatch, `meta.x_shape`, contiguous
     handle: Handle
-    meta: HandleMeta
+    meta: HandleMeta  # of `handle`
     weighted: bool
-    topk_weights: Tensor | None  # to send back
-    bias: tuple[Tensor | None, Tensor | None]
-    out: Tensor | None
+    topk_weights: Tensor | None  # float32, to send back; shape: see Buffer.combine
+    bias: tuple[Tensor | None, Tensor | None]  # each [T, H]
+    out: Tensor | None  # [T, H]
     num_sms: int | None
     tag: str
 
 
 def as_tensor(name: str, value: Any) -> Tensor:
-    """The one door for arrays: tensors pass, anything with DLPack or a CUDA array interface becomes one."""
+    """The one door for arrays: what has DLPack or a CUDA array interface becomes a tensor."""
     if isinstance(value, Tensor):
         return value
     what = f"rejected {name}: got {type(value).__name__}, want a tensor or DLPack array"
@@ -135,7 +143,10 @@ def check_tensor(
     dtypes: Sequence[torch.dtype],
     shape: Sequence[int | str],
 ) -> Tensor:
-    """A tensor of one of the dtypes, on the buffer's device, with the shape; a str in `shape` matches any size."""
+    """E200, E201 or E202 unless `value` has one of the dtypes, the shape and the buffer's device.
+
+    A str in `shape` is the name of a size that may be anything.
+    """
     tensor = as_tensor(name, value)
     if tensor.dtype not in dtypes:
         raise rejected("E200", name, dtype_name(tensor.dtype), names(dtypes))
@@ -173,6 +184,7 @@ def overlap(a: Tensor, b: Tensor) -> bool:
 def positive(
     name: str, value: Any, minimum: int = 1, code: str = "E203", maximum: int = MAX_COUNT
 ) -> int:
+    """An int from minimum to maximum; `code` unless it is one."""
     if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
         what = f"rejected {name}={value!r}: want an int from {minimum} to {maximum}"
         raise make_error(code, what)
@@ -180,7 +192,7 @@ def positive(
 
 
 def one_of(name: str, value: Any, allowed: Sequence[Any]) -> Any:
-    """Of the same type, too: 128.0 is no 128, and an array compares with anything."""
+    """E203 unless `value` is one of `allowed`, of the same type, too: 128.0 is no 128."""
     if type(value) not in {type(a) for a in allowed} or value not in allowed:
         raise make_error(
             "E203", f"rejected {name}={value!r}: want one of {', '.join(map(repr, allowed))}"
@@ -189,6 +201,7 @@ def one_of(name: str, value: Any, allowed: Sequence[Any]) -> Any:
 
 
 def flag(name: str, value: Any) -> bool:
+    """The truth of `value`; E203 when it has none, as an array."""
     try:
         return bool(value)
     except Exception:
@@ -214,13 +227,59 @@ def expert_owner(num_experts: int, num_ranks: int, expert_map: Any) -> tuple[int
     return owner
 
 
+def hidden_multiple(dtype: torch.dtype) -> int:
+    """Elements of which `hidden` must be a multiple, so that rows are multiples of 16 bytes."""
+    return ROW_ALIGN // dtype.itemsize
+
+
 def check_hidden(hidden: int, dtype: torch.dtype) -> None:
-    if hidden * dtype.itemsize % ROW_ALIGN != 0:
-        multiple = ROW_ALIGN // dtype.itemsize
-        raise make_error(
-            "E211",
-            f"rejected hidden={hidden}: want a multiple of {multiple} for {dtype_name(dtype)}",
-        )
+    """E211 unless rows of `hidden` elements are a multiple of 16 bytes."""
+    multiple = hidden_multiple(dtype)
+    if hidden % multiple != 0:
+        what = f"rejected hidden={hidden}: want a multiple of {multiple} for {dtype_name(dtype)}"
+        raise make_error("E211", what)
+
+
+# ---- construction ----
+
+
+def check_options(
+    rank: int,
+    num_ranks: int,
+    *,
+    num_experts: Any,
+    num_topk: Any,
+    hidden: Any,
+    max_tokens: Any,
+    num_slots: Any,
+    expert_map: Any,
+    device: torch.device,
+    arena_bytes: Any,
+    num_sms: Any,
+) -> BufferSpec:
+    """Everything about a buffer's options that one rank can see; E203, E210, E211 or E212."""
+    positive("num_experts", num_experts)
+    positive("max_tokens", max_tokens)
+    positive("hidden", hidden)
+    if hidden > MAX_HIDDEN:
+        raise make_error("E211", f"rejected hidden={hidden}: want <= {MAX_HIDDEN}")
+    widest = max(DISPATCHABLE, key=lambda dtype: dtype.itemsize)
+    if hidden % hidden_multiple(widest) != 0:  # then no dtype has such rows
+        what = f"rejected hidden={hidden}: want rows of a multiple of {ROW_ALIGN} bytes"
+        raise make_error("E211", what)
+    if positive("num_topk", num_topk, code="E210") > MAX_TOPK:
+        raise make_error("E210", f"rejected top_k={num_topk}: limit {MAX_TOPK}")
+    positive("num_slots", num_slots, MIN_SLOTS, maximum=MAX_SLOTS)
+    if num_ranks > MAX_RANKS:
+        raise make_error("E212", f"rejected {num_ranks} ranks: limit {MAX_RANKS}")
+    if arena_bytes is not None:
+        positive("arena_bytes", arena_bytes, maximum=MAX_BYTES)
+    if num_sms is not None:
+        positive("num_sms", num_sms)
+    owner = expert_owner(num_experts, num_ranks, expert_map)
+    return BufferSpec(
+        rank, num_ranks, num_experts, num_topk, hidden, max_tokens, num_slots, owner, device
+    )
 
 
 # ---- dispatch ----
@@ -246,7 +305,12 @@ def check_dispatch(
     num_sms: Any,
     tag: Any,
 ) -> DispatchCall:
-    """Everything about a dispatch that one rank can see; raises the coded error and changes nothing."""
+    """Everything about a dispatch that one rank can see; changes nothing.
+
+    Raises:
+        EPError: E200 to E203, E210, E211, E230 or E320; without rank and operation, which the
+            caller adds. Ids are checked by the backend, which reads them anyway.
+    """
     x = check_tensor("x", x, spec, DISPATCHABLE, ("num_tokens", spec.hidden))
     check_hidden(spec.hidden, x.dtype)
     num_tokens = x.shape[0]
@@ -259,12 +323,12 @@ def check_dispatch(
         x.stride(1) != 1 or x.stride(0) * x.itemsize % ROW_ALIGN or x.data_ptr() % ROW_ALIGN
     ):
         raise rejected("E202", "x", f"strides {list(x.stride())}", "dense rows, 16 bytes aligned")
-    one_of("layout", layout, ("compact", "grouped", "slab"))
-    one_of("output", output, ("auto", "arena", "torch"))
+    one_of("layout", layout, LAYOUTS)
+    one_of("output", output, OUTPUTS)
     positive("alignment", alignment)
     if alignment * spec.num_local_experts > MAX_COUNT // 2:
-        what = f"rejected alignment={alignment}: of {spec.num_local_experts} experts, want fewer rows"
-        raise make_error("E203", what)
+        most = MAX_COUNT // 2 // spec.num_local_experts  # padding must not overflow row numbers
+        raise make_error("E203", f"rejected alignment={alignment}: want <= {most} here")
     if alignment != 1 and layout == "slab":
         raise make_error("E203", f"rejected alignment={alignment}: want 1 with layout='slab'")
     if num_sms is not None:
@@ -275,19 +339,38 @@ def check_dispatch(
     if row_index and layout != "compact":
         raise make_error("E203", f"rejected row_index=True: want layout='compact', got {layout!r}")
     scale_tensor, words, scale_dtype = _check_scales(spec, x, scales, scale_block, quantize)
-    if handle is not None:
-        routed = _routing_of_handle(spec, generation, handle, topk_idx, num_tokens)
-        parsed, meta, idx, idx_dtype = routed
+    parsed: Handle | None = None
+    meta: HandleMeta | None = None
+    if handle is not None:  # which decides all of this; row_index cannot be made of it
+        parsed, meta = _routing_of_handle(spec, generation, handle, topk_idx, num_tokens)
+        idx, idx_dtype = parsed.topk_idx, torch.int64
         layout, alignment, sync, row_index = meta.layout, meta.alignment, meta.sync, False
         capacity = None if meta.capacity < 0 else meta.capacity
     else:
-        parsed = meta = None
         idx, idx_dtype = _check_ids(spec, topk_idx, num_tokens)
     weights = _check_weights(spec, topk_weights, num_tokens, idx.shape[1])
     call = DispatchCall(
-        x, idx, idx_dtype, weights, scale_tensor, words, scale_dtype, parsed, meta, layout, alignment,
-        capacity, capacity, sync, quantize, scale_block, row_index, output, num_sms, str(tag),
-    )  # fmt: skip
+        x=x,
+        topk_idx=idx,
+        idx_dtype=idx_dtype,
+        topk_weights=weights,
+        scales=scale_tensor,
+        scale_words=words,
+        scale_dtype=scale_dtype,
+        handle=parsed,
+        meta=meta,
+        layout=layout,
+        alignment=alignment,
+        given_capacity=capacity,
+        capacity=capacity,
+        sync=sync,
+        quantize=quantize,
+        scale_block=scale_block,
+        row_index=row_index,
+        output=output,
+        num_sms=num_sms,
+        tag=str(tag),
+    )
     call.capacity = default_capacity(spec, call)
     slabs = spec.num_local_experts if call.layout == "slab" else 1
     if call.capacity is not None and call.capacity * slabs > MAX_COUNT:
@@ -345,8 +428,9 @@ def _check_weights(spec: BufferSpec, weights: Any, num_tokens: int, num_topk: in
 def _check_scales(
     spec: BufferSpec, x: Tensor, scales: Any, block: Any, quantize: Any
 ) -> tuple[Tensor | None, int, torch.dtype | None]:
+    """The scales given, the words per token that travel, and their dtype."""
     one_of("scale_block", block, SCALE_BLOCKS)
-    one_of("quantize", quantize, (None, "fp8", "fp8_ue8m0"))
+    one_of("quantize", quantize, (None, *QUANTIZE))
     if scales is not None and quantize is not None:
         raise make_error("E203", f"rejected quantize={quantize!r}: want None with given scales")
     if quantize is not None:
@@ -354,15 +438,10 @@ def _check_scales(
             raise rejected("E200", "x", dtype_name(x.dtype), f"{names(QUANTIZABLE)} with quantize=")
         per_word = block * (4 if quantize == "fp8_ue8m0" else 1)
         if spec.hidden % per_word:
-            raise make_error(
-                "E211",
-                f"rejected hidden={spec.hidden}: want a multiple of {per_word} with quantize={quantize!r}",
-            )
-        return (
-            None,
-            spec.hidden // per_word,
-            torch.int32 if quantize == "fp8_ue8m0" else torch.float32,
-        )
+            want = f"want a multiple of {per_word} with quantize={quantize!r}"
+            raise make_error("E211", f"rejected hidden={spec.hidden}: {want}")
+        dtype = torch.int32 if quantize == "fp8_ue8m0" else torch.float32
+        return None, spec.hidden // per_word, dtype
     if scales is None:
         return None, 0, None
     if x.dtype not in ONE_BYTE:
@@ -379,13 +458,13 @@ def _check_scales(
 
 def _routing_of_handle(
     spec: BufferSpec, generation: int, handle: Any, topk_idx: Any, num_tokens: int
-) -> tuple[Handle, HandleMeta, Tensor, torch.dtype]:
+) -> tuple[Handle, HandleMeta]:
     if topk_idx is not None:
         raise make_error("E203", "rejected topk_idx: want None with handle=")
     parsed, meta = check_handle(spec, generation, handle)
     if meta.num_tokens != num_tokens:
         raise make_error("E320", f"rejected handle: of {meta.num_tokens} tokens, want {num_tokens}")
-    return parsed, meta, parsed.topk_idx, torch.int64
+    return parsed, meta
 
 
 def check_handle(spec: BufferSpec, generation: int, handle: Any) -> tuple[Handle, HandleMeta]:
@@ -437,7 +516,11 @@ def check_combine(
     num_sms: Any,
     tag: Any,
 ) -> CombineCall:
-    """Everything about a combine that one rank can see; raises the coded error and changes nothing."""
+    """Everything about a combine that one rank can see; changes nothing.
+
+    Raises:
+        EPError: E200 to E203, E211 or E320; without rank and operation, which the caller adds.
+    """
     parsed, meta = check_handle(spec, generation, handle)
     x = dense("x", check_tensor("x", x, spec, QUANTIZABLE, meta.x_shape))
     check_hidden(spec.hidden, x.dtype)
@@ -445,14 +528,11 @@ def check_combine(
         positive("num_sms", num_sms)
     weighted = flag("weighted", weighted)
     if weighted and meta.layout == "compact":
-        raise make_error(
-            "E203",
-            "rejected weighted=True: want a grouped or slab handle, compact rows hold several experts",
-        )
+        want = "want a grouped or slab handle, compact rows hold several experts"
+        raise make_error("E203", f"rejected weighted=True: {want}")
     if weighted and not meta.has_weights:
-        raise make_error(
-            "E203", "rejected weighted=True: want a handle whose dispatch was given topk_weights"
-        )
+        want = "want a handle whose dispatch was given topk_weights"
+        raise make_error("E203", f"rejected weighted=True: {want}")
     weights = topk_weights
     if weights is not None:
         shape: tuple[int, ...] = meta.x_shape[:-1]
