@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ep_comm._build_info import BuildInfo, build_info
+    from ep_comm._capabilities import Capabilities, capabilities
     from ep_comm.bootstrap import StoreGroup
     from ep_comm.buffer import Begun, Buffer
     from ep_comm.config import EPConfig
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 _HOME = {
     "BuildInfo": "_build_info",
     "build_info": "_build_info",
+    "Capabilities": "_capabilities",
+    "capabilities": "_capabilities",
     "Begun": "buffer",
     "Buffer": "buffer",
     "EPConfig": "config",
@@ -36,6 +39,7 @@ __all__ = [
     "Begun",
     "Buffer",
     "BuildInfo",
+    "Capabilities",
     "EPConfig",
     "EPError",
     "Handle",
@@ -43,6 +47,7 @@ __all__ = [
     "StoreGroup",
     "__version__",
     "build_info",
+    "capabilities",
 ]
 
 

@@ -29,6 +29,8 @@ MAX_BYTES: Final = 1 << 62
 QUANTIZABLE: Final = (torch.bfloat16, torch.float16, torch.float32)
 ONE_BYTE: Final = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)
 DISPATCHABLE: Final = (*QUANTIZABLE, *ONE_BYTE)
+IDS: Final = (torch.int64, torch.int32)
+WEIGHTS: Final = (torch.float32, torch.bfloat16, torch.float16)
 SCALE_BLOCKS: Final = (128, 32)
 QUANTIZE: Final = get_args(Quantize)
 OUTPUTS: Final = get_args(Output)
@@ -403,9 +405,7 @@ def _check_ids(spec: BufferSpec, topk_idx: Any, num_tokens: int) -> tuple[Tensor
         raise make_error(
             "E201", "rejected topk_idx: got None, want ids, or a handle of an earlier dispatch"
         )
-    idx = check_tensor(
-        "topk_idx", topk_idx, spec, (torch.int64, torch.int32), (num_tokens, "num_topk")
-    )
+    idx = check_tensor("topk_idx", topk_idx, spec, IDS, (num_tokens, "num_topk"))
     limit = min(spec.num_topk, MAX_TOPK)
     if not 1 <= idx.shape[1] <= limit:
         raise make_error("E210", f"rejected top_k={idx.shape[1]}: limit {limit}, at least 1")
@@ -415,13 +415,7 @@ def _check_ids(spec: BufferSpec, topk_idx: Any, num_tokens: int) -> tuple[Tensor
 def _check_weights(spec: BufferSpec, weights: Any, num_tokens: int, num_topk: int) -> Tensor | None:
     if weights is None:
         return None
-    tensor = check_tensor(
-        "topk_weights",
-        weights,
-        spec,
-        (torch.float32, torch.bfloat16, torch.float16),
-        (num_tokens, num_topk),
-    )
+    tensor = check_tensor("topk_weights", weights, spec, WEIGHTS, (num_tokens, num_topk))
     return tensor.to(torch.float32).contiguous()
 
 
