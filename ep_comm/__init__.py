@@ -33,7 +33,7 @@ _HOME = {
     "Handle": "handle",
     "Received": "received",
 }
-_SUBMODULES = ("autograd", "errors", "reference", "testing")
+_SUBMODULES = ("autograd", "errors", "nn", "reference", "testing")
 
 __all__ = [
     "Begun",

@@ -160,11 +160,12 @@ def test_layer_agrees_with_autograd_through_the_reference(
     scales = [scale.clone().requires_grad_() for _ in TOKENS]
     weighted = how == "weighted"
 
+    def back(buffer: Buffer, y: Tensor, handle: Any, bias: Tensor) -> Any:
+        return combine(buffer, y, handle, weighted=weighted, bias=bias)
+
     def work(rank: int, buffer: Buffer, x: Tensor, w: Tensor, b: Tensor, s: Tensor) -> Any:
         received = dispatch(buffer, x, ids[rank], w, **options)
-        out = layer(
-            received, lambda y: combine(buffer, y, received.handle, weighted=weighted, bias=b), s, how
-        )  # fmt: skip
+        out = layer(received, lambda y: back(buffer, y, received.handle, b), s, how)
         return out.detach(), *torch.autograd.grad((out * probe[rank]).sum(), [x, w, b, s])
 
     got = cluster.run(work, cluster.buffers, leaves(x), leaves(weights), leaves(bias), scales)
