@@ -128,7 +128,7 @@ def _liveness(o: Outcome, peer: PeerState) -> str:
     state = peer.describe()
     known = f"it {last}" + (f", {state}" if state else "") + found
     if p == o.rank:
-        return f"was given up by rank {o.detail[0] - 1}: {known}"
+        return f"was given up by rank {o.detail[0] - 1}: it {last}"
     if o.code == 101:
         return f"waited {o.waited_s:.1f} s for rank {p} {_SITES.get(o.site, '')}: {known}"
     counted = o.site == _core.Site.ROWS and o.have >= 0
