@@ -139,6 +139,7 @@ class DispatchArgs:
     send_row: int
     rank_counts: int
     expert_counts: int
+    rank_rows: int
     num_tokens: int
     x_stride: int
     hidden: int
@@ -167,6 +168,8 @@ class UnpackArgs:
     scales: int
     offsets: int
     row_index: int
+    row_token: int
+    source_range: int
     max_recv: int
     max_rows: int
     max_index: int
@@ -197,6 +200,8 @@ class CombineArgs:
     dtype: DType
     weighted: bool
     with_weights: bool
+    sum_weights: bool
+    topk_order: bool
     routing: int
 
 class SystemCallError(OSError): ...

@@ -193,15 +193,17 @@ class Buffer:
     @overload
     def dispatch(
         self, x: Any, topk_idx: Any = ..., topk_weights: Any = ..., *, scales: Any = ...,
-        scale_block: int = ..., quantize: str | None = ..., handle: Any = ..., layout: str = ...,
-        alignment: int = ..., row_index: bool = ..., capacity: int | None = ..., sync: bool = ...,
+        scale_block: int | None = ..., quantize: str | None = ..., handle: Any = ...,
+        layout: str = ..., alignment: int = ..., row_index: bool = ..., origins: bool = ...,
+        capacity: int | None = ..., sync: bool = ...,
         wait: Literal[True] = ..., output: str = ..., num_sms: int | None = ..., tag: str = ...,
     ) -> Received: ...
     @overload
     def dispatch(
         self, x: Any, topk_idx: Any = ..., topk_weights: Any = ..., *, scales: Any = ...,
-        scale_block: int = ..., quantize: str | None = ..., handle: Any = ..., layout: str = ...,
-        alignment: int = ..., row_index: bool = ..., capacity: int | None = ..., sync: bool = ...,
+        scale_block: int | None = ..., quantize: str | None = ..., handle: Any = ...,
+        layout: str = ..., alignment: int = ..., row_index: bool = ..., origins: bool = ...,
+        capacity: int | None = ..., sync: bool = ...,
         wait: Literal[False], output: str = ..., num_sms: int | None = ..., tag: str = ...,
     ) -> Begun[Received]: ...
     # fmt: on
@@ -213,12 +215,13 @@ class Buffer:
         topk_weights: Any = None,
         *,
         scales: Any = None,
-        scale_block: int = 128,
+        scale_block: int | None = 128,
         quantize: str | None = None,
         handle: Any = None,
         layout: str = "compact",
         alignment: int = 1,
         row_index: bool = False,
+        origins: bool = False,
         capacity: int | None = None,
         sync: bool = True,
         wait: bool = True,
@@ -241,7 +244,7 @@ class Buffer:
             scales: for x of one-byte elements; travel verbatim, any strides. float32 [num_tokens,
                 hidden / scale_block], or int32 [num_tokens, hidden / (4 * scale_block)] of four
                 ue8m0 exponents a word.
-            scale_block: elements that share a scale, 128 or 32.
+            scale_block: elements that share a scale, 128 or 32. None: scales of any width.
             quantize: "fp8" (float32 scales) or "fp8_ue8m0" (power-of-two scales, packed): quantize
                 x of 16 or 32 bits on the way; hidden must be a multiple of scale_block (times 4).
             handle: routing of an earlier dispatch with as many tokens (cached dispatch): the same
@@ -249,6 +252,7 @@ class Buffer:
             layout: "compact", "grouped" or "slab", see Received.
             alignment: grouped (and row_index): group sizes are multiples of it.
             row_index: compact: also return the expert-grouped index of rows, for a gathering GEMM.
+            origins: also return who sent what, see `Origins`; not with `handle`.
             capacity: most rows (slab: per expert, default num_ranks * max_tokens); beyond it the
                 call fails everywhere.
             sync: True: sizes are exact. False: shapes are static, counts are tensors, failures
@@ -283,8 +287,8 @@ class Buffer:
                 call = check_dispatch(
                     self._spec, self._backend.generation, x, topk_idx, topk_weights,
                     scales=scales, scale_block=scale_block, quantize=quantize, handle=handle,
-                    layout=layout, alignment=alignment, row_index=row_index, capacity=capacity,
-                    sync=sync, output=output, num_sms=num_sms, tag=tag,
+                    layout=layout, alignment=alignment, row_index=row_index, origins=origins,
+                    capacity=capacity, sync=sync, output=output, num_sms=num_sms, tag=tag,
                 )  # fmt: skip
                 work = self._backend.prepare_dispatch(call)
             except EPError as error:
@@ -298,26 +302,26 @@ class Buffer:
     @overload
     def combine(
         self, x: Any, handle: Any, *, weighted: bool = ..., topk_weights: None = ...,
-        bias: Any = ..., out: Tensor | None = ..., wait: Literal[True] = ...,
-        num_sms: int | None = ..., tag: str = ...,
+        order: str = ..., sum_weights: bool = ..., bias: Any = ..., out: Tensor | None = ...,
+        wait: Literal[True] = ..., num_sms: int | None = ..., tag: str = ...,
     ) -> Tensor: ...
     @overload
     def combine(
         self, x: Any, handle: Any, *, weighted: bool = ..., topk_weights: Tensor,
-        bias: Any = ..., out: Tensor | None = ..., wait: Literal[True] = ...,
-        num_sms: int | None = ..., tag: str = ...,
+        order: str = ..., sum_weights: bool = ..., bias: Any = ..., out: Tensor | None = ...,
+        wait: Literal[True] = ..., num_sms: int | None = ..., tag: str = ...,
     ) -> tuple[Tensor, Tensor]: ...
     @overload
     def combine(
         self, x: Any, handle: Any, *, weighted: bool = ..., topk_weights: None = ...,
-        bias: Any = ..., out: Tensor | None = ..., wait: Literal[False],
-        num_sms: int | None = ..., tag: str = ...,
+        order: str = ..., sum_weights: bool = ..., bias: Any = ..., out: Tensor | None = ...,
+        wait: Literal[False], num_sms: int | None = ..., tag: str = ...,
     ) -> Begun[Tensor]: ...
     @overload
     def combine(
         self, x: Any, handle: Any, *, weighted: bool = ..., topk_weights: Tensor,
-        bias: Any = ..., out: Tensor | None = ..., wait: Literal[False],
-        num_sms: int | None = ..., tag: str = ...,
+        order: str = ..., sum_weights: bool = ..., bias: Any = ..., out: Tensor | None = ...,
+        wait: Literal[False], num_sms: int | None = ..., tag: str = ...,
     ) -> Begun[tuple[Tensor, Tensor]]: ...
     # fmt: on
 
@@ -328,6 +332,8 @@ class Buffer:
         *,
         weighted: bool = False,
         topk_weights: Any = None,
+        order: str = "rank",
+        sum_weights: bool = False,
         bias: Any = None,
         out: Tensor | None = None,
         wait: bool = True,
@@ -337,9 +343,9 @@ class Buffer:
         """Bring expert outputs home and add them.
 
         out[t] = round(((0 or bias) + row + row ...) in float32), rows in ascending order of (owner
-        rank, top-k slot), one rounding at the end: results do not depend on timing. Compact adds
-        one row per (token, rank), grouped and slab one per selection. A token that went nowhere
-        gets 0 (plus bias).
+        rank, top-k slot) or, with order="topk", of top-k slots alone; one rounding at the end:
+        results do not depend on timing. Compact adds one row per (token, rank), grouped and slab
+        one per selection. A token that went nowhere gets 0 (plus bias).
 
         Args:
             x: expert output in the rows of the dispatch, shape of its `recv.x`; bfloat16, float16
@@ -351,13 +357,17 @@ class Buffer:
                 rounded; grouped, slab.
             topk_weights: float32, compact [num_recv, num_topk], grouped [rows], slab [experts,
                 capacity]: values to send back slot by slot (router gradients).
+            order: "rank" or "topk" (grouped, slab).
+            sum_weights: compact: a slot gets the sum over all ranks the token went to, in ascending
+                order, of what they hold for it; False: what the owner of its expert holds.
             bias: [num_tokens, hidden] of x's dtype, or a pair of them (either None, summed in
                 float32), added first.
             out: [num_tokens, hidden] of x's dtype, no memory of x; written and returned.
             wait, num_sms, tag: as in dispatch.
         Returns:
             [num_tokens, hidden] of x's dtype; with topk_weights a pair, the second float32
-            [num_tokens, num_topk], 0 where the id is -1. Begun of it with wait=False.
+            [num_tokens, num_topk], 0 where the id is -1 (but see sum_weights). Begun of it with
+            wait=False.
         Raises:
             As dispatch; no E213 and E230. E201: x is not what the handle's dispatch returned.
 
@@ -370,7 +380,8 @@ class Buffer:
             try:
                 call = check_combine(
                     self._spec, self._backend.generation, x, handle, weighted=weighted,
-                    topk_weights=topk_weights, bias=bias, out=out, num_sms=num_sms, tag=tag,
+                    topk_weights=topk_weights, order=order, sum_weights=sum_weights, bias=bias,
+                    out=out, num_sms=num_sms, tag=tag,
                 )  # fmt: skip
                 work = self._backend.prepare_combine(call)
             except EPError as error:

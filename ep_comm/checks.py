@@ -17,6 +17,7 @@ from ep_comm.handle import LAYOUTS, Handle, HandleMeta, parse_handle
 Layout = Literal["compact", "grouped", "slab"]
 Quantize = Literal["fp8", "fp8_ue8m0"]
 Output = Literal["auto", "arena", "torch"]
+Order = Literal["rank", "topk"]
 
 MAX_TOPK: Final = _core.MAX_TOPK
 MAX_RANKS: Final = _core.MAX_RANKS
@@ -34,6 +35,7 @@ WEIGHTS: Final = (torch.float32, torch.bfloat16, torch.float16)
 SCALE_BLOCKS: Final = (128, 32)
 QUANTIZE: Final = get_args(Quantize)
 OUTPUTS: Final = get_args(Output)
+ORDERS: Final = get_args(Order)
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class DispatchCall:
     quantize: Quantize | None
     scale_block: int
     row_index: bool
+    origins: bool
     output: Output
     num_sms: int | None
     tag: str
@@ -103,6 +106,8 @@ class CombineCall:
     meta: HandleMeta  # of `handle`
     weighted: bool
     topk_weights: Tensor | None  # float32, to send back; shape: see Buffer.combine
+    order: Order
+    sum_weights: bool
     bias: tuple[Tensor | None, Tensor | None]  # each [T, H]
     out: Tensor | None  # [T, H]
     num_sms: int | None
@@ -301,6 +306,7 @@ def check_dispatch(
     layout: Any,
     alignment: Any,
     row_index: Any,
+    origins: Any,
     capacity: Any,
     sync: Any,
     output: Any,
@@ -338,6 +344,9 @@ def check_dispatch(
     if capacity is not None:
         positive("capacity", capacity, 0)
     sync, row_index = flag("sync", sync), flag("row_index", row_index)
+    origins = flag("origins", origins)
+    if origins and handle is not None:
+        raise make_error("E203", "rejected origins=True: want False with handle=")
     if row_index and layout != "compact":
         raise make_error("E203", f"rejected row_index=True: want layout='compact', got {layout!r}")
     scale_tensor, words, scale_dtype = _check_scales(spec, x, scales, scale_block, quantize)
@@ -367,8 +376,9 @@ def check_dispatch(
         capacity=capacity,
         sync=sync,
         quantize=quantize,
-        scale_block=scale_block,
+        scale_block=0 if scale_block is None else scale_block,
         row_index=row_index,
+        origins=origins,
         output=output,
         num_sms=num_sms,
         tag=str(tag),
@@ -396,6 +406,8 @@ def worst_grouped_rows(spec: BufferSpec, call: DispatchCall) -> int:
     if local == 0:
         return 0
     worst = spec.num_ranks * spec.max_tokens
+    if call.layout == "compact" and call.given_capacity is not None:
+        worst = min(worst, call.given_capacity)
     rows = worst * min(call.num_topk, local) + local * (call.alignment - 1)
     return -(-rows // call.alignment) * call.alignment
 
@@ -423,7 +435,8 @@ def _check_scales(
     spec: BufferSpec, x: Tensor, scales: Any, block: Any, quantize: Any
 ) -> tuple[Tensor | None, int, torch.dtype | None]:
     """The scales given, the words per token that travel, and their dtype."""
-    one_of("scale_block", block, SCALE_BLOCKS)
+    if block is not None or scales is None:
+        one_of("scale_block", block, SCALE_BLOCKS)
     one_of("quantize", quantize, (None, *QUANTIZE))
     if scales is not None and quantize is not None:
         raise make_error("E203", f"rejected quantize={quantize!r}: want None with given scales")
@@ -443,11 +456,13 @@ def _check_scales(
     tensor = check_tensor(
         "scales", scales, spec, (torch.float32, torch.int32), (x.shape[0], "words")
     )
-    per_word = block * (4 if tensor.dtype == torch.int32 else 1)
-    want = -(-spec.hidden // per_word)
-    if tensor.shape[1] != want:
-        raise rejected("E201", "scales", list(tensor.shape), [x.shape[0], want])
-    return tensor.contiguous(), want, tensor.dtype
+    num_words = tensor.shape[1]
+    if block is not None:
+        per_word = block * (4 if tensor.dtype == torch.int32 else 1)
+        num_words = -(-spec.hidden // per_word)
+    if tensor.shape[1] != num_words:
+        raise rejected("E201", "scales", list(tensor.shape), [x.shape[0], num_words])
+    return tensor.contiguous(), num_words, tensor.dtype
 
 
 def _routing_of_handle(
@@ -505,6 +520,8 @@ def check_combine(
     *,
     weighted: Any,
     topk_weights: Any,
+    order: Any,
+    sum_weights: Any,
     bias: Any,
     out: Any,
     num_sms: Any,
@@ -527,6 +544,14 @@ def check_combine(
     if weighted and not meta.has_weights:
         want = "want a handle whose dispatch was given topk_weights"
         raise make_error("E203", f"rejected weighted=True: {want}")
+    one_of("order", order, ORDERS)
+    if order == "topk" and meta.layout == "compact":
+        want = "want a grouped or slab handle, a compact row is added once for all its slots"
+        raise make_error("E203", f"rejected order='topk': {want}")
+    sum_weights = flag("sum_weights", sum_weights)
+    if sum_weights and meta.layout != "compact":
+        what = "rejected sum_weights=True: want a compact handle, other rows hold one slot"
+        raise make_error("E203", what)
     weights = topk_weights
     if weights is not None:
         shape: tuple[int, ...] = meta.x_shape[:-1]
@@ -545,4 +570,16 @@ def check_combine(
         out = dense("out", check_tensor("out", out, spec, (x.dtype,), token_shape))
         if overlap(out, x):  # peers may still read x when we write
             raise rejected("E202", "out", "memory of x", "memory of its own")
-    return CombineCall(x, parsed, meta, weighted, weights, (first, second), out, num_sms, str(tag))
+    return CombineCall(
+        x,
+        parsed,
+        meta,
+        weighted,
+        weights,
+        order,
+        sum_weights,
+        (first, second),
+        out,
+        num_sms,
+        str(tag),
+    )

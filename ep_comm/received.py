@@ -11,6 +11,17 @@ from ep_comm.handle import Handle
 
 
 @dataclass
+class Origins:
+    """Who sent what, with `origins=True`: R ranks, El local experts here."""
+
+    rank_rows: Tensor  # int32 [R, R] unique tokens from each source (row) to each rank (column)
+    row_token: Tensor | None  # int32, shape of topk_idx: source token of each row, -1 in padding;
+    #   None in compact, where `handle.recv_src` has it
+    source_range: Tensor | None  # int64 [El, R] rows of each source in each group: first << 32 | n,
+    #   first counted from the start of the group; None in compact
+
+
+@dataclass
 class Received:
     """Tokens that arrived at one rank, in one of three layouts, and the handle to answer with.
 
@@ -45,6 +56,7 @@ class Received:
     status: Tensor  # int32 [1], 0 = ok, else the number of the error code (213, 230, ...)
     handle: Handle
     layout: str  # "compact", "grouped" or "slab"
+    origins: Origins | None = None  # only with origins=True
 
     @property
     def counts(self) -> list[int]:

@@ -207,13 +207,15 @@ void bind_args(py::module_& m) {
                                 EP_FIELD(D, layout) EP_FIELD(D, dtype) EP_FIELD(D, quantize)
                                     EP_FIELD(D, with_weights) EP_FIELD(D, is_static)
                                         EP_FIELD(D, cached) EP_FIELD(D, routing)
+                                            EP_ADDRESS(D, rank_rows)
         .def("row_bytes", &D::row_bytes);
     using U = UnpackArgs;
     py::class_<U>(m, "UnpackArgs")
         .def(py::init<>()) EP_ADDRESS(U, recv_src) EP_ADDRESS(U, recv_row) EP_ADDRESS(U, topk_idx)
             EP_ADDRESS(U, topk_weights) EP_ADDRESS(U, scales) EP_ADDRESS(U, offsets)
-                EP_ADDRESS(U, row_index) EP_FIELD(U, max_recv) EP_FIELD(U, max_rows)
-                    EP_FIELD(U, max_index) EP_FIELD(U, row_alignment) EP_FIELD(U, idx_is_int64);
+                EP_ADDRESS(U, row_index) EP_ADDRESS(U, row_token) EP_ADDRESS(U, source_range)
+                    EP_FIELD(U, max_recv) EP_FIELD(U, max_rows) EP_FIELD(U, max_index)
+                        EP_FIELD(U, row_alignment) EP_FIELD(U, idx_is_int64);
     using C = CombineArgs;
     py::class_<C>(m, "CombineArgs")
         .def(py::init<>()) EP_ADDRESS(C, x) EP_ADDRESS(C, y_weights) EP_ADDRESS(C, topk_idx)
@@ -223,7 +225,8 @@ void bind_args(py::module_& m) {
                         EP_FIELD(C, num_tokens) EP_FIELD(C, num_recv) EP_FIELD(C, num_rows)
                             EP_FIELD(C, hidden) EP_FIELD(C, arena_offset) EP_FIELD(C, num_topk)
                                 EP_FIELD(C, layout) EP_FIELD(C, dtype) EP_FIELD(C, weighted)
-                                    EP_FIELD(C, with_weights) EP_FIELD(C, routing);
+                                    EP_FIELD(C, with_weights) EP_FIELD(C, sum_weights)
+                                        EP_FIELD(C, topk_order) EP_FIELD(C, routing);
 }
 
 // Memory of one rank: extents of its arena as arrays.

@@ -22,6 +22,8 @@ struct DispatchArgs {
     int32_t* send_row = nullptr;       // [num_tokens, num_topk] row at the owner, -1 = none
     int64_t* rank_counts = nullptr;    // [2, num_ranks] unique tokens sent to, received from
     int32_t* expert_counts = nullptr;  // [num_local_experts] selections received
+    // out, null = not wanted
+    int32_t* rank_rows = nullptr;  // [num_ranks, num_ranks] rows from each source to each owner
     // scalars
     int64_t num_tokens = 0;
     int64_t x_stride = 0;
@@ -56,12 +58,15 @@ struct UnpackArgs {
     float* topk_weights = nullptr;  // the same shape
     std::byte* scales =
         nullptr;  // [num_rows, scale_bytes]; slab: per expert [scale words][capacity4]
-    int32_t* offsets = nullptr;    // grouped, row index: [num_local_experts + 1]
-    int32_t* row_index = nullptr;  // compact: [max_index], see row_alignment
-    int64_t max_recv = 0;          // rows of recv_src (static: padded with -1)
-    int64_t max_rows = 0;          // rows of x
-    int64_t max_index = 0;         // entries of row_index (static: padded with -1)
-    int32_t row_alignment = 1;     // of row_index groups
+    int32_t* offsets = nullptr;       // grouped, row index: [num_local_experts + 1]
+    int32_t* row_index = nullptr;     // compact: [max_index], see row_alignment
+    int32_t* row_token = nullptr;     // grouped, slab: [num_rows] source token of each row, or -1
+    int64_t* source_range = nullptr;  // grouped, slab: [num_local_experts, num_ranks], first row
+                                      // in the group << 32 | rows
+    int64_t max_recv = 0;             // rows of recv_src (static: padded with -1)
+    int64_t max_rows = 0;             // rows of x
+    int64_t max_index = 0;            // entries of row_index (static: padded with -1)
+    int32_t row_alignment = 1;        // of row_index groups
     bool idx_is_int64 = true;
 };
 
@@ -88,6 +93,8 @@ struct CombineArgs {
     DType dtype = DType::kBF16;
     bool weighted = false;
     bool with_weights = false;  // weights come back; the same on all ranks
+    bool sum_weights = false;   // compact: add what all ranks of the token hold for a slot
+    bool topk_order = false;    // add in slot order, whoever owns the expert
     uint64_t routing = 0;
 
     constexpr int64_t row_bytes() const { return hidden * dtype_bytes(dtype); }

@@ -1,6 +1,6 @@
 // Combine: every source reads the rows of its tokens from the ranks that hold them and adds them in
-// fp32, in ascending (rank, slot) order, rounding once. An owner returns only when every source has
-// pulled.
+// fp32, in ascending (rank, slot) order or as the slots stand, rounding once. An owner returns only
+// when every source has pulled.
 #include <algorithm>
 #include <cstring>
 
@@ -153,7 +153,7 @@ private:
             if (expert < 0 || expert >= experts.num_experts() || row < 0) continue;
             const Contribution next{experts.owner(expert), k, row};
             int at = count;
-            while (at > 0 && found[at - 1].owner > next.owner) --at;
+            while (!a.topk_order && at > 0 && found[at - 1].owner > next.owner) --at;
             if (a.layout == RecvLayout::kCompact && at > 0 && found[at - 1].owner == next.owner) {
                 continue;
             }
@@ -184,7 +184,12 @@ private:
             ops.sum(a.dtype, {a.out + t * bytes, rows, a.weighted ? weights : nullptr,
                               a.bias0 != nullptr ? a.bias0 + t * bytes : nullptr,
                               a.bias1 != nullptr ? a.bias1 + t * bytes : nullptr, a.hidden, count});
-            if (a.out_weights != nullptr) pull_weights(t);
+            if (a.out_weights == nullptr) continue;
+            if (a.sum_weights) {
+                sum_weights(t, found, count);
+            } else {
+                pull_weights(t);
+            }
         }
         return true;
     }
@@ -203,6 +208,17 @@ private:
                 if (held != nullptr) value = held[index];
             }
             a.out_weights[at] = value;
+        }
+    }
+
+    // Compact: every rank of the token holds a value for every slot, also of experts elsewhere.
+    void sum_weights(int64_t t, const Contribution* found, int count) const {
+        float* out = a.out_weights + t * a.num_topk;
+        std::fill_n(out, a.num_topk, 0.0f);
+        for (int i = 0; i < count; ++i) {
+            const float* held = weights_of(found[i].owner);
+            if (held == nullptr) continue;
+            for (int k = 0; k < a.num_topk; ++k) out[k] += held[found[i].row * a.num_topk + k];
         }
     }
 

@@ -86,6 +86,7 @@ public:
         if (placed.ok()) place();
         publish_bases();
         if (!await_bases()) return failed(outcome);
+        if (a.rank_rows != nullptr) read_rank_rows();
         if (!push()) return failed(outcome);
         if (!await_rows()) return failed(watch.outcome());
         release_slot();
@@ -279,6 +280,17 @@ private:
             return false;
         }
         return true;
+    }
+
+    // What everybody sends to everybody. A peer that published its base has all its entries, and
+    // none of them changes before we release the slot.
+    void read_rank_rows() const {
+        for (int dst = 0; dst < num_ranks; ++dst) {
+            for (int src = 0; src < num_ranks; ++src) {
+                const auto& entry = at<EntryRecord>(dst, layout.entry(slot, src));
+                a.rank_rows[src * num_ranks + dst] = static_cast<int32_t>(entry.num_rows);
+            }
+        }
     }
 
     // A peer's base becomes an address only after it was found to lie in that peer's arena.

@@ -52,6 +52,10 @@ private:
         if (out.topk_weights != nullptr) {
             std::memset(out.topk_weights + first * per_row, 0, count * sizeof(float));
         }
+        if (out.row_token != nullptr) std::fill_n(out.row_token, max_rows, -1);
+        if (out.source_range != nullptr) {
+            std::fill_n(out.source_range, int64_t{num_local} * rank.shape().num_ranks, 0);
+        }
         const int64_t extra = out.max_recv - result.num_recv;
         if (out.recv_src != nullptr && extra > 0) {
             std::fill_n(out.recv_src + 2 * result.num_recv, 2 * extra, -1);
@@ -118,6 +122,21 @@ private:
             std::memcpy(out.recv_row + i * num_topk, row, sizeof(int32_t) * num_topk);
         }
         expand(row, local, weights, scales);
+        if (!a.cached) trace(row, local, src, src_token);
+    }
+
+    // Who sent each row: rows of one source lie together in a group, in the order they are read.
+    void trace(const int32_t* row, const int32_t* local, int src, int32_t src_token) {
+        for (int k = 0; k < a.num_topk; ++k) {
+            if (row[k] < 0 || row[k] >= total_rows || local[k] < 0) continue;
+            if (out.row_token != nullptr) out.row_token[row[k]] = src_token;
+            if (out.source_range == nullptr) continue;
+            int64_t& range = out.source_range[int64_t{local[k]} * rank.shape().num_ranks + src];
+            const int64_t first = a.layout == RecvLayout::kSlab ? a.capacity * local[k]
+                                                                : result.group_start[local[k]];
+            if (range == 0) range = (row[k] - first) << 32;
+            ++range;
+        }
     }
 
     // The token's data lie in the row of its first slot here; its other slots get copies.

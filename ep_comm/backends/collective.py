@@ -54,6 +54,7 @@ from ep_comm.reference.rows import (
     make_handle,
     plan_receive,
     row_index_length,
+    trace_origins,
 )
 from ep_comm.reference.sums import add_in_order, rows_for_source, weights_home
 
@@ -232,7 +233,8 @@ class _Dispatch(_Operation[Received]):
             self.backend.defer(error)
             return self._failed(int(error.code[1:]))
         arrived = self._exchange_rows(receives[self.spec.rank].tokens_from.tolist(), step)
-        return self._received(self.plan, receives, arrived, status=0)
+        received = self._received(self.plan, receives, arrived, status=0)
+        return self._with_origins(received, [r.rows_to for r in records])
 
     def _options(self, routing_number: int) -> Options:
         call, spec = self.call, self.spec
@@ -382,6 +384,13 @@ class _Dispatch(_Operation[Received]):
             status=status,
         )
 
+    def _with_origins(self, received: Received, rows_to: Sequence[Tensor | None]) -> Received:
+        if self.call.origins:
+            rank_rows = torch.stack([counts_of(r) for r in rows_to]).to(self.device)
+            meta = HandleMeta.unpack(received.handle.meta)
+            received.origins = trace_origins(rank_rows, received.handle, meta)
+        return received
+
     def _cached(self, records: Sequence[Record], step: Step) -> Received:
         call = self.call
         assert call.handle is not None
@@ -420,7 +429,9 @@ class _Dispatch(_Operation[Received]):
             weights = call.topk_weights.new_empty((0, topk))
         ids = call.topk_idx.new_empty((0, topk))
         arrived = Arrived(x, scales, weights, ids.new_empty(0), ids)
-        return self._received(plan, receives, arrived, code)
+        none = torch.zeros(ranks, dtype=torch.int64)
+        received = self._received(plan, receives, arrived, code)
+        return self._with_origins(received, [none] * ranks)
 
 
 class _Combine(_Operation[Combined]):
@@ -453,16 +464,17 @@ class _Combine(_Operation[Combined]):
         y = call.x.flatten(0, -2).view(torch.uint8)
         rows = self.wire.exchange(y[index], self.send, self.recv, step).view(call.x.dtype)
         weights = call.handle.topk_weights if call.weighted else None
-        total = add_in_order(rows, plan, layout, topk_weights=weights, bias=call.bias)
+        total = add_in_order(
+            rows, plan, layout, topk_weights=weights, bias=call.bias, order=call.order
+        )
         if call.out is not None:
             total = call.out.copy_(total)
         if call.topk_weights is None:
             return total
         values = call.topk_weights if layout == "compact" else call.topk_weights.flatten()
         home = self.wire.exchange(values[index], self.send, self.recv, step)
-        return total, torch.clone(
-            weights_home(home, plan, layout), memory_format=torch.contiguous_format
-        )
+        bring = add_in_order if call.sum_weights else weights_home
+        return total, torch.clone(bring(home, plan, layout), memory_format=torch.contiguous_format)
 
     def _descriptor(self) -> list[int]:
         call, meta = self.call, self.call.meta

@@ -34,7 +34,7 @@ from ep_comm.checks import BufferSpec, CombineCall, DispatchCall, worst_grouped_
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPError, make_error
 from ep_comm.handle import Handle, HandleMeta
-from ep_comm.received import Received
+from ep_comm.received import Origins, Received
 from ep_comm.verdict import PeerState, error_of
 
 _log = logging.getLogger("ep_comm")
@@ -252,6 +252,9 @@ class _Dispatch:
             self.send_row = call.handle.send_row
             self.rank_counts = call.handle.rank_counts
             self.counts = call.handle.num_tokens_per_expert
+        self.rank_rows: Tensor | None = None
+        if call.origins:
+            self.rank_rows = torch.zeros((spec.num_ranks, spec.num_ranks), dtype=torch.int32)
         self.args = self._fill(_core.DispatchArgs())
 
     def _fill(self, a: _core.DispatchArgs) -> _core.DispatchArgs:
@@ -269,6 +272,7 @@ class _Dispatch:
         if call.row_index and not call.sync:
             a.index_capacity = worst_grouped_rows(self.backend.spec, call)
         a.given_capacity = -1 if call.given_capacity is None else call.given_capacity
+        a.rank_rows = _address(self.rank_rows)
         a.num_topk = call.num_topk
         a.alignment = call.alignment
         a.scale_block = call.scale_block
@@ -362,6 +366,9 @@ class _Dispatch:
                 counts = self.counts.to(torch.int64)
                 total = int((-(-counts // call.alignment) * call.alignment).sum())
             out["row_index"] = torch.empty(total, dtype=torch.int32)
+        if call.origins and call.layout != "compact":
+            out["row_token"] = torch.empty(per_row, dtype=torch.int32)
+            out["source_range"] = torch.empty((local, spec.num_ranks), dtype=torch.int64)
         return out
 
     def _unpack_args(self, arrival: _Arrival, out: dict[str, Tensor]) -> _core.UnpackArgs:
@@ -391,7 +398,13 @@ class _Dispatch:
             status=torch.tensor([status], dtype=torch.int32),
             handle=self._handle(arrival, out),
             layout=call.layout,
+            origins=self._origins(out),
         )
+
+    def _origins(self, out: dict[str, Tensor]) -> Origins | None:
+        if self.rank_rows is None:
+            return None
+        return Origins(self.rank_rows, out.get("row_token"), out.get("source_range"))
 
     def _handle(self, arrival: _Arrival, out: dict[str, Tensor]) -> Handle:
         spec, call = self.backend.spec, self.call
@@ -447,7 +460,7 @@ class _Dispatch:
         else:  # these are the caller's
             del fresh["recv_src"], fresh["recv_row"]
         for name, tensor in fresh.items():
-            tensor.fill_(0 if name in ("topk_weights", "scales", "offsets") else -1)
+            tensor.fill_(0 if name in ("topk_weights", "scales", "offsets", "source_range") else -1)
         self.backend.defer(self, error)
         return self._assemble(arrival, x, out, status=int(error.code[1:]))
 
@@ -482,6 +495,8 @@ class _Combine:
         a.dtype = _DTYPES[call.x.dtype]
         a.weighted = call.weighted
         a.with_weights = call.topk_weights is not None
+        a.sum_weights = call.sum_weights
+        a.topk_order = call.order == "topk"
         a.routing = meta.routing_number
         self.args = a
 

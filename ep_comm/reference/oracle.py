@@ -37,6 +37,7 @@ from ep_comm.reference.rows import (
     make_handle,
     plan_receive,
     row_index_length,
+    trace_origins,
 )
 from ep_comm.reference.sums import add_in_order, plan_from_handle, rows_for_source, weights_home
 
@@ -58,6 +59,7 @@ def dispatch(
     quantize: str | None = None,
     scale_block: int = 128,
     row_index: bool = False,
+    origins: bool = False,
     sync: bool = True,
     handles: Sequence[Handle | Sequence[Tensor]] | None = None,
     generation: int = 0,
@@ -72,8 +74,8 @@ def dispatch(
         topk_idx: int64 or int32 [T, K] global expert ids, -1 = none.
         topk_weights: float32, bfloat16 or float16 [T, K]; travel as float32 (float64 as float64).
         expert_map: int [E] owner of each expert; None = contiguous blocks.
-        layout, alignment, capacity, row_index, sync: as `Buffer.dispatch`; capacity None = no limit
-            for compact and grouped with sync=True, else the worst case.
+        layout, alignment, capacity, row_index, origins, sync: as `Buffer.dispatch`; capacity None =
+            no limit for compact and grouped with sync=True, else the worst case.
         scales: [T, S] per rank, any strides; travel verbatim.
         quantize: "fp8" or "fp8_ue8m0", see `quantize`; scales are made then.
         handles: of an earlier dispatch, one per rank, instead of topk_idx: same rows as before.
@@ -113,7 +115,12 @@ def dispatch(
         generation=generation,
         routing_number=routing_number,
     )
-    return _dispatch_fresh(x, scales, topk_idx, weights, experts, options)
+    received = _dispatch_fresh(x, scales, topk_idx, weights, experts, options)
+    if origins:
+        rank_rows = torch.stack([r.handle.rank_counts[0] for r in received])
+        for r in received:
+            r.origins = trace_origins(rank_rows, r.handle, HandleMeta.unpack(r.handle.meta))
+    return received
 
 
 def _dispatch_fresh(
@@ -197,6 +204,8 @@ def combine(
     *,
     weighted: bool = ...,
     topk_weights: None = ...,
+    order: str = ...,
+    sum_weights: bool = ...,
     bias: Sequence[Bias] | None = ...,
     expert_map: Sequence[int] | Tensor | None = ...,
 ) -> list[Tensor]: ...
@@ -209,6 +218,8 @@ def combine(
     *,
     weighted: bool = ...,
     topk_weights: Sequence[Tensor],
+    order: str = ...,
+    sum_weights: bool = ...,
     bias: Sequence[Bias] | None = ...,
     expert_map: Sequence[int] | Tensor | None = ...,
 ) -> list[tuple[Tensor, Tensor]]: ...
@@ -220,6 +231,8 @@ def combine(
     *,
     weighted: bool = False,
     topk_weights: Sequence[Tensor] | None = None,
+    order: str = "rank",
+    sum_weights: bool = False,
     bias: Sequence[Bias] | None = None,
     expert_map: Sequence[int] | Tensor | None = None,
 ) -> list[Tensor] | list[tuple[Tensor, Tensor]]:
@@ -231,11 +244,13 @@ def combine(
         weighted: multiply each contribution by the topk_weights given at dispatch (grouped, slab).
         topk_weights: float32 per rank, one number per selection in the layout of the dispatched
             ones; each goes home to its (token, slot).
+        order: "rank", or (grouped, slab) "topk": slots as they stand, whoever owns the expert.
+        sum_weights: (compact) a slot gets the sum over all ranks of the token instead.
         bias: per rank [T, H], a pair of them (either None), or None; the sum starts there.
         expert_map: as given to dispatch.
     Returns:
         Per rank [T, H] in the dtype of x; with topk_weights, pairs of it and float32 [T, K]. The
-        sum is fp32 (float64 for float64) in ascending (owner rank, slot) order, rounded once.
+        sum is fp32 (float64 for float64) in the order asked for, rounded once.
     Raises:
         EPArgumentError: E201 wrong shape, E203 weighted without weights or in the compact layout.
         EPUsageError: E320, not handles of one dispatch.
@@ -268,6 +283,7 @@ def combine(
                 layout,
                 topk_weights=parsed[source].topk_weights if weighted else None,
                 bias=None if bias is None else bias[source],
+                order=order,
             )
         )
     if topk_weights is None:
@@ -277,7 +293,8 @@ def combine(
     home = []
     for source, plan in enumerate(plans):
         rows = [_row_list(values[owner], layout)[back[owner][source]] for owner in range(num_ranks)]
-        home.append(weights_home(torch.cat(rows), plan, layout))
+        bring = add_in_order if sum_weights else weights_home
+        home.append(bring(torch.cat(rows), plan, layout))
     return list(zip(sums, home, strict=True))
 
 

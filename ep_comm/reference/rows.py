@@ -7,6 +7,7 @@ and slab are the same rows, copied to the places `recv_row` names (`arrange`).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ep_comm.handle import Handle, HandleMeta
-from ep_comm.received import Received
+from ep_comm.received import Origins, Received
 from ep_comm.reference.routing import SendPlan, rank_in_group
 
 SCALE_COLUMN_ALIGNMENT: Final = 4  # slab scales: a column holds the capacity rounded up to this
@@ -339,6 +340,33 @@ def _column_major(scales: Tensor) -> Tensor:
 
 
 # ---- Rows of any dtype ----
+
+
+def trace_origins(rank_rows: Tensor, handle: Handle, meta: HandleMeta) -> Origins:
+    """Who sent what, from the handle of a fresh dispatch.
+
+    Args:
+        rank_rows: [R, R] unique tokens from each source (row) to each rank (column).
+    """
+    rank_rows = rank_rows.to(torch.int32)
+    if meta.layout == "compact":
+        return Origins(rank_rows, None, None)
+    num_local, counts = meta.num_local_experts, handle.num_tokens_per_expert
+    starts, shape = group_offsets(counts, meta.alignment), meta.x_shape[:-1]
+    if meta.layout == "slab":
+        starts = torch.arange(num_local + 1, device=counts.device) * meta.num_rows
+    present = handle.recv_row >= 0
+    row = handle.recv_row[present].long()  # of every selection, as the two below
+    src, token = (handle.recv_src[:, i : i + 1].expand_as(present)[present] for i in (0, 1))
+    row_token = torch.full((math.prod(shape),), -1, dtype=torch.int32, device=row.device)
+    row_token[row] = token
+    group = torch.searchsorted(starts, row, right=True) - 1
+    key, num_keys = group * meta.num_ranks + src.long(), num_local * meta.num_ranks
+    num_rows = torch.bincount(key, minlength=num_keys)
+    first = torch.zeros(num_keys, dtype=torch.int64, device=row.device)
+    first.scatter_reduce_(0, key, row - starts[group], "amin", include_self=False)
+    ranges = (first << 32 | num_rows).view(num_local, meta.num_ranks)
+    return Origins(rank_rows, row_token.view(shape), ranges)
 
 
 def take_rows(rows: Tensor, index: Tensor, fill: int) -> Tensor:

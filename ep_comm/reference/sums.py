@@ -52,13 +52,19 @@ def contribution_of(plan: SendPlan, layout: str) -> Tensor:
     return torch.where(plan.dst >= 0, first[dst] + place, -1)
 
 
-def adding_order(plan: SendPlan, layout: str) -> tuple[Tensor, Tensor]:
+def adding_order(plan: SendPlan, layout: str, order: str = "rank") -> tuple[Tensor, Tensor]:
     """Slots of every token in the order in which their contributions are added.
 
+    Args:
+        order: "rank", or (grouped, slab) "topk".
     Returns:
-        slot: int64 [T, K], ascending by (owner rank, slot), slots without an expert last.
+        slot: int64 [T, K], ascending by (owner rank, slot), slots without an expert last; with
+            order="topk" as they stand.
         adds: bool [T, K], whether that step adds anything; compact: the first slot of each rank.
     """
+    if order == "topk":
+        slots = torch.arange(plan.dst.shape[1], device=plan.dst.device)
+        return slots.expand_as(plan.dst), plan.dst >= 0
     num_ranks = plan.tokens_per_rank.numel()
     dst, slot = torch.sort(torch.where(plan.dst >= 0, plan.dst, num_ranks), dim=1, stable=True)
     adds = dst < num_ranks
@@ -74,6 +80,7 @@ def add_in_order(
     *,
     topk_weights: Tensor | None = None,
     bias: Tensor | tuple[Tensor | None, Tensor | None] | None = None,
+    order: str = "rank",
 ) -> Tensor:
     """Sum the contributions to every token of one source.
 
@@ -81,13 +88,14 @@ def add_in_order(
         contributions: [C, H], concatenated by rank, each rank's in travelling order.
         topk_weights: float32 [T, K], multiplies each selection's contribution; None = plain sum.
         bias: [T, H] where the sum starts, or two that are added first.
+        order: see `adding_order`.
     Returns:
         [T, H], dtype of the contributions, rounded once.
     """
     dtype = contributions.dtype
     total = _start(bias, (plan.dst.shape[0], contributions.shape[1]), contributions)
     index = contribution_of(plan, layout)
-    slot, adds = adding_order(plan, layout)
+    slot, adds = adding_order(plan, layout, order)
     for step in range(plan.dst.shape[1]):
         # A token that adds nothing is left out: adding 0.0 would turn a bias of -0.0 into 0.0.
         token = adds[:, step].nonzero().squeeze(1)  # [n]
