@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -74,7 +75,7 @@ def _collect(processes: list[Any], queue: Any, limit_s: float) -> list[Any]:
         while True:
             while not queue.empty():
                 rank, result = queue.get()
-                results[rank] = result
+                results[rank] = pickle.loads(result)
             if (
                 all(r in results or not p.is_alive() for r, p in enumerate(processes))
                 and queue.empty()
@@ -103,8 +104,13 @@ def _main(
         "gloo", store=dist.FileStore(path, num_ranks), rank=rank, world_size=num_ranks
     )
     try:
-        queue.put((rank, work(rank, num_ranks, *args)))
+        _put(queue, rank, work(rank, num_ranks, *args))
     except BaseException as error:  # handed to the parent, whatever it is
-        queue.put((rank, _Raised(error, traceback.format_exc())))
+        _put(queue, rank, _Raised(error, traceback.format_exc()))
     finally:
         dist.destroy_process_group()
+
+
+def _put(queue: Any, rank: int, result: Any) -> None:
+    # Pickled here: the queue would send a tensor as a descriptor to fetch from us, who end first.
+    queue.put((rank, pickle.dumps(result)))
