@@ -57,6 +57,10 @@ def same_received(
         assert got.num_recv.shape == (1,)
     for name in ("offsets", "row_index", "topk_idx", "topk_weights"):
         _same_optional(getattr(got, name), getattr(want, name), name, same_bits)
+    assert (got.origins is None) == (want.origins is None)
+    if got.origins is not None and want.origins is not None:
+        for name in ("rank_rows", "row_token", "source_range"):
+            _same_optional(getattr(got.origins, name), getattr(want.origins, name), name, same_bits)
     assert got.x.shape == want.x.shape, ("x", got.x.shape, want.x.shape)
     assert got.x.dtype == want.x.dtype
     assert (got.scales is None) == (want.scales is None)
