@@ -9,7 +9,7 @@ only place that knows which index means what.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 from typing import Final, NamedTuple, NoReturn, TypeGuard
 
 import torch
@@ -120,6 +120,22 @@ class HandleMeta:
             "rank_counts": ((2, self.num_ranks), torch.int64),
             "num_tokens_per_expert": ((self.num_local_experts,), torch.int32),
         }
+
+
+_META_INDEX: Final = {field.name: i for i, field in enumerate(fields(HandleMeta), start=1)}
+
+
+def meta_index(name: str) -> int:
+    """Where `meta` holds a field of HandleMeta."""
+    return _META_INDEX[name]
+
+
+def edit_meta(meta: Tensor, **values: int) -> Tensor:
+    """A copy of `meta` with some fields of HandleMeta changed; cheaper than unpack and pack."""
+    edited = meta.clone()
+    for name, value in values.items():
+        edited[_META_INDEX[name]] = value
+    return edited
 
 
 def parse_handle(

@@ -1,0 +1,330 @@
+"""The low-latency calls of `deep_ep.Buffer`: slabs, split into a sending and a receiving half.
+
+On the CPU a half that was sent goes on by itself, on the native buffer's thread; a hook only waits
+for it, so any number of them may be outstanding, and be called in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from ep_comm.compat.deep_ep.events import EventOverlap, finished
+from ep_comm.compat.deep_ep.natives import Natives, refuse
+from ep_comm.handle import Handle, edit_meta
+
+SCALE_BLOCK: Final = 128
+_WORD_BLOCK: Final = 4 * SCALE_BLOCK  # elements whose exponents share an int32
+
+Hook = Callable[[], None]
+LowLatencyHandle = tuple[Tensor, Tensor, int, int, int]
+
+
+class LowLatencyCalls:
+    """What `Buffer` inherits; it provides these."""
+
+    _natives: Natives
+    group_size: int
+    enable_shrink: bool
+
+    def low_latency_dispatch(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        num_max_dispatch_tokens_per_rank: int,
+        num_experts: int,
+        cumulative_local_expert_recv_stats: Tensor | None = None,
+        dispatch_wait_recv_cost_stats: Tensor | None = None,
+        use_fp8: bool = True,
+        round_scale: bool = False,
+        use_ue8m0: bool = False,
+        async_finish: bool = False,
+        return_recv_hook: bool = False,
+    ) -> tuple[Any, Tensor, LowLatencyHandle, EventOverlap, Hook | None]:
+        """Send each selection to its expert's slab.
+
+        Args:
+            x: bfloat16 [T, H], T <= num_max_dispatch_tokens_per_rank = M.
+            topk_idx: int64 or int32 [T, K], -1 = none.
+            cumulative_local_expert_recv_stats: int32 [El], the counts are added to it.
+            dispatch_wait_recv_cost_stats: GPU cycles waited; a CPU has none, so it stays as it is.
+            use_fp8, round_scale, use_ue8m0: quantize on the way; scales that are powers of two;
+                four of their exponents in an int32.
+        Returns:
+            recv_x [El, R * M, H] bfloat16, or (float8_e4m3fn, scales column-major [El, R * M, S]);
+            recv_count int32 [El], rows past it are undefined; handle; event; hook.
+            With return_recv_hook all tensors are filled by hook(), which may be called again.
+
+        Collective. The handle is (src_info int32 [El, R * M], layout_range int64 [El, R], M, H, E);
+        what combine needs besides is kept by its two tensors as an attribute: a rebuilt tuple
+        works, copies of the tensors don't.
+        """
+        _exclusive(async_finish, return_recv_hook)
+        if use_ue8m0 and not round_scale:
+            raise ValueError("use_ue8m0=True: want round_scale=True with it")
+        native = self._natives.get(x.shape[-1], num_experts, x.device)
+        most = num_max_dispatch_tokens_per_rank
+        if x.shape[0] > most:
+            what = f"has too many tokens: got {x.shape[0]}, want <= {most}"
+            refuse(native, "dispatch", "E230", what)
+        rows, options = x, _quantization(use_fp8, round_scale, use_ue8m0)
+        if use_fp8 and round_scale and not use_ue8m0:
+            rows, options["scales"] = quantize_rounded(x)
+        ids = topk_idx.clone()  # a caller may change it before combine
+        work = native.dispatch(
+            rows, ids, layout="slab", capacity=self.group_size * most, origins=True,
+            wait=not return_recv_hook, **options,
+        )  # fmt: skip
+        sizes = (most, x.shape[1], num_experts)
+        stats = cumulative_local_expert_recv_stats
+        if return_recv_hook:
+            pending = _PendingDispatch(native, work, sizes, use_fp8, use_ue8m0, stats)
+            return (*pending.results, EventOverlap(), pending.finish)
+        _count(stats, work.num_tokens_per_expert)
+        received = work.x if work.scales is None else (work.x, work.scales)
+        origins, routing = work.origins, _Routing(native, work.handle)
+        handle = _handle(origins.row_token, origins.source_range, sizes, routing)
+        return received, work.num_tokens_per_expert, handle, finished(async_finish), None
+
+    def low_latency_combine(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        handle: Any,
+        use_logfmt: bool = False,
+        zero_copy: bool = False,
+        async_finish: bool = False,
+        return_recv_hook: bool = False,
+        out: Tensor | None = None,
+        combine_wait_recv_cost_stats: Tensor | None = None,
+    ) -> tuple[Tensor, EventOverlap, Hook | None]:
+        """Add the rows of each token, times their weights, slot by slot, in fp32.
+
+        Args:
+            x: bfloat16 [El, R * M, H], contiguous; with zero_copy only its shape counts.
+            topk_idx: [T, K] of the dispatch; slots may have become -1 and are then left out.
+            topk_weights: float32 [T, K].
+            use_logfmt: rows stay as they are.
+            zero_copy: the rows are those of `get_next_low_latency_combine_buffer(handle)`.
+            out: bfloat16 [T, H]; written and returned.
+            combine_wait_recv_cost_stats: as in dispatch.
+        Returns:
+            [T, H], 0 where all ids are -1; event; hook, after which the result is there.
+
+        Collective.
+        """
+        _exclusive(async_finish, return_recv_hook)
+        if use_logfmt and zero_copy:
+            raise ValueError("zero_copy=True: want use_logfmt=False with it")
+        routing = _routing_of(handle)
+        native, y = routing.native, x
+        if zero_copy:
+            y = routing.taken_buffer()
+        total = out
+        if out is None or not out.is_contiguous():
+            total = torch.empty((topk_idx.shape[0], y.shape[-1]), dtype=y.dtype, device=y.device)
+        assert total is not None
+        work = native.combine(
+            y,
+            routing.weighted(topk_idx, topk_weights),
+            weighted=True,
+            order="topk",
+            out=total,
+            wait=not return_recv_hook,
+        )
+
+        def finish() -> None:
+            if return_recv_hook:
+                work.wait()
+            if out is not None and out is not total:
+                out.copy_(total)
+
+        if not return_recv_hook:
+            finish()
+        result = total if out is None else out
+        return result, finished(async_finish), finish if return_recv_hook else None
+
+    def get_next_low_latency_combine_buffer(self, handle: Any) -> Tensor:
+        """bfloat16 [El, R * M, H] that peers read in place: fill it, combine with zero_copy."""
+        routing = _routing_of(handle)
+        local, capacity = handle[0].shape
+        routing.combine_buffer = routing.native.empty((local, capacity, handle[3]), torch.bfloat16)
+        return routing.combine_buffer
+
+    def clean_low_latency_buffer(
+        self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int
+    ) -> None:
+        """Nothing to clean: numbers in shared memory only ever grow."""
+
+    # ---- masks: every rank takes part in every call here, so none can be left out ----
+
+    def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
+        """Unmasking changes nothing, since no rank is masked.
+
+        Raises:
+            NotImplementedError: mask=True.
+        """
+        self._needs_shrink()
+        if mask:
+            why = "calls on CPU tensors need every rank, so a missing one is an error, not a mask"
+            raise NotImplementedError(f"cannot mask rank {rank_to_mask}: {why}")
+
+    def low_latency_query_mask_buffer(self, mask_status: Tensor) -> None:
+        """Write which ranks are masked into int32 [R]: none."""
+        self._needs_shrink()
+        mask_status.zero_()
+
+    def low_latency_clean_mask_buffer(self) -> None:
+        """No rank is masked."""
+        self._needs_shrink()
+
+    def _needs_shrink(self) -> None:
+        if not self.enable_shrink:
+            raise RuntimeError("mask calls want Buffer(enable_shrink=True)")
+
+
+class _Routing:
+    """What combine needs that the documented handle does not hold."""
+
+    def __init__(self, native: Any, handle: Handle | None, finish: Hook | None = None) -> None:
+        self.native = native
+        self.handle = handle  # None until the receiving half is over
+        self.combine_buffer: Tensor | None = None
+        self._finish = finish
+
+    def arrived(self, handle: Handle) -> None:
+        self.handle, self._finish = handle, None  # `finish` holds what holds us
+
+    def weighted(self, topk_idx: Tensor, topk_weights: Tensor) -> Handle:
+        """The handle with weights that came only now."""
+        if self.handle is None and self._finish is not None:
+            self._finish()
+        handle = self.handle
+        assert handle is not None
+        ids = topk_idx.to(torch.int64).contiguous()
+        if not torch.equal(ids, handle.topk_idx):
+            if ids.shape != handle.topk_idx.shape:
+                got, want = list(ids.shape), list(handle.topk_idx.shape)
+                refuse(self.native, "combine", "E201", f"rejected topk_idx: got {got}, want {want}")
+            if ((ids != -1) & (ids != handle.topk_idx)).any():
+                what = "rejected topk_idx: got other experts than at dispatch, want the same or -1"
+                refuse(self.native, "combine", "E203", what)
+        if topk_weights.shape != ids.shape:
+            got, want = list(topk_weights.shape), list(ids.shape)
+            refuse(self.native, "combine", "E201", f"rejected topk_weights: got {got}, want {want}")
+        return handle._replace(
+            meta=edit_meta(handle.meta, has_weights=1),
+            topk_idx=ids,
+            topk_weights=topk_weights.to(torch.float32).contiguous(),
+        )
+
+    def taken_buffer(self) -> Tensor:
+        if self.combine_buffer is None:
+            want = "want get_next_low_latency_combine_buffer(handle) before it"
+            refuse(self.native, "combine", "E203", f"rejected zero_copy=True: {want}")
+        return self.combine_buffer
+
+
+class _PendingDispatch:
+    """A dispatch whose rows still come: tensors to return now, and what fills them."""
+
+    def __init__(
+        self,
+        native: Any,
+        begun: Any,
+        sizes: tuple[int, int, int],
+        use_fp8: bool,
+        use_ue8m0: bool,
+        stats: Tensor | None,
+    ) -> None:
+        most, hidden, _ = sizes
+        local, capacity = native.num_local_experts, native.num_ranks * most
+        self._begun, self._stats = begun, stats
+        self._x = torch.empty(
+            (local, capacity, hidden), dtype=torch.float8_e4m3fn if use_fp8 else torch.bfloat16
+        )
+        self._scales: Tensor | None = None
+        if use_fp8:
+            dtype = torch.int32 if use_ue8m0 else torch.float32
+            words = hidden // (_WORD_BLOCK if use_ue8m0 else SCALE_BLOCK)
+            self._scales = torch.empty((local, words, capacity), dtype=dtype).transpose(1, 2)
+        self._count = torch.empty(local, dtype=torch.int32)
+        src_info = torch.empty((local, capacity), dtype=torch.int32)
+        layout_range = torch.empty((local, native.num_ranks), dtype=torch.int64)
+        self._routing = _Routing(native, None, self.finish)
+        self._handle = _handle(src_info, layout_range, sizes, self._routing)
+
+    @property
+    def results(self) -> tuple[Any, Tensor, LowLatencyHandle]:
+        received = self._x if self._scales is None else (self._x, self._scales)
+        return received, self._count, self._handle
+
+    def finish(self) -> None:
+        """Wait, and fill what was returned; rows past the counts are left as they are."""
+        if self._routing.handle is not None:
+            return
+        recv = self._begun.wait()
+        for expert, count in enumerate(recv.counts):
+            if count > 0:
+                rows = recv.x[expert, :count].view(torch.uint8)
+                self._x[expert, :count].view(torch.uint8).copy_(rows)
+        if self._scales is not None:
+            self._scales.copy_(recv.scales)
+        self._count.copy_(recv.num_tokens_per_expert)
+        self._handle[0].copy_(recv.origins.row_token)
+        self._handle[1].copy_(recv.origins.source_range)
+        _count(self._stats, recv.num_tokens_per_expert)
+        self._routing.arrived(recv.handle)
+
+
+def quantize_rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """float8_e4m3fn [T, H] and float32 [T, H / 128]: power-of-two scales, spelled out.
+
+    Only this form is not made on the way: it is the native "fp8_ue8m0", its exponents unpacked.
+    """
+    from ep_comm.reference import fp8
+
+    hidden = x.shape[1]
+    if hidden % SCALE_BLOCK:
+        raise ValueError(f"hidden={hidden}: want a multiple of {SCALE_BLOCK} with use_fp8")
+    padded = torch.nn.functional.pad(x, (0, -hidden % _WORD_BLOCK))
+    q, words = fp8.quantize(padded, kind="fp8_ue8m0", scale_block=SCALE_BLOCK)
+    exponents = words.view(torch.uint8)[:, : hidden // SCALE_BLOCK].to(torch.int32)
+    return q[:, :hidden].contiguous(), (exponents << 23).view(torch.float32)
+
+
+def _quantization(use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> dict[str, Any]:
+    if not use_fp8 or (round_scale and not use_ue8m0):
+        return {}
+    return {"quantize": "fp8_ue8m0" if use_ue8m0 else "fp8"}
+
+
+def _exclusive(async_finish: bool, return_recv_hook: bool) -> None:
+    if async_finish and return_recv_hook:
+        raise ValueError("async_finish, return_recv_hook: got both, want at most one")
+
+
+def _count(stats: Tensor | None, counts: Tensor) -> None:
+    if stats is not None:
+        stats += counts
+
+
+def _handle(
+    src_info: Tensor, layout_range: Tensor, sizes: tuple[int, int, int], routing: _Routing
+) -> LowLatencyHandle:
+    for tensor in (src_info, layout_range):
+        tensor.ep_comm_routing = routing  # type: ignore[attr-defined]
+    return (src_info, layout_range, *sizes)
+
+
+def _routing_of(handle: Any) -> _Routing:
+    for tensor in handle[:2] if isinstance(handle, tuple | list) else ():
+        routing = getattr(tensor, "ep_comm_routing", None)
+        if isinstance(routing, _Routing):
+            return routing
+    what = "want the one low_latency_dispatch returned, or a tuple of its tensors"
+    raise ValueError(f"handle: got {type(handle).__name__}, {what}")

@@ -1,0 +1,88 @@
+"""The native buffers behind one `deep_ep.Buffer`.
+
+A `deep_ep.Buffer` is built before anybody knows a shape: hidden and the number of experts come with
+the calls. A native buffer is therefore made by the first call that needs another (hidden, number of
+experts). Both are equal on all ranks in every call, so all ranks make it in the same call and
+nothing needs to be agreed upon. Numbers of tokens differ between ranks; native buffers are built
+for as many as rows can be numbered, which costs nothing: memory is granted for what arrives, and
+the control block does not depend on it. So no buffer ever has to grow.
+
+Cost: the first call with a shape takes milliseconds longer on every rank; later ones, one look-up.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, Final, NoReturn
+
+import torch
+
+from ep_comm.bootstrap import Group, resolve_group
+from ep_comm.errors import EPError, make_error
+
+# A process maps one arena of every rank for each native buffer, and an address has 47 bits.
+_ADDRESS_SPACE: Final = 1 << 46
+_MOST_BUFFERS: Final = 64
+_SMALLEST_ARENA: Final = 1 << 30
+
+
+class Natives:
+    """Native buffers by (hidden, number of experts, device), made when first needed.
+
+    Collective where it makes one. Threads may share it.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+        self.resolved: Group = resolve_group(group)
+        self._buffers: dict[tuple[int, int, torch.device], Any] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def get(self, hidden: int, num_experts: int, device: torch.device) -> Any:
+        """The ep_comm.Buffer for rows of `hidden` elements and so many experts."""
+        key = (hidden, num_experts, device)
+        buffer = self._buffers.get(key)
+        return self._make(key) if buffer is None else buffer
+
+    def _make(self, key: tuple[int, int, torch.device]) -> Any:
+        from ep_comm.buffer import Buffer  # loads native code; importing deep_ep must not
+        from ep_comm.checks import MAX_COUNT, MAX_TOPK
+
+        hidden, num_experts, device = key
+        with self._lock:
+            if self._closed:
+                what = "is closed: at destroy()"
+                raise make_error("E340", what, rank=self.resolved.rank, fix="make another Buffer")
+            if key not in self._buffers:
+                self._buffers[key] = Buffer(
+                    self.group,
+                    num_experts=num_experts,
+                    num_topk=MAX_TOPK,
+                    hidden=hidden,
+                    max_tokens=MAX_COUNT // self.resolved.size,
+                    device=device,
+                    arena_bytes=self._arena_bytes() if device.type == "cpu" else None,
+                )
+            return self._buffers[key]
+
+    def _arena_bytes(self) -> int:
+        """As much as there is, as long as many buffers find room in the address space."""
+        from ep_comm.backends.cpu import default_arena_bytes
+
+        most = _ADDRESS_SPACE // (_MOST_BUFFERS * self.resolved.size)
+        return min(default_arena_bytes(), max(most, _SMALLEST_ARENA))
+
+    def close(self) -> None:
+        """Local; may be called twice. Tensors received and handles stay valid."""
+        with self._lock:
+            self._closed = True
+            buffers, self._buffers = self._buffers, {}
+        for buffer in buffers.values():
+            buffer.close()
+
+
+def refuse(native: Any, op: str, code: str, what: str) -> NoReturn:
+    """Raise an error of an adapter; peers in this call raise it, too, instead of waiting."""
+    error: EPError = native._refused(op, make_error(code, what), "")
+    raise error

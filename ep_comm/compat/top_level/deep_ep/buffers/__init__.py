@@ -1,0 +1,3 @@
+from . import legacy
+
+__all__ = ["legacy"]
