@@ -281,7 +281,7 @@ class Buffer:
         """
         self._enter()
         with self._lock:
-            if sync:
+            if sync is not False:  # whatever it is: all ranks must agree on this before any check
                 self._raise_deferred()
             try:
                 call = check_dispatch(

@@ -192,7 +192,10 @@ void bind_status(py::module_& m) {
                                    return py::make_tuple(o.detail[0], o.detail[1], o.detail[2],
                                                          o.detail[3]);
                                })
-        .def_property_readonly("reason", [](const Outcome& o) { return std::string(o.reason); });
+        .def_property_readonly("reason", [](const Outcome& o) {  // a peer's bytes: any may be there
+            return py::reinterpret_steal<py::str>(PyUnicode_DecodeUTF8(
+                o.reason, static_cast<Py_ssize_t>(strnlen(o.reason, kReasonBytes)), "replace"));
+        });
 }
 
 void bind_args(py::module_& m) {

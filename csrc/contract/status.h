@@ -29,6 +29,16 @@ enum Code : int32_t {
     kOutOfStep = 330,
 };
 
+// Codes a rank may give its peers as the reason why a call will not happen; any other number in
+// these fields is damage.
+constexpr bool may_poison_entry(int code) {
+    return (code >= 200 && code <= 203) || (code >= 210 && code <= 213) || code == kOverCapacity ||
+           code == kOutOfArena || code == 310 || code == kStaleHandle;
+}
+constexpr bool may_poison_base(int code) {
+    return code == kOverCapacity || code == kOutOfArena || code == kStaleHandle;
+}
+
 // Where a rank waits. Names are exported to Python for the sentence a user reads.
 enum class Site : uint8_t { kNone = 0, kSlot, kEntry, kBase, kRows, kPulled };
 

@@ -119,7 +119,8 @@ private:
             if (p == me) continue;
             const int64_t limit = rank.peers_arena_bytes(p);
             const auto fits = [&](int64_t offset, int64_t bytes) {
-                return offset >= 0 && offset <= limit && entry.num_rows >= 0 &&
+                return offset >= 0 && offset <= limit && offset % kRowAlign == 0 &&
+                       entry.num_rows >= 0 &&
                        (bytes == 0 || entry.num_rows <= (limit - offset) / bytes);
             };
             if (fits(entry.y_offset, a.row_bytes()) &&

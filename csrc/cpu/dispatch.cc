@@ -136,11 +136,16 @@ private:
     }
 
     const int32_t* counts_from(int src) const {
-        return &at<int32_t>(me, layout.count_row(slot, src));
+        return counts.data() + int64_t{src} * experts.num_local(me);
     }
 
-    // Counts of peers are untrusted: nothing is computed from a number that cannot be.
+    // Counts of peers are untrusted: nothing is computed from a number that cannot be, or that may
+    // still change.
     bool check_counts() {
+        for (int src = 0; !a.cached && src < num_ranks; ++src) {
+            const int32_t* row = &at<int32_t>(me, layout.count_row(slot, src));
+            counts.insert(counts.end(), row, row + experts.num_local(me));
+        }
         for (int src = 0; src < num_ranks; ++src) {
             const EntryRecord& entry = entry_of(src);
             const int64_t limit = std::min(entry.num_tokens, rank.shape().max_tokens);
@@ -174,10 +179,13 @@ private:
             if (!a.cached) a.rank_counts[num_ranks + src] = entry_of(src).num_rows;
         }
         if (!a.cached) {
-            std::fill_n(a.expert_counts, num_local, 0);
-            for (int src = 0; src < num_ranks; ++src) {
-                for (int e = 0; e < num_local; ++e) a.expert_counts[e] += counts_from(src)[e];
+            for (int e = 0; e < num_local; ++e) {
+                int64_t total = 0;
+                for (int src = 0; src < num_ranks; ++src) total += counts_from(src)[e];
+                a.expert_counts[e] = static_cast<int32_t>(std::min<int64_t>(total, INT32_MAX));
+                if (total > INT32_MAX) placed = outcome_of(kOverCapacity, me, INT32_MAX, total);
             }
+            if (!placed.ok()) return;
         }
         if (a.layout == RecvLayout::kSlab && a.capacity < 0) {
             placed = outcome_of(kOverCapacity, me, a.capacity, result.num_recv);
@@ -267,11 +275,16 @@ private:
                 outcome = watch.outcome();
                 return false;
             }
+            read_base(p);
         }
         for (int p = 0; p < num_ranks; ++p) {
             const BaseRecord& base = base_of(p);
             if (base.code == kOk) {
                 if (check_base(p)) continue;
+                return false;
+            }
+            if (!may_poison_base(base.code)) {
+                outcome = outcome_of(kBadCount, p, kOk, base.code);
                 return false;
             }
             outcome = outcome_of(base.code, p, base.detail[1], base.detail[0]);
@@ -298,13 +311,13 @@ private:
         const BaseRecord& base = base_of(p);
         const int64_t limit = rank.peers_arena_bytes(p), rows = a.rank_counts[p];
         const auto fits = [limit](int64_t offset, int64_t count, int64_t bytes) {
-            return offset >= 0 && offset <= limit && count >= 0 &&
+            return offset >= 0 && offset <= limit && offset % kRowAlign == 0 && count >= 0 &&
                    (bytes == 0 || count <= (limit - offset) / bytes);
         };
         const bool row_ok = base.row >= 0 && base.row <= limit;
         const bool x_ok = fits(base.x_offset, base.num_rows, a.row_bytes());
-        const bool meta_ok =
-            rows == 0 || meta.bytes == 0 || fits(base.meta_offset, base.row + rows, meta.bytes);
+        const bool meta_ok = rows == 0 || meta.bytes == 0 || !row_ok ||
+                             fits(base.meta_offset, base.row + rows, meta.bytes);
         if (row_ok && x_ok && meta_ok) return true;
         outcome = outcome_of(kBadCount, p, limit, base.x_offset);
         return false;
@@ -342,6 +355,7 @@ private:
     const DispatchArgs& a;
     const MetaLayout meta;
     Dispatched result;
+    std::vector<int32_t> counts;     // [num_ranks][num_local] selections of our experts
     Outcome placed;                  // why this receiver refuses, if it does
     std::vector<int64_t> first_row;  // [num_ranks] first compact row of each source
 };

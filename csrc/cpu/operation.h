@@ -8,9 +8,6 @@
 
 namespace ep::cpu {
 
-// Codes after which the communicator is dead; all others fail one call.
-bool ends_communicator(int code);
-
 class Operation {
 public:
     Operation(Rank& rank, OpKind kind, uint64_t seq, const WaitHooks& hooks);
@@ -37,10 +34,10 @@ public:
     T& at(int owner, int64_t offset) const {
         return *reinterpret_cast<T*>(rank.peers_[owner].control->data() + offset);
     }
-    const EntryRecord& entry_of(int src) const {
-        return at<EntryRecord>(me, layout.entry(slot, src));
-    }
-    const BaseRecord& base_of(int dst) const { return at<BaseRecord>(me, layout.base(slot, dst)); }
+    // What peers said, copied when they published it: what was checked cannot change afterwards.
+    const EntryRecord& entry_of(int src) const { return entries_[src]; }
+    const BaseRecord& base_of(int dst) const { return bases_[dst]; }
+    void read_base(int dst) { bases_[dst] = at<BaseRecord>(me, layout.base(slot, dst)); }
     uint64_t& expected(int src) const { return rank.expected_[size_t(slot) * num_ranks + src]; }
     std::byte* arena_of(int peer) const { return rank.peers_[peer].arena->data(); }
     void ring_all() const;
@@ -56,6 +53,9 @@ public:
 
 private:
     bool judge_entries(const Descriptor& mine);
+
+    std::vector<EntryRecord> entries_;  // [num_ranks]
+    std::vector<BaseRecord> bases_;     // [num_ranks]
 };
 
 }  // namespace ep::cpu

@@ -82,7 +82,7 @@ void Push::assign_rows(int64_t t, const int64_t* ids, Route& route) {
             send_row[k] = route.owner[k] < 0 ? -1
                           : a_.layout == RecvLayout::kCompact
                               ? static_cast<int32_t>(next_compact_[route.owner[k]])
-                              : next_row_[op_.experts.position(ids[k])]++;
+                              : static_cast<int32_t>(next_row_[op_.experts.position(ids[k])]++);
         }
         route.row[k] = send_row[k];
     }

@@ -49,7 +49,7 @@ private:
     void (*copy_)(std::byte*, const std::byte*, int64_t);
     std::vector<int64_t> next_compact_;  // [num_ranks] compact row of our next token there
     std::vector<int64_t> pushed_;        // [num_ranks]
-    std::vector<int32_t> next_row_;      // [num_experts] by position: row of our next selection
+    std::vector<int64_t> next_row_;      // [num_experts] by position: row of our next selection
     std::vector<std::byte> scratch_;     // a quantized row and its scales
     Outcome refusal_;
 };

@@ -79,7 +79,9 @@ Operation::Operation(Rank& r, OpKind op, uint64_t sequence, const WaitHooks& hoo
       me(r.rank_),
       num_ranks(r.shape_.num_ranks),
       slot(static_cast<int>(sequence % uint64_t(r.shape_.num_slots))),
-      watch(r.rank_, all_headers(r), r.processes_, r.clocks_, hooks, op, sequence) {
+      watch(r.rank_, all_headers(r), r.processes_, r.clocks_, hooks, op, sequence),
+      entries_(num_ranks),
+      bases_(num_ranks) {
     ControlHeader& own = rank.header(me);
     std::atomic_ref(own.entered_kind).store(static_cast<uint32_t>(op), std::memory_order_relaxed);
     store_release(own.entered_seq, seq);
@@ -101,6 +103,7 @@ void Operation::enter(int peer, EntryRecord entry, const int32_t* expert_counts)
     EntryRecord& theirs = at<EntryRecord>(peer, layout.entry(slot, me));
     entry.seq = theirs.seq;  // the word itself is published last
     entry.kind = static_cast<int32_t>(kind);
+    if (peer == me) entries_[me] = entry;
     std::memcpy(reinterpret_cast<std::byte*>(&theirs) + sizeof(theirs.seq),
                 reinterpret_cast<const std::byte*>(&entry) + sizeof(entry.seq),
                 sizeof(entry) - sizeof(entry.seq));
@@ -130,6 +133,7 @@ bool Operation::await_entries(const Descriptor& mine) {
                                  static_cast<int64_t>(load_acquire(word)));
             return false;
         }
+        if (p != me) entries_[p] = at<EntryRecord>(me, layout.entry(slot, p));
     }
     return judge_entries(mine);
 }
@@ -145,6 +149,10 @@ bool Operation::judge_entries(const Descriptor& mine) {
     for (int p = 0; p < num_ranks; ++p) {
         const EntryRecord& entry = entry_of(p);
         if (entry.code == kOk) continue;
+        if (!may_poison_entry(entry.code)) {
+            outcome = outcome_of(kBadCount, p, kOk, entry.code);
+            return false;
+        }
         outcome = outcome_of(entry.code, p);
         std::memcpy(outcome.detail, entry.detail, sizeof(outcome.detail));
         std::memcpy(outcome.reason, entry.reason, sizeof(outcome.reason));

@@ -212,6 +212,11 @@ void Watch::adopt(const ControlHeader& failed, const Wait& wait) {
         return;
     }
     const Incident verdict = header.verdict;
+    const auto is_rank = [this](int r) { return r >= 0 && r < static_cast<int>(headers_.size()); };
+    if (!is_rank(verdict.rank) || !is_rank(verdict.peer) || !ends_communicator(verdict.code)) {
+        blame(kPeerLeft, wait, wait.peer);  // it failed, and cannot even say why
+        return;
+    }
     const bool by_signal = verdict.code == kInterrupted;  // it left because its user asked for it
     const int culprit = by_signal ? verdict.rank : verdict.peer;
     blame(by_signal ? static_cast<int>(kPeerLeft) : verdict.code, wait, culprit);

@@ -50,6 +50,9 @@ inline void add_release(uint64_t& word, uint64_t value) {
 
 void ring(ControlHeader& receiver);
 
+// Codes after which the communicator is dead; all others fail one call.
+bool ends_communicator(int code);
+
 // One operation's view of time and of its peers.
 class Watch {
 public:

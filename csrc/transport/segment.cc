@@ -67,7 +67,7 @@ std::shared_ptr<Segment> Segment::map(int fd, int64_t bytes) {
     if (seals < 0) fail("fcntl");
     struct stat info;
     if (fstat(fd, &info) != 0) fail("fstat");
-    if ((seals & kSeals) != kSeals || info.st_size < round_to_pages(bytes)) {
+    if ((seals & kSeals) != kSeals || bytes <= 0 || bytes > info.st_size) {
         throw SystemError{"unsealed or short memory of a peer", EPERM};
     }
     return std::shared_ptr<Segment>(new Segment(fd, bytes));
