@@ -1,0 +1,440 @@
+"""`deep_ep` V1, low-latency calls: the rows of the contract, against the reference, bit by bit."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from compare import same_bits
+from compat_ranks import EL, E, Inputs, K, M, R, Ranks, dispatch
+from torch import Tensor
+
+from ep_comm import reference
+from ep_comm.compat import deep_ep
+from ep_comm.errors import EPArgumentError, EPCapacityError
+
+H = 512
+CAPACITY = R * M
+FORMS: dict[str, dict[str, bool]] = {
+    "bf16": {"use_fp8": False},
+    "fp8": {"use_fp8": True},
+    "rounded": {"use_fp8": True, "round_scale": True},
+    "ue8m0": {"use_fp8": True, "round_scale": True, "use_ue8m0": True},
+}
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    four = Ranks()
+    yield four
+    four.close()
+
+
+def _inputs(tokens: tuple[int, ...] = (5, 0, 8, 3), hidden: int = H, seed: int = 0) -> Inputs:
+    return Inputs(tokens, hidden=hidden, seed=seed)
+
+
+def _expected(data: Inputs, form: str) -> list[Any]:
+    options: dict[str, Any] = {"layout": "slab", "capacity": CAPACITY}
+    kind = {"bf16": None, "fp8": "fp8"}.get(form, "fp8_ue8m0")
+    return data.reference(quantize=kind, **options)
+
+
+def _rounded_scales(words: Tensor) -> Tensor:
+    """Exponents of four blocks in an int32, as the float32 powers of two they stand for."""
+    dense = words.clone(memory_format=torch.contiguous_format)
+    exponents = dense.view(torch.uint8).to(torch.int32)
+    return torch.ldexp(torch.ones(exponents.shape), exponents - 127)
+
+
+def _check(got: Any, want: Any, form: str) -> None:
+    recv_x, count, handle = got[:3]
+    x, scales = recv_x if form != "bf16" else (recv_x, None)
+    assert (count.dtype, count.tolist()) == (torch.int32, want.counts)
+    assert x.shape == (EL, CAPACITY, H)
+    src_info, layout_range, *sizes = handle
+    assert (type(handle), len(handle), sizes) == (tuple, 5, [M, H, E])
+    assert (src_info.dtype, src_info.shape) == (torch.int32, (EL, CAPACITY))
+    same_bits(layout_range, want.origins.source_range, "layout_range")
+    for e, n in enumerate(want.counts):
+        same_bits(x[e, :n], want.x[e, :n], "x")
+        same_bits(src_info[e, :n], want.origins.row_token[e, :n], "src_info")
+        if scales is not None:
+            expected = want.scales[e, :n]
+            if form == "rounded":
+                expected = _rounded_scales(expected)
+            same_bits(scales[e, :n], expected, "scales")
+    if scales is not None:
+        words = H // (512 if form == "ue8m0" else 128)
+        assert scales.shape == (EL, CAPACITY, words)
+        assert scales.transpose(1, 2).is_contiguous()
+
+
+# ---- dispatch and combine ----
+
+
+@pytest.mark.parametrize("hook", [False, True], ids=["at-once", "hook"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("tokens", [(5, 0, 8, 3), (0, 0, 0, 0)], ids=["uneven", "empty"])
+def test_dispatch_and_combine_are_those_of_the_reference(
+    ranks: Ranks, tokens: tuple[int, ...], form: str, hook: bool
+) -> None:
+    data = _inputs(tokens)
+    want = _expected(data, form)
+    y = [torch.randn(EL, CAPACITY, H).bfloat16() for _ in range(R)]
+    sums = reference.combine(y, [r.handle for r in want], weighted=True, order="topk")
+
+    def work(rank: int, buffer: deep_ep.Buffer) -> None:
+        idx, weights = data.idx[rank], data.weights[rank]
+        got = buffer.low_latency_dispatch(
+            data.x[rank], idx, M, E, return_recv_hook=hook, **FORMS[form]
+        )
+        assert got[3].event is None
+        assert (got[4] is not None) == hook
+        if got[4] is not None:
+            got[4]()
+            got[4]()
+        _check(got, want[rank], form)
+        out = torch.full((data.tokens[rank], H), 7.0).bfloat16()
+        total, event, wait = buffer.low_latency_combine(
+            y[rank], idx, weights, got[2], return_recv_hook=hook, out=out
+        )
+        assert (wait is not None) == hook
+        if wait is not None:
+            wait()
+            wait()
+        assert total is out
+        assert event.event is None
+        same_bits(total, sums[rank])
+
+    ranks.run(work)
+
+
+@pytest.mark.parametrize("hidden", [128, 384, 2880])
+def test_hidden_has_no_list(ranks: Ranks, hidden: int) -> None:
+    data = _inputs(hidden=hidden)
+    form = "fp8" if hidden % 128 == 0 else "bf16"
+    want = _expected(data, form)
+
+    def work(rank: int, buffer: deep_ep.Buffer) -> None:
+        got = buffer.low_latency_dispatch(data.x[rank], data.idx[rank], M, E, **FORMS[form])
+        x = got[0] if form == "bf16" else got[0][0]
+        for e, n in enumerate(want[rank].counts):
+            same_bits(x[e, :n], want[rank].x[e, :n])
+        if form == "fp8":  # power-of-two scales without the packing that needs 512
+            rounded = buffer.low_latency_dispatch(
+                data.x[rank], data.idx[rank], M, E, **FORMS["rounded"]
+            )
+            for e, n in enumerate(want[rank].counts):
+                same, scale = rounded[0][0][e, :n], rounded[0][1][e, :n]
+                back = reference.dequantize(same, scale)
+                near = reference.dequantize(x[e, :n], got[0][1][e, :n])
+                assert torch.allclose(back, near, rtol=0.13, atol=0.02)
+                assert (torch.frexp(scale).mantissa == 0.5).all()
+
+    ranks.run(work)
+
+
+def test_async_finish_returns_an_event(ranks: Ranks) -> None:
+    data = _inputs()
+
+    def work(rank: int, buffer: deep_ep.Buffer) -> None:
+        got = buffer.low_latency_dispatch(
+            data.x[rank], data.idx[rank], M, E, use_fp8=False, async_finish=True
+        )
+        got[3].current_stream_wait()
+        assert isinstance(got[3].event, deep_ep.EventHandle)
+        done = buffer.low_latency_combine(
+            got[0], data.idx[rank], data.weights[rank], got[2], async_finish=True
+        )
+        assert isinstance(done[1].event, deep_ep.EventHandle)
+
+    ranks.run(work)
+
+
+def test_statistics_are_added_to(ranks: Ranks) -> None:
+    data = _inputs()
+    want = _expected(data, "bf16")
+
+    def work(rank: int, buffer: deep_ep.Buffer) -> None:
+        stats = torch.full((EL,), 100, dtype=torch.int32)
+        cost = torch.zeros(R, dtype=torch.int64)
+        for hook in (False, True):
+            got = buffer.low_latency_dispatch(
+                data.x[rank], data.idx[rank], M, E, stats, cost, return_recv_hook=hook
+            )
+            if got[4] is not None:
+                got[4]()
+        assert stats.tolist() == [100 + 2 * n for n in want[rank].counts]
+        assert (cost >= 0).all()
+
+    ranks.run(work)
+
+
+def test_slots_masked_before_combine_are_left_out(ranks: Ranks) -> None:
+    data = _inputs((4, 4, 4, 4))
+
+    def work(rank: int, buffer: deep_ep.Buffer) -> None:
+        idx, weights = data.idx[rank].clone(), data.weights[rank]
+        recv_x, _, handle, _, _ = buffer.low_latency_dispatch(
+            data.x[rank], idx, M, E, use_fp8=False
+        )
+        idx[0] = -1  # the ids of the dispatch, changed in place
+        idx[1, 1:] = -1
+        total, _, _ = buffer.low_latency_combine(recv_x, idx, weights, handle)
+        same_bits(total[0], torch.zeros(H).bfloat16())
+        one = torch.where(idx[1, 0] >= 0, weights[1, 0], 0.0) * data.x[rank][1].float()
+        assert torch.equal(total[1], one.bfloat16())
+        with pytest.raises(EPArgumentError, match="other experts"):
+            buffer.low_latency_combine(recv_x, (data.idx[rank] + 2) % E, weights, handle)
+
+    ranks.run(work)
+
+
+def test_zero_copy_combines_what_was_written_to_the_buffer(ranks: Ranks) -> None:
+    data = _inputs()
+    want = _expected(data, "bf16")
+    sums = reference.combine(
+        [r.x for r in want], [r.handle for r in want], weighted=True, order="topk"
+    )
+
+    def work(rank: int, buffer: deep_ep.Buffer) -> None:
+        idx, weights = data.idx[rank], data.weights[rank]
+        recv_x, _, handle, _, _ = buffer.low_latency_dispatch(
+            data.x[rank], idx, M, E, use_fp8=False
+        )
+        with pytest.raises(EPArgumentError, match="get_next"):
+            buffer.low_latency_combine(recv_x, idx, weights, handle, zero_copy=True)
+        place = buffer.get_next_low_latency_combine_buffer(handle)
+        assert (place.dtype, place.shape) == (torch.bfloat16, recv_x.shape)
+        place.copy_(recv_x)
+        shape_only = torch.empty(1).bfloat16().expand(recv_x.shape)
+        total, _, _ = buffer.low_latency_combine(shape_only, idx, weights, handle, zero_copy=True)
+        same_bits(total, sums[rank])
+
+    ranks.run(work)
+
+
+def test_a_handle_put_together_again_works(ranks: Ranks) -> None:
+    data = _inputs()
+
+    def work(rank: int, buffer: deep_ep.Buffer) -> None:
+        idx, weights = data.idx[rank], data.weights[rank]
+        got = buffer.low_latency_dispatch(data.x[rank], idx, M, E, use_fp8=False)
+        a, b, *rest = got[2]
+        once = buffer.low_latency_combine(got[0], idx, weights, got[2])[0]
+        again = buffer.low_latency_combine(got[0], idx, weights, [a, b, *rest])[0]
+        same_bits(once, again)
+
+    ranks.run(work)
+    with pytest.raises(ValueError, match="handle"):
+        ranks.buffers[0].low_latency_combine(data.x[0], data.idx[0], data.weights[0], (1, 2))
+
+
+# ---- overlap ----
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["in-order", "reverse"])
+def test_two_batches_overlap_with_two_outstanding_hooks(ranks: Ranks, reverse: bool) -> None:
+    batches = [_inputs(seed=1), _inputs(seed=2)]
+    want = [_expected(data, "fp8") for data in batches]
+    y = [[torch.randn(EL, CAPACITY, H).bfloat16() for _ in range(R)] for _ in batches]
+    sums = [
+        reference.combine(rows, [r.handle for r in w], weighted=True, order="topk")
+        for rows, w in zip(y, want, strict=True)
+    ]
+
+    def work(rank: int, buffer: deep_ep.Buffer) -> None:
+        order = [1, 0] if reverse else [0, 1]
+        sent = [
+            buffer.low_latency_dispatch(d.x[rank], d.idx[rank], M, E, return_recv_hook=True)
+            for d in batches
+        ]
+        for i in order:
+            hook = sent[i][4]
+            assert hook is not None
+            hook()
+            _check(sent[i], want[i][rank], "fp8")
+        back = [
+            buffer.low_latency_combine(
+                y[i][rank], d.idx[rank], d.weights[rank], sent[i][2], return_recv_hook=True
+            )
+            for i, d in enumerate(batches)
+        ]
+        for i in order:
+            hook = back[i][2]
+            assert hook is not None
+            hook()
+            same_bits(back[i][0], sums[i][rank])
+
+    ranks.run(work)
+
+
+def test_combine_may_come_before_the_dispatch_hook_was_called(ranks: Ranks) -> None:
+    data = _inputs()
+    want = _expected(data, "bf16")
+    y = [torch.randn(EL, CAPACITY, H).bfloat16() for _ in range(R)]
+    sums = reference.combine(y, [r.handle for r in want], weighted=True, order="topk")
+
+    def work(rank: int, buffer: deep_ep.Buffer) -> None:
+        idx, weights = data.idx[rank], data.weights[rank]
+        sent = buffer.low_latency_dispatch(
+            data.x[rank], idx, M, E, use_fp8=False, return_recv_hook=True
+        )
+        same_bits(buffer.low_latency_combine(y[rank], idx, weights, sent[2])[0], sums[rank])
+
+    ranks.run(work)
+
+
+def test_two_host_threads_drive_one_buffer_with_handles_interleaved(ranks: Ranks) -> None:
+    batches = [_inputs(seed=1), _inputs(seed=2)]
+    want = [_expected(data, "bf16") for data in batches]
+    sums = [
+        reference.combine([r.x for r in w], [r.handle for r in w], weighted=True, order="topk")
+        for w in want
+    ]
+
+    def work(rank: int, buffer: deep_ep.Buffer) -> None:
+        turn = [threading.Semaphore(1), threading.Semaphore(0)]
+        failed: list[BaseException] = []
+
+        def batch(i: int) -> None:
+            data = batches[i]
+
+            def in_turn(call: Callable[[], Any]) -> Any:
+                turn[i].acquire()  # the order of calls is the program's, and equal on all ranks
+                try:
+                    return call()
+                finally:
+                    turn[1 - i].release()
+
+            try:
+                for _ in range(3):
+                    args = (data.x[rank], data.idx[rank], M, E)
+                    sent = in_turn(
+                        lambda args=args: buffer.low_latency_dispatch(
+                            *args, use_fp8=False, return_recv_hook=True
+                        )
+                    )
+                    sent[4]()
+                    home = (sent[0], data.idx[rank], data.weights[rank], sent[2])
+                    back = in_turn(
+                        lambda home=home: buffer.low_latency_combine(*home, return_recv_hook=True)
+                    )
+                    back[2]()
+                    same_bits(back[0], sums[i][rank])
+            except BaseException as error:
+                failed.append(error)
+
+        threads = [threading.Thread(target=batch, args=(i,), daemon=True) for i in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert not failed, failed
+        assert not any(thread.is_alive() for thread in threads)
+
+    ranks.run(work)
+
+
+# ---- beside the high-throughput calls ----
+
+
+def test_both_kinds_of_calls_alternate_on_one_buffer(ranks: Ranks) -> None:
+    data = _inputs()
+    slabs = _expected(data, "fp8")
+    compact = data.reference()
+    sums = reference.combine([r.x for r in compact], [r.handle for r in compact])
+
+    def work(rank: int, _: deep_ep.Buffer) -> None:
+        buffer = ranks.new(rank, int(1e9), int(1e9), low_latency_mode=True, num_qps_per_rank=E // R)
+        x, idx, weights = data.x[rank], data.idx[rank], data.weights[rank]
+        for _ in range(2):
+            out = dispatch(buffer, x, idx, weights, E, expert_alignment=128)
+            buffer.clean_low_latency_buffer(M, H, E)
+            got = buffer.low_latency_dispatch(x, idx, M, E, return_recv_hook=True)
+            total = buffer.combine(out[0], out[4])[0]  # while the other half is under way
+            same_bits(total, sums[rank])
+            assert got[4] is not None
+            got[4]()
+            _check(got, slabs[rank], "fp8")
+        buffer.destroy()
+
+    ranks.run(work)
+
+
+def test_max_tokens_may_change_from_call_to_call(ranks: Ranks) -> None:
+    data = _inputs()
+
+    def work(rank: int, buffer: deep_ep.Buffer) -> None:
+        for most in (8, 1500, 9):
+            got = buffer.low_latency_dispatch(data.x[rank], data.idx[rank], most, E, use_fp8=False)
+            assert got[0].shape == (EL, R * most, H)
+            same_bits(got[1], _expected(data, "bf16")[rank].num_tokens_per_expert)
+
+    ranks.run(work)
+
+
+# ---- errors ----
+
+
+def test_more_tokens_than_promised_raise_on_every_rank(ranks: Ranks) -> None:
+    data = _inputs()
+
+    def work(rank: int, buffer: deep_ep.Buffer) -> None:
+        def send(hook: bool) -> None:
+            args = (data.x[rank], data.idx[rank], 6, E)
+            wait = buffer.low_latency_dispatch(*args, return_recv_hook=hook)[4]
+            assert wait is not None
+            wait()
+
+        for hook in (False, True):
+            with pytest.raises(EPCapacityError, match="too many tokens"):
+                send(hook)
+        buffer.low_latency_dispatch(data.x[rank], data.idx[rank], M, E)  # goes on
+
+    ranks.run(work)
+
+
+def test_options_that_exclude_each_other_are_refused(ranks: Ranks) -> None:
+    buffer, data = ranks.buffers[0], _inputs()
+    x, idx, weights = data.x[0], data.idx[0], data.weights[0]
+    with pytest.raises(ValueError, match="round_scale"):
+        buffer.low_latency_dispatch(x, idx, M, E, use_ue8m0=True)
+    with pytest.raises(ValueError, match="at most one"):
+        buffer.low_latency_dispatch(x, idx, M, E, async_finish=True, return_recv_hook=True)
+    with pytest.raises(ValueError, match="use_logfmt"):
+        buffer.low_latency_combine(x, idx, weights, None, use_logfmt=True, zero_copy=True)
+    with pytest.raises(TypeError):
+        buffer.low_latency_combine(x, idx, weights, None, overlap=True)  # type: ignore[call-arg]
+
+
+def test_masks_are_empty_and_masking_says_why_it_cannot(ranks: Ranks) -> None:
+    buffer = ranks.new(0, enable_shrink=True)
+    status = torch.full((R,), 5, dtype=torch.int32)
+    buffer.low_latency_query_mask_buffer(status)
+    assert status.tolist() == [0] * R
+    buffer.low_latency_clean_mask_buffer()
+    buffer.low_latency_update_mask_buffer(1)
+    with pytest.raises(NotImplementedError, match=r"cannot mask rank 2: .*every rank"):
+        buffer.low_latency_update_mask_buffer(2, True)
+    with pytest.raises(RuntimeError, match="enable_shrink"):
+        ranks.buffers[0].low_latency_query_mask_buffer(status)
+
+
+def test_top_k_may_be_32() -> None:
+    two = Ranks(2)
+    data = Inputs((3, 4), num_experts=64, num_topk=32)
+    want = data.reference(layout="slab", capacity=2 * M * K)
+
+    def work(rank: int, buffer: deep_ep.Buffer) -> None:
+        idx = data.idx[rank]
+        got = buffer.low_latency_dispatch(data.x[rank], idx, M * K, 64, use_fp8=False)
+        for e, n in enumerate(want[rank].counts):
+            same_bits(got[0][e, :n], want[rank].x[e, :n])
+
+    two.run(work)
+    two.close()
