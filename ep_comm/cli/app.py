@@ -3,15 +3,12 @@
 import typer
 
 from ep_comm.cli.bench import bench
+from ep_comm.cli.demo import demo
 
 app = typer.Typer(
     help="Expert-parallel dispatch and combine for mixture-of-experts models.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.command()(demo)
 app.command()(bench)
-
-
-@app.callback()
-def _commands() -> None:
-    """Keeps `bench` a command of its own name while it is the only one."""
