@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ep_comm.bootstrap import StoreGroup
     from ep_comm.buffer import Begun, Buffer
     from ep_comm.config import EPConfig
+    from ep_comm.doctor import env_report
     from ep_comm.errors import EPError
     from ep_comm.handle import Handle
     from ep_comm.received import Received
@@ -28,6 +29,7 @@ _HOME = {
     "Begun": "buffer",
     "Buffer": "buffer",
     "EPConfig": "config",
+    "env_report": "doctor",
     "EPError": "errors",
     "StoreGroup": "bootstrap",
     "Handle": "handle",
@@ -48,6 +50,7 @@ __all__ = [
     "__version__",
     "build_info",
     "capabilities",
+    "env_report",
 ]
 
 

@@ -4,11 +4,13 @@ import typer
 
 from ep_comm.cli.bench import bench
 from ep_comm.cli.demo import demo
+from ep_comm.cli.doctor import doctor
 
 app = typer.Typer(
     help="Expert-parallel dispatch and combine for mixture-of-experts models.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.command()(doctor)
 app.command()(demo)
 app.command()(bench)
