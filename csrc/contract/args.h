@@ -43,10 +43,10 @@ struct DispatchArgs {
     bool cached = false;
     uint64_t routing = 0;  // of the handle, when cached
 
-    constexpr DType wire_dtype() const {
+    EP_HD constexpr DType wire_dtype() const {
         return quantize == Quantize::kNone ? dtype : DType::kE4M3;
     }
-    constexpr int64_t row_bytes() const { return hidden * dtype_bytes(wire_dtype()); }
+    EP_HD constexpr int64_t row_bytes() const { return hidden * dtype_bytes(wire_dtype()); }
 };
 static_assert(std::is_trivially_copyable_v<DispatchArgs>);
 
@@ -97,7 +97,7 @@ struct CombineArgs {
     bool topk_order = false;    // add in slot order, whoever owns the expert
     uint64_t routing = 0;
 
-    constexpr int64_t row_bytes() const { return hidden * dtype_bytes(dtype); }
+    EP_HD constexpr int64_t row_bytes() const { return hidden * dtype_bytes(dtype); }
 };
 static_assert(std::is_trivially_copyable_v<CombineArgs>);
 

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "contract/config.h"
+
 namespace ep {
 
 enum Code : int32_t {
@@ -71,7 +73,7 @@ struct Outcome {
     int64_t detail[4] = {0, 0, 0, 0};
     char reason[kReasonBytes] = {0};  // E20x of a peer: "topk_idx: got int16, want int32 or int64"
 
-    bool ok() const { return incident.code == kOk; }
+    EP_HD bool ok() const { return incident.code == kOk; }
 };
 
 }  // namespace ep

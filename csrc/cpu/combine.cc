@@ -4,22 +4,12 @@
 #include <algorithm>
 #include <cstring>
 
+#include "contract/calls.h"
 #include "cpu/operation.h"
 #include "cpu/simd.h"
 
 namespace ep::cpu {
 namespace {
-
-Descriptor describe(const CombineArgs& a) {
-    Descriptor d;
-    d[Field::kLayout] = static_cast<int64_t>(a.layout);
-    d[Field::kDtype] = static_cast<int64_t>(a.dtype);
-    d[Field::kHidden] = a.hidden;
-    d[Field::kTopk] = a.num_topk;
-    d[Field::kFlags] = (a.with_weights ? kFlagWeights : 0) | (a.weighted ? kFlagWeighted : 0);
-    d[Field::kRouting] = static_cast<int64_t>(a.routing);
-    return d;
-}
 
 // One row to add: where it lies, and the slot it came through.
 struct Contribution {

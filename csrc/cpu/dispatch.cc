@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "contract/calls.h"
 #include "cpu/operation.h"
 #include "cpu/push.h"
 
@@ -14,28 +15,6 @@ namespace ep::cpu {
 namespace {
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-Descriptor describe(const DispatchArgs& a) {
-    Descriptor d;
-    d[Field::kLayout] = static_cast<int64_t>(a.layout);
-    d[Field::kDtype] = static_cast<int64_t>(a.dtype);
-    d[Field::kHidden] = a.hidden;
-    d[Field::kQuantize] = static_cast<int64_t>(a.quantize);
-    d[Field::kScaleBlock] = a.scale_bytes > 0 ? a.scale_block : 0;
-    d[Field::kScaleBytes] = a.scale_bytes;
-    d[Field::kTopk] = a.num_topk;
-    d[Field::kAlignment] = a.alignment;
-    d[Field::kCapacity] = a.given_capacity;
-    d[Field::kFlags] = (a.with_weights ? kFlagWeights : 0) | (a.is_static ? kFlagStatic : 0) |
-                       (a.cached ? kFlagCached : 0);
-    d[Field::kRouting] = static_cast<int64_t>(a.routing);
-    return d;
-}
-
-MetaLayout meta_layout(const DispatchArgs& a) {
-    return MetaLayout(a.num_topk, !a.cached, a.with_weights, a.layout != RecvLayout::kCompact,
-                      a.scale_bytes);
-}
 
 // What one scan of the ids finds: rows for each rank, selections of each expert (by position), ids
 // that are none.
