@@ -1,0 +1,62 @@
+// Rows in flight: one piece of shared memory per warp or more, filled and emptied by bulk copies.
+//
+// defines: Stage, load_stage, await_stage, store_stage, drain_reads, drain_stores
+//
+// A stage may be refilled once its stores have been read (drain_reads). Its rows are there for the
+// receiver only once they are complete (drain_stores), and only a release after that may say so.
+#pragma once
+
+#include <cstdint>
+
+#include "contract/gpu.h"
+#include "device/ptx.cuh"
+#include "device/wait.cuh"
+
+namespace ep::device {
+
+// Shared memory for one row, or a part of one, and the barrier its load completes on.
+struct Stage {
+    std::byte* data;
+    uint64_t* loaded;
+    uint32_t parity = 0;  // of the load that is under way
+};
+
+// One thread prepares a stage's barrier; a barrier of the block must follow.
+__device__ __forceinline__ void init_stage(const Stage& stage) {
+    ptx::mbarrier_init(stage.loaded, 1);
+    ptx::fence_mbarrier_init_release_cluster();
+}
+
+// One thread; what ordinary accesses did to the stage must be behind a fence_proxy_async_shared.
+__device__ __forceinline__ void load_stage(const Stage& stage, const std::byte* src, int bytes) {
+    ptx::mbarrier_arrive_expect_tx(stage.loaded, bytes);
+    ptx::bulk_load(stage.data, src, bytes, stage.loaded);
+}
+
+// Every thread that reads the stage. False: leave.
+[[nodiscard]] __device__ __forceinline__ bool await_stage(const Watch& watch, const Operation& op,
+                                                          Stage& stage, int from) {
+    const uint32_t parity = stage.parity;
+    stage.parity ^= 1;
+    uint64_t* loaded = stage.loaded;
+    return wait_until(watch, op, {Site::kRows, from, 1}, [loaded, parity] {
+        return uint64_t{ptx::mbarrier_try_wait_parity(loaded, parity)};
+    });
+}
+
+// Any thread, after await_stage; each thread drains its own stores.
+__device__ __forceinline__ void store_stage(std::byte* dst, const std::byte* src, int bytes) {
+    ptx::bulk_store(dst, src, bytes);
+}
+
+__device__ __forceinline__ void drain_reads() {
+    ptx::bulk_commit_group();
+    ptx::bulk_wait_group_read<0>();
+}
+
+__device__ __forceinline__ void drain_stores() {
+    ptx::bulk_commit_group();
+    ptx::bulk_wait_group<0>();
+}
+
+}  // namespace ep::device

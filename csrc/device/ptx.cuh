@@ -1,0 +1,230 @@
+// PTX, one instruction each; the only file with asm. In order: lanes and clocks, flags, fences and
+// proxies, mbarrier, bulk copies, arithmetic.
+//
+// A name is the instruction with its order and scope. Above it: the ISA's form, the ISA version and
+// SM that first had it, and what it orders. No loops, no timeouts, no policy.
+#pragma once
+
+#include <cstdint>
+
+namespace ep::ptx {
+
+// ---- Lanes and clocks: "Special Registers" ----
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#special-registers
+
+// mov.u32 d, %laneid;                                                  PTX ISA 1.3
+__device__ __forceinline__ uint32_t lane_id() {
+    uint32_t lane;
+    asm("mov.u32 %0, %%laneid;" : "=r"(lane));
+    return lane;
+}
+
+// mov.u32 d, %lanemask_lt;                                             PTX ISA 2.0, sm_20
+__device__ __forceinline__ uint32_t lanemask_lt() {
+    uint32_t mask;
+    asm("mov.u32 %0, %%lanemask_lt;" : "=r"(mask));
+    return mask;
+}
+
+// mov.u64 d, %globaltimer;  nanoseconds, ticks coarsely                PTX ISA 3.1, sm_30
+__device__ __forceinline__ uint64_t globaltimer() {
+    uint64_t ns;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(ns));
+    return ns;
+}
+
+// Shared addresses of instructions that take 32 bits.
+__device__ __forceinline__ uint32_t smem_addr(const void* shared) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
+// ---- Flags between ranks: "Data Movement and Conversion Instructions: ld, st", "red", "atom" ----
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-ld
+
+// ld.acquire.sys.global.u64 d, [a];                                    PTX ISA 6.0, sm_70
+// Orders: our later accesses see what the peer wrote before its release.
+__device__ __forceinline__ uint64_t ld_acquire_sys(const uint64_t* addr) {
+    uint64_t value;
+    asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(addr) : "memory");
+    return value;
+}
+
+// ld.acquire.sys.global.u32 d, [a];                                    PTX ISA 6.0, sm_70
+__device__ __forceinline__ uint32_t ld_acquire_sys(const uint32_t* addr) {
+    uint32_t value;
+    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(addr) : "memory");
+    return value;
+}
+
+// ld.relaxed.gpu.global.u32 d, [a];                                    PTX ISA 6.0, sm_70
+// Orders nothing; reads past L1.
+__device__ __forceinline__ uint32_t ld_relaxed_gpu(const uint32_t* addr) {
+    uint32_t value;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(addr) : "memory");
+    return value;
+}
+
+// st.release.sys.global.u64 [a], b;                                    PTX ISA 6.0, sm_70
+// Orders: whoever acquires b sees our earlier writes, and those of threads we met at a barrier.
+__device__ __forceinline__ void st_release_sys(uint64_t* addr, uint64_t value) {
+    asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(addr), "l"(value) : "memory");
+}
+
+// st.release.sys.global.u32 [a], b;                                    PTX ISA 6.0, sm_70
+__device__ __forceinline__ void st_release_sys(uint32_t* addr, uint32_t value) {
+    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(addr), "r"(value) : "memory");
+}
+
+// red.release.sys.global.add.u64 [a], b;                               PTX ISA 6.0, sm_70
+// Orders: as st_release_sys; several blocks may add to one word.
+__device__ __forceinline__ void red_release_sys_add(uint64_t* addr, uint64_t value) {
+    asm volatile("red.release.sys.global.add.u64 [%0], %1;" ::"l"(addr), "l"(value) : "memory");
+}
+
+// atom.acq_rel.gpu.global.inc.u32 d, [a], b;  d = old; [a] = old >= b ? 0 : old + 1
+//                                                                      PTX ISA 6.0, sm_70
+// Orders: the block that gets the last ticket sees what the blocks before it wrote.
+__device__ __forceinline__ uint32_t atom_acq_rel_gpu_inc(uint32_t* addr, uint32_t limit) {
+    uint32_t old;
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+                 : "=r"(old)
+                 : "l"(addr), "r"(limit)
+                 : "memory");
+    return old;
+}
+
+// atom.acq_rel.gpu.global.exch.b32 d, [a], b;                          PTX ISA 6.0, sm_70
+__device__ __forceinline__ uint32_t atom_acq_rel_gpu_exch(uint32_t* addr, uint32_t value) {
+    uint32_t old;
+    asm volatile("atom.acq_rel.gpu.global.exch.b32 %0, [%1], %2;"
+                 : "=r"(old)
+                 : "l"(addr), "r"(value)
+                 : "memory");
+    return old;
+}
+
+// ---- Fences and proxies: "Parallel Synchronization and Communication Instructions: membar, fence" ----
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-membar
+
+// fence.proxy.async;                                                   PTX ISA 8.0, sm_90
+// Orders: ordinary accesses before it, and what we have acquired, before bulk copies issued after.
+__device__ __forceinline__ void fence_proxy_async() {
+    asm volatile("fence.proxy.async;" ::: "memory");
+}
+
+// fence.proxy.async.shared::cta;                                       PTX ISA 8.0, sm_90
+// Orders: ordinary accesses to shared memory before bulk copies that read or overwrite it.
+__device__ __forceinline__ void fence_proxy_async_shared() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// ---- mbarrier: "Parallel Synchronization and Communication Instructions: mbarrier" ----
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-mbarrier
+
+// mbarrier.init.shared.b64 [a], count;                                 PTX ISA 7.0, sm_80
+__device__ __forceinline__ void mbarrier_init(uint64_t* bar, uint32_t count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(smem_addr(bar)), "r"(count) : "memory");
+}
+
+// fence.mbarrier_init.release.cluster;                                 PTX ISA 8.0, sm_90
+// Orders: our mbarrier.init before bulk copies that complete on it.
+__device__ __forceinline__ void fence_mbarrier_init_release_cluster() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// mbarrier.arrive.expect_tx.shared.b64 _, [a], bytes;                  PTX ISA 8.0, sm_90
+__device__ __forceinline__ void mbarrier_arrive_expect_tx(uint64_t* bar, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(smem_addr(bar)),
+                 "r"(bytes)
+                 : "memory");
+}
+
+// mbarrier.try_wait.parity.shared.b64 p, [a], parity;  may sleep a little  PTX ISA 7.8, sm_90
+// Orders: when true, the bytes of the bulk loads counted on it are readable.
+__device__ __forceinline__ bool mbarrier_try_wait_parity(uint64_t* bar, uint32_t parity) {
+    uint32_t done;
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n"
+        "}"
+        : "=r"(done)
+        : "r"(smem_addr(bar)), "r"(parity)
+        : "memory");
+    return done != 0;
+}
+
+// ---- Bulk copies: "Data Movement and Conversion Instructions: cp.async.bulk" ----
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-cp-async-bulk
+
+// cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [dst], [src], bytes, [bar];
+//                                                                      PTX ISA 8.0, sm_90
+// Addresses and bytes are multiples of 16. Any peer's mapped memory is global memory.
+__device__ __forceinline__ void bulk_load(void* dst_shared, const void* src, uint32_t bytes,
+                                          uint64_t* bar) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+            "r"(smem_addr(dst_shared)),
+        "l"(src), "r"(bytes), "r"(smem_addr(bar))
+        : "memory");
+}
+
+// cp.async.bulk.global.shared::cta.bulk_group [dst], [src], bytes;     PTX ISA 8.0, sm_90
+__device__ __forceinline__ void bulk_store(void* dst, const void* src_shared, uint32_t bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(dst),
+                 "r"(smem_addr(src_shared)), "r"(bytes)
+                 : "memory");
+}
+
+// cp.async.bulk.commit_group;                                          PTX ISA 8.0, sm_90
+__device__ __forceinline__ void bulk_commit_group() {
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// cp.async.bulk.wait_group.read n;                                     PTX ISA 8.0, sm_90
+// Orders: shared memory our older stores read may be overwritten; nothing about the destination.
+template <int kPending>
+__device__ __forceinline__ void bulk_wait_group_read() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+
+// cp.async.bulk.wait_group n;                                          PTX ISA 8.0, sm_90
+// Orders: our older stores are complete and visible to us, so that a release may publish them.
+template <int kPending>
+__device__ __forceinline__ void bulk_wait_group() {
+    asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// ---- Arithmetic: "Data Movement and Conversion Instructions: cvt" ----
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-cvt
+
+// cvt.rn.satfinite.e4m3x2.f32 d, a, b;  a in the upper byte            PTX ISA 7.8, sm_89
+__device__ __forceinline__ uint16_t cvt_rn_satfinite_e4m3x2(float upper, float lower) {
+    uint16_t packed;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(upper), "f"(lower));
+    return packed;
+}
+
+// cvt.rn.bf16x2.f32 d, a, b;  a in the upper half                      PTX ISA 7.0, sm_80
+__device__ __forceinline__ uint32_t cvt_rn_bf16x2(float upper, float lower) {
+    uint32_t packed;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(upper), "f"(lower));
+    return packed;
+}
+
+// cvt.rn.f16x2.f32 d, a, b;  a in the upper half                       PTX ISA 7.0, sm_80
+__device__ __forceinline__ uint32_t cvt_rn_f16x2(float upper, float lower) {
+    uint32_t packed;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(upper), "f"(lower));
+    return packed;
+}
+
+// cvt.f32.f16 d, a;  exact                                             PTX ISA 2.3
+__device__ __forceinline__ float cvt_f32_f16(uint16_t half) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(half));
+    return value;
+}
+
+}  // namespace ep::ptx

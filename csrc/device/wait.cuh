@@ -1,0 +1,141 @@
+// Bounded waits: every loop of a kernel that waits for somebody else is wait_until.
+//
+// A wait ends when the word it watches is there, when its clock runs out, or when this rank has
+// given up elsewhere. Who gives up first records the incident where the host reads it and where
+// peers look; the kernel then returns like any other, and the context lives on.
+#pragma once
+
+#include <cstdint>
+
+#include "contract/gpu.h"
+#include "device/ptx.cuh"
+
+namespace ep::device {
+
+// The operation a kernel belongs to.
+struct Operation {
+    OpKind kind;
+    uint64_t seq;
+};
+
+// What is waited for: a number that grows until it reaches `want`.
+struct Awaited {
+    Site site;
+    int peer;
+    uint64_t want;
+};
+
+__device__ __forceinline__ ControlHeader* header_of(const Watch& watch, int rank) {
+    return reinterpret_cast<ControlHeader*>(watch.control[rank]);
+}
+
+// True once this rank has given up; every later kernel returns at entry.
+__device__ __forceinline__ bool gave_up(const Watch& watch) {
+    return ptx::ld_relaxed_gpu(watch.abort) != 0;
+}
+
+// Ends the communicator. The first thread that comes here says why; the others were too late.
+__device__ __noinline__ inline void give_up(const Watch& watch, const Operation& op, int code,
+                                            const Awaited& awaited, uint64_t have,
+                                            uint64_t waited_ns) {
+    if (ptx::atom_acq_rel_gpu_exch(watch.abort, 1) != 0) return;
+    Incident incident;
+    incident.code = static_cast<uint16_t>(code);
+    incident.site = awaited.site;
+    incident.op = static_cast<uint8_t>(op.kind);
+    incident.rank = static_cast<int16_t>(watch.rank);
+    incident.peer = static_cast<int16_t>(awaited.peer);
+    incident.epoch = static_cast<uint32_t>(op.seq);
+    incident.seq = op.seq;
+    if (awaited.peer >= 0) {
+        incident.peer_seq = ptx::ld_acquire_sys(&header_of(watch, awaited.peer)->entered_seq);
+    }
+    incident.waited_ns = waited_ns;
+    incident.want = static_cast<int64_t>(awaited.want);
+    incident.have = static_cast<int64_t>(have);
+    watch.page->incident = incident;
+    ptx::st_release_sys(&watch.page->incident_valid, 1);  // the host acquires it
+    ControlHeader* own = header_of(watch, watch.rank);
+    own->verdict = incident;
+    ptx::st_release_sys(&own->verdict_valid, 1);  // pairs with adopt_failure of a peer
+    ptx::st_release_sys(&own->life, static_cast<uint32_t>(Life::kFailed));
+}
+
+// A peer that failed has told why; one that closed is simply gone.
+__device__ __noinline__ inline void adopt_failure(const Watch& watch, const Operation& op,
+                                                  const Awaited& awaited, uint64_t have,
+                                                  uint64_t waited_ns) {
+    const ControlHeader* theirs = header_of(watch, awaited.peer);
+    int code = kPeerLeft;
+    Awaited blamed = awaited;
+    if (ptx::ld_acquire_sys(&theirs->verdict_valid) != 0) {
+        const bool by_signal = theirs->verdict.code == kInterrupted;  // its user asked for it
+        code = by_signal ? static_cast<int>(kPeerLeft) : theirs->verdict.code;
+        blamed.peer = by_signal ? theirs->verdict.rank : theirs->verdict.peer;
+        blamed.want = static_cast<uint64_t>(theirs->verdict.want);
+        have = static_cast<uint64_t>(theirs->verdict.have);
+    }
+    give_up(watch, op, code, blamed, have, waited_ns);
+}
+
+constexpr int kLookEvery = 64;         // turns between looks at the clock
+constexpr int kLookFurther = 64 * 64;  // turns between looks at the host and at the peer's life
+
+// Before a peer's entry the arrival clock runs, afterwards the one that progress sets back.
+__device__ __forceinline__ bool arriving(Site site) {
+    return site == Site::kEntry || site == Site::kSlot;
+}
+
+template <class Have>
+__device__ __noinline__ bool wait_long(const Watch& watch, const Operation& op,
+                                       const Awaited& awaited, Have have) {
+    const uint64_t start = ptx::globaltimer();
+    uint64_t seen = have(), progress = start;
+    const int64_t limit = arriving(awaited.site) ? watch.arrival_ns : watch.progress_ns;
+    for (int turn = 1;; turn = turn % kLookFurther + 1) {
+        const uint64_t now = have();
+        if (now >= awaited.want) return true;
+        if (turn % kLookEvery != 0) continue;
+        if (gave_up(watch)) return false;
+        const uint64_t time = ptx::globaltimer();
+        if (now != seen && !arriving(awaited.site)) progress = time;
+        seen = now;
+        if (limit >= 0 && time - progress > static_cast<uint64_t>(limit)) {
+            const int code = arriving(awaited.site) ? kPeerAbsent : kStalled;
+            give_up(watch, op, code, awaited, now, time - start);
+            return false;
+        }
+        if (turn != kLookFurther) continue;
+        if (ptx::ld_acquire_sys(&watch.page->abort) != 0) {
+            give_up(watch, op, kInterrupted, awaited, now, time - start);
+            return false;
+        }
+        if (awaited.peer == watch.rank) continue;
+        const uint32_t life = ptx::ld_acquire_sys(&header_of(watch, awaited.peer)->life);
+        if (life != static_cast<uint32_t>(Life::kLeft) &&
+            life != static_cast<uint32_t>(Life::kFailed)) {
+            continue;
+        }
+        if (have() >= awaited.want) return true;  // its last words came before it left
+        adopt_failure(watch, op, awaited, now, time - start);
+        return false;
+    }
+}
+
+// True when have() has reached what is awaited. False when time ran out, here or elsewhere on this
+// rank: leave, touch nothing.
+template <class Have>
+[[nodiscard]] __device__ __forceinline__ bool wait_until(const Watch& watch, const Operation& op,
+                                                         const Awaited& awaited, Have have) {
+    if (have() >= awaited.want) return true;
+    return wait_long(watch, op, awaited, have);
+}
+
+// The same for a word that a peer releases.
+[[nodiscard]] __device__ __forceinline__ bool wait_word(const Watch& watch, const Operation& op,
+                                                        const Awaited& awaited,
+                                                        const uint64_t* word) {
+    return wait_until(watch, op, awaited, [word] { return ptx::ld_acquire_sys(word); });
+}
+
+}  // namespace ep::device
