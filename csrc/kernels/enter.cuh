@@ -1,0 +1,238 @@
+// What dispatch and combine share: one block enters an operation, reads everybody's entry, comes to
+// the verdict, leaves the slot.
+//
+// defines: Entering, acquire_slot, publish_entries, await_entries, fail_call, report, release_slot
+//
+// Every rank reads the same entries, so every rank comes to the same verdict. All functions are for
+// all threads of a block; `false` means that this rank has given up: return.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "contract/gpu.h"
+#include "device/ptx.cuh"
+#include "device/wait.cuh"
+
+namespace ep::kernels {
+
+using device::Operation;
+
+// A word of `owner`'s control block.
+template <class T>
+__device__ __forceinline__ T* at(const RankView& view, int owner, int64_t offset) {
+    return reinterpret_cast<T*>(view.peers.control[owner] + offset);
+}
+
+// In shared memory of the block that enters.
+struct Entering {
+    EntryRecord entry;   // what we publish
+    Outcome outcome;     // what went wrong, if it did
+    uint32_t first_bad;  // the lowest objection, see judge
+    uint64_t seq;
+};
+
+enum Objection : uint32_t { kEpochObjection, kKindObjection, kPoisonObjection, kFieldObjection };
+constexpr uint32_t kNoObjection = 0xffffffffu;
+
+__device__ __forceinline__ uint32_t objection(Objection kind, int peer) {
+    return uint32_t{kind} << 16 | static_cast<uint32_t>(peer);
+}
+
+// Codes after which the communicator is dead; all others fail one call.
+__device__ __forceinline__ bool ends_communicator(int code) {
+    return (code >= 100 && code < 200) || code == kBadCount || code == kBadEpoch ||
+           code == kMiscount || code == kOutOfStep;
+}
+
+// Takes the next sequence number, and the slot once every peer has left what it did there
+// num_slots operations ago.
+__device__ inline bool acquire_slot(const RankView& view, const Begin& begin, Entering& in) {
+    static_assert(sizeof(EntryRecord) % 8 == 0);
+    const int tid = threadIdx.x;
+    for (int i = tid; i < int{sizeof(EntryRecord) / 8}; i += blockDim.x) {
+        reinterpret_cast<uint64_t*>(&in.entry)[i] =
+            reinterpret_cast<const uint64_t*>(&begin.entry)[i];
+    }
+    for (int i = tid; i < int{sizeof(Outcome) / 8}; i += blockDim.x) {
+        reinterpret_cast<uint64_t*>(&in.outcome)[i] = 0;
+    }
+    const uint64_t seq = view.state.op->seq + 1;
+    const uint64_t num_slots = view.shape.num_slots;
+    const int slot = static_cast<int>(seq % num_slots);
+    const Operation op{static_cast<OpKind>(begin.entry.kind), seq};
+    bool ok = true;
+    if (seq > num_slots) {
+        for (int p = tid; p < view.shape.num_ranks; p += blockDim.x) {
+            // pairs with the release in release_slot
+            const auto* word =
+                at<uint64_t>(view, view.peers.rank, view.layout.released_word(slot, p));
+            ok = ok && device::wait_word(view.watch, op, {Site::kSlot, p, seq - num_slots}, word);
+        }
+    }
+    ok = __syncthreads_and(ok);
+    if (tid == 0) {
+        in.seq = seq;
+        in.first_bad = kNoObjection;
+        OpState& state = *view.state.op;
+        state.seq = seq;
+        state.slot = slot;
+        state.code = kOutOfStep;  // until the verdict
+        ControlHeader* own = at<ControlHeader>(view, view.peers.rank, 0);
+        own->entered_kind = begin.entry.kind;
+        ptx::st_release_sys(&own->entered_seq, seq);
+    }
+    __syncthreads();
+    return ok;
+}
+
+// One warp for each peer. `totals` is what we bring: rows for every rank, then selections of every
+// expert by position; null = the entry says all.
+__device__ inline void publish_entries(const RankView& view, const Entering& in,
+                                       const int32_t* totals) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, num_warps = blockDim.x / 32;
+    const int slot = static_cast<int>(in.seq % view.shape.num_slots);
+    const auto* words = reinterpret_cast<const uint64_t*>(&in.entry);
+    constexpr int kNumRows = offsetof(EntryRecord, num_rows) / 8;
+    for (int p = warp; p < view.shape.num_ranks; p += num_warps) {
+        auto* theirs = at<uint64_t>(view, p, view.layout.entry(slot, view.peers.rank));
+        for (int i = lane + 1; i < int{sizeof(EntryRecord) / 8}; i += 32) {
+            theirs[i] = i == kNumRows && totals != nullptr ? uint64_t(totals[p]) : words[i];
+        }
+        if (totals != nullptr) {
+            const int first = view.state.first[p], num_local = view.state.first[p + 1] - first;
+            auto* counts = at<int32_t>(view, p, view.layout.count_row(slot, view.peers.rank));
+            const int32_t* selections = totals + view.shape.num_ranks + first;
+            for (int e = lane; e < num_local; e += 32) counts[e] = selections[e];
+        }
+        __syncwarp();
+        if (lane == 0) ptx::st_release_sys(theirs, in.seq);  // pairs with await_entries
+    }
+}
+
+__device__ __forceinline__ const EntryRecord& entry_of(const RankView& view, uint64_t seq,
+                                                       int src) {
+    const int slot = static_cast<int>(seq % view.shape.num_slots);
+    return *at<const EntryRecord>(view, view.peers.rank, view.layout.entry(slot, src));
+}
+
+// A warp looks at one peer's entry; returns its objection.
+__device__ inline uint32_t judge(const RankView& view, const Entering& in, int p) {
+    const EntryRecord& entry = entry_of(view, in.seq, p);
+    const int lane = threadIdx.x % 32;
+    static_assert(kNumFields <= 32);
+    const bool same =
+        lane >= kNumFields || entry.descriptor.value[lane] == in.entry.descriptor.value[lane];
+    const bool agree = __all_sync(~0u, same);
+    if (entry.seq != in.seq) return objection(kEpochObjection, p);
+    if (entry.kind != in.entry.kind) return objection(kKindObjection, p);
+    if (entry.code != kOk) return objection(kPoisonObjection, p);
+    return agree ? kNoObjection : objection(kFieldObjection, p);
+}
+
+__device__ inline void set_outcome(Outcome& outcome, int code, int peer, int64_t want,
+                                   int64_t have) {
+    outcome.incident.code = static_cast<uint16_t>(code);
+    outcome.incident.peer = static_cast<int16_t>(peer);
+    outcome.incident.want = want;
+    outcome.incident.have = have;
+}
+
+// One thread turns the lowest objection into an outcome.
+__device__ inline void explain(const RankView& view, Entering& in) {
+    const int p = static_cast<int>(in.first_bad & 0xffff);
+    const EntryRecord& entry = entry_of(view, in.seq, p);
+    Outcome& outcome = in.outcome;
+    switch (in.first_bad >> 16) {
+        case kEpochObjection:
+            return set_outcome(outcome, kBadEpoch, p, int64_t(in.seq), int64_t(entry.seq));
+        case kKindObjection:
+            return set_outcome(outcome, kOutOfStep, p, in.entry.kind, entry.kind);
+        case kPoisonObjection:
+            set_outcome(outcome, entry.code, p, 0, 0);
+            for (int i = 0; i < 4; ++i) outcome.detail[i] = entry.detail[i];
+            for (int i = 0; i < kReasonBytes; ++i) outcome.reason[i] = entry.reason[i];
+            outcome.reason[kReasonBytes - 1] = '\0';
+            return;
+        default:
+            for (int f = 0; f < kNumFields; ++f) {
+                const int64_t mine = in.entry.descriptor.value[f];
+                const int64_t theirs = entry.descriptor.value[f];
+                if (mine == theirs) continue;
+                set_outcome(outcome, kCallDiffers, p, mine, theirs);
+                outcome.detail[0] = f;
+                return;
+            }
+    }
+}
+
+// Waits for everybody's entry; afterwards in.outcome holds the verdict on them.
+__device__ inline bool await_entries(const RankView& view, Entering& in) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, num_warps = blockDim.x / 32;
+    const int slot = static_cast<int>(in.seq % view.shape.num_slots);
+    const Operation op{static_cast<OpKind>(in.entry.kind), in.seq};
+    bool ok = true;
+    for (int p = warp; p < view.shape.num_ranks; p += num_warps) {
+        const auto* word = at<uint64_t>(view, view.peers.rank, view.layout.entry(slot, p));
+        // pairs with the release in publish_entries
+        if (lane == 0)
+            ok = ok && device::wait_word(view.watch, op, {Site::kEntry, p, in.seq}, word);
+        ok = __shfl_sync(~0u, ok, 0);
+        if (!ok) break;
+        const uint32_t objected = judge(view, in, p);
+        if (lane == 0 && objected != kNoObjection) atomicMin(&in.first_bad, objected);
+    }
+    ok = __syncthreads_and(ok);
+    if (ok && threadIdx.x == 0 && in.first_bad != kNoObjection) explain(view, in);
+    __syncthreads();
+    return ok;
+}
+
+// One thread. We have read all there is in this slot.
+__device__ inline void release_slot(const RankView& view, uint64_t seq) {
+    const int slot = static_cast<int>(seq % view.shape.num_slots);
+    for (int p = 0; p < view.shape.num_ranks; ++p) {
+        // pairs with the acquire in acquire_slot
+        ptx::st_release_sys(at<uint64_t>(view, p, view.layout.released_word(slot, view.peers.rank)),
+                            seq);
+    }
+    ptx::st_release_sys(&at<ControlHeader>(view, view.peers.rank, 0)->finished_seq, seq);
+}
+
+// One thread. Tells our host what came of the call.
+__device__ inline void report(const RankView& view, const Begin& begin, const Entering& in,
+                              int64_t num_recv, int64_t num_rows, int64_t index_rows) {
+    const bool failed = in.outcome.incident.code != kOk;
+    const bool later = begin.call == 0 && begin.report_later && failed;
+    if (begin.call == 0 && !later) return;
+    HostPage::Report& out = later ? view.watch.page->deferred : view.watch.page->sync;
+    out.seq = in.seq;
+    out.outcome = in.outcome;
+    out.num_recv = num_recv;
+    out.num_rows = num_rows;
+    out.index_rows = index_rows;
+    ptx::st_release_sys(&out.call, later ? in.seq : begin.call);  // the host acquires it
+}
+
+// One thread. The call fails here as it does everywhere; the next one works, unless the ranks are
+// out of step.
+__device__ inline void fail_call(const RankView& view, const Begin& begin, Entering& in) {
+    Incident& incident = in.outcome.incident;
+    incident.magic = Incident::kMagic;
+    incident.op = static_cast<uint8_t>(in.entry.kind);
+    incident.rank = static_cast<int16_t>(view.peers.rank);
+    incident.epoch = static_cast<uint32_t>(in.seq);
+    incident.seq = in.seq;
+    view.state.op->code = incident.code;
+    if (ends_communicator(incident.code)) {
+        const Operation op{static_cast<OpKind>(in.entry.kind), in.seq};
+        device::give_up(view.watch, op, incident.code,
+                        {incident.site, incident.peer, uint64_t(incident.want)},
+                        uint64_t(incident.have), 0);
+        return;
+    }
+    release_slot(view, in.seq);
+    report(view, begin, in, 0, 0, 0);
+}
+
+}  // namespace ep::kernels

@@ -1,0 +1,19 @@
+// Loads every kernel when a rank is made, not at its first launch.
+//
+// A module loaded lazily waits for the kernels that run, and those may be waiting for a peer.
+#include "kernels/launch.h"
+
+namespace ep::kernels {
+
+int load_notify(int smem_bytes);
+int load_dispatch(int smem_bytes);
+int load_combine(int smem_bytes);
+
+int load_kernels(int smem_bytes) {
+    for (const auto load : {load_notify, load_dispatch, load_combine}) {
+        if (const int error = load(smem_bytes)) return error;
+    }
+    return 0;
+}
+
+}  // namespace ep::kernels
