@@ -5,6 +5,13 @@
 #include "contract/config.h"
 
 namespace ep {
+namespace {
+
+int64_t round_to_extent(int64_t bytes) {
+    return (std::max<int64_t>(bytes, 1) + kExtentAlign - 1) / kExtentAlign * kExtentAlign;
+}
+
+}  // namespace
 
 Arena::Arena(int64_t capacity, std::shared_ptr<void> memory)
     : capacity_(capacity), memory_(std::move(memory)) {
@@ -12,8 +19,7 @@ Arena::Arena(int64_t capacity, std::shared_ptr<void> memory)
 }
 
 std::optional<Extent> Arena::grant(int64_t bytes) {
-    const int64_t rounded =
-        (std::max<int64_t>(bytes, 1) + kExtentAlign - 1) / kExtentAlign * kExtentAlign;
+    const int64_t rounded = round_to_extent(bytes);
     std::lock_guard lock(mutex_);
     for (auto it = free_.begin(); it != free_.end(); ++it) {
         if (it->second < rounded) continue;
@@ -33,9 +39,25 @@ void Arena::give_back(int64_t offset) {
     std::lock_guard lock(mutex_);
     const auto used = used_.find(offset);
     if (used == used_.end()) return;
-    int64_t bytes = used->second;
+    const int64_t bytes = used->second;
     in_use_ -= bytes;
     used_.erase(used);
+    put_free(offset, bytes);
+}
+
+void Arena::trim(int64_t offset, int64_t bytes) {
+    const int64_t kept = round_to_extent(bytes);
+    std::lock_guard lock(mutex_);
+    const auto used = used_.find(offset);
+    if (used == used_.end() || kept >= used->second) return;
+    const int64_t rest = used->second - kept;
+    in_use_ -= rest;
+    used->second = kept;
+    put_free(offset + kept, rest);
+}
+
+// Free ranges that touch become one. The caller holds the lock.
+void Arena::put_free(int64_t offset, int64_t bytes) {
     auto next = free_.lower_bound(offset);
     if (next != free_.end() && next->first == offset + bytes) {
         bytes += next->second;

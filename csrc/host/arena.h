@@ -31,6 +31,8 @@ public:
     // The lowest extent of at least `bytes`, or nothing when no free range is long enough.
     std::optional<Extent> grant(int64_t bytes);
     void give_back(int64_t offset);
+    // Shortens a granted extent to what it turned out to need.
+    void trim(int64_t offset, int64_t bytes);
     // The granted extent that holds [offset, offset + bytes), if there is one.
     std::optional<Extent> find(int64_t offset, int64_t bytes) const;
     // Ranges nobody holds, largest last; for giving pages back to the system.
@@ -38,6 +40,8 @@ public:
     ArenaStats stats() const;
 
 private:
+    void put_free(int64_t offset, int64_t bytes);
+
     mutable std::mutex mutex_;
     std::map<int64_t, int64_t> free_;  // offset -> bytes, never adjacent
     std::map<int64_t, int64_t> used_;

@@ -1,0 +1,81 @@
+// The arena of a GPU rank: extents that return together with the work still queued on them.
+//
+// A dying tensor only puts its extent on a list, from any thread, also during a capture or a garbage
+// collection. The next grant takes them back and makes its stream wait for every other stream that
+// was declared for them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <vector>
+
+#include "host/arena.h"
+#include "transport/device_memory.h"
+
+struct CUstream_st;
+
+namespace ep {
+
+using Stream = CUstream_st*;
+
+class StreamHold;
+
+class DeviceArena : public std::enable_shared_from_this<DeviceArena> {
+public:
+    explicit DeviceArena(std::shared_ptr<DeviceMemory> memory);
+    ~DeviceArena();
+
+    // An extent for work on `stream`, or nothing. What a capture is granted belongs to its graph.
+    std::shared_ptr<StreamHold> grant(int64_t bytes, Stream stream);
+    // Gives the end of an extent back, before anybody was told of it.
+    void trim(const StreamHold& hold, int64_t bytes);
+    // Where memory lies in a granted extent, or -1.
+    int64_t offset_of(uintptr_t address, int64_t bytes) const;
+    std::byte* data() const { return memory_->data(); }
+    int device() const { return memory_->device(); }
+    ArenaStats stats() const { return extents_.stats(); }
+
+private:
+    friend class StreamHold;
+    struct Retired {
+        int64_t offset;
+        std::vector<Stream> streams;
+    };
+    void retire(Retired extent);
+    void collect(Stream stream);
+
+    std::shared_ptr<DeviceMemory> memory_;
+    Arena extents_;
+    std::mutex mutex_;
+    std::vector<Retired> retired_;
+    void* event_ = nullptr;  // cudaEvent_t
+};
+
+// An extent held by tensors; the last one to die retires it.
+class StreamHold {
+public:
+    StreamHold(std::shared_ptr<DeviceArena> arena, Extent extent, Stream stream)
+        : arena_(std::move(arena)), extent_(extent), streams_{stream} {}
+    ~StreamHold() { arena_->retire({extent_.offset, std::move(streams_)}); }
+    StreamHold(const StreamHold&) = delete;
+    StreamHold& operator=(const StreamHold&) = delete;
+
+    void use_on(Stream stream);
+    const Extent& extent() const { return extent_; }
+    std::byte* data() const { return arena_->data() + extent_.offset; }
+    int device() const { return arena_->device(); }
+
+private:
+    std::shared_ptr<DeviceArena> arena_;
+    Extent extent_;
+    std::mutex mutex_;
+    std::vector<Stream> streams_;
+};
+
+// Whether work queued on the stream is being captured into a graph.
+bool is_capturing(Stream stream);
+
+}  // namespace ep
