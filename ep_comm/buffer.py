@@ -177,9 +177,17 @@ class Buffer:
                 from ep_comm.backends.collective import CollectiveBackend
 
                 return CollectiveBackend(spec, generation, self.config, self._group), reason
+            shape = _shape(spec)
+            if name == "nvlink":
+                from ep_comm.backends import nvlink
+
+                gpu = nvlink.open_backend(
+                    self._group, hellos, listener, self._exchange, shape, spec, generation,
+                    self.config, arena_bytes, self._num_sms,
+                )  # fmt: skip
+                return gpu, reason
             from ep_comm.backends.cpu import CpuBackend, connect, default_arena_bytes
 
-            shape = _shape(spec)
             size = default_arena_bytes() if arena_bytes is None else arena_bytes
             memory = connect(self._group, hellos, listener, self._exchange, shape, size)
             return CpuBackend(spec, generation, self.config, memory, shape), reason
@@ -582,7 +590,10 @@ def _device(asked: torch.device | str | None) -> torch.device:
     if asked is None:
         return torch.device("cpu")
     try:
-        return torch.device(asked)
+        device = torch.device(asked)
+        if str(device) == "cuda":  # tensors always have an index
+            return torch.device("cuda", torch.cuda.current_device())
+        return device
     except (RuntimeError, TypeError) as error:
         raise make_error("E203", f"rejected device={asked!r}: want a device, {error}") from None
 

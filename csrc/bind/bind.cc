@@ -7,6 +7,9 @@
 #include <cstring>
 #include <exception>
 
+#ifdef EP_HAS_CUDA
+#include "bind/bind_cuda.h"
+#endif
 #include "bind/dlpack.h"
 #include "contract/args.h"
 #include "contract/build_info.h"
@@ -400,6 +403,9 @@ PYBIND11_MODULE(_core, m) {
     bind_args(m);
     bind_memory(m);
     bind_cpu(m);
+#ifdef EP_HAS_CUDA
+    bind_cuda(m);
+#endif
 }
 
 }  // namespace ep

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final, Literal
 
+from ep_comm import _core
 from ep_comm.bootstrap import Group, Hello
 from ep_comm.errors import make_error
 
-BACKENDS: Final = ("auto", "cpu", "collective")
-Name = Literal["cpu", "collective"]
+BACKENDS: Final = ("auto", "cpu", "nvlink", "collective")
+Name = Literal["cpu", "nvlink", "collective"]
 
 
 def choose(asked: str, device_type: str, group: Group, hellos: Sequence[Hello]) -> tuple[Name, str]:
@@ -22,10 +23,23 @@ def choose(asked: str, device_type: str, group: Group, hellos: Sequence[Hello]) 
         raise make_error("E404", f"cannot use backend 'cpu': {why}", rank=group.rank)
     if device_type == "cpu" and one_host:
         return "cpu", "CPU tensors, all ranks on one host"
-    why = (
-        "CPU ranks on several hosts" if device_type == "cpu" else "this build has no nvlink backend"
-    )
+    why = _why_not_nvlink(device_type, one_host)
+    if not why:
+        same_process = all(h.same_process(hellos[0]) for h in hellos)
+        place = "in one process" if same_process and len(hellos) > 1 else "on one host"
+        return "nvlink", f"CUDA tensors, all ranks {place}"
+    if asked == "nvlink":
+        raise make_error("E404", f"cannot use backend 'nvlink': {why}", rank=group.rank)
     if group.process_group is None:
         what = f"has no backend: {why}, and backend 'collective' needs a torch.distributed group"
         raise make_error("E404", what, rank=group.rank)
     return "collective", why
+
+
+def _why_not_nvlink(device_type: str, one_host: bool) -> str:
+    """What keeps ranks from mapping each other's GPU memory; empty = nothing known beforehand."""
+    if device_type != "cuda":
+        return "CPU ranks on several hosts" if device_type == "cpu" else f"device is {device_type}"
+    if not _core.BUILD["cuda"]:
+        return f"this build has no CUDA kernels ({_core.BUILD['cuda_missing']})"
+    return "" if one_host else "CUDA ranks on several hosts"

@@ -1,0 +1,181 @@
+// Integers and structs between Python and the GPU side of the core. No logic, as in bind.cc.
+#include "bind/bind_cuda.h"
+
+#include <pybind11/stl.h>
+
+#include <chrono>
+
+#include "bind/dlpack.h"
+#include "contract/args.h"
+#include "host/device_arena.h"
+#include "host/device_rank.h"
+#include "transport/device_memory.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace ep {
+namespace {
+
+Stream as_stream(uintptr_t address) { return reinterpret_cast<Stream>(address); }
+
+// Bytes of an extent as a DLPack capsule; the extent retires when the last tensor over it dies.
+struct HeldTensor {
+    dlpack::ManagedTensor managed;
+    int64_t shape[1];
+    std::shared_ptr<StreamHold> hold;
+};
+
+py::capsule to_dlpack(std::shared_ptr<StreamHold> hold, int64_t bytes) {
+    auto* held = new HeldTensor{{}, {bytes}, std::move(hold)};
+    held->managed.tensor = {held->hold->data(),
+                            {dlpack::kCuda, held->hold->device()},
+                            1,
+                            {dlpack::kUInt, 8, 1},
+                            held->shape,
+                            nullptr,
+                            0};
+    held->managed.context = held;
+    held->managed.deleter = [](dlpack::ManagedTensor* self) {
+        delete static_cast<HeldTensor*>(self->context);
+    };
+    return py::capsule(&held->managed, "dltensor", [](PyObject* capsule) {
+        if (!PyCapsule_IsValid(capsule, "dltensor")) return;  // taken over by a tensor
+        auto* managed =
+            static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
+        managed->deleter(managed);
+    });
+}
+
+// Waits for a begun call without the GIL; a signal handler that raises ends the communicator.
+void await_report(DeviceRank& rank, Flight& flight, uintptr_t stream) {
+    constexpr auto kSlice = std::chrono::milliseconds(20);
+    while (true) {
+        {
+            py::gil_scoped_release nogil;
+            if (rank.await_report(flight, as_stream(stream), kSlice)) return;
+        }
+        if (PyErr_CheckSignals() == 0) continue;
+        rank.interrupt();
+        throw py::error_already_set();
+    }
+}
+
+void bind_memory(py::module_& m) {
+    static PyObject* device_error =
+        PyErr_NewException("ep_comm._core.DeviceCallError", PyExc_RuntimeError, nullptr);
+    m.attr("DeviceCallError") = py::reinterpret_borrow<py::object>(device_error);
+    py::register_exception_translator([](std::exception_ptr raised) {
+        try {
+            if (raised) std::rethrow_exception(raised);
+        } catch (const DeviceError& e) {
+            PyErr_SetObject(device_error, py::make_tuple(e.call, e.what).ptr());
+        }
+    });
+    py::class_<DeviceMemory, std::shared_ptr<DeviceMemory>>(m, "DeviceMemory")
+        .def_static("create", &DeviceMemory::create, "device"_a, "bytes"_a)
+        .def_static("map", &DeviceMemory::map, "device"_a, "fd"_a, "bytes"_a)
+        .def_property_readonly("fd", &DeviceMemory::fd)
+        .def_property_readonly("bytes", &DeviceMemory::bytes)
+        .def_property_readonly(
+            "address", [](const DeviceMemory& d) { return reinterpret_cast<uintptr_t>(d.data()); })
+        .def("close_fd", &DeviceMemory::close_fd);
+    py::class_<StreamHold, std::shared_ptr<StreamHold>>(m, "StreamHold")
+        .def(
+            "use_on", [](StreamHold& self, uintptr_t stream) { self.use_on(as_stream(stream)); },
+            "stream"_a);
+    py::class_<DeviceArena, std::shared_ptr<DeviceArena>>(m, "DeviceArena")
+        .def(py::init<std::shared_ptr<DeviceMemory>>(), "memory"_a)
+        .def(
+            "grant",
+            [](DeviceArena& self, int64_t bytes, uintptr_t stream) {
+                return self.grant(bytes, as_stream(stream));
+            },
+            "bytes"_a, "stream"_a)
+        .def(
+            "array",
+            [](DeviceArena&, std::shared_ptr<StreamHold> hold, int64_t bytes) {
+                return to_dlpack(std::move(hold), bytes);
+            },
+            "hold"_a, "bytes"_a)
+        .def("offset_of", &DeviceArena::offset_of, "address"_a, "bytes"_a)
+        .def("stats", [](const DeviceArena& self) {
+            const ArenaStats s = self.stats();
+            return py::dict("capacity"_a = s.capacity, "in_use"_a = s.in_use, "peak"_a = s.peak,
+                            "largest_free"_a = s.largest_free, "num_extents"_a = s.num_extents);
+        });
+}
+
+std::unique_ptr<DeviceRank> make_rank(
+    const Shape& shape, int rank, uint64_t generation, const std::vector<int32_t>& owner,
+    const std::vector<std::pair<std::shared_ptr<DeviceMemory>, std::shared_ptr<DeviceMemory>>>&
+        peers,
+    std::shared_ptr<DeviceArena> arena, std::pair<double, double> clocks, int max_blocks) {
+    std::vector<DevicePeer> views;
+    for (const auto& [control, memory] : peers) views.push_back({control, memory});
+    return std::make_unique<DeviceRank>(shape, rank, generation, owner, std::move(views),
+                                        std::move(arena), DeviceClocks{clocks.first, clocks.second},
+                                        max_blocks);
+}
+
+void bind_rank(py::module_& m) {
+    py::class_<Flight, std::shared_ptr<Flight>>(m, "Flight")
+        .def_property_readonly("outcome", [](const Flight& f) { return f.report.outcome; })
+        .def_property_readonly("seq", [](const Flight& f) { return f.report.seq; })
+        .def_property_readonly("num_recv", [](const Flight& f) { return f.report.num_recv; })
+        .def_property_readonly("num_rows", [](const Flight& f) { return f.report.num_rows; })
+        .def_property_readonly("index_rows", [](const Flight& f) { return f.report.index_rows; })
+        .def_property_readonly("x", [](const Flight& f) { return f.x; });
+    py::class_<DeviceRank>(m, "DeviceRank")
+        .def(py::init(&make_rank), "shape"_a, "rank"_a, "generation"_a, "expert_owner"_a, "peers"_a,
+             "arena"_a, "clocks"_a, "max_blocks"_a)
+        .def(
+            "begin_dispatch",
+            [](DeviceRank& self, const DispatchArgs& args, bool waits, uintptr_t status,
+               uintptr_t num_recv, int num_sms, uintptr_t stream) {
+                py::gil_scoped_release nogil;
+                return self.begin_dispatch(args, waits, reinterpret_cast<int32_t*>(status),
+                                           reinterpret_cast<int32_t*>(num_recv), num_sms,
+                                           as_stream(stream));
+            },
+            "args"_a, "waits"_a, "status"_a, "num_recv"_a, "num_sms"_a, "stream"_a)
+        .def("await_report", &await_report, "flight"_a, "stream"_a)
+        .def(
+            "finish_dispatch",
+            [](DeviceRank& self, Flight& flight, const UnpackArgs& out, uintptr_t stream) {
+                py::gil_scoped_release nogil;
+                self.finish_dispatch(flight, out, as_stream(stream));
+            },
+            "flight"_a, "out"_a, "stream"_a)
+        .def(
+            "combine",
+            [](DeviceRank& self, const CombineArgs& args, int num_sms, uintptr_t stream) {
+                py::gil_scoped_release nogil;
+                self.combine(args, num_sms, as_stream(stream));
+            },
+            "args"_a, "num_sms"_a, "stream"_a)
+        .def(
+            "refuse",
+            [](DeviceRank& self, OpKind kind, const Outcome& why, uintptr_t stream) {
+                py::gil_scoped_release nogil;
+                self.refuse(kind, why, as_stream(stream));
+            },
+            "kind"_a, "why"_a, "stream"_a)
+        .def("take_deferred", &DeviceRank::take_deferred)
+        .def("verdict", &DeviceRank::verdict)
+        .def("leave", &DeviceRank::leave, py::call_guard<py::gil_scoped_release>())
+        .def("default_sms", &DeviceRank::default_sms, "kind"_a)
+        .def("seq", &DeviceRank::seq);
+    m.def(
+        "is_capturing", [](uintptr_t stream) { return is_capturing(as_stream(stream)); },
+        "stream"_a);
+}
+
+}  // namespace
+
+void bind_cuda(py::module_& m) {
+    bind_memory(m);
+    bind_rank(m);
+}
+
+}  // namespace ep

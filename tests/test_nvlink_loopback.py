@@ -1,0 +1,549 @@
+"""The nvlink backend with all ranks in one process on one GPU, bit for bit as the reference.
+
+Kernels of all ranks run at the same time and wait for each other. So nothing of torch's own runs
+between the calls of a test: a kernel that torch loads lazily would wait for ours, and ours for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from compare import same_bits, same_received, same_values
+from torch import Tensor
+
+from ep_comm import Buffer, EPConfig, Handle, Received, reference
+from ep_comm.errors import EPError, EPTimeout
+from ep_comm.testing import Cluster
+
+pytestmark = pytest.mark.gpu
+
+# Streams that share a hardware queue wait for each other; read when CUDA starts.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+
+HIDDEN = 256
+MAX_TOKENS = 40
+
+
+@dataclass(frozen=True)
+class Case:
+    """One routing and what dispatch is asked to do with it."""
+
+    num_ranks: int = 4
+    num_experts: int = 10
+    num_topk: int = 4
+    hidden: int = HIDDEN
+    tokens: tuple[int, ...] | None = None  # of the ranks; None: uneven, the second has none
+    dtype: torch.dtype = torch.bfloat16
+    idx_dtype: torch.dtype = torch.int64
+    ids: str = "random"
+    weights: bool = True
+    scales: torch.dtype | None = None
+    expert_map: tuple[int, ...] | None = None
+    num_sms: int | None = 4
+    seed: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def num_tokens(self) -> tuple[int, ...]:
+        if self.tokens is not None:
+            return self.tokens
+        return tuple((MAX_TOKENS, 0, 17, 1)[r % 4] for r in range(self.num_ranks))
+
+    def inputs(self) -> Inputs:
+        g = torch.Generator().manual_seed(self.seed)
+        result = Inputs([], [], [] if self.weights else None, [] if self.scales else None)
+        for rank, tokens in enumerate(self.num_tokens()):
+            shape = (tokens, self.num_topk)
+            ids = torch.randint(-1, self.num_experts, shape, generator=g)  # with duplicates
+            if self.ids == "one":
+                ids.fill_(self.num_experts - 1)
+            if self.ids == "none":
+                ids.fill_(-1)
+            result.x.append(rows_of(self.dtype, rank, tokens, self.hidden, g))
+            result.topk_idx.append(ids.to(self.idx_dtype))
+            if result.topk_weights is not None:
+                result.topk_weights.append(torch.randn(shape, generator=g))
+            if result.scales is not None:
+                words = self.hidden // (128 if self.scales == torch.float32 else 512)
+                bits = torch.randint(0, 2**30, (tokens, words), generator=g, dtype=torch.int32)
+                result.scales.append(bits.view(self.scales))
+        return result
+
+    def buffer_options(self) -> dict[str, Any]:
+        return {
+            "num_experts": self.num_experts,
+            "num_topk": self.num_topk,
+            "hidden": self.hidden,
+            "max_tokens": max(1, *self.num_tokens()),
+            "expert_map": self.expert_map,
+            "num_sms": self.num_sms,
+            "arena_bytes": 64 << 20,
+        }
+
+
+@dataclass
+class Inputs:
+    """Per rank."""
+
+    x: list[Tensor]
+    topk_idx: list[Tensor]
+    topk_weights: list[Tensor] | None
+    scales: list[Tensor] | None
+
+
+def rows_of(dtype: torch.dtype, rank: int, tokens: int, hidden: int, g: torch.Generator) -> Tensor:
+    """Rows that tell where they come from in their first element, the rest random."""
+    if dtype.itemsize == 1:
+        rows = torch.randint(0, 120, (tokens, hidden), generator=g, dtype=torch.uint8)
+        return rows.view(dtype)
+    rows = torch.randn((tokens, hidden), generator=g)
+    rows[:, 0] = torch.arange(tokens) + 64 * rank
+    return rows.to(dtype)
+
+
+def on_gpu(tensors: list[Tensor] | None) -> list[Tensor] | None:
+    return None if tensors is None else [t.cuda() for t in tensors]
+
+
+def on_cpu(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, Handle):
+        return Handle(*(t.cpu() for t in value))
+    return value
+
+
+def received_on_cpu(recv: Received) -> Received:
+    values = {f.name: on_cpu(getattr(recv, f.name)) for f in dataclasses.fields(Received)}
+    if recv.scales is not None and recv.layout == "slab":
+        values["scales"] = torch.empty_strided(
+            recv.scales.shape, recv.scales.stride(), dtype=recv.scales.dtype
+        ).copy_(recv.scales)
+    return Received(**values)
+
+
+def of_rank(values: list[Tensor] | None, rank: int) -> Tensor | None:
+    return None if values is None else values[rank]
+
+
+def on_streams(cluster: Cluster, work: Callable[[int], Any]) -> list[Any]:
+    """Every rank on a stream of its own, all work done when this returns."""
+    streams = [torch.cuda.Stream() for _ in range(cluster.num_ranks)]
+    torch.cuda.synchronize()
+
+    def body(rank: int) -> Any:
+        with torch.cuda.stream(streams[rank]):
+            result = work(rank)
+        streams[rank].synchronize()
+        return result
+
+    return cluster.run(body)
+
+
+@pytest.fixture
+def make_cluster() -> Iterator[Callable[..., Cluster]]:
+    made: list[Cluster] = []
+
+    def make(num_ranks: int, **options: Any) -> Cluster:
+        cluster = Cluster(1, num_ranks, device="cuda")
+        made.append(cluster)
+        options.setdefault("config", EPConfig(arrival_s=20.0, progress_s=10.0))
+        cluster.make_buffers(**options)
+        return cluster
+
+    gc.collect()  # memory freed later would wait for kernels of this test
+    yield make
+    for cluster in made:
+        cluster.close()
+    torch.cuda.synchronize()
+
+
+def dispatch_options(case: Case) -> dict[str, Any]:
+    return {"layout": "compact", **case.options}
+
+
+def want_dispatch(case: Case, inputs: Inputs) -> list[Received]:
+    return reference.dispatch(
+        inputs.x, inputs.topk_idx, inputs.topk_weights, scales=inputs.scales,
+        num_experts=case.num_experts, max_tokens=max(1, *case.num_tokens()),
+        expert_map=case.expert_map, **dispatch_options(case),
+    )  # fmt: skip
+
+
+def check_received(got: Received, want: Received, *, computed: bool) -> None:
+    meta = want.handle.meta.clone()
+    meta[1:3] = got.handle.meta[1:3]  # the buffer's generation, the number of the operation
+    want = dataclasses.replace(want, handle=want.handle._replace(meta=meta))
+    same_received(received_on_cpu(got), want, computed=computed)
+
+
+# ---- dispatch ----
+
+STATIC = {"sync": False}
+GROUPED = {"layout": "grouped", "alignment": 4}
+SLAB = {"layout": "slab"}
+CASES = {
+    "one-rank": Case(num_ranks=1, tokens=(33,)),
+    "ep2": Case(num_ranks=2),
+    "ep3": Case(num_ranks=3),
+    "ep4": Case(),
+    "ep8": Case(num_ranks=8),
+    "ep4-fewer-experts-than-ranks": Case(num_experts=2),
+    "one-sm": Case(num_sms=1),
+    "top-1": Case(num_topk=1),
+    "top-6": Case(num_topk=6, tokens=(37, 40, 5, 12)),
+    "top-32-of-64": Case(num_topk=32, num_experts=64),
+    "int32-ids": Case(idx_dtype=torch.int32),
+    "no-weights": Case(weights=False),
+    "nobody-sends": Case(tokens=(0, 0, 0, 0)),
+    "all-minus-one": Case(ids="none"),
+    "all-to-one-expert": Case(ids="one"),
+    "map-of-experts": Case(expert_map=(3, 1, 0, 0, 3, 1, 1, 3, 0, 3)),
+    "fp32": Case(dtype=torch.float32),
+    "fp16-hidden-8": Case(dtype=torch.float16, hidden=8),
+    "fp8": Case(dtype=torch.float8_e4m3fn),
+    "fp8-scales": Case(dtype=torch.float8_e4m3fn, scales=torch.float32),
+    "fp8-packed-scales": Case(dtype=torch.float8_e5m2, scales=torch.int32, hidden=1024),
+    "row-of-64-kib": Case(dtype=torch.float32, hidden=16384, tokens=(3, 2, 0, 1)),
+    "static": Case(options=STATIC),
+    "static-capacity": Case(options={**STATIC, "capacity": 60}),
+    "row-index": Case(options={"row_index": True, "alignment": 8}),
+    "static-row-index": Case(options={**STATIC, "row_index": True, "alignment": 8}),
+    "grouped": Case(options=GROUPED),
+    "grouped-static": Case(options={**GROUPED, **STATIC}),
+    "grouped-top-32": Case(num_topk=32, num_experts=64, options=GROUPED),
+    "grouped-scales": Case(dtype=torch.float8_e4m3fn, scales=torch.float32, options=GROUPED),
+    "slab": Case(options=SLAB),
+    "slab-capacity": Case(options={**SLAB, "capacity": 50}),
+    "slab-static": Case(options={**SLAB, **STATIC}),
+    "slab-scales": Case(dtype=torch.float8_e4m3fn, scales=torch.float32, options=SLAB),
+    "quantize": Case(options={"quantize": "fp8"}),
+    "quantize-fp32-block-32": Case(
+        dtype=torch.float32, hidden=96, options={"quantize": "fp8", "scale_block": 32}
+    ),
+    "quantize-fp16-ue8m0": Case(
+        dtype=torch.float16, hidden=1024, options={"quantize": "fp8_ue8m0", **GROUPED}
+    ),
+    "quantize-slab": Case(options={"quantize": "fp8", **SLAB}),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_dispatch_and_combine_agree_with_the_reference(
+    make_cluster: Callable[..., Cluster], case: Case
+) -> None:
+    inputs = case.inputs()
+    want = want_dispatch(case, inputs)
+    cluster = make_cluster(case.num_ranks, **case.buffer_options())
+    x, idx = on_gpu(inputs.x), on_gpu(inputs.topk_idx)
+    weights, scales = on_gpu(inputs.topk_weights), on_gpu(inputs.scales)
+    assert x is not None
+    assert idx is not None
+
+    def dispatch(rank: int, **changed: Any) -> Received:
+        options = {**dispatch_options(case), **changed}
+        recv: Received = cluster.buffers[rank].dispatch(
+            x[rank], options.pop("topk_idx", idx[rank]), of_rank(weights, rank),
+            scales=of_rank(scales, rank), **options,
+        )  # fmt: skip
+        return recv
+
+    got = on_streams(cluster, dispatch)
+
+    computed = "quantize" in case.options
+    for rank in range(case.num_ranks):
+        check_received(got[rank], want[rank], computed=computed)
+
+    # The same routing again, by its handle.
+    keep = ("quantize", "scale_block")
+    cached = {k: v for k, v in case.options.items() if k in keep}
+    again = on_streams(
+        cluster,
+        lambda rank: cluster.buffers[rank].dispatch(
+            x[rank], None, of_rank(weights, rank), scales=of_rank(scales, rank),
+            handle=got[rank].handle, **cached,
+        ),
+    )  # fmt: skip
+    for rank in range(case.num_ranks):
+        assert again[rank].topk_idx is None
+        first, second = received_on_cpu(got[rank]), received_on_cpu(again[rank])
+        n = int(first.num_recv) if case.options.get("layout", "compact") == "compact" else None
+        if n is not None:
+            same_bits(second.x[:n], first.x[:n], "x of the cached call")
+        elif case.options["layout"] == "grouped":
+            end = int(first.offsets[-1])
+            same_bits(second.x[:end], first.x[:end], "x of the cached call")
+        else:
+            for e, count in enumerate(first.num_tokens_per_expert.tolist()):
+                same_bits(second.x[e, :count], first.x[e, :count], "x of the cached call")
+        if weights is not None:
+            same_bits(second.topk_weights, first.topk_weights, "weights of the cached call")
+
+    if case.dtype.itemsize > 1:
+        check_combine(cluster, case, want, got)
+
+
+def check_combine(cluster: Cluster, case: Case, want: list[Received], got: list[Received]) -> None:
+    """Combine what experts would return: an ordinary tensor, then arena memory, all options."""
+    g = torch.Generator().manual_seed(1)
+    layout = case.options.get("layout", "compact")
+    y = [torch.randn(w.x.shape, generator=g).to(case.dtype) for w in want]
+    on_device = [t.cuda() for t in y]
+    plain = on_streams(cluster, lambda r: cluster.buffers[r].combine(on_device[r], got[r].handle))
+    sums = reference.combine(y, [w.handle for w in want], expert_map=case.expert_map)
+    for rank in range(case.num_ranks):
+        same_values(plain[rank].cpu(), sums[rank], f"combine of rank {rank}")
+
+    tokens = case.num_tokens()
+    shapes = [w.x.shape[:-1] if layout != "compact" else (len(w.x), case.num_topk) for w in want]
+    back = [torch.randn(shape, generator=g) for shape in shapes]
+    bias = [torch.randn((t, case.hidden), generator=g).to(case.dtype) for t in tokens]
+    weighted = layout != "compact" and case.weights
+    in_arena = [cluster.buffers[r].empty(t.shape, t.dtype) for r, t in enumerate(on_device)]
+    for there, t in zip(in_arena, on_device, strict=True):
+        there.copy_(t)
+    back_gpu, bias_gpu = on_gpu(back), on_gpu(bias)
+    assert back_gpu is not None
+    assert bias_gpu is not None
+    full = on_streams(
+        cluster,
+        lambda r: cluster.buffers[r].combine(
+            in_arena[r], got[r].handle, weighted=weighted, topk_weights=back_gpu[r],
+            bias=(bias_gpu[r], None),
+        ),
+    )  # fmt: skip
+    sums_and_weights = reference.combine(
+        y, [w.handle for w in want], weighted=weighted, topk_weights=back, bias=bias,
+        expert_map=case.expert_map,
+    )  # fmt: skip
+    for rank in range(case.num_ranks):
+        same_values(full[rank][0].cpu(), sums_and_weights[rank][0], f"full combine of {rank}")
+        same_bits(full[rank][1].cpu(), sums_and_weights[rank][1], f"weights home to {rank}")
+
+
+# ---- one call after the other ----
+
+
+def test_many_calls_in_a_row_reuse_slots_and_arena(make_cluster: Callable[..., Cluster]) -> None:
+    case = Case(num_ranks=4)
+    cluster = make_cluster(4, **case.buffer_options())
+    rounds = [dataclasses.replace(case, seed=s).inputs() for s in range(6)]
+    want = [want_dispatch(case, i) for i in rounds]
+    x = [on_gpu(i.x) for i in rounds]
+    idx = [on_gpu(i.topk_idx) for i in rounds]
+    weights = [on_gpu(i.topk_weights) for i in rounds]
+
+    def work(rank: int) -> list[Any]:
+        results = []
+        for n in range(18):
+            i = n % len(rounds)
+            recv = cluster.buffers[rank].dispatch(x[i][rank], idx[i][rank], weights[i][rank])
+            out = cluster.buffers[rank].combine(recv.x, recv.handle)
+            results.append((i, recv, out))
+        return results
+
+    for rank, results in enumerate(on_streams(cluster, work)):
+        for i, recv, _ in results:
+            check_received(recv, want[i][rank], computed=False)
+    sums = [reference.combine([w.x for w in ws], [w.handle for w in ws]) for ws in want]
+    del results
+    for rank, results in enumerate(on_streams(cluster, work)):
+        for i, _, out in results:
+            same_values(out.cpu(), sums[i][rank])
+
+
+def test_graph_replays_with_changing_routing(make_cluster: Callable[..., Cluster]) -> None:
+    case = Case(num_ranks=2, tokens=(24, 24), options=STATIC)
+    cluster = make_cluster(2, **case.buffer_options())
+    rounds = [dataclasses.replace(case, seed=s).inputs() for s in range(5)]
+    first = rounds[0]
+    x, idx, weights = (on_gpu(t) for t in (first.x, first.topk_idx, first.topk_weights))
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    graphs = [torch.cuda.CUDAGraph() for _ in range(2)]
+    held: list[Any] = []
+    for rank in range(2):  # nothing runs while a graph is captured
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graphs[rank], stream=streams[rank]):
+            recv = cluster.buffers[rank].dispatch(x[rank], idx[rank], weights[rank], sync=False)
+            out = cluster.buffers[rank].combine(recv.x, recv.handle)
+        held.append((recv, out))
+    for n in range(12):
+        inputs = rounds[n % len(rounds)]
+        want = want_dispatch(case, inputs)
+        sums = reference.combine([w.x for w in want], [w.handle for w in want])
+        for rank in range(2):
+            x[rank].copy_(inputs.x[rank])
+            idx[rank].copy_(inputs.topk_idx[rank])
+            weights[rank].copy_(inputs.topk_weights[rank])
+        torch.cuda.synchronize()
+        for rank in range(2):
+            with torch.cuda.stream(streams[rank]):
+                graphs[rank].replay()
+        torch.cuda.synchronize()
+        for rank in range(2):
+            check_received(held[rank][0], want[rank], computed=False)
+            same_values(held[rank][1].cpu(), sums[rank])
+
+
+# ---- what goes wrong ----
+
+
+def code_of(result: Any) -> str:
+    assert isinstance(result, EPError), result
+    return str(result.code)
+
+
+def run_catching(cluster: Cluster, work: Callable[[int], Any]) -> list[Any]:
+    streams = [torch.cuda.Stream() for _ in range(cluster.num_ranks)]
+    torch.cuda.synchronize()
+
+    def body(rank: int) -> Any:
+        with torch.cuda.stream(streams[rank]):
+            return work(rank)
+
+    results = cluster.run_catching(body)
+    torch.cuda.synchronize()
+    return results
+
+
+def test_bad_ids_fail_on_every_rank_and_the_next_call_works(
+    make_cluster: Callable[..., Cluster],
+) -> None:
+    case = Case(num_ranks=3)
+    cluster = make_cluster(3, **case.buffer_options())
+    inputs = case.inputs()
+    x, idx = on_gpu(inputs.x), on_gpu(inputs.topk_idx)
+    bad = idx[2].clone()
+    bad[5, 1] = case.num_experts
+    results = run_catching(
+        cluster, lambda r: cluster.buffers[r].dispatch(x[r], bad if r == 2 else idx[r])
+    )
+    assert [code_of(e) for e in results] == ["E213"] * 3
+    assert all(f"token 5, k 1, id {case.num_experts}" in str(e) for e in results)
+
+    results = run_catching(cluster, lambda r: cluster.buffers[r].dispatch(x[r], idx[r]))
+    assert all(isinstance(r, Received) for r in results)
+
+
+def test_overflow_and_disagreement_fail_on_every_rank(
+    make_cluster: Callable[..., Cluster],
+) -> None:
+    case = Case(num_ranks=3)
+    cluster = make_cluster(3, **case.buffer_options())
+    inputs = case.inputs()
+    x, idx = on_gpu(inputs.x), on_gpu(inputs.topk_idx)
+
+    def dispatch(**options: Any) -> list[Any]:
+        return run_catching(cluster, lambda r: cluster.buffers[r].dispatch(x[r], idx[r], **options))
+
+    assert [code_of(e) for e in dispatch(capacity=3)] == ["E230"] * 3
+    results = run_catching(
+        cluster,
+        lambda r: cluster.buffers[r].dispatch(x[r], idx[r], layout="compact" if r else "grouped"),
+    )
+    assert [code_of(e) for e in results] == ["E220"] * 3
+    results = run_catching(
+        cluster,
+        lambda r: cluster.buffers[r].dispatch(x[r][:, : 8 if r == 1 else None], idx[r]),
+    )
+    assert [code_of(e) for e in results] == ["E201"] * 3
+    assert all(isinstance(r, Received) for r in dispatch())
+
+
+def test_static_overflow_shows_in_status_and_is_raised_by_check(
+    make_cluster: Callable[..., Cluster],
+) -> None:
+    case = Case(num_ranks=2, options={**STATIC, "capacity": 5})
+    cluster = make_cluster(2, **case.buffer_options())
+    inputs = case.inputs()
+    want = want_dispatch(case, inputs)
+    x, idx, weights = (on_gpu(t) for t in (inputs.x, inputs.topk_idx, inputs.topk_weights))
+    got = on_streams(
+        cluster,
+        lambda r: cluster.buffers[r].dispatch(x[r], idx[r], weights[r], **dispatch_options(case)),
+    )
+    for rank in range(2):
+        assert got[rank].status.tolist() == [230]
+        check_received(got[rank], want[rank], computed=False)
+    errors = run_catching(cluster, lambda r: cluster.buffers[r].check())
+    assert [code_of(e) for e in errors] == ["E230"] * 2
+
+
+def test_missing_rank_gives_a_timeout_and_the_context_lives_on(
+    make_cluster: Callable[..., Cluster],
+) -> None:
+    case = Case(num_ranks=3)
+    config = EPConfig(arrival_s=1.0, progress_s=1.0)
+    cluster = make_cluster(3, **case.buffer_options(), config=config)
+    inputs = case.inputs()
+    x, idx = on_gpu(inputs.x), on_gpu(inputs.topk_idx)
+    results = run_catching(
+        cluster, lambda r: None if r == 1 else cluster.buffers[r].dispatch(x[r], idx[r])
+    )
+    for rank in (0, 2):
+        error = results[rank]
+        assert isinstance(error, EPTimeout)
+        assert code_of(error) == "E101"
+        assert error.peer == 1
+    again = run_catching(
+        cluster, lambda r: None if r == 1 else cluster.buffers[r].dispatch(x[r], idx[r])
+    )
+    assert [code_of(again[r]) for r in (0, 2)] == ["E101", "E101"]
+    assert float(torch.ones(8, device="cuda").sum()) == 8.0  # the context works
+
+
+def test_closed_rank_is_reported_as_left(make_cluster: Callable[..., Cluster]) -> None:
+    case = Case(num_ranks=2)
+    cluster = make_cluster(2, **case.buffer_options())
+    inputs = case.inputs()
+    x, idx = on_gpu(inputs.x), on_gpu(inputs.topk_idx)
+    cluster.buffers[1].close()
+    results = run_catching(
+        cluster, lambda r: None if r == 1 else cluster.buffers[0].dispatch(x[0], idx[0])
+    )
+    assert code_of(results[0]) == "E111"
+
+
+def test_poison_shows_that_nothing_else_is_written(make_cluster: Callable[..., Cluster]) -> None:
+    case = Case(num_ranks=4, num_sms=2)
+    cluster = make_cluster(4, **case.buffer_options())
+    # The whole arena is filled through one extent, which goes back before the call.
+    poison = 0x5A
+    for buffer in cluster.buffers:
+        free = buffer.stats()["arena"]["largest_free"]
+        buffer.empty((free,), torch.uint8).fill_(poison)
+    torch.cuda.synchronize()
+    inputs = case.inputs()
+    want = want_dispatch(case, inputs)
+    x, idx, weights = (on_gpu(t) for t in (inputs.x, inputs.topk_idx, inputs.topk_weights))
+    got = on_streams(cluster, lambda r: cluster.buffers[r].dispatch(x[r], idx[r], weights[r]))
+    for rank, buffer in enumerate(cluster.buffers):
+        check_received(got[rank], want[rank], computed=False)
+        written = got[rank].x.numel() * got[rank].x.itemsize
+        record = -(-4 * (1 + 2 * case.num_topk) // 16) * 16 * len(want[rank].x)
+        rest = buffer.empty((buffer.stats()["arena"]["largest_free"],), torch.uint8)
+        touched = int((rest != poison).sum())
+        assert touched <= record, (rank, written, record, touched)
+
+
+def test_repr_names_backend_and_reason(make_cluster: Callable[..., Cluster]) -> None:
+    cluster = make_cluster(2, **Case(num_ranks=2).buffer_options())
+    assert "nvlink: CUDA tensors, all ranks in one process" in repr(cluster.buffers[0])
+
+
+def test_one_rank_alone() -> None:
+    with Buffer(num_experts=4, num_topk=2, hidden=64, max_tokens=8, device="cuda") as buffer:
+        x = torch.randn(5, 64, device="cuda", dtype=torch.bfloat16)
+        idx = torch.tensor([[0, 3], [1, -1], [2, 2], [-1, -1], [3, 0]], device="cuda")
+        recv = buffer.dispatch(x, idx)
+        assert recv.num_recv == 4
+        out = buffer.combine(recv.x, recv.handle)
+        want = x.clone()
+        want[3] = 0
+        assert torch.equal(out, want)
