@@ -9,7 +9,7 @@ only place that knows which index means what.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Final, NamedTuple, NoReturn, TypeGuard
 
 import torch
@@ -63,8 +63,8 @@ class HandleMeta:
 
     def pack(self) -> Tensor:
         """Write the fields as `meta`, int64 [16]."""
-        fields = astuple(self)
-        numbers = [LAYOUTS.index(f) if isinstance(f, str) else int(f) for f in fields]
+        values = vars(self).values()  # in field order; dataclasses.astuple would copy deeply
+        numbers = [LAYOUTS.index(v) if isinstance(v, str) else int(v) for v in values]
         return torch.tensor([MAGIC, *numbers], dtype=torch.int64)
 
     @classmethod
