@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from test_buffer_properties import Call, Pair, World, bounded, calls, worlds
 from torch import Tensor
 
 from ep_comm import Buffer, EPConfig, EPError, Handle, Received, reference
@@ -111,14 +113,18 @@ def check_all_cases(rank: int, num_ranks: int) -> dict[str, list[str]]:
     return {name: check_case(case, rank, num_ranks) for name, case in CASES.items()}
 
 
-def check_case(case: Case, rank: int, num_ranks: int) -> list[str]:
+def check_case(
+    case: Case, rank: int, num_ranks: int, group: Any = None, device: str = "cpu"
+) -> list[str]:
     """What differs on this rank, over every operation there is."""
-    x, idx, weights, scales = case.inputs()
+    x, idx, weights, scales = (t and [one.to(device) for one in t] for t in case.inputs())
+    assert x is not None
+    assert idx is not None
     wrong: list[str] = []
     placed: dict[str, Any] = {"expert_map": case.expert_map}
     with Buffer(
-        num_experts=case.num_experts, num_topk=case.num_topk, hidden=case.hidden,
-        max_tokens=MAX_TOKENS, expert_map=case.expert_map, backend="collective", device="cpu",
+        group, num_experts=case.num_experts, num_topk=case.num_topk, hidden=case.hidden,
+        max_tokens=MAX_TOKENS, expert_map=case.expert_map, backend="collective", device=device,
     ) as buffer:  # fmt: skip
         want = reference.dispatch(
             x, idx, weights, num_experts=case.num_experts, max_tokens=MAX_TOKENS, scales=scales,
@@ -146,9 +152,9 @@ def check_case(case: Case, rank: int, num_ranks: int) -> list[str]:
         wrong += [f"cached {w}" for w in differences(cached, want_cached[rank])]
 
         g = torch.Generator().manual_seed(1)
-        y = [rows_of(torch.bfloat16, w.x.shape, g) for w in want]
-        tokens = [rows_of(torch.bfloat16, (t, case.hidden), g) for t in case.tokens]
-        back = [torch.randn(shape_of(w), generator=g) for w in want]
+        y = [rows_of(torch.bfloat16, w.x.shape, g).to(device) for w in want]
+        tokens = [rows_of(torch.bfloat16, (t, case.hidden), g).to(device) for t in case.tokens]
+        back = [torch.randn(shape_of(w), generator=g).to(device) for w in want]
         weighted = case.weights and got.layout != "compact"
         for name, options in {
             "combine": {},
@@ -163,6 +169,9 @@ def check_case(case: Case, rank: int, num_ranks: int) -> list[str]:
                 want_sums = (want_sums[0], want_sums[1].contiguous())
             if not same(sums, want_sums):
                 wrong.append(name)
+        begun = buffer.dispatch(x[rank], handle=got.handle, wait=False)
+        if not same(begun.wait().x, want_cached[rank].x):
+            wrong.append("begun")
         out = torch.empty_like(tokens[rank])
         if buffer.combine(y[rank], got.handle, out=out).data_ptr() != out.data_ptr():
             wrong.append("combine out")
@@ -213,6 +222,39 @@ def checked() -> list[dict[str, list[str]]]:
 @pytest.mark.parametrize("name", CASES)
 def test_results_equal_the_reference(name: str, checked: list[dict[str, list[str]]]) -> None:
     assert [rank[name] for rank in checked] == [[]] * NUM_RANKS
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_tensors_on_a_gpu_pass_through_the_host() -> None:
+    for name, case in CASES.items():
+        with Cluster(ranks_per_node=NUM_RANKS) as cluster:
+            groups = [cluster.group(rank) for rank in range(NUM_RANKS)]
+            wrong = cluster.run(
+                lambda rank, group: check_case(case, rank, NUM_RANKS, group, "cuda:0"),  # noqa: B023
+                groups,
+            )
+        assert wrong == [[]] * NUM_RANKS, name
+
+
+class CollectiveCluster(Cluster):
+    def make_buffers(self, **options: Any) -> list[Buffer]:
+        return super().make_buffers(backend="collective", **options)
+
+
+@settings(bounded, max_examples=20)
+@given(worlds(), calls("plain"))
+def test_random_calls_equal_the_reference(world: World, call: Call) -> None:
+    multiple = 16 // min(call.dtype.itemsize, call.y_dtype.itemsize)
+    if world.hidden % multiple:
+        world = World(**{**vars(world), "hidden": world.hidden * 2})
+    with CollectiveCluster(1, world.num_ranks) as cluster:
+        pair = Pair(world, cluster)
+        got, want = pair.dispatch(call, 0)
+        if want:
+            pair.combine(call, got, want, 20, call.weighted)
+            got, want = pair.dispatch_cached(call, got, want, 40)
+            weighted = call.weighted and (call.cached_weights or call.weights is not None)
+            pair.combine(call, got, want, 60, weighted)
 
 
 # ---- failures of one call: the same on every rank, and the buffer lives on ----
