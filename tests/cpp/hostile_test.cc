@@ -5,6 +5,9 @@
 // checked here: an outcome is either one of our codes or a result whose memory exists.
 //
 //     hostile_test [number of inputs] [seed]
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -14,6 +17,7 @@
 #include <vector>
 
 #include "check.h"
+#include "contract/calls.h"
 #include "cpu/rank.h"
 
 namespace {
@@ -110,7 +114,7 @@ struct World {
 struct Call {
     std::vector<float> x, weights;
     std::vector<int64_t> topk_idx, rank_counts;
-    std::vector<int32_t> send_row, expert_counts;
+    std::vector<int32_t> send_row, expert_counts, rank_rows;
     std::vector<std::byte> scales;
     DispatchArgs args;
 
@@ -141,6 +145,10 @@ struct Call {
             args.capacity = args.layout == RecvLayout::kSlab ? 2 * kMaxTokens : 64;
         }
         args.given_capacity = args.capacity;
+        if (pick(random, 4) == 0) {
+            rank_rows.assign(4, -7);
+            args.rank_rows = rank_rows.data();
+        }
         args.with_weights = pick(random, 2) == 0;
         if (args.with_weights) args.topk_weights = weights.data();
         if (pick(random, 2) == 0) {
@@ -149,33 +157,18 @@ struct Call {
             args.scales = scales.data();
         }
     }
-
-    Descriptor describe() const {
-        Descriptor d;
-        d[Field::kLayout] = static_cast<int64_t>(args.layout);
-        d[Field::kDtype] = static_cast<int64_t>(args.dtype);
-        d[Field::kHidden] = args.hidden;
-        d[Field::kScaleBlock] = args.scale_bytes > 0 ? args.scale_block : 0;
-        d[Field::kScaleBytes] = args.scale_bytes;
-        d[Field::kTopk] = args.num_topk;
-        d[Field::kAlignment] = args.alignment;
-        d[Field::kCapacity] = args.given_capacity;
-        d[Field::kFlags] = (args.with_weights ? kFlagWeights : 0) |
-                           (args.is_static ? kFlagStatic : 0) | (args.cached ? kFlagCached : 0);
-        return d;
-    }
 };
 
 // Rank 1's half of the conversation: honest, then scrambled here and there.
 void play_peer(Random& random, World& w, uint64_t seq, OpKind kind, const Descriptor& descriptor,
-               int64_t num_topk) {
+               int64_t num_topk, int64_t rows = -1) {
     const int slot = w.slot(seq);
     const auto unlucky = [&](int64_t of) { return pick(random, of) == 0; };
     EntryRecord entry{};
     entry.kind = static_cast<int32_t>(kind);
     entry.descriptor = descriptor;
     entry.num_tokens = kMaxTokens;
-    entry.num_rows = pick(random, kMaxTokens + 1);
+    entry.num_rows = rows < 0 ? pick(random, kMaxTokens + 1) : rows;
     entry.y_offset = pick(random, 8) * 4096;
     entry.weights_offset = pick(random, 8) * 4096;
     int32_t counts[3] = {};
@@ -240,7 +233,8 @@ void expect_outcome(const Outcome& outcome) {
 // What Python does with a result: tensors of exactly the sizes the result states.
 struct Received {
     std::vector<int32_t> recv_src, recv_row, offsets, index;
-    std::vector<int64_t> topk_idx;
+    std::vector<int32_t> row_token;
+    std::vector<int64_t> topk_idx, source_range;
     std::vector<float> weights;
     std::vector<std::byte> scales;
     UnpackArgs out;
@@ -264,6 +258,12 @@ struct Received {
             const int64_t columns = (got.num_rows + 3) / 4 * 4;
             scales.resize(slabs == 1 ? rows * a.scale_bytes : slabs * columns * a.scale_bytes);
             out.scales = scales.data();
+        }
+        if (!compact && pick(random, 2) == 0) {
+            row_token.assign(rows, -9);
+            source_range.assign(3 * 2, -9);
+            out.row_token = row_token.data();
+            out.source_range = source_range.data();
         }
         out.max_recv = max_recv;
         out.max_rows = got.num_rows;
@@ -303,21 +303,34 @@ void combine(Random& random, World& w, const Call& call, const Received& recv,
     a.layout = call.args.layout;
     a.dtype = DType::kF32;
     a.routing = got.seq;
+    a.topk_order = a.layout != RecvLayout::kCompact && pick(random, 2) == 0;
     if (pick(random, 2) == 0) {
         a.with_weights = true;
+        a.sum_weights = a.layout == RecvLayout::kCompact && pick(random, 2) == 0;
         a.y_weights = y_weights.data();
         a.out_weights = out_weights.data();
     }
-    Descriptor d;
-    d[Field::kLayout] = static_cast<int64_t>(a.layout);
-    d[Field::kDtype] = static_cast<int64_t>(a.dtype);
-    d[Field::kHidden] = a.hidden;
-    d[Field::kTopk] = a.num_topk;
-    d[Field::kFlags] = a.with_weights ? kFlagWeights : 0;
-    d[Field::kRouting] = static_cast<int64_t>(a.routing);
     const uint64_t seq = w.rank->take_seq();
-    play_peer(random, w, seq, OpKind::kCombine, d, kTopk);
+    play_peer(random, w, seq, OpKind::kCombine, describe(a), kTopk);
     expect_outcome(w.rank->combine(seq, a, {nullptr, nullptr}));
+}
+
+// Over the same routing, which the peer pretends to remember.
+void dispatch_again(Random& random, World& w, Call& call, Received& recv,
+                    const cpu::Dispatched& first) {
+    call.args.cached = true;
+    call.args.routing = first.seq;
+    call.args.rank_rows = nullptr;
+    const uint64_t seq = w.rank->take_seq();
+    play_peer(random, w, seq, OpKind::kDispatch, describe(call.args), kTopk, call.rank_counts[3]);
+    const cpu::Dispatched got = w.rank->dispatch(seq, call.args, {nullptr, nullptr});
+    expect_outcome(got.outcome);
+    if (!got.outcome.ok()) return;
+    expect_eq(got.num_rows, first.num_rows);
+    recv.out.topk_idx = nullptr;
+    recv.out.offsets = recv.out.row_index = recv.out.row_token = nullptr;
+    recv.out.source_range = nullptr;
+    (void)w.rank->unpack(got, call.args, recv.out);
 }
 
 void one_input(uint64_t seed) {
@@ -326,14 +339,16 @@ void one_input(uint64_t seed) {
     for (int op = 0; op < 3; ++op) {
         Call call(random);
         const uint64_t seq = w.rank->take_seq();
-        play_peer(random, w, seq, OpKind::kDispatch, call.describe(), kTopk);
+        play_peer(random, w, seq, OpKind::kDispatch, describe(call.args), kTopk);
         const cpu::Dispatched got = w.rank->dispatch(seq, call.args, {nullptr, nullptr});
         expect_outcome(got.outcome);
         if (!got.outcome.ok()) continue;
         expect(got.x != nullptr, "a result without rows");
         if (got.x == nullptr) continue;
-        const Received recv(random, call, got);
-        if (w.rank->unpack(got, call.args, recv.out)) combine(random, w, call, recv, got);
+        Received recv(random, call, got);
+        if (!w.rank->unpack(got, call.args, recv.out)) continue;
+        combine(random, w, call, recv, got);
+        dispatch_again(random, w, call, recv, got);
     }
 }
 
@@ -348,6 +363,28 @@ int main(int argc, char** argv) {
             one_input(seed);
             if (tally().failures != before) std::cerr << "seed " << seed << "\n";
         }
+    });
+
+    test("memory of a peer is mapped only when it is sealed and as long as it says", [] {
+        const auto refused = [](int fd, int64_t bytes) {
+            try {
+                Segment::map(fd, bytes);
+                return false;
+            } catch (const SystemError&) {
+                return true;
+            }
+        };
+        const auto good = Segment::create("good", 3 * 4096);
+        for (const int64_t bytes : {int64_t{0}, int64_t{-1}, int64_t{-4096}, int64_t{3 * 4096 + 1},
+                                    INT64_MAX, INT64_MIN, INT64_MAX - 4096}) {
+            expect(refused(good->fd(), bytes), "mapped more, or less, than there is");
+        }
+        expect(!refused(good->fd(), 2 * 4096 + 1), "refused honest memory");
+        expect(refused(-1, 4096), "mapped no descriptor");
+        const int unsealed = memfd_create("unsealed", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+        expect_eq(ftruncate(unsealed, 4096), 0);
+        expect(refused(unsealed, 4096), "mapped memory that a peer could cut off");
+        close(unsealed);
     });
     return finish();
 }
