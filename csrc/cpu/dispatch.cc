@@ -267,8 +267,6 @@ private:
                 return false;
             }
             outcome = outcome_of(base.code, p, base.detail[1], base.detail[0]);
-            outcome.detail[0] = base.detail[0];
-            outcome.detail[1] = base.detail[1];
             return false;
         }
         return true;
