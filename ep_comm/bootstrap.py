@@ -218,13 +218,17 @@ def _name_ranks(ranks: list[int]) -> str:
     return f"rank {runs[0]} has" if len(ranks) == 1 else f"ranks {','.join(runs)} have"
 
 
+# Where the kernel tells no boot id, every process is a host of its own and shares no memory.
+_NO_BOOT_ID: Final = secrets.token_bytes(16)
+
+
 def host_identity() -> tuple[bytes, int]:
     """Boot id of the kernel and our PID namespace; hostnames lie, and containers share them."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             boot = bytes.fromhex(file.read().strip().replace("-", ""))
     except (OSError, ValueError):
-        boot = hashlib.sha256(socket.gethostname().encode()).digest()[:16]
+        boot = _NO_BOOT_ID
     try:
         namespace = os.stat("/proc/self/ns/pid").st_ino
     except OSError:
@@ -455,14 +459,21 @@ def send_fds(sock: socket.socket, fds: Sequence[int], sizes: Sequence[int], limi
 def receive_fds(sock: socket.socket, count: int, limit_s: float) -> tuple[list[int], list[int]]:
     """Descriptors of the peer, close-on-exec, and the size of the memory behind each."""
     sock.settimeout(limit_s)
-    data, fds, flags, _ = socket.recv_fds(sock, 8 * count, count)
-    for fd in fds:
-        os.set_inheritable(fd, False)
+    # Not socket.recv_fds, which drops its flags: another thread may exec before we mark them.
+    data, ancillary, flags, _ = sock.recvmsg(
+        8 * count, socket.CMSG_LEN(4 * count), socket.MSG_CMSG_CLOEXEC
+    )
+    fds = [
+        fd
+        for level, kind, payload in ancillary
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS)
+        for (fd,) in struct.iter_unpack("i", payload[: len(payload) // 4 * 4])
+    ]
     if len(fds) != count or len(data) != 8 * count or flags & socket.MSG_CTRUNC:
         for fd in fds:
             os.close(fd)
         raise OSError(f"got {len(fds)} descriptors and {len(data)} bytes")
-    return list(fds), list(struct.unpack(f"<{count}q", data))
+    return fds, list(struct.unpack(f"<{count}q", data))
 
 
 def _address(token: bytes) -> bytes:

@@ -17,7 +17,7 @@ _SITES = {
     _core.Site.ROWS: "to send its rows",
     _core.Site.PULLED: "to read our rows",
 }
-_OPS = {_core.OpKind.DISPATCH: "dispatch", _core.OpKind.COMBINE: "combine"}
+_OPS = {int(_core.OpKind.DISPATCH): "dispatch", int(_core.OpKind.COMBINE): "combine"}
 _DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2", "int8", "uint8")
 _QUANTIZE = ("None", "fp8", "fp8_ue8m0")
 
@@ -104,8 +104,8 @@ def _sentence(o: Outcome, peer: PeerState) -> str:
     if o.code == 242:
         return f"miscounts with rank {p}: want {o.want} rows, got {o.have}"
     if o.code == 330:
-        mine = _OPS.get(_core.OpKind(o.want), "?")
-        theirs = _OPS.get(_core.OpKind(o.have), "?")
+        mine = _OPS.get(o.want, "?")
+        theirs = _OPS.get(o.have, "?")
         if detail[0]:  # somebody else found out and told us
             other = f"rank {detail[0] - 1} in {mine} #{detail[1]}"
             return f"is out of step: rank {p} in {theirs} #{detail[1]}, {other}"

@@ -341,7 +341,7 @@ def _import_helper(cuda: Cuda) -> Iterator[socket.socket]:
 
 
 def _import_memory(cuda: Cuda, sock: socket.socket) -> None:
-    data, fds, _, _ = socket.recv_fds(sock, 64, 1, socket.MSG_CMSG_CLOEXEC)
+    data, fds, _, _ = socket.recv_fds(sock, 64, 1)
     if not fds:
         return
     try:

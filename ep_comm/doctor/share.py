@@ -52,7 +52,7 @@ def serve(listener: socket.socket, limit_s: float) -> str | None:
         sock.settimeout(limit_s)
         if peer_uid(sock) != os.getuid():
             return f"SO_PEERCRED says uid {peer_uid(sock)}, we are {os.getuid()}"
-        _, fds, _, _ = socket.recv_fds(sock, 1, 1, socket.MSG_CMSG_CLOEXEC)
+        _, fds, _, _ = socket.recv_fds(sock, 1, 1)
         if not fds:
             return "the message came without its descriptor"
         try:
