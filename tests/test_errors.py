@@ -163,6 +163,8 @@ def codes_the_library_raises() -> set[str]:
     assert enum is not None
     found = {f"E{number}" for number in re.findall(r"= (\d{3}),", enum[0])}
     for path in (ROOT / "ep_comm").rglob("*.py"):
+        if "doctor" in path.parts:
+            continue  # names what a Buffer would raise, raises nothing
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.Call):
                 continue
