@@ -327,8 +327,7 @@ class _Dispatch(_Operation[Received]):
             words += [weights.view(torch.int32)]
         if scales is not None:
             words += [scales[tokens].view(torch.int32)]
-        rows = self.wire.exchange(x.view(torch.uint8)[tokens], send, recv, step)
-        x = rows.view(x.dtype)
+        x = self.wire.exchange(_words(x).index_select(0, tokens), send, recv, step)
         if not words:
             return Arrived(x, None, None, None, None)
         beside = self.wire.exchange(torch.cat(words, 1), send, recv, step)
@@ -375,7 +374,7 @@ class _Dispatch(_Operation[Received]):
         rows = send_rows(plan, call.layout, token_base.to(self.device), expert_base.to(self.device))
         plan = plan._replace(topk_idx=call.topk_idx)
         handle = make_handle(self.options, plan, call.topk_weights, rows, grant, arrived)
-        return arrange(
+        received = arrange(
             arrived,
             handle,
             HandleMeta.unpack(handle.meta),
@@ -383,6 +382,7 @@ class _Dispatch(_Operation[Received]):
             row_index_rows=row_index_length(grant, self.options),
             status=status,
         )
+        return replace(received, x=received.x.view(call.wire_dtype))
 
     def _with_origins(self, received: Received, rows_to: Sequence[Tensor | None]) -> Received:
         if self.call.origins:
@@ -400,7 +400,8 @@ class _Dispatch(_Operation[Received]):
         if call.topk_weights is not None:
             meta = replace(meta, has_weights=True)
             handle = handle._replace(meta=meta.pack(), topk_weights=call.topk_weights)
-        return arrange(self._exchange_rows(recv, step), handle, meta)
+        received = arrange(self._exchange_rows(recv, step), handle, meta)
+        return replace(received, x=received.x.view(call.wire_dtype))
 
     # A static call that failed: its shapes, nothing in them, and the code.
 
@@ -419,7 +420,7 @@ class _Dispatch(_Operation[Received]):
             )
             for mine in self.backend.local
         ]
-        x = call.x.new_empty((0, self.spec.hidden), dtype=call.wire_dtype)
+        x = _words(call.x.new_empty((0, self.spec.hidden), dtype=call.wire_dtype))
         words, topk = call.scale_words, call.num_topk
         scales = None
         if call.scale_dtype is not None:
@@ -461,8 +462,10 @@ class _Combine(_Operation[Combined]):
         call, plan, layout = self.call, self.plan, self.layout
         self.backend.announce(self.record, step)
         index, step = torch.cat(self.back), step.moving()
-        y = call.x.flatten(0, -2).view(torch.uint8)
-        rows = self.wire.exchange(y[index], self.send, self.recv, step).view(call.x.dtype)
+        y = _words(call.x.flatten(0, -2))
+        # Compact rows travel as they lie.
+        y = y[: index.numel()] if layout == "compact" else y.index_select(0, index)
+        rows = self.wire.exchange(y, self.send, self.recv, step).view(call.x.dtype)
         weights = call.handle.topk_weights if call.weighted else None
         total = add_in_order(
             rows, plan, layout, topk_weights=weights, bias=call.bias, order=call.order
@@ -488,6 +491,14 @@ class _Combine(_Operation[Combined]):
             flags=flags,
             routing=meta.routing_number,
         )
+
+
+def _words(rows: Tensor) -> Tensor:
+    """Rows as int64 words: all dtypes move alike, bit for bit, and few operations know them all."""
+    if rows.numel() == 0:  # strides of nothing may be anything
+        num_words = rows.shape[1] * rows.itemsize // 8
+        return rows.new_empty((rows.shape[0], num_words), dtype=torch.int64)
+    return rows.view(torch.int64)
 
 
 def _plan_of(handle: Handle, meta: HandleMeta, experts: ExpertOwner) -> SendPlan:

@@ -387,5 +387,7 @@ def take_rows(rows: Tensor, index: Tensor, fill: int) -> Tensor:
 
 def pad_rows(rows: Tensor, num_rows: int, fill: int) -> Tensor:
     """rows [n, ...] followed by rows of `fill` up to num_rows >= n."""
+    if rows.shape[0] == num_rows:
+        return rows
     index = torch.arange(num_rows, device=rows.device)
     return take_rows(rows, torch.where(index < rows.shape[0], index, -1), fill)

@@ -58,7 +58,7 @@ def adding_order(plan: SendPlan, layout: str, order: str = "rank") -> tuple[Tens
     Args:
         order: "rank", or (grouped, slab) "topk".
     Returns:
-        slot: int64 [T, K], ascending by (owner rank, slot), slots without an expert last; with
+        slot: int64 [T, K], ascending by (owner rank, slot), slots that add nothing last; with
             order="topk" as they stand.
         adds: bool [T, K], whether that step adds anything; compact: the first slot of each rank.
     """
@@ -70,6 +70,8 @@ def adding_order(plan: SendPlan, layout: str, order: str = "rank") -> tuple[Tens
     adds = dst < num_ranks
     if layout == "compact":
         adds[:, 1:] &= dst[:, 1:] != dst[:, :-1]
+        adds, first = torch.sort(adds, dim=1, descending=True, stable=True)
+        slot = slot.gather(1, first)
     return slot, adds
 
 
@@ -100,10 +102,13 @@ def add_in_order(
         # A token that adds nothing is left out: adding 0.0 would turn a bias of -0.0 into 0.0.
         token = adds[:, step].nonzero().squeeze(1)  # [n]
         token_slot = slot[token, step]
-        value = contributions[index[token, token_slot]].to(total.dtype)  # [n, H]
+        value = contributions.index_select(0, index[token, token_slot]).to(total.dtype)  # [n, H]
         if topk_weights is not None:
             value = topk_weights[token, token_slot].to(total.dtype).unsqueeze(1) * value
-        total.index_copy_(0, token, total[token] + value)
+        if token.numel() == total.shape[0]:
+            total += value
+        else:
+            total.index_add_(0, token, value)  # no token twice
     return total.to(dtype)
 
 
