@@ -139,7 +139,8 @@ class DispatchArgs:
     send_row: int
     rank_counts: int
     expert_counts: int
-    rank_rows: int
+    rank_ends: int
+    x_offset: int
     num_tokens: int
     x_stride: int
     hidden: int

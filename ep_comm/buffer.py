@@ -34,7 +34,7 @@ from ep_comm.checks import BufferSpec, check_combine, check_dispatch, check_opti
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPError, EPTimeout, make_error
 from ep_comm.handle import LAYOUTS
-from ep_comm.received import Received
+from ep_comm.received import Promised, Received
 
 T = TypeVar("T")
 
@@ -54,6 +54,15 @@ class Begun(Generic[T]):
     def done(self) -> bool:
         """Whether `wait()` would return at once."""
         return bool(self._result) or self._error is not None or self._op.done()
+
+    @property
+    def promised(self) -> Promised | None:
+        """The tensors `wait()` fills, already there: a slab on the cpu backend, else None.
+
+        They are the ones it returns; until then their contents are undefined.
+        """
+        promised: Promised | None = getattr(self._op, "promised", None)
+        return promised
 
     def wait(self) -> T:
         """Finish the operation and return its result.

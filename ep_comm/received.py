@@ -14,11 +14,24 @@ from ep_comm.handle import Handle
 class Origins:
     """Who sent what, with `origins=True`: R ranks, El local experts here."""
 
-    rank_rows: Tensor  # int32 [R, R] unique tokens from each source (row) to each rank (column)
-    row_token: Tensor | None  # int32, shape of topk_idx: source token of each row, -1 in padding;
-    #   None in compact, where `handle.recv_src` has it
+    rank_ends: Tensor | None  # int32 [R, R] where the tokens of each source (row) end among those
+    #   a rank (column) receives: inclusive prefix sums; the last row is everybody's num_recv;
+    #   only in compact
+    row_token: Tensor  # int32 [rows] or [El, capacity]: source token of each row, -1 in padding
     source_range: Tensor | None  # int64 [El, R] rows of each source in each group: first << 32 | n,
-    #   first counted from the start of the group; None in compact
+    #   first counted from the start of the group; not in compact
+
+
+@dataclass
+class Promised:
+    """Tensors that a begun dispatch will return and fill, already there; fields as in Received."""
+
+    x: Tensor
+    topk_idx: Tensor | None
+    topk_weights: Tensor | None
+    scales: Tensor | None
+    num_tokens_per_expert: Tensor
+    origins: Origins | None
 
 
 @dataclass

@@ -59,7 +59,7 @@ def same_received(
         _same_optional(getattr(got, name), getattr(want, name), name, same_bits)
     assert (got.origins is None) == (want.origins is None)
     if got.origins is not None and want.origins is not None:
-        for name in ("rank_rows", "row_token", "source_range"):
+        for name in ("rank_ends", "row_token", "source_range"):
             _same_optional(getattr(got.origins, name), getattr(want.origins, name), name, same_bits)
     assert got.x.shape == want.x.shape, ("x", got.x.shape, want.x.shape)
     assert got.x.dtype == want.x.dtype

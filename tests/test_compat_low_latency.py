@@ -12,7 +12,7 @@ from compare import same_bits
 from compat_ranks import EL, E, Inputs, K, M, R, Ranks, dispatch
 from torch import Tensor
 
-from ep_comm import reference
+from ep_comm import Begun, reference
 from ep_comm.compat import deep_ep
 from ep_comm.errors import EPArgumentError, EPCapacityError
 
@@ -438,3 +438,22 @@ def test_top_k_may_be_32() -> None:
 
     two.run(work)
     two.close()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_hooks_work_where_the_backend_promises_no_tensors(
+    ranks: Ranks, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Begun, "promised", None)
+    data = _inputs()
+    want = _expected(data, form)
+
+    def work(rank: int, buffer: deep_ep.Buffer) -> None:
+        got = buffer.low_latency_dispatch(
+            data.x[rank], data.idx[rank], M, E, return_recv_hook=True, **FORMS[form]
+        )
+        assert got[4] is not None
+        got[4]()
+        _check(got, want[rank], form)
+
+    ranks.run(work)

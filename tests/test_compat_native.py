@@ -10,7 +10,7 @@ import torch
 from compare import same_bits
 
 from ep_comm import Buffer, reference
-from ep_comm.errors import EPArgumentError
+from ep_comm.errors import EPArgumentError, EPCapacityError
 from ep_comm.testing import Cluster
 
 R, E, K, H = 3, 6, 3, 16
@@ -45,11 +45,15 @@ def test_origins_tell_who_sent_each_row(cluster: Cluster, layout: str, sync: boo
     options = {"layout": layout, "alignment": 4} if layout == "grouped" else {"layout": layout}
     got, want = _dispatch(cluster, origins=True, sync=sync, **options)
     for a, b in zip(got, want, strict=True):
-        same_bits(a.origins.rank_rows, b.origins.rank_rows, "rank_rows")
-        assert a.origins.rank_rows.tolist() == [r.handle.rank_counts[0].tolist() for r in want]
+        sent = torch.stack([r.handle.rank_counts[0] for r in want])  # [source, rank]
+        if layout == "compact":
+            assert torch.equal(a.origins.rank_ends, sent.cumsum(0))
+            assert a.origins.rank_ends.dtype == torch.int32
+        else:
+            assert a.origins.rank_ends is None
         for name in ("row_token", "source_range"):
             mine, theirs = getattr(a.origins, name), getattr(b.origins, name)
-            assert (mine is None) == (layout == "compact")
+            assert (mine is None) == (layout == "compact" and name == "source_range")
             if mine is not None:
                 same_bits(mine, theirs, name)
 
@@ -114,3 +118,68 @@ def test_options_of_another_layout_are_refused() -> None:
             buffer.combine(grouped.x, grouped.handle, order="slots")
         with pytest.raises(EPArgumentError, match="origins"):
             buffer.dispatch(x, handle=compact.handle, origins=True)
+
+
+@pytest.mark.parametrize("quantize", [None, "fp8"], ids=["plain", "fp8"])
+@pytest.mark.parametrize("sync", [True, False], ids=["sync", "static"])
+def test_begun_slab_promises_the_tensors_it_returns(
+    cluster: Cluster, sync: bool, quantize: str | None
+) -> None:
+    x, idx, weights = _inputs()
+    x = [rows.repeat(1, 8) for rows in x]  # hidden 128
+    options: dict[str, Any] = {"layout": "slab", "origins": True, "quantize": quantize}
+    wide = cluster.run(
+        lambda r: Buffer(cluster.group(r), num_experts=E, num_topk=K, hidden=8 * H, max_tokens=8)
+    )
+
+    def work(rank: int) -> None:
+        args = (x[rank], idx[rank], weights[rank])
+        at_once = wide[rank].dispatch(*args, sync=sync, **options)
+        begun = wide[rank].dispatch(*args, sync=sync, wait=False, **options)
+        promised = begun.promised
+        assert promised is not None
+        recv = begun.wait()
+        for name in ("x", "topk_idx", "topk_weights", "scales", "num_tokens_per_expert"):
+            assert getattr(promised, name) is getattr(recv, name), name
+        assert promised.origins.row_token is recv.origins.row_token
+        assert promised.origins.source_range is recv.origins.source_range
+        for e, n in enumerate(at_once.counts):
+            same_bits(recv.x[e, :n], at_once.x[e, :n])
+            if quantize is not None:
+                same_bits(recv.scales[e, :n], at_once.scales[e, :n])
+        for name in ("topk_idx", "topk_weights", "num_tokens_per_expert"):
+            same_bits(getattr(recv, name), getattr(at_once, name))
+        y = torch.randn(recv.x.shape).bfloat16()
+        same_bits(
+            wide[rank].combine(y, recv.handle, weighted=True),
+            wide[rank].combine(y, at_once.handle, weighted=True),
+        )
+        cached = wide[rank].dispatch(x[rank], handle=recv.handle, quantize=quantize, wait=False)
+        assert cached.promised is not None
+        assert cached.wait().x is cached.promised.x
+        compact = wide[rank].dispatch(*args, wait=False)
+        assert compact.promised is None
+        compact.wait()
+
+    cluster.run(work)
+    for buffer in wide:
+        buffer.close()
+
+
+def test_promised_tensors_show_a_static_failure(cluster: Cluster) -> None:
+    x, idx, weights = _inputs()
+
+    def work(rank: int) -> None:
+        buffer = cluster.buffers[rank]
+        begun = buffer.dispatch(
+            x[rank], idx[rank], weights[rank], layout="slab", capacity=1, sync=False, wait=False
+        )
+        recv = begun.wait()
+        assert recv.status.item() == 230
+        assert recv.x is begun.promised.x
+        assert begun.promised.num_tokens_per_expert.tolist() == [0] * (E // R)
+        assert (begun.promised.topk_idx == -1).all()
+        with pytest.raises(EPCapacityError):
+            buffer.check()
+
+    cluster.run(work)

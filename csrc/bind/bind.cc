@@ -213,7 +213,7 @@ void bind_args(py::module_& m) {
                                 EP_FIELD(D, layout) EP_FIELD(D, dtype) EP_FIELD(D, quantize)
                                     EP_FIELD(D, with_weights) EP_FIELD(D, is_static)
                                         EP_FIELD(D, cached) EP_FIELD(D, routing)
-                                            EP_ADDRESS(D, rank_rows)
+                                            EP_ADDRESS(D, rank_ends) EP_FIELD(D, x_offset)
         .def("row_bytes", &D::row_bytes);
     using U = UnpackArgs;
     py::class_<U>(m, "UnpackArgs")

@@ -23,7 +23,8 @@ struct DispatchArgs {
     int64_t* rank_counts = nullptr;    // [2, num_ranks] unique tokens sent to, received from
     int32_t* expert_counts = nullptr;  // [num_local_experts] selections received
     // out, null = not wanted
-    int32_t* rank_rows = nullptr;  // [num_ranks, num_ranks] rows from each source to each owner
+    int32_t* rank_ends = nullptr;  // [num_ranks, num_ranks] where the rows of each source end at
+                                   // each owner: inclusive prefix sums over sources
     // scalars
     int64_t num_tokens = 0;
     int64_t x_stride = 0;
@@ -31,6 +32,7 @@ struct DispatchArgs {
     int64_t scale_bytes = 0;      // per token, as it travels: given, or made by `quantize`
     int64_t capacity = -1;        // rows (slab: per expert), -1 = whatever arrives
     int64_t index_capacity = -1;  // entries of a static row index, -1 = none or as it comes
+    int64_t x_offset = -1;        // slab: of x in our arena when the caller gives it, -1 = granted
     int64_t given_capacity = -1;  // as the caller passed it, the same on all ranks; -1 = left out
     int32_t num_topk = 0;
     int32_t alignment = 1;
@@ -60,7 +62,7 @@ struct UnpackArgs {
         nullptr;  // [num_rows, scale_bytes]; slab: per expert [scale words][capacity4]
     int32_t* offsets = nullptr;       // grouped, row index: [num_local_experts + 1]
     int32_t* row_index = nullptr;     // compact: [max_index], see row_alignment
-    int32_t* row_token = nullptr;     // grouped, slab: [num_rows] source token of each row, or -1
+    int32_t* row_token = nullptr;     // [num_rows] source token of each row, -1 in padding
     int64_t* source_range = nullptr;  // grouped, slab: [num_local_experts, num_ranks], first row
                                       // in the group << 32 | rows
     int64_t max_recv = 0;             // rows of recv_src (static: padded with -1)

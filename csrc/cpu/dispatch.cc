@@ -65,7 +65,7 @@ public:
         if (placed.ok()) place();
         publish_bases();
         if (!await_bases()) return failed(outcome);
-        if (a.rank_rows != nullptr) read_rank_rows();
+        if (a.rank_ends != nullptr) read_rank_ends();
         if (!push()) return failed(outcome);
         if (!await_rows()) return failed(watch.outcome());
         release_slot();
@@ -216,7 +216,11 @@ private:
             }
             return std::make_shared<ExtentHold>(rank.arena(), *extent);
         };
-        result.x = hold(x_bytes);
+        result.x_offset = a.x_offset;
+        if (a.x_offset < 0) {
+            result.x = hold(x_bytes);
+            if (result.x) result.x_offset = result.x->extent().offset;
+        }
         if (placed.ok() && meta_bytes > 0) result.meta = hold(meta_bytes);
     }
 
@@ -233,7 +237,7 @@ private:
             }
             BaseRecord& base = at<BaseRecord>(src, layout.base(slot, me));
             base.code = placed.incident.code;
-            base.x_offset = result.x ? result.x->extent().offset : -1;
+            base.x_offset = result.x_offset;
             base.meta_offset = result.meta ? result.meta->extent().offset : -1;
             base.row = placed.ok() ? first_row[src] : 0;
             base.num_rows = result.num_rows * slabs();
@@ -274,11 +278,13 @@ private:
 
     // What everybody sends to everybody. A peer that published its base has all its entries, and
     // none of them changes before we release the slot.
-    void read_rank_rows() const {
+    void read_rank_ends() const {
         for (int dst = 0; dst < num_ranks; ++dst) {
+            uint32_t end = 0;  // of numbers nobody checked for us, so it may wrap
             for (int src = 0; src < num_ranks; ++src) {
                 const auto& entry = at<EntryRecord>(dst, layout.entry(slot, src));
-                a.rank_rows[src * num_ranks + dst] = static_cast<int32_t>(entry.num_rows);
+                end += static_cast<uint32_t>(entry.num_rows);
+                a.rank_ends[src * num_ranks + dst] = static_cast<int32_t>(end);
             }
         }
     }

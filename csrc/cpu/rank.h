@@ -51,6 +51,7 @@ struct Dispatched {
     uint64_t seq = 0;
     int64_t num_recv = 0;              // unique tokens received
     int64_t num_rows = 0;              // rows of x; slab: rows per expert
+    int64_t x_offset = -1;             // of x in our arena
     std::vector<int32_t> group_start;  // [num_local_experts + 1] grouped: first row of each group
     std::shared_ptr<ExtentHold> x, meta;
 };

@@ -22,7 +22,7 @@ public:
           num_local(r.experts().num_local(r.rank())),
           compact(args.layout == RecvLayout::kCompact),
           total_rows(args.layout == RecvLayout::kSlab ? d.num_rows * num_local : d.num_rows),
-          x(r.arena_data() + (d.x ? d.x->extent().offset : 0)),
+          x(r.arena_data() + std::max<int64_t>(d.x_offset, 0)),
           records(r.arena_data() + (d.meta ? d.meta->extent().offset : 0)) {}
 
     bool run() {
@@ -113,6 +113,7 @@ private:
                 if (out.topk_weights != nullptr) out.topk_weights[i * num_topk + k] = weights[k];
             }
             if (out.scales != nullptr) put_scales(i, scales);
+            if (!a.cached && out.row_token != nullptr) out.row_token[i] = src_token;
             return;
         }
         if (a.cached) {

@@ -34,7 +34,7 @@ from ep_comm.checks import BufferSpec, CombineCall, DispatchCall, worst_grouped_
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPError, make_error
 from ep_comm.handle import Handle, HandleMeta
-from ep_comm.received import Origins, Received
+from ep_comm.received import Origins, Promised, Received
 from ep_comm.verdict import PeerState, error_of
 
 _log = logging.getLogger("ep_comm")
@@ -93,6 +93,7 @@ class CpuBackend:
         self._arena = memory.arena
         self._deferred: EPError | None = None
         self._copies_out = 0
+        self._lost: list[Tensor] = []
         self._in_flight: list[tuple[_core.Pending, Any]] = []
         self._peer_pids = [memory.mesh.pids.get(r, 0) for r in range(spec.num_ranks)]
         arrival = -1.0 if config.arrival_s is None else config.arrival_s
@@ -112,6 +113,9 @@ class CpuBackend:
     def keep(self, pending: _core.Pending, work: object) -> None:
         """Hold the tensors of a begun operation until the communication thread is done with them,
         also when the caller drops it."""
+        for done, over in self._in_flight:
+            if done.done() and isinstance(over, _Dispatch):
+                over.keep_promise(done.dispatched.outcome)
         self._in_flight = [(p, w) for p, w in self._in_flight if not p.done()]
         self._in_flight.append((pending, work))
 
@@ -120,6 +124,10 @@ class CpuBackend:
         if self._deferred is None and not work.reported:
             self._deferred = error
         work.reported = True
+
+    def abandon(self, x: Tensor) -> None:
+        """Keep memory that a late peer may still write to, after the communicator failed."""
+        self._lost.append(x)
 
     def take_deferred(self) -> EPError | None:
         # Everything begun so far takes part, waited for or not: so all ranks find the same here.
@@ -182,12 +190,16 @@ class CpuBackend:
         """Where a dense tensor lies in our arena, or -1."""
         return int(self._arena.offset_of(tensor.data_ptr(), tensor.numel() * tensor.itemsize))
 
+    def crowded(self) -> bool:
+        """Whether so much of the arena is in use that outputs should not stay there."""
+        stats: dict[str, int] = self._arena.stats()
+        return stats["in_use"] > _WATERMARK * stats["capacity"]
+
     def wants_copy(self, output: str) -> bool:
         """Whether an output should leave the arena at once."""
         if output != "auto":
             return output == "torch"
-        stats = self._arena.stats()
-        crowded = stats["in_use"] > _WATERMARK * stats["capacity"]
+        crowded = self.crowded()
         self._copies_out += crowded
         return crowded
 
@@ -209,9 +221,15 @@ class CpuBackend:
 
 
 class _Begun:
-    def __init__(self, pending: _core.Pending, finish: Callable[[], Any]) -> None:
+    def __init__(
+        self,
+        pending: _core.Pending,
+        finish: Callable[[], Any],
+        promised: Promised | None = None,
+    ) -> None:
         self._pending = pending
         self._finish = finish
+        self.promised = promised
 
     def done(self) -> bool:
         return bool(self._pending.done())
@@ -239,6 +257,9 @@ class _Dispatch:
     Holds every tensor whose address the core has until the operation is over.
     """
 
+    promised: Promised | None = None  # outputs made before the operation began
+    _promised_out: dict[str, Tensor]
+
     def __init__(self, backend: CpuBackend, call: DispatchCall) -> None:
         self.backend, self.call = backend, call
         self.reported = False  # a failure of this static call has been remembered
@@ -252,9 +273,9 @@ class _Dispatch:
             self.send_row = call.handle.send_row
             self.rank_counts = call.handle.rank_counts
             self.counts = call.handle.num_tokens_per_expert
-        self.rank_rows: Tensor | None = None
-        if call.origins:
-            self.rank_rows = torch.zeros((spec.num_ranks, spec.num_ranks), dtype=torch.int32)
+        self.rank_ends: Tensor | None = None
+        if call.origins and call.layout == "compact":
+            self.rank_ends = torch.empty((spec.num_ranks, spec.num_ranks), dtype=torch.int32)
         self.args = self._fill(_core.DispatchArgs())
 
     def _fill(self, a: _core.DispatchArgs) -> _core.DispatchArgs:
@@ -272,7 +293,7 @@ class _Dispatch:
         if call.row_index and not call.sync:
             a.index_capacity = worst_grouped_rows(self.backend.spec, call)
         a.given_capacity = -1 if call.given_capacity is None else call.given_capacity
-        a.rank_rows = _address(self.rank_rows)
+        a.rank_ends = _address(self.rank_ends)
         a.num_topk = call.num_topk
         a.alignment = call.alignment
         a.scale_block = call.scale_block
@@ -290,14 +311,47 @@ class _Dispatch:
         return self.received(comm.dispatch(self.args, late))
 
     def begin(self) -> _Begun:
+        if self.call.layout == "slab":
+            self._promise()
         pending = self.backend.comm.begin_dispatch(self.args)
         self.backend.keep(pending, self)
-        return _Begun(pending, lambda: self.received(pending.dispatched))
+        return _Begun(pending, lambda: self.received(pending.dispatched), self.promised)
+
+    def _promise(self) -> None:
+        """Make the outputs of a slab, whose shapes do not depend on what arrives."""
+        spec, call, backend = self.backend.spec, self.call, self.backend
+        assert call.capacity is not None
+        shape = (spec.num_local_experts, call.capacity, spec.hidden)
+        if math.prod(shape) == 0 or call.output == "torch" or backend.crowded():
+            return  # x is made, or copied out, when the rows are there
+        try:
+            x = backend.empty(shape, call.wire_dtype)
+        except EPError:
+            return  # the operation will find that, too, and tell the peers
+        self.args.x_offset = backend.offset_in_arena(x)
+        out = self._slab_outputs(call.capacity)
+        self.promised = Promised(
+            x=x,
+            topk_idx=out.get("topk_idx"),
+            topk_weights=out.get("topk_weights"),
+            scales=out.get("scales"),
+            num_tokens_per_expert=self.counts,
+            origins=self._origins(out),
+        )
+        self._promised_out = out
+
+    def keep_promise(self, outcome: _core.Outcome) -> None:
+        """A late peer may still write to the rows of a communicator that failed."""
+        if self.promised is None or outcome.code == 0:
+            return
+        if self.backend.error(outcome, "dispatch", self.call.tag).scope == "comm":
+            self.backend.abandon(self.promised.x)
 
     def received(self, result: _core.Dispatched) -> Received:
         """Unpack what arrived, or raise; a failure that a static call keeps becomes its status."""
         outcome = result.outcome
         if outcome.code != 0:
+            self.keep_promise(outcome)
             error = self.backend.error(outcome, "dispatch", self.call.tag)
             if self.call.sync or outcome.code not in _DEFERRABLE or outcome.reason:
                 raise error
@@ -310,12 +364,14 @@ class _Dispatch:
             facts = {"rank": self.backend.spec.rank, "op": "dispatch", "seq": result.seq}
             raise make_error("E240", what, tag=self.call.tag, **facts)
         result.drop()  # from here on the extents belong to the tensors
-        if self.backend.wants_copy(self.call.output):
+        if self.promised is None and self.backend.wants_copy(self.call.output):
             x = x.clone()
         return self._assemble(arrival, x, out, status=0)
 
     def _take_x(self, result: _core.Dispatched) -> Tensor:
         spec, call = self.backend.spec, self.call
+        if self.promised is not None:
+            return self.promised.x
         shape: tuple[int, ...] = (result.num_rows, spec.hidden)
         if call.layout == "slab":
             shape = (spec.num_local_experts, *shape)
@@ -337,27 +393,23 @@ class _Dispatch:
 
     def _outputs(self, arrival: _Arrival) -> dict[str, Tensor]:
         """Tensors for everything but x, by the names of UnpackArgs."""
-        spec, call = self.backend.spec, self.call
-        rows, topk, local = arrival.num_rows, call.num_topk, spec.num_local_experts
-        per_row = {"compact": (rows, topk), "grouped": (rows,), "slab": (local, rows)}[call.layout]
-        out: dict[str, Tensor] = {}
+        call, topk = self.call, self.call.num_topk
+        rows, local = arrival.num_rows, self.backend.spec.num_local_experts
+        if self.promised is not None:
+            out = dict(self._promised_out)
+        elif call.layout == "slab":
+            out = self._slab_outputs(rows)
+        else:
+            out = self._row_outputs((rows, topk) if call.layout == "compact" else (rows,))
+            if call.scale_dtype is not None:
+                out["scales"] = torch.zeros((rows, call.scale_words), dtype=call.scale_dtype)
         if call.handle is None:
             max_recv = self._max_recv(arrival.num_recv)
             with_rows = max_recv if call.layout != "compact" else 0
             out["recv_src"] = torch.empty((max_recv, 2), dtype=torch.int32)
             out["recv_row"] = torch.empty((with_rows, topk), dtype=torch.int32)
-            out["topk_idx"] = torch.empty(per_row, dtype=call.idx_dtype)
         else:
             out["recv_src"], out["recv_row"] = call.handle.recv_src, call.handle.recv_row
-        if call.topk_weights is not None:
-            out["topk_weights"] = torch.empty(per_row, dtype=torch.float32)
-        if call.scale_dtype is not None:
-            words = call.scale_words
-            if call.layout == "slab":  # column-major, columns of a multiple of four words
-                padded = torch.zeros((local, words, -(-rows // 4) * 4), dtype=call.scale_dtype)
-                out["scales"] = padded.transpose(1, 2)[:, :rows]
-            else:
-                out["scales"] = torch.zeros((rows, words), dtype=call.scale_dtype)
         if call.layout == "grouped" or call.row_index:
             out["offsets"] = torch.empty(local + 1, dtype=torch.int32)
         if call.row_index:
@@ -366,9 +418,31 @@ class _Dispatch:
                 counts = self.counts.to(torch.int64)
                 total = int((-(-counts // call.alignment) * call.alignment).sum())
             out["row_index"] = torch.empty(total, dtype=torch.int32)
-        if call.origins and call.layout != "compact":
-            out["row_token"] = torch.empty(per_row, dtype=torch.int32)
-            out["source_range"] = torch.empty((local, spec.num_ranks), dtype=torch.int64)
+        return out
+
+    def _slab_outputs(self, capacity: int) -> dict[str, Tensor]:
+        call, local = self.call, self.backend.spec.num_local_experts
+        out = self._row_outputs((local, capacity))
+        if call.scale_dtype is not None:  # column-major, columns of a multiple of four words
+            columns = (local, call.scale_words, -(-capacity // 4) * 4)
+            padded = torch.zeros(columns, dtype=call.scale_dtype)
+            out["scales"] = padded.transpose(1, 2)[:, :capacity]
+        return out
+
+    def _row_outputs(self, per_row: tuple[int, ...]) -> dict[str, Tensor]:
+        """What there is of every row, whatever the layout."""
+        spec, call = self.backend.spec, self.call
+        out: dict[str, Tensor] = {}
+        if call.handle is None:
+            out["topk_idx"] = torch.empty(per_row, dtype=call.idx_dtype)
+        if call.topk_weights is not None:
+            out["topk_weights"] = torch.empty(per_row, dtype=torch.float32)
+        if call.origins:
+            rows = per_row[:1] if call.layout == "compact" else per_row
+            out["row_token"] = torch.empty(rows, dtype=torch.int32)
+            if call.layout != "compact":
+                ranges = (spec.num_local_experts, spec.num_ranks)
+                out["source_range"] = torch.empty(ranges, dtype=torch.int64)
         return out
 
     def _unpack_args(self, arrival: _Arrival, out: dict[str, Tensor]) -> _core.UnpackArgs:
@@ -402,9 +476,9 @@ class _Dispatch:
         )
 
     def _origins(self, out: dict[str, Tensor]) -> Origins | None:
-        if self.rank_rows is None:
+        if not self.call.origins:
             return None
-        return Origins(self.rank_rows, out.get("row_token"), out.get("source_range"))
+        return Origins(self.rank_ends, out["row_token"], out.get("source_range"))
 
     def _handle(self, arrival: _Arrival, out: dict[str, Tensor]) -> Handle:
         spec, call = self.backend.spec, self.call
@@ -449,15 +523,21 @@ class _Dispatch:
         call, spec = self.call, self.backend.spec
         assert call.capacity is not None
         arrival = _Arrival(num_recv=0, num_rows=call.capacity, seq=error.seq or 0)
-        self.counts = torch.zeros_like(self.counts)
         slabs = (spec.num_local_experts,) if call.layout == "slab" else ()
-        x = torch.zeros((*slabs, call.capacity, spec.hidden), dtype=call.wire_dtype)
+        if self.promised is None:
+            x = torch.zeros((*slabs, call.capacity, spec.hidden), dtype=call.wire_dtype)
+        else:
+            x = self.promised.x
         out = self._outputs(arrival)
         fresh = dict(out)
         if call.handle is None:
+            self.counts.zero_()
             self.rank_counts.zero_()
+            if self.rank_ends is not None:
+                self.rank_ends.zero_()
             self.send_row.fill_(-1)
         else:  # these are the caller's
+            self.counts = torch.zeros_like(self.counts)
             del fresh["recv_src"], fresh["recv_row"]
         for name, tensor in fresh.items():
             tensor.fill_(0 if name in ("topk_weights", "scales", "offsets", "source_range") else -1)

@@ -228,7 +228,7 @@ class _Dispatch(cpu._Dispatch):
             self.send_row = call.handle.send_row
             self.rank_counts = call.handle.rank_counts
             self.counts = call.handle.num_tokens_per_expert
-        self.rank_rows = None
+        self.rank_ends = None
         if call.origins:
             raise make_error("E203", "rejected origins=True: want False with backend 'nvlink'")
         self.status = torch.empty(1, dtype=torch.int32, device=device)

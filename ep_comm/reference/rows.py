@@ -348,9 +348,10 @@ def trace_origins(rank_rows: Tensor, handle: Handle, meta: HandleMeta) -> Origin
     Args:
         rank_rows: [R, R] unique tokens from each source (row) to each rank (column).
     """
-    rank_rows = rank_rows.to(torch.int32)
     if meta.layout == "compact":
-        return Origins(rank_rows, None, None)
+        rank_ends = rank_rows.cumsum(0).to(torch.int32)
+        tokens = handle.recv_src[:, 1].contiguous()
+        return Origins(rank_ends, pad_rows(tokens, meta.num_rows, -1), None)
     num_local, counts = meta.num_local_experts, handle.num_tokens_per_expert
     starts, shape = group_offsets(counts, meta.alignment), meta.x_shape[:-1]
     if meta.layout == "slab":
@@ -366,7 +367,7 @@ def trace_origins(rank_rows: Tensor, handle: Handle, meta: HandleMeta) -> Origin
     first = torch.zeros(num_keys, dtype=torch.int64, device=row.device)
     first.scatter_reduce_(0, key, row - starts[group], "amin", include_self=False)
     ranges = (first << 32 | num_rows).view(num_local, meta.num_ranks)
-    return Origins(rank_rows, row_token.view(shape), ranges)
+    return Origins(None, row_token.view(shape), ranges)
 
 
 def take_rows(rows: Tensor, index: Tensor, fill: int) -> Tensor:

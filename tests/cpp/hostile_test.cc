@@ -114,7 +114,7 @@ struct World {
 struct Call {
     std::vector<float> x, weights;
     std::vector<int64_t> topk_idx, rank_counts;
-    std::vector<int32_t> send_row, expert_counts, rank_rows;
+    std::vector<int32_t> send_row, expert_counts, rank_ends;
     std::vector<std::byte> scales;
     DispatchArgs args;
 
@@ -146,8 +146,8 @@ struct Call {
         }
         args.given_capacity = args.capacity;
         if (pick(random, 4) == 0) {
-            rank_rows.assign(4, -7);
-            args.rank_rows = rank_rows.data();
+            rank_ends.assign(4, -7);
+            args.rank_ends = rank_ends.data();
         }
         args.with_weights = pick(random, 2) == 0;
         if (args.with_weights) args.topk_weights = weights.data();
@@ -320,7 +320,7 @@ void dispatch_again(Random& random, World& w, Call& call, Received& recv,
                     const cpu::Dispatched& first) {
     call.args.cached = true;
     call.args.routing = first.seq;
-    call.args.rank_rows = nullptr;
+    call.args.rank_ends = nullptr;
     const uint64_t seq = w.rank->take_seq();
     play_peer(random, w, seq, OpKind::kDispatch, describe(call.args), kTopk, call.rank_counts[3]);
     const cpu::Dispatched got = w.rank->dispatch(seq, call.args, {nullptr, nullptr});

@@ -167,9 +167,6 @@ class Buffer(LowLatencyCalls):
             options |= {"sync": False, "capacity": num_worst_tokens}
         recv = native.dispatch(rows, ids, topk_weights, origins=True, **options)
         _raise_static(native, recv)
-        if is_token_in_rank is None:
-            num_experts = num_tokens_per_expert.shape[0]
-            is_token_in_rank = dispatch_layout(ids, num_experts, self.group_size).is_token_in_rank
         saved_handle = pack(recv, ids, is_token_in_rank, self.rank)
         counts: list[int] = []
         if num_worst_tokens <= 0:

@@ -4,18 +4,20 @@ Programs save it for backward, rebuild it, keep dozens alive, and use it with an
 the one that made it (after growing, say). So everything a call needs lies in the tensors. Where the
 contract names an element, it is that; in the other places is what the native handle consists of:
 
-| at | six, up to 8 ranks               | ten, beyond                                     |
-|----|----------------------------------|-------------------------------------------------|
-| 0  | rank_prefix_matrix int32 [R, R]  | is_token_in_rank                                |
-| 1  | numbers int64, see `pack`        | numbers                                         |
-| 2  | topk_idx int64 [T, K]            | topk_idx                                        |
-| 3  | recv_src_idx int32 [N]           | send_row                                        |
-| 4  | is_token_in_rank bool [T, R]     | rank_prefix_matrix                              |
-| 5  | send_row int32 [T, K]            | recv_src_idx                                    |
-| 6  |                                  | recv_gbl_rank_prefix_sum int32 [R], at -4       |
-| 7  |                                  | recv_src_meta uint8 [N, 8]: source rank, token  |
-| 8  |                                  | None                                            |
-| 9  |                                  | None                                            |
+| at | six, up to 8 ranks                | ten, beyond                                     |
+|----|-----------------------------------|-------------------------------------------------|
+| 0  | rank_prefix_matrix int32 [R, R]   | is_token_in_rank bool [T, R]                    |
+| 1  | meta int64 [16]                   | meta                                            |
+| 2  | rank_counts int64 [2, R]          | rank_counts                                     |
+| 3  | recv_src_idx int32 [N]            | topk_idx                                        |
+| 4  | topk_idx int64 [T, K]             | send_row                                        |
+| 5  | send_row int32 [T, K]             | recv_src_idx                                    |
+| 6  |                                   | recv_gbl_rank_prefix_sum int32 [R], at -4       |
+| 7  |                                   | recv_src_meta uint8 [N, 8]: source rank, token  |
+| 8  |                                   | None                                            |
+| 9  |                                   | None                                            |
+
+Nothing here is copied but the ids: a call costs a few tensors more than the native one.
 """
 
 from __future__ import annotations
@@ -27,41 +29,40 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from ep_comm.compat.deep_ep.layout import RANKS_PER_NODE
+from ep_comm.compat.deep_ep.layout import RANKS_PER_NODE, dispatch_layout
 from ep_comm.handle import META_SIZE, Handle, edit_meta, meta_index
 
-_PLACES: Final = {  # number of tensors -> where numbers, topk_idx, send_row and recv_src_idx are
-    6: (1, 2, 5, 3),
-    10: (1, 2, 3, 5),
+_PLACES: Final = {  # number of tensors -> where meta, rank_counts, topk_idx and send_row are
+    6: (1, 2, 4, 5),
+    10: (1, 2, 3, 4),
 }
 _GENERATION, _HIDDEN = meta_index("generation"), meta_index("hidden")
-_NUM_RANKS, _NUM_EXPERTS = meta_index("num_ranks"), meta_index("num_experts")
-_HAS_WEIGHTS = meta_index("has_weights")
 _NUM_TOPK, _NUM_UNIQUE = meta_index("num_topk"), meta_index("num_unique")
+_HAS_WEIGHTS, _NUM_EXPERTS = meta_index("has_weights"), meta_index("num_experts")
+_NUM_LOCAL = meta_index("num_local_experts")
 
 
-def pack(recv: Any, topk_idx: Tensor, is_token_in_rank: Tensor, rank: int) -> tuple[Any, ...]:
+def pack(recv: Any, topk_idx: Tensor, is_token_in_rank: Tensor | None, rank: int) -> Any:
     """The tuple for a fresh dispatch.
-
-    `numbers` is meta [16], rank_counts [2 * R] and num_tokens_per_expert [El] of the native handle.
 
     Args:
         recv: Received with origins.
         topk_idx: as passed in; a caller may change it later, so it is copied.
+        is_token_in_rank: as passed in, or None.
     """
-    handle: Handle = recv.handle
-    prefix = recv.origins.rank_rows.cumsum(0, dtype=torch.int32)
-    counts = handle.num_tokens_per_expert.to("cpu", torch.int64)
-    numbers = torch.cat((handle.meta, handle.rank_counts.view(-1).cpu(), counts))
-    numbers[_HAS_WEIGHTS] = 0  # they are not kept: nobody asks for them again
-    ids = handle.topk_idx.clone() if handle.topk_idx is topk_idx else handle.topk_idx
-    src_idx = handle.recv_src[:, 1].contiguous()
+    handle, origins = recv.handle, recv.origins
+    ids = handle.topk_idx
+    if ids is topk_idx:
+        ids = ids.clone()
+    prefix = origins.rank_ends
     if prefix.shape[0] <= RANKS_PER_NODE:
-        return (prefix, numbers, ids, src_idx, is_token_in_rank, handle.send_row)
-    src_meta = handle.recv_src.view(torch.uint8)
-    column = prefix[:, rank].contiguous()
-    ours = (numbers, ids, handle.send_row)
-    return (is_token_in_rank, *ours, prefix, src_idx, column, src_meta, None, None)
+        return (prefix, handle.meta, handle.rank_counts, origins.row_token, ids, handle.send_row)
+    if is_token_in_rank is None:
+        num_experts, num_ranks = int(handle.meta[_NUM_EXPERTS]), prefix.shape[0]
+        is_token_in_rank = dispatch_layout(ids, num_experts, num_ranks).is_token_in_rank
+    ours = (handle.meta, handle.rank_counts, ids, handle.send_row)
+    column, src_meta = prefix[:, rank].contiguous(), handle.recv_src.view(torch.uint8)
+    return (is_token_in_rank, *ours, origins.row_token, column, src_meta, None, None)
 
 
 class SavedRouting:
@@ -71,40 +72,42 @@ class SavedRouting:
         places = _PLACES.get(len(handle)) if isinstance(handle, tuple | list) else None
         if places is None:
             raise ValueError(f"handle: got {_describe(handle)}, want what dispatch returned")
-        self._numbers, self._topk_idx, self._send_row, self._src_idx = (handle[i] for i in places)
-        if not isinstance(self._numbers, Tensor) or self._numbers.numel() < META_SIZE:
-            raise ValueError(f"handle: element 1 is {_describe(self._numbers)}, want our numbers")
-        self._fields: list[int] = self._numbers.tolist()
+        self._meta, self._rank_counts, self._topk_idx, self._send_row = (handle[i] for i in places)
+        if not isinstance(self._meta, Tensor) or self._meta.shape != (META_SIZE,):
+            raise ValueError(f"handle: element 1 is {_describe(self._meta)}, want int64 [16]")
+        self._fields: list[int] = self._meta.tolist()
         self.num_experts = self._fields[_NUM_EXPERTS]
 
     def native(self, buffer: Any, hidden: int) -> Handle:
         """As a handle of `buffer`, with rows of `hidden` elements: rows do not depend on either."""
-        fields, numbers = self._fields, self._numbers
-        device = self._topk_idx.device
-        meta, end = numbers[:META_SIZE], META_SIZE + 2 * fields[_NUM_RANKS]
+        fields, meta, send_row = self._fields, self._meta, self._send_row
         generation = buffer._backend.generation
         if fields[_GENERATION] != generation or fields[_HIDDEN] != hidden:
             meta = edit_meta(meta, generation=generation, hidden=hidden)
-        weights, recv_row = _nothing(fields[_NUM_TOPK], device)
+        device = send_row.device
+        weights, recv_row, counts = _unread(fields[_NUM_TOPK], fields[_NUM_LOCAL], device)
+        if fields[_HAS_WEIGHTS]:  # nobody reads these of a compact handle
+            weights = send_row.view(torch.float32)
         return Handle(
             meta=meta,
             topk_idx=self._topk_idx,
             topk_weights=weights,
-            send_row=self._send_row,
+            send_row=send_row,
             # Compact rows are in the order of their sources, so nobody reads more than its size.
             recv_src=torch.empty((fields[_NUM_UNIQUE], 2), dtype=torch.int32, device=device),
             recv_row=recv_row,
-            rank_counts=numbers[META_SIZE:end].view(2, -1).to(device),
-            num_tokens_per_expert=numbers[end:].to(device, torch.int32),
+            rank_counts=self._rank_counts,
+            num_tokens_per_expert=counts,
         )
 
 
 @cache
-def _nothing(num_topk: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What compact handles hold of weights and of rows of selections."""
+def _unread(num_topk: int, num_local: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """What combine and a cached dispatch of compact rows only measure: weights, rows, counts."""
     return (
         torch.empty((0, num_topk), dtype=torch.float32, device=device),
         torch.empty((0, num_topk), dtype=torch.int32, device=device),
+        torch.zeros(num_local, dtype=torch.int32, device=device),
     )
 
 

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from ep_comm.compat.deep_ep.events import EventOverlap, finished
 from ep_comm.compat.deep_ep.natives import Natives, refuse
-from ep_comm.handle import Handle, edit_meta
+from ep_comm.handle import Handle, meta_index
+from ep_comm.received import Origins, Promised, Received
 
 SCALE_BLOCK: Final = 128
+_HAS_WEIGHTS: Final = meta_index("has_weights")
 _WORD_BLOCK: Final = 4 * SCALE_BLOCK  # elements whose exponents share an int32
 
 Hook = Callable[[], None]
@@ -81,7 +83,8 @@ class LowLatencyCalls:
         sizes = (most, x.shape[1], num_experts)
         stats = cumulative_local_expert_recv_stats
         if return_recv_hook:
-            pending = _PendingDispatch(native, work, sizes, use_fp8, use_ue8m0, stats)
+            form = _form(x.shape[1], use_fp8, use_ue8m0)
+            pending = _PendingDispatch(native, work, sizes, form, stats)
             return (*pending.results, EventOverlap(), pending.finish)
         _count(stats, work.num_tokens_per_expert)
         received = work.x if work.scales is None else (work.x, work.scales)
@@ -125,9 +128,8 @@ class LowLatencyCalls:
         if zero_copy:
             y = routing.taken_buffer()
         total = out
-        if out is None or not out.is_contiguous():
+        if (out is None and return_recv_hook) or (out is not None and not out.is_contiguous()):
             total = torch.empty((topk_idx.shape[0], y.shape[-1]), dtype=y.dtype, device=y.device)
-        assert total is not None
         work = native.combine(
             y,
             routing.weighted(topk_idx, topk_weights),
@@ -136,6 +138,8 @@ class LowLatencyCalls:
             out=total,
             wait=not return_recv_hook,
         )
+        if total is None:
+            total = work
 
         def finish() -> None:
             if return_recv_hook:
@@ -145,8 +149,11 @@ class LowLatencyCalls:
 
         if not return_recv_hook:
             finish()
-        result = total if out is None else out
-        return result, finished(async_finish), finish if return_recv_hook else None
+        return (
+            out if out is not None else total,
+            finished(async_finish),
+            (finish if return_recv_hook else None),
+        )
 
     def get_next_low_latency_combine_buffer(self, handle: Any) -> Tensor:
         """bfloat16 [El, R * M, H] that peers read in place: fill it, combine with zero_copy."""
@@ -196,7 +203,11 @@ class _Routing:
         self.combine_buffer: Tensor | None = None
         self._finish = finish
 
+        if handle is not None:
+            self.arrived(handle)
+
     def arrived(self, handle: Handle) -> None:
+        handle.meta[_HAS_WEIGHTS] = 1  # they come with combine
         self.handle, self._finish = handle, None  # `finish` holds what holds us
 
     def weighted(self, topk_idx: Tensor, topk_weights: Tensor) -> Handle:
@@ -205,22 +216,27 @@ class _Routing:
             self._finish()
         handle = self.handle
         assert handle is not None
-        ids = topk_idx.to(torch.int64).contiguous()
-        if not torch.equal(ids, handle.topk_idx):
-            if ids.shape != handle.topk_idx.shape:
-                got, want = list(ids.shape), list(handle.topk_idx.shape)
-                refuse(self.native, "combine", "E201", f"rejected topk_idx: got {got}, want {want}")
-            if ((ids != -1) & (ids != handle.topk_idx)).any():
-                what = "rejected topk_idx: got other experts than at dispatch, want the same or -1"
-                refuse(self.native, "combine", "E203", what)
+        ids = handle.topk_idx
+        given = topk_idx if topk_idx.dtype == torch.int64 else topk_idx.long()
+        if not torch.equal(given, ids):
+            ids = self._masked(given.contiguous(), ids)
         if topk_weights.shape != ids.shape:
             got, want = list(topk_weights.shape), list(ids.shape)
             refuse(self.native, "combine", "E201", f"rejected topk_weights: got {got}, want {want}")
-        return handle._replace(
-            meta=edit_meta(handle.meta, has_weights=1),
-            topk_idx=ids,
-            topk_weights=topk_weights.to(torch.float32).contiguous(),
-        )
+        weights = topk_weights
+        if weights.dtype != torch.float32 or not weights.is_contiguous():
+            weights = weights.to(torch.float32).contiguous()
+        return handle._replace(topk_idx=ids, topk_weights=weights)
+
+    def _masked(self, ids: Tensor, sent: Tensor) -> Tensor:
+        """Ids of which some became -1 since dispatch, and nothing else changed."""
+        if ids.shape != sent.shape:
+            got, want = list(ids.shape), list(sent.shape)
+            refuse(self.native, "combine", "E201", f"rejected topk_idx: got {got}, want {want}")
+        if ((ids != -1) & (ids != sent)).any():
+            what = "rejected topk_idx: got other experts than at dispatch, want the same or -1"
+            refuse(self.native, "combine", "E203", what)
+        return ids
 
     def taken_buffer(self) -> Tensor:
         if self.combine_buffer is None:
@@ -237,48 +253,85 @@ class _PendingDispatch:
         native: Any,
         begun: Any,
         sizes: tuple[int, int, int],
-        use_fp8: bool,
-        use_ue8m0: bool,
+        form: tuple[torch.dtype, torch.dtype | None, int],
         stats: Tensor | None,
     ) -> None:
-        most, hidden, _ = sizes
-        local, capacity = native.num_local_experts, native.num_ranks * most
         self._begun, self._stats = begun, stats
-        self._x = torch.empty(
-            (local, capacity, hidden), dtype=torch.float8_e4m3fn if use_fp8 else torch.bfloat16
-        )
-        self._scales: Tensor | None = None
-        if use_fp8:
-            dtype = torch.int32 if use_ue8m0 else torch.float32
-            words = hidden // (_WORD_BLOCK if use_ue8m0 else SCALE_BLOCK)
-            self._scales = torch.empty((local, words, capacity), dtype=dtype).transpose(1, 2)
-        self._count = torch.empty(local, dtype=torch.int32)
-        src_info = torch.empty((local, capacity), dtype=torch.int32)
-        layout_range = torch.empty((local, native.num_ranks), dtype=torch.int64)
+        self._promised: Promised | None = begun.promised
+        self._out = self._promised or _make_outputs(native, sizes, form)
+        origins = self._out.origins
+        assert origins is not None
+        assert origins.source_range is not None
         self._routing = _Routing(native, None, self.finish)
-        self._handle = _handle(src_info, layout_range, sizes, self._routing)
+        self._handle = _handle(origins.row_token, origins.source_range, sizes, self._routing)
 
     @property
     def results(self) -> tuple[Any, Tensor, LowLatencyHandle]:
-        received = self._x if self._scales is None else (self._x, self._scales)
-        return received, self._count, self._handle
+        out = self._out
+        received = out.x if out.scales is None else (out.x, out.scales)
+        return received, out.num_tokens_per_expert, self._handle
 
     def finish(self) -> None:
-        """Wait, and fill what was returned; rows past the counts are left as they are."""
+        """Wait until what was returned is filled; rows past the counts are left as they are."""
         if self._routing.handle is not None:
             return
         recv = self._begun.wait()
-        for expert, count in enumerate(recv.counts):
-            if count > 0:
-                rows = recv.x[expert, :count].view(torch.uint8)
-                self._x[expert, :count].view(torch.uint8).copy_(rows)
-        if self._scales is not None:
-            self._scales.copy_(recv.scales)
-        self._count.copy_(recv.num_tokens_per_expert)
-        self._handle[0].copy_(recv.origins.row_token)
-        self._handle[1].copy_(recv.origins.source_range)
+        if self._promised is None:
+            _copy_outputs(self._out, recv)
         _count(self._stats, recv.num_tokens_per_expert)
         self._routing.arrived(recv.handle)
+
+
+# Where a backend cannot promise its outputs, they are made here, and filled with copies.
+
+
+def _make_outputs(
+    native: Any, sizes: tuple[int, int, int], form: tuple[torch.dtype, torch.dtype | None, int]
+) -> Promised:
+    (most, hidden, _), (dtype, scale_dtype, words) = sizes, form
+    local, capacity = native.num_local_experts, native.num_ranks * most
+    scales = None
+    if scale_dtype is not None:
+        scales = torch.empty((local, words, capacity), dtype=scale_dtype).transpose(1, 2)
+    return Promised(
+        x=torch.empty((local, capacity, hidden), dtype=dtype),
+        topk_idx=None,
+        topk_weights=None,
+        scales=scales,
+        num_tokens_per_expert=torch.empty(local, dtype=torch.int32),
+        origins=Origins(
+            rank_ends=None,
+            row_token=torch.empty((local, capacity), dtype=torch.int32),
+            source_range=torch.empty((local, native.num_ranks), dtype=torch.int64),
+        ),
+    )
+
+
+def _copy_outputs(out: Promised, recv: Received) -> None:
+    for expert, count in enumerate(recv.counts):
+        rows = recv.x[expert, :count].view(torch.uint8)
+        out.x[expert, :count].view(torch.uint8).copy_(rows)
+    pairs = [(out.scales, recv.scales), (out.num_tokens_per_expert, recv.num_tokens_per_expert)]
+    assert out.origins is not None
+    assert recv.origins is not None
+    pairs += [
+        (out.origins.row_token, recv.origins.row_token),
+        (out.origins.source_range, recv.origins.source_range),
+    ]
+    for mine, theirs in pairs:
+        if mine is not None and theirs is not None:
+            mine.copy_(theirs)
+
+
+def _form(
+    hidden: int, use_fp8: bool, use_ue8m0: bool
+) -> tuple[torch.dtype, torch.dtype | None, int]:
+    """Dtype of the rows, and dtype and number of their scales."""
+    if not use_fp8:
+        return torch.bfloat16, None, 0
+    if use_ue8m0:
+        return torch.float8_e4m3fn, torch.int32, hidden // _WORD_BLOCK
+    return torch.float8_e4m3fn, torch.float32, hidden // SCALE_BLOCK
 
 
 def quantize_rounded(x: Tensor) -> tuple[Tensor, Tensor]:
