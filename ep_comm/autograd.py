@@ -72,6 +72,7 @@ def combine(
     *,
     weighted: bool = False,
     topk_weights: Tensor | None = None,
+    order: str = "rank",
     bias: Bias = None,
     num_sms: int | None = None,
     tag: str = "",
@@ -79,9 +80,9 @@ def combine(
     """`buffer.combine`, differentiable in x, bias, topk_weights and, when weighted, the weights.
 
     Args:
-        x, handle, weighted, topk_weights, bias, num_sms, tag: as `Buffer.combine`. The weights of
-            weighted=True are those in the handle: keep the one `dispatch` returned to have their
-            gradients.
+        x, handle, weighted, topk_weights, order, bias, num_sms, tag: as `Buffer.combine`. The
+            weights of weighted=True are those in the handle: keep the one `dispatch` returned to
+            have their gradients.
     Returns:
         [num_tokens, hidden]; with topk_weights a pair, the second float32 [num_tokens, num_topk].
     Raises:
@@ -92,7 +93,7 @@ def combine(
     Cost: backward is one cached dispatch. With weighted=True and weights that need gradients it is
         a combine more: scaling x by `recv.topk_weights` before a plain combine needs none.
     """
-    options: dict[str, Any] = {"weighted": weighted, "num_sms": num_sms, "tag": tag}
+    options: dict[str, Any] = {"weighted": weighted, "order": order, "num_sms": num_sms, "tag": tag}
     pair = bias if isinstance(bias, tuple | list) else (bias, None)
     whole = isinstance(handle, tuple | list) and len(handle) == len(Handle._fields)
     if not whole or len(pair) != 2:  # the buffer says what is wrong, to all ranks

@@ -212,6 +212,23 @@ def test_second_derivative_agrees_with_the_reference(cluster: Cluster) -> None:
 # ---- what takes part ----
 
 
+def test_order_changes_the_sum_and_not_the_gradient(cluster: Cluster) -> None:
+    ids = torch.tensor([[NUM_EXPERTS - 1, 3, 0]])  # owners descend
+    rows = torch.tensor([1.0, 2.0**24, -(2.0**24)])
+
+    def work(rank: int, buffer: Buffer) -> Any:
+        received = dispatch(buffer, torch.ones(1, HIDDEN), ids, rows.unsqueeze(0), layout="grouped")
+        y = (received.x * received.topk_weights.unsqueeze(1)).requires_grad_()  # type: ignore[union-attr]
+        sums = [combine(buffer, y, received.handle, order=order) for order in ("rank", "topk")]
+        grads = [torch.autograd.grad(s.sum(), y)[0] for s in sums]
+        assert torch.equal(*grads)
+        return [float(s.detach()[0, 0]) for s in sums]
+
+    ascending, slots = (rows[2] + rows[1]) + rows[0], (rows[0] + rows[1]) + rows[2]
+    assert cluster.run(work, cluster.buffers) == [[float(ascending), float(slots)]] * NUM_RANKS
+    assert ascending != slots
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradient_of_weights_alone_has_their_dtype(cluster: Cluster, dtype: torch.dtype) -> None:
     numbers = Numbers(integers=True)
