@@ -100,6 +100,7 @@ private:
             std::memcpy(&src_token, record + meta.src_token.offset, 4);
             std::memcpy(local, record + meta.experts.offset, meta.experts.bytes);
             for (int k = 0; k < num_topk; ++k) local[k] = checked(local[k], num_local);
+            src_token = checked(src_token, rank.shape().max_tokens);
             if (out.recv_src != nullptr) {
                 out.recv_src[2 * i] = src;
                 out.recv_src[2 * i + 1] = src_token;
