@@ -38,8 +38,8 @@ _PLACES: Final = {  # number of tensors -> where meta, rank_counts, topk_idx and
 }
 _GENERATION, _HIDDEN = meta_index("generation"), meta_index("hidden")
 _NUM_TOPK, _NUM_UNIQUE = meta_index("num_topk"), meta_index("num_unique")
-_HAS_WEIGHTS, _NUM_EXPERTS = meta_index("has_weights"), meta_index("num_experts")
-_NUM_LOCAL = meta_index("num_local_experts")
+_HAS_WEIGHTS = meta_index("has_weights")
+_NUM_EXPERTS, _NUM_LOCAL = meta_index("num_experts"), meta_index("num_local_experts")
 
 
 def pack(recv: Any, topk_idx: Tensor, is_token_in_rank: Tensor | None, rank: int) -> Any:
@@ -86,19 +86,12 @@ class SavedRouting:
             meta = edit_meta(meta, generation=generation, hidden=hidden)
         device = send_row.device
         weights, recv_row, counts = _unread(fields[_NUM_TOPK], fields[_NUM_LOCAL], device)
-        if fields[_HAS_WEIGHTS]:  # nobody reads these of a compact handle
-            weights = send_row.view(torch.float32)
-        return Handle(
-            meta=meta,
-            topk_idx=self._topk_idx,
-            topk_weights=weights,
-            send_row=send_row,
-            # Compact rows are in the order of their sources, so nobody reads more than its size.
-            recv_src=torch.empty((fields[_NUM_UNIQUE], 2), dtype=torch.int32, device=device),
-            recv_row=recv_row,
-            rank_counts=self._rank_counts,
-            num_tokens_per_expert=counts,
-        )
+        if fields[_HAS_WEIGHTS]:
+            weights = send_row.view(torch.float32)  # of the right size
+        # Compact rows are in the order of their sources, so nobody reads more than its size.
+        recv_src = torch.empty((fields[_NUM_UNIQUE], 2), dtype=torch.int32, device=device)
+        ids, counts_of_ranks = self._topk_idx, self._rank_counts
+        return Handle(meta, ids, weights, send_row, recv_src, recv_row, counts_of_ranks, counts)
 
 
 @cache
