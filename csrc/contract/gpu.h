@@ -19,7 +19,7 @@
 
 namespace ep {
 
-inline constexpr int kMaxChunks = 32;  // token ranges of notify, one for each of its warps
+inline constexpr int kMaxChunks = 16;  // token ranges that are counted side by side
 
 // The operation a rank is in. One at a time: operations of a buffer run in the order they were
 // begun, so kernels of one operation find here what its first kernel decided.
@@ -29,8 +29,13 @@ struct OpState {
     int32_t slot;      // seq % num_slots
     int64_t num_recv;  // unique tokens that arrive here
     int64_t num_rows;  // rows of x in use: compact num_recv, grouped with padding
-    int32_t tokens_per_chunk;
     uint32_t finished;  // blocks that are through; atom.inc wraps it back to 0
+};
+
+// Ids of a chunk that name no expert: how many, and the lowest t * num_topk + k.
+struct BadIds {
+    int32_t count;
+    unsigned long long first;
 };
 
 // Private device memory of a rank. Pointers of one allocation, laid out once (StateLayout).
@@ -46,12 +51,14 @@ struct State {
     int32_t* counts;          // [max_local_experts] selections of each local expert
     int32_t* chunk_row;       // [kMaxChunks][num_ranks] compact row at the owner of a chunk's first
     int32_t* chunk_slot;      // [kMaxChunks][num_experts] row of its first selection, by position
-    int32_t* turn;  // [max_tokens][num_topk] a token's turn in its chunk, at slot k's rank
+    int32_t* turn;          // [max_tokens][num_topk] a token's turn in its chunk, at slot k's rank
+    int32_t* chunk_counts;  // [kMaxChunks][num_ranks + num_experts] tokens, then selections
+    BadIds* bad_ids;        // [kMaxChunks]
 };
 
 struct StateLayout {
     Region op, abort, owner, local, position, first, expected, first_row, group_start, counts,
-        chunk_row, chunk_slot, turn, control, arena;
+        chunk_row, chunk_slot, turn, chunk_counts, bad_ids, control, arena;
     int64_t end = 0;
 
     constexpr explicit StateLayout(const Shape& s) {
@@ -70,6 +77,8 @@ struct StateLayout {
         chunk_row = at.take(4 * kMaxChunks * ranks);
         chunk_slot = at.take(4 * kMaxChunks * experts);
         turn = at.take(4 * s.max_tokens * s.num_topk);
+        chunk_counts = at.take(4 * kMaxChunks * (ranks + experts));
+        bad_ids = at.take(kMaxChunks * int64_t{sizeof(BadIds)});
         control = at.take(8 * ranks);  // addresses, see Peers
         arena = at.take(8 * ranks);
         end = at.end();
@@ -137,6 +146,7 @@ struct DispatchJob {
     Begin begin;
     DispatchArgs args;
     Grant grant;
+    int32_t num_chunks = 1, tokens_per_chunk = 0;
     int32_t* status = nullptr;    // [1] static: the code of the failure, or 0
     int32_t* num_recv = nullptr;  // [1] static
 };
@@ -162,6 +172,7 @@ struct LaunchPlan {
     int32_t num_blocks = 1;
     int32_t num_warps = 1;
     int32_t stage_bytes = 0;  // shared memory of one warp for rows in flight
+    int32_t all_blocks = 1;   // of the short steps that wait for nobody, or for rows only
 };
 
 }  // namespace ep

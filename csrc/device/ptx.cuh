@@ -196,6 +196,17 @@ __device__ __forceinline__ void bulk_wait_group() {
     asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// ld.shared.v4.u32 {a, b, c, d}, [addr];                               PTX ISA 2.0, sm_20
+// For addresses the compiler does not know to be shared; stays behind the wait before it.
+__device__ __forceinline__ uint4 ld_shared_v4(const void* addr) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(smem_addr(addr))
+                 : "memory");
+    return v;
+}
+
 // ---- Arithmetic: "Data Movement and Conversion Instructions: cvt" ----
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-cvt
 

@@ -119,7 +119,9 @@ void DeviceRank::fill_state(const std::vector<int32_t>& owner) {
                    ints(layout.counts),
                    ints(layout.chunk_row),
                    ints(layout.chunk_slot),
-                   ints(layout.turn)};
+                   ints(layout.turn),
+                   ints(layout.chunk_counts),
+                   reinterpret_cast<BadIds*>(state_ + layout.bad_ids.offset)};
 }
 
 DeviceRank::~DeviceRank() { leave(); }
@@ -163,7 +165,7 @@ std::shared_ptr<Flight> DeviceRank::begin_dispatch(const DispatchArgs& args, boo
                                                    Stream stream) {
     enter(stream);
     auto flight = std::make_shared<Flight>(
-        DispatchJob{view_, begin(OpKind::kDispatch), args, Grant{}, status, num_recv});
+        DispatchJob{view_, begin(OpKind::kDispatch), args, Grant{}, 1, 0, status, num_recv});
     DispatchJob& job = flight->job;
     job.begin.entry.descriptor = describe(args);
     job.begin.entry.num_tokens = args.num_tokens;
@@ -202,6 +204,7 @@ std::shared_ptr<Flight> DeviceRank::begin_dispatch(const DispatchArgs& args, boo
     const LaunchPlan plan = kernels::push_plan(args, view_.shape.num_ranks,
                                                blocks(OpKind::kDispatch, num_sms), smem_bytes_);
     flight->num_blocks = plan.num_blocks;
+    kernels::divide_tokens(job, max_blocks_);
     EP_CUDA(kernels::launch_notify(job, stream));
     EP_CUDA(kernels::launch_push(job, plan, stream));
     return flight;
@@ -251,8 +254,7 @@ void DeviceRank::finish_dispatch(Flight& flight, const UnpackArgs& out, Stream s
         if (flight.meta) arena_->trim(*flight.meta, report.num_recv * meta_layout(args).bytes);
     }
     const UnpackJob job{flight.job, out, num_local_};
-    LaunchPlan plan;
-    plan.num_blocks = flight.num_blocks;
+    const LaunchPlan plan = kernels::unpack_plan(args, flight.num_blocks, max_blocks_, smem_bytes_);
     EP_CUDA(cudaSetDevice(arena_->device()));
     EP_CUDA(kernels::launch_unpack(job, plan, stream));
     flight.meta.reset();
@@ -295,8 +297,9 @@ void DeviceRank::combine(const CombineArgs& args, int num_sms, Stream stream) {
         }
         if (weights) entry.weights_offset = weights->extent().offset;
     }
-    const LaunchPlan plan =
-        kernels::combine_plan(args, blocks(OpKind::kCombine, num_sms), smem_bytes_);
+    LaunchPlan plan = kernels::combine_plan(view_.shape.num_ranks,
+                                            blocks(OpKind::kCombine, num_sms), smem_bytes_);
+    plan.all_blocks = max_blocks_;
     EP_CUDA(kernels::launch_combine(job, plan, stream));
 }
 

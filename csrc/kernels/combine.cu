@@ -22,7 +22,10 @@ using device::Stage;
 
 // ---- stage: rows of remote sources, out of an ordinary tensor into the arena ----
 
-__global__ void __launch_bounds__(512, 1) stage_kernel(const __grid_constant__ CombineJob job) {
+constexpr int kStageThreads = 1024;
+
+__global__ void __launch_bounds__(kStageThreads, 1)
+    stage_kernel(const __grid_constant__ CombineJob job) {
     const RankView& view = job.view;
     const CombineArgs& a = job.args;
     if (__syncthreads_or(device::gave_up(view.watch))) return;
@@ -82,20 +85,38 @@ struct Contributions {
     float weight[kMaxTopk];
 };
 
+// Where the rows of an owner lie; one for each rank, in shared memory.
+struct Source {
+    const std::byte* y;
+    int64_t num_rows;
+};
+
+// What a lane knows of its slot, read one token ahead.
+struct Choice {
+    int64_t id = -1;
+    int32_t row = -1;
+};
+
 // One warp's view of the work; `turn` counts its tokens.
 struct Puller {
     const CombineJob& job;
     Operation op;
+    const Source* sources;
     Contributions* plans;  // [2] by parity of the turn
     int64_t row_bytes;
     int64_t first, step;  // token of turn n is first + n * step
 
     __device__ int64_t token(int64_t turn) const { return first + turn * step; }
 
-    __device__ const std::byte* y_of(int owner) const {
-        const RankView& view = job.view;
-        if (owner == view.peers.rank) return job.args.x;
-        return view.peers.arena[owner] + entry_of(view, op.seq, owner).y_offset;
+    __device__ Choice choice(int64_t turn) const {
+        const int lane = ptx::lane_id();
+        Choice c;
+        if (token(turn) < job.args.num_tokens && lane < job.args.num_topk) {
+            const int64_t at = token(turn) * job.args.num_topk + lane;
+            c.id = job.args.topk_idx[at];
+            c.row = job.args.send_row[at];
+        }
+        return c;
     }
 
     __device__ float weight_back(int owner, int64_t row, int slot) const {
@@ -124,26 +145,24 @@ struct Puller {
     }
 
     // Fills the plan of a turn; returns how many rows it has, or -1: leave.
-    __device__ int plan(int64_t turn) const {
+    __device__ int plan(int64_t turn, const Choice& slot) const {
         const CombineArgs& a = job.args;
         const RankView& view = job.view;
         const int lane = ptx::lane_id();
         const int64_t t = token(turn);
         if (t >= a.num_tokens) return 0;
         const int64_t at = t * a.num_topk + lane;
-        const int64_t id = lane < a.num_topk ? a.topk_idx[at] : -1;
-        const int64_t row = lane < a.num_topk ? a.send_row[at] : -1;
+        const int64_t id = slot.id, row = slot.row;
         const bool chosen = id >= 0 && id < view.shape.num_experts && row >= 0;
         const int owner = chosen ? __ldg(view.state.owner + id) : -1;
         const uint32_t same = __match_any_sync(~0u, owner);
         bool adds = chosen;
         if (a.layout == RecvLayout::kCompact) adds = chosen && (same & ptx::lanemask_lt()) == 0;
-        const bool stale = adds && row >= entry_of(view, op.seq, owner).num_rows;
+        const bool stale = adds && row >= sources[owner].num_rows;
         if (stale) {
-            device::give_up(
-                view.watch, op, kMiscount,
-                {Site::kPulled, owner, uint64_t(entry_of(view, op.seq, owner).num_rows)},
-                uint64_t(row), 0);
+            device::give_up(view.watch, op, kMiscount,
+                            {Site::kPulled, owner, uint64_t(sources[owner].num_rows)},
+                            uint64_t(row), 0);
         }
         if (__any_sync(~0u, stale)) return -1;
         // Place among the rows: lower owners first, lower slots first.
@@ -156,7 +175,7 @@ struct Puller {
         }
         Contributions& rows = plans[turn & 1];
         if (adds) {
-            rows.row[place] = y_of(owner) + row * row_bytes;
+            rows.row[place] = sources[owner].y + row * row_bytes;
             if (a.weighted) rows.weight[place] = a.topk_weights[at];
         }
         const int count = __popc(__ballot_sync(~0u, adds));
@@ -178,11 +197,12 @@ struct Feed {
     int64_t turn = 0;    // of the token it loads for
     int64_t offset = 0;  // of the piece in its row
     int row = 0;
-    int64_t issued = 0, used = 0;
+    int next = 0, oldest = 0, in_flight = 0;  // stages
+    uint32_t parity = 0;                      // of the oldest one's load
 
     // Starts loads until all stages are in use or the planned tokens have no more pieces.
     __device__ void run(const Puller& p, int64_t current, int count, int next_count) {
-        while (issued - used < num_stages) {
+        while (in_flight < num_stages) {
             const int rows = turn == current ? count : turn == current + 1 ? next_count : 0;
             if (row >= rows) {
                 // A token without rows, or one that is done.
@@ -190,13 +210,14 @@ struct Feed {
                 ++turn;
                 continue;
             }
-            const int stage = static_cast<int>(issued % num_stages);
             const int bytes = static_cast<int>(min(int64_t{kPieceBytes}, p.row_bytes - offset));
             if (ptx::lane_id() == 0) {
-                device::load_stage({data + stage * kPieceBytes, loaded + stage},
+                ptx::fence_proxy_async_shared();  // the reads before it, which all lanes have done
+                device::load_stage({data + next * kPieceBytes, loaded + next},
                                    p.plans[turn & 1].row[row] + offset, bytes);
             }
-            ++issued;
+            if (++next == num_stages) next = 0;
+            ++in_flight;
             advance(p, rows);
         }
     }
@@ -209,74 +230,98 @@ struct Feed {
         offset = 0;
         ++turn;
     }
-};
 
-template <DType kDtype>
-struct Sums {
-    static constexpr int kUnits = kPieceBytes / (16 * 32);
-    device::Unit<kDtype> unit[kUnits];
+    __device__ Stage piece() const {
+        return {data + oldest * kPieceBytes, loaded + oldest, parity};
+    }
 
-    // f(unit, byte offset in the piece) for the units of this lane that lie in the piece.
-    template <class F>
-    __device__ __forceinline__ void each(int bytes, F f) {
-#pragma unroll
-        for (int u = 0; u < kUnits; ++u) {
-            const int at = 16 * (static_cast<int>(ptx::lane_id()) + 32 * u);
-            if (at < bytes) f(unit[u], at);
-        }
+    __device__ void give_back() {
+        --in_flight;
+        if (++oldest < num_stages) return;
+        oldest = 0;
+        parity ^= 1;
     }
 };
 
-// What a sum starts from. The first bias replaces the zero, so that a bias of -0.0 stays what it is.
-template <DType kDtype>
-__device__ void start_sums(Sums<kDtype>& sums, const CombineArgs& a, int64_t at, int bytes) {
-    const std::byte* first = a.bias0 != nullptr ? a.bias0 : a.bias1;
-    sums.each(bytes, [&](auto& unit, int offset) {
-        unit.clear();
-        if (first != nullptr) unit.set(*reinterpret_cast<const uint4*>(first + at + offset));
-        if (a.bias0 == nullptr || a.bias1 == nullptr) return;
-        unit.add(*reinterpret_cast<const uint4*>(a.bias1 + at + offset));
-    });
+// A piece of the result in the registers of a warp. kFull: a whole piece, nothing to check.
+template <DType kDtype, bool kFull>
+struct Sums {
+    static constexpr int kUnits = kPieceBytes / (16 * 32);
+    device::Unit<kDtype> unit[kUnits];
+    int bytes;
+
+    // f(unit, byte offset in the piece) for the units of this lane that lie in the piece.
+    template <class F>
+    __device__ __forceinline__ void each(F f) {
+        const int first = 16 * static_cast<int>(ptx::lane_id());
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u) {
+            const int at = first + 16 * 32 * u;
+            if (kFull || at < bytes) f(unit[u], at);
+        }
+    }
+
+    // The first bias replaces the zero, so that a bias of -0.0 stays what it is.
+    __device__ __forceinline__ void start(const CombineArgs& a, int64_t offset) {
+        for (auto& u : unit) u.clear();
+        const std::byte* first = a.bias0 != nullptr ? a.bias0 : a.bias1;
+        if (first == nullptr) return;
+        each([&](auto& u, int at) {
+            u.set(*reinterpret_cast<const uint4*>(first + offset + at));
+            if (a.bias0 == nullptr || a.bias1 == nullptr) return;
+            u.add(*reinterpret_cast<const uint4*>(a.bias1 + offset + at));
+        });
+    }
+
+    __device__ __forceinline__ void add(const std::byte* piece) {
+        each([&](auto& u, int at) { u.add(ptx::ld_shared_v4(piece + at)); });
+    }
+    __device__ __forceinline__ void add(const std::byte* piece, float weight) {
+        each([&](auto& u, int at) { u.add(ptx::ld_shared_v4(piece + at), weight); });
+    }
+    __device__ __forceinline__ void finish(std::byte* out) {
+        each([&](auto& u, int at) { *reinterpret_cast<uint4*>(out + at) = u.rounded(); });
+    }
+};
+
+// One piece of one token: all its rows, in order. False: leave.
+template <DType kDtype, bool kFull>
+__device__ __forceinline__ bool add_piece(const Puller& p, Feed& feed, int64_t turn, int count,
+                                          int next_count, int64_t offset, int bytes) {
+    const CombineArgs& a = p.job.args;
+    const int64_t at = p.token(turn) * p.row_bytes + offset;
+    Sums<kDtype, kFull> sums;
+    sums.bytes = bytes;
+    sums.start(a, at);
+    for (int i = 0; i < count; ++i) {
+        feed.run(p, turn, count, next_count);
+        Stage piece = feed.piece();
+        if (!device::await_stage(p.job.view.watch, p.op, piece, p.job.view.peers.rank)) {
+            return false;
+        }
+        if (a.weighted) {
+            sums.add(piece.data, p.plans[turn & 1].weight[i]);
+        } else {
+            sums.add(piece.data);
+        }
+        __syncwarp();  // all have read; the fence that follows is in Feed::run
+        feed.give_back();
+    }
+    sums.finish(a.out + at);
+    return true;
 }
 
 // One token, piece by piece. False: leave.
 template <DType kDtype>
 __device__ bool add_token(const Puller& p, Feed& feed, int64_t turn, int count, int next_count) {
-    const CombineArgs& a = p.job.args;
-    const int64_t start = p.token(turn) * p.row_bytes;
-    const Contributions& rows = p.plans[turn & 1];
-    for (int64_t offset = 0; offset < p.row_bytes; offset += kPieceBytes) {
-        const int bytes = static_cast<int>(min(int64_t{kPieceBytes}, p.row_bytes - offset));
-        Sums<kDtype> sums;
-        start_sums(sums, a, start + offset, bytes);
-        for (int i = 0; i < count; ++i) {
-            feed.run(p, turn, count, next_count);
-            const int stage = static_cast<int>(feed.used % feed.num_stages);
-            Stage piece{feed.data + stage * kPieceBytes, feed.loaded + stage,
-                        static_cast<uint32_t>(feed.used / feed.num_stages & 1)};
-            if (!device::await_stage(p.job.view.watch, p.op, piece, p.job.view.peers.rank)) {
-                return false;
-            }
-            if (a.weighted) {
-                const float weight = rows.weight[i];
-                sums.each(bytes, [&](auto& unit, int at) {
-                    unit.add(*reinterpret_cast<const uint4*>(piece.data + at), weight);
-                });
-            } else {
-                sums.each(bytes, [&](auto& unit, int at) {
-                    unit.add(*reinterpret_cast<const uint4*>(piece.data + at));
-                });
-            }
-            ptx::fence_proxy_async_shared();  // our reads, before the load that overwrites them
-            __syncwarp();
-            ++feed.used;
-        }
-        std::byte* out = a.out + start + offset;
-        sums.each(bytes, [&](auto& unit, int at) {
-            *reinterpret_cast<uint4*>(out + at) = unit.rounded();
-        });
+    int64_t offset = 0;
+    bool ok = true;
+    for (; ok && offset + kPieceBytes <= p.row_bytes; offset += kPieceBytes) {
+        ok = add_piece<kDtype, true>(p, feed, turn, count, next_count, offset, kPieceBytes);
     }
-    return true;
+    const int rest = static_cast<int>(p.row_bytes - offset);
+    if (!ok || rest <= 0) return ok;
+    return add_piece<kDtype, false>(p, feed, turn, count, next_count, offset, rest);
 }
 
 // The last block tells every owner that we have read its y, and waits until everybody has read ours.
@@ -308,8 +353,16 @@ __global__ void __launch_bounds__(kMaxPullWarps * 32, 1)
 
     const int warp = threadIdx.x / 32, num_warps = blockDim.x / 32;
     const Operation op{OpKind::kCombine, state.seq};
+    auto* sources =
+        reinterpret_cast<Source*>(shared + int64_t{num_warps} * num_stages * kPieceBytes);
+    for (int p = threadIdx.x; p < view.shape.num_ranks; p += blockDim.x) {
+        const EntryRecord& entry = entry_of(view, op.seq, p);
+        const bool own = p == view.peers.rank;
+        sources[p] = {own ? job.args.x : view.peers.arena[p] + entry.y_offset, entry.num_rows};
+    }
     const Puller puller{job,
                         op,
+                        sources,
                         plans[warp],
                         job.args.row_bytes(),
                         blockIdx.x + int64_t{warp} * gridDim.x,
@@ -323,9 +376,11 @@ __global__ void __launch_bounds__(kMaxPullWarps * 32, 1)
     __syncthreads();
 
     bool ok = true;
-    int count = puller.plan(0);
+    int count = puller.plan(0, puller.choice(0));
+    Choice ahead = puller.choice(1);
     for (int64_t turn = 0; ok && puller.token(turn) < job.args.num_tokens; ++turn) {
-        const int next_count = count < 0 ? -1 : puller.plan(turn + 1);
+        const int next_count = count < 0 ? -1 : puller.plan(turn + 1, ahead);
+        ahead = puller.choice(turn + 2);
         ok = count >= 0 && next_count >= 0;
         if (ok) ok = add_token<kDtype>(puller, feed, turn, count, next_count);
         count = next_count;
@@ -358,23 +413,23 @@ PullKernel pull_kernel_for(DType dtype) {
 
 }  // namespace
 
-LaunchPlan combine_plan(const CombineArgs&, int num_blocks, int smem_bytes) {
+LaunchPlan combine_plan(int num_ranks, int num_blocks, int smem_bytes) {
     constexpr int kTables =
         kMaxPullWarps * (kMaxStages * 8 + 2 * static_cast<int>(sizeof(Contributions)));
-    const int room = smem_bytes - kTables - 1024;
+    const int room = smem_bytes - kTables - static_cast<int>(sizeof(Source)) * num_ranks - 1024;
     const int stages = std::clamp(room / (kMaxPullWarps * kPieceBytes), 1, kMaxStages);
     return {num_blocks, kMaxPullWarps, stages * kPieceBytes};
 }
 
 int launch_combine(const CombineJob& job, const LaunchPlan& plan, Stream stream) {
     if (job.staged != nullptr) {
-        stage_kernel<<<plan.num_blocks, 512, 0, stream>>>(job);
+        stage_kernel<<<plan.all_blocks, kStageThreads, 0, stream>>>(job);
         if (const int error = cudaGetLastError()) return error;
     }
     const int ranks = job.view.shape.num_ranks;
     enter_combine_kernel<<<1, 32 * std::clamp(ranks, 4, 32), 0, stream>>>(job);
     if (const int error = cudaGetLastError()) return error;
-    const int smem = plan.num_warps * plan.stage_bytes;
+    const int smem = plan.num_warps * plan.stage_bytes + static_cast<int>(sizeof(Source)) * ranks;
     pull_kernel_for(job.args.dtype)<<<plan.num_blocks, plan.num_warps * 32, smem, stream>>>(
         job, plan.stage_bytes / kPieceBytes);
     return cudaGetLastError();

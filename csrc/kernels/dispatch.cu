@@ -27,10 +27,12 @@ using device::Stage;
 // How rows leave: as they are, or quantized from kSource on the way.
 struct Verbatim {
     static constexpr bool kQuantizes = false;
+    static constexpr int kMaxWarps = 32;
 };
 template <DType kDtype>
 struct Quantized {
     static constexpr bool kQuantizes = true;
+    static constexpr int kMaxWarps = 16;  // arithmetic wants registers
     static constexpr DType kSource = kDtype;
 };
 
@@ -88,7 +90,7 @@ struct Mover {
         const int64_t id = lane < a.num_topk ? a.topk_idx[at] : -1;
         Route r;
         if (id >= 0 && id < job.view.shape.num_experts) {
-            const int chunk = static_cast<int>(t) / state.op->tokens_per_chunk;
+            const int chunk = static_cast<int>(t) / job.tokens_per_chunk;
             r.dst = __ldg(state.owner + id);
             r.record = state.chunk_row[chunk * job.view.shape.num_ranks + r.dst] + state.turn[at];
             if (a.cached) {
@@ -220,14 +222,12 @@ __device__ bool push_quantized(Mover& m, int64_t t, int stage_bytes) {
     return true;
 }
 
-constexpr int kMaxPushWarps = 32;
-
 template <class Config>
-__global__ void __launch_bounds__(kMaxPushWarps * 32, 1)
+__global__ void __launch_bounds__(Config::kMaxWarps * 32, 1)
     push_kernel(const __grid_constant__ DispatchJob job, int stage_bytes) {
     extern __shared__ __align__(128) std::byte shared[];
-    __shared__ uint64_t loaded[kMaxPushWarps];
-    __shared__ Slots slots[kMaxPushWarps];
+    __shared__ uint64_t loaded[Config::kMaxWarps];
+    __shared__ Slots slots[Config::kMaxWarps];
     const RankView& view = job.view;
     const int warp = threadIdx.x / 32, num_warps = blockDim.x / 32;
     const OpState& state = *view.state.op;
@@ -338,53 +338,66 @@ struct Unpacker {
         }
     }
 
-    // One warp, one received token.
+    __device__ int32_t word(int64_t token, const Region& region, int k) const {
+        const std::byte* records =
+            job.view.peers.arena[job.view.peers.rank] + job.grant.meta_offset;
+        return reinterpret_cast<const int32_t*>(records + token * meta.bytes + region.offset)[k];
+    }
+
+    // Compact: nothing depends on anything, so every thread takes words of its own.
+    __device__ void flat_words(int64_t first, int64_t step) const {
+        const uint32_t num_topk = job.args.num_topk;
+        const int64_t selections = num_recv * num_topk;
+        const int64_t fresh = job.args.cached ? 0 : selections;
+        const int64_t weights = job.args.with_weights ? selections : 0;
+#pragma unroll 4
+        for (int64_t at = first; at < fresh; at += step) {
+            const uint32_t i = uint32_t(at) / num_topk, k = uint32_t(at) % num_topk;
+            put_idx(at, checked(word(i, meta.experts, k), num_local));
+        }
+#pragma unroll 4
+        for (int64_t at = first; at < weights; at += step) {
+            const uint32_t i = uint32_t(at) / num_topk, k = uint32_t(at) % num_topk;
+            out.topk_weights[at] = __int_as_float(word(i, meta.weights, k));
+        }
+        for (int64_t i = first; i < num_recv && !job.args.cached; i += step) {
+            int src = 0;
+            while (job.view.state.first_row[src + 1] <= i) ++src;
+            out.recv_src[2 * i] = src;
+            out.recv_src[2 * i + 1] = word(i, meta.src_token, 0);
+        }
+        const auto words = static_cast<uint32_t>(meta.scales.bytes / 4);
+#pragma unroll 4
+        for (int64_t at = first; at < num_recv * words; at += step) {
+            const uint32_t i = uint32_t(at) / words, w = uint32_t(at) % words;
+            reinterpret_cast<int32_t*>(out.scales)[at] = word(i, meta.scales, w);
+        }
+    }
+
+    // Grouped and slab: one warp, one received token.
     __device__ void token(int64_t i) const {
         const DispatchArgs& a = job.args;
         const int lane = ptx::lane_id(), num_topk = a.num_topk;
-        const std::byte* record =
-            job.view.peers.arena[job.view.peers.rank] + job.grant.meta_offset + i * meta.bytes;
-        const auto word = [&](const Region& region, int k) {
-            return reinterpret_cast<const int32_t*>(record + region.offset)[k];
-        };
-        const bool mine = lane < num_topk;
-        const bool compact = a.layout == RecvLayout::kCompact;
-        const int32_t local = mine && !a.cached ? checked(word(meta.experts, lane), num_local) : -1;
+        const bool mine = lane < num_topk, fresh = mine && !a.cached;
+        const int32_t local = fresh ? checked(word(i, meta.experts, lane), num_local) : -1;
         const float weight =
-            mine && a.with_weights ? __int_as_float(word(meta.weights, lane)) : 0.0f;
-        const auto* scales = reinterpret_cast<const uint32_t*>(record + meta.scales.offset);
+            mine && a.with_weights ? __int_as_float(word(i, meta.weights, lane)) : 0.0f;
         if (!a.cached) {
             const int src = source_of(i);
-            if (lane < 2) out.recv_src[2 * i + lane] = lane == 0 ? src : word(meta.src_token, 0);
-        }
-        if (compact) {
-            if (mine && !a.cached) put_idx(i * num_topk + lane, local);
-            if (mine && a.with_weights) out.topk_weights[i * num_topk + lane] = weight;
-            if (meta.scales.bytes > 0) put_scales(i, scales);
-            return;
+            if (lane < 2) out.recv_src[2 * i + lane] = lane == 0 ? src : word(i, meta.src_token, 0);
         }
         int32_t row = -1;
         if (mine && a.cached) row = out.recv_row[i * num_topk + lane];
-        if (mine && !a.cached) out.recv_row[i * num_topk + lane] = row = word(meta.rows, lane);
+        if (fresh) out.recv_row[i * num_topk + lane] = row = word(i, meta.rows, lane);
         row = checked(row, job.grant.max_rows);
-        if (row >= 0 && !a.cached) put_idx(row, local);
+        if (row >= 0 && fresh) put_idx(row, local);
         if (row >= 0 && a.with_weights) out.topk_weights[row] = weight;
-        expand(row, scales);
-    }
-
-    // The token's data lie in the row of its first slot here; its other slots get copies.
-    __device__ void expand(int32_t row, const uint32_t* scales) const {
-        const uint32_t here = __ballot_sync(~0u, row >= 0);
-        if (here == 0) return;
-        const int64_t source = __shfl_sync(~0u, row, __ffs(here) - 1);
-        if (meta.scales.bytes > 0) put_scales(source, scales);
-        const auto* from = reinterpret_cast<const uint4*>(x() + source * row_bytes);
-        for (uint32_t left = here & (here - 1); left != 0; left &= left - 1) {
-            const int64_t extra = __shfl_sync(~0u, row, __ffs(left) - 1);
-            auto* to = reinterpret_cast<uint4*>(x() + extra * row_bytes);
-#pragma unroll 4
-            for (int64_t u = ptx::lane_id(); u < row_bytes / 16; u += 32) to[u] = from[u];
-            if (meta.scales.bytes > 0) put_scales(extra, scales);
+        if (meta.scales.bytes == 0) return;
+        const std::byte* record =
+            job.view.peers.arena[job.view.peers.rank] + job.grant.meta_offset + i * meta.bytes;
+        for (uint32_t left = __ballot_sync(~0u, row >= 0); left != 0; left &= left - 1) {
+            put_scales(__shfl_sync(~0u, row, __ffs(left) - 1),
+                       reinterpret_cast<const uint32_t*>(record + meta.scales.offset));
         }
     }
 
@@ -408,7 +421,10 @@ struct Team {
 };
 
 __device__ void unpack_tokens(const Unpacker& u, Team team) {
-    if (u.meta.bytes == 0) return;
+    if (u.job.args.layout == RecvLayout::kCompact) {
+        const int64_t threads = int64_t{blockDim.x} * gridDim.x;
+        return u.flat_words(int64_t{blockIdx.x} * blockDim.x + threadIdx.x, threads);
+    }
     for (int64_t i = team.first; i < u.num_recv; i += team.step) u.token(i);
 }
 
@@ -467,7 +483,7 @@ __device__ void put_numbers(const Unpacker& u) {
     u.out.offsets[u.num_local] = at;
 }
 
-constexpr int kUnpackThreads = 512;
+constexpr int kUnpackThreads = 768;
 
 __global__ void __launch_bounds__(kUnpackThreads, 1)
     unpack_kernel(const __grid_constant__ UnpackJob unpack) {
@@ -495,6 +511,46 @@ __global__ void __launch_bounds__(kUnpackThreads, 1)
     const uint32_t last = gridDim.x - 1;
     if (ptx::atom_acq_rel_gpu_inc(&view.state.op->finished, last) != last) return;
     if (ok) release_slot(view, state.seq);  // a failed call was left by notify
+}
+
+// ---- duplicates: grouped and slab have a row for every slot, but only the first one was sent ----
+
+// One warp, one token: its row is loaded once and stored to all its other slots.
+__global__ void __launch_bounds__(1024, 1)
+    duplicate_kernel(const __grid_constant__ UnpackJob unpack, int stage_bytes) {
+    extern __shared__ __align__(128) std::byte shared[];
+    __shared__ uint64_t loaded[32];
+    const DispatchJob& job = unpack.dispatch;
+    const OpState& state = *job.view.state.op;
+    if (__syncthreads_or(device::gave_up(job.view.watch) || state.code != kOk)) return;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, num_warps = blockDim.x / 32;
+    const int num_topk = job.args.num_topk, me = job.view.peers.rank;
+    const int64_t row_bytes = job.args.row_bytes();
+    std::byte* x = job.view.peers.arena[me] + job.grant.x_offset;
+    Stage stage{shared + int64_t{warp} * stage_bytes, &loaded[warp]};
+    if (lane == 0) {
+        device::init_stage(stage);
+        ptx::fence_proxy_async();  // what unpack acquired, before we bulk-load it
+    }
+    __syncthreads();
+    for (int64_t i = blockIdx.x + int64_t{warp} * gridDim.x; i < state.num_recv;
+         i += int64_t{num_warps} * gridDim.x) {
+        const int64_t row = lane < num_topk ? unpack.out.recv_row[i * num_topk + lane] : -1;
+        const uint32_t here = __ballot_sync(~0u, row >= 0 && row < job.grant.max_rows);
+        const int64_t source = __shfl_sync(~0u, row, max(__ffs(here) - 1, 0));
+        const bool extra = (here >> lane & 1) != 0 && row != source;
+        if (!__any_sync(~0u, extra)) continue;
+        for (int64_t offset = 0; offset < row_bytes; offset += stage_bytes) {
+            const int bytes = static_cast<int>(min(int64_t{stage_bytes}, row_bytes - offset));
+            if (lane == 0) device::load_stage(stage, x + source * row_bytes + offset, bytes);
+            const Operation op{OpKind::kDispatch, state.seq};
+            if (!device::await_stage(job.view.watch, op, stage, me)) return;
+            if (extra) device::store_stage(x + row * row_bytes + offset, stage.data, bytes);
+            device::drain_reads();
+            __syncwarp();
+        }
+    }
+    device::drain_stores();
 }
 
 // ---- the row index: which compact row every selection of an expert has ----
@@ -552,6 +608,15 @@ PushKernel push_kernel_for(Quantize quantize, DType dtype) {
 
 }  // namespace
 
+LaunchPlan unpack_plan(const DispatchArgs& args, int num_blocks, int all_blocks, int smem_bytes) {
+    // Padding and duplicates of grouped and slab are a short step on all SMs.
+    if (args.layout != RecvLayout::kCompact) num_blocks = all_blocks;
+    const int64_t stage = (std::min<int64_t>(args.row_bytes(), 32 * 1024) + 127) / 128 * 128;
+    const int64_t warps =
+        std::clamp<int64_t>((smem_bytes - 2048) / std::max<int64_t>(stage, 1), 1, 32);
+    return {num_blocks, static_cast<int>(warps), static_cast<int>(stage), all_blocks};
+}
+
 LaunchPlan push_plan(const DispatchArgs& args, int num_ranks, int num_blocks, int smem_bytes) {
     // Large rows go in pieces; quantized ones stay whole, their scales behind them.
     constexpr int64_t kPieceBytes = 32 * 1024;
@@ -559,9 +624,9 @@ LaunchPlan push_plan(const DispatchArgs& args, int num_ranks, int num_blocks, in
     const int64_t source = args.hidden * dtype_bytes(args.dtype);
     int64_t stage = quantizes ? source + args.scale_bytes : std::min(source, kPieceBytes);
     stage = (stage + 127) / 128 * 128;
-    const int64_t room =
-        smem_bytes - int64_t{sizeof(Slots) + 8} * kMaxPushWarps - 4 * num_ranks - 1024;
-    const int64_t warps = std::clamp<int64_t>(room / stage, 0, kMaxPushWarps);
+    const int64_t most = quantizes ? Quantized<DType::kBF16>::kMaxWarps : Verbatim::kMaxWarps;
+    const int64_t room = smem_bytes - int64_t{sizeof(Slots) + 8} * most - 4 * num_ranks - 1024;
+    const int64_t warps = std::clamp<int64_t>(room / stage, 0, most);
     return {num_blocks, static_cast<int>(warps), static_cast<int>(stage)};
 }
 
@@ -575,6 +640,11 @@ int launch_push(const DispatchJob& job, const LaunchPlan& plan, Stream stream) {
 int launch_unpack(const UnpackJob& job, const LaunchPlan& plan, Stream stream) {
     unpack_kernel<<<plan.num_blocks, kUnpackThreads, 0, stream>>>(job);
     if (const int error = cudaGetLastError()) return error;
+    if (job.out.recv_row != nullptr && job.dispatch.args.layout != RecvLayout::kCompact) {
+        duplicate_kernel<<<plan.all_blocks, plan.num_warps * 32, plan.num_warps * plan.stage_bytes,
+                           stream>>>(job, plan.stage_bytes);
+        if (const int error = cudaGetLastError()) return error;
+    }
     if (job.out.row_index == nullptr || job.num_local == 0) return 0;
     index_rows_kernel<<<job.num_local, 1024, 0, stream>>>(job);
     return cudaGetLastError();
@@ -585,6 +655,12 @@ int load_dispatch(int smem_bytes) {
     for (const void* kernel : {reinterpret_cast<const void*>(&unpack_kernel),
                                reinterpret_cast<const void*>(&index_rows_kernel)}) {
         if (const int error = cudaFuncGetAttributes(&attributes, kernel)) return error;
+    }
+    if (const int error = cudaFuncGetAttributes(&attributes, duplicate_kernel)) return error;
+    if (const int error =
+            cudaFuncSetAttribute(duplicate_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 smem_bytes - static_cast<int>(attributes.sharedSizeBytes))) {
+        return error;
     }
     for (const PushKernel kernel : {push_kernel_for(Quantize::kNone, DType::kBF16),
                                     push_kernel_for(Quantize::kFp8, DType::kBF16),

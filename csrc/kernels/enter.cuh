@@ -80,7 +80,7 @@ __device__ inline bool acquire_slot(const RankView& view, const Begin& begin, En
         state.code = kOutOfStep;  // until the verdict
         ControlHeader* own = at<ControlHeader>(view, view.peers.rank, 0);
         own->entered_kind = begin.entry.kind;
-        ptx::st_release_sys(&own->entered_seq, seq);
+        own->entered_seq = seq;  // for sentences only, orders nothing
     }
     __syncthreads();
     return ok;
@@ -207,7 +207,8 @@ __device__ inline void report(const RankView& view, const Begin& begin, const En
     if (begin.call == 0 && !later) return;
     HostPage::Report& out = later ? view.watch.page->deferred : view.watch.page->sync;
     out.seq = in.seq;
-    out.outcome = in.outcome;
+    out.outcome.incident.code = kOk;
+    if (failed) out.outcome = in.outcome;
     out.num_recv = num_recv;
     out.num_rows = num_rows;
     out.index_rows = index_rows;

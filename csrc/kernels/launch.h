@@ -25,11 +25,14 @@ int launch_leave(const RankView& view, Stream stream);
 // is what one block may have.
 int load_kernels(int smem_bytes);
 
+// Into how many ranges of tokens a dispatch is counted, and how long they are.
+void divide_tokens(DispatchJob& job, int max_blocks);
 // Shared memory that notify needs for an expert count and a rank count; its warps get fewer when it
 // is more than the block may have.
 int notify_warps(const Shape& shape, int smem_bytes);
 // How push and combine spread over `num_blocks` SMs for rows of `row_bytes`.
 LaunchPlan push_plan(const DispatchArgs& args, int num_ranks, int num_blocks, int smem_bytes);
-LaunchPlan combine_plan(const CombineArgs& args, int num_blocks, int smem_bytes);
+LaunchPlan unpack_plan(const DispatchArgs& args, int num_blocks, int all_blocks, int smem_bytes);
+LaunchPlan combine_plan(int num_ranks, int num_blocks, int smem_bytes);
 
 }  // namespace ep::kernels

@@ -1,8 +1,8 @@
-// Counts first: one block learns where every row of a dispatch will lie, before any row moves.
+// Counts first: where every row of a dispatch will lie is known before any row moves.
 //
-// A warp walks one range of tokens (a chunk) and gives every token its turn at each rank; prefix
-// sums over chunks, then over sources, make rows of turns. No atomics decide an order, so the same
-// routing gives the same rows. What a receiver publishes here is the credit: nobody pushes before.
+// A block walks one range of tokens (a chunk), once to count and once to give every token its turn
+// at each rank; prefix sums over chunks, then over sources, make rows of turns. No atomics decide an
+// order, so the same routing gives the same rows. The base a receiver publishes is the credit.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -16,31 +16,27 @@
 namespace ep::kernels {
 namespace {
 
-constexpr int kAhead = 8;  // loads of ids a thread has in flight
+constexpr int kAhead = 4;  // loads of ids a thread has in flight
 
-// Ids that name no expert: how many, and the lowest t * num_topk + k.
-struct BadIds {
-    int32_t count;
-    unsigned long long first;
-};
-
-// Counters of the block: for each chunk one row, [num_ranks] tokens, then [num_experts] selections
-// by position. Padded to an odd length, so that a warp may walk down a column.
+// Counters in shared memory: a row for each warp or chunk, [num_ranks] tokens, then [num_experts]
+// selections by position. Padded to an odd length, so that a warp may walk down a column.
 struct Counters {
     int32_t* data;
-    int num_columns, stride;
+    int num_rows, num_columns, stride;
 
-    __device__ int32_t* chunk(int c) const { return data + c * stride; }
-    __device__ int32_t* totals(int num_chunks) const { return data + num_chunks * stride; }
+    __device__ int32_t* row(int r) const { return data + r * stride; }
+    __device__ int32_t* totals() const { return data + num_rows * stride; }
 };
 
 __host__ __device__ constexpr int columns_of(const Shape& s) { return s.num_ranks + s.num_experts; }
 __host__ __device__ constexpr int stride_of(const Shape& s) { return columns_of(s) | 1; }
 
-// One token of each group of num_topk lanes: counts it, and notes its turn at every rank.
+// One token of each group of num_topk lanes: counts it, or gives it its turn at every rank. For the
+// latter the counters start from what comes before.
+template <bool kGivesTurns>
 struct Walk {
     const DispatchJob& job;
-    int32_t* rows;        // [num_ranks] of this chunk
+    int32_t* rows;        // [num_ranks] of this warp
     int32_t* selections;  // [num_experts]
     BadIds* bad;
     int token, slot;  // of this lane within a turn
@@ -50,26 +46,50 @@ struct Walk {
         const uint32_t before = ptx::lanemask_lt();
         const bool chosen = here && id >= 0 && id < view.shape.num_experts;
         const int64_t at = t * job.args.num_topk + slot;
-        if (here && !chosen && id != -1) {
+        if (!kGivesTurns && here && !chosen && id != -1) {
             atomicAdd(&bad->count, 1);
             atomicMin(&bad->first, static_cast<unsigned long long>(at));
         }
         const int dst = chosen ? __ldg(view.state.owner + id) : -1;
         const int position = chosen ? __ldg(view.state.position + id) : -1;
-        const uint32_t same_rank = __match_any_sync(~0u, chosen ? dst << 5 | token : -1);
-        const bool first = chosen && (same_rank & before) == 0;
-        const uint32_t rivals = __match_any_sync(~0u, first ? dst : -1);
+        const int leader = first_at(dst);
+        const bool first = chosen && leader == static_cast<int>(ptx::lane_id());
+        const uint32_t rivals = going_to(first ? dst : -1);
         int turn = first ? rows[dst] + __popc(rivals & before) : 0;
         __syncwarp();
         if (first && (rivals & before) == 0) rows[dst] += __popc(rivals);
-        turn = __shfl_sync(~0u, turn, __ffs(same_rank) - 1);
-        if (chosen) view.state.turn[at] = turn;
-        if (job.args.layout == RecvLayout::kCompact) {
+        turn = __shfl_sync(~0u, turn, leader);
+        if (kGivesTurns && chosen) view.state.turn[at] = turn;
+        if (!kGivesTurns) {
             if (chosen) atomicAdd(&selections[position], 1);
-        } else if (!job.args.cached) {
+        } else if (job.args.layout != RecvLayout::kCompact && !job.args.cached) {
             count_selection(at, chosen, position, before);
         }
         __syncwarp();
+    }
+
+    // The lane of this token's first slot at the same rank.
+    __device__ int first_at(int dst) const {
+        const int own = ptx::lane_id(), start = own - slot;
+        int leader = own;
+        for (int k = job.args.num_topk - 1; k >= 0; --k) {
+            const int other = __shfl_sync(~0u, dst, start + k);
+            if (other == dst && k < slot) leader = start + k;
+        }
+        return leader;
+    }
+
+    // Lanes with the same rank. A vote for each rank costs less than matching, while they are few.
+    __device__ uint32_t going_to(int dst) const {
+        constexpr int kFewRanks = 16;
+        const int num_ranks = job.view.shape.num_ranks;
+        if (num_ranks > kFewRanks) return __match_any_sync(~0u, dst);
+        uint32_t mine = 0;
+        for (int r = 0; r < num_ranks; ++r) {
+            const uint32_t lanes = __ballot_sync(~0u, dst == r);
+            if (dst == r) mine = lanes;
+        }
+        return mine;
     }
 
     // Rows of grouped and slab are given selection by selection, in the order (token, slot).
@@ -82,14 +102,21 @@ struct Walk {
     }
 };
 
-__device__ void scan_chunk(const DispatchJob& job, int32_t* chunk, BadIds* bad,
-                           int tokens_per_chunk) {
+// The warps of a block share the chunk; `counters` has a row for each.
+template <bool kGivesTurns>
+__device__ void walk_chunk(const DispatchJob& job, const Counters& counters, int chunk,
+                           BadIds* bad) {
     const int lane = ptx::lane_id(), num_topk = job.args.num_topk;
+    const int warp = threadIdx.x / 32, num_warps = counters.num_rows;
     const int per_turn = 32 / num_topk;
-    const Walk walk{job, chunk,           chunk + job.view.shape.num_ranks,
-                    bad, lane / num_topk, lane % num_topk};
-    const int64_t begin = int64_t{threadIdx.x / 32} * tokens_per_chunk;
-    const int64_t end = min(begin + tokens_per_chunk, job.args.num_tokens);
+    int32_t* own = counters.row(warp);
+    const Walk<kGivesTurns> walk{
+        job, own, own + job.view.shape.num_ranks, bad, lane / num_topk, lane % num_topk};
+    const int turns = (job.tokens_per_chunk + per_turn - 1) / per_turn;
+    const int share = (turns + num_warps - 1) / num_warps * per_turn;
+    const int64_t first = int64_t{chunk} * job.tokens_per_chunk;
+    const int64_t chunk_end = min(first + job.tokens_per_chunk, job.args.num_tokens);
+    const int64_t begin = first + int64_t{warp} * share, end = min(begin + share, chunk_end);
     const bool active = lane < per_turn * num_topk;
     for (int64_t t0 = begin; t0 < end; t0 += kAhead * per_turn) {
         int64_t ids[kAhead];
@@ -106,21 +133,78 @@ __device__ void scan_chunk(const DispatchJob& job, int32_t* chunk, BadIds* bad,
     }
 }
 
-// Down every column: counts become exclusive sums over chunks, and a total below.
-__device__ void sum_chunks(const Counters& counters, int num_chunks) {
+// Down every column: counts become exclusive sums over the rows, and a total below.
+__device__ void sum_columns(const Counters& counters) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, num_warps = blockDim.x / 32;
     for (int column = warp; column < counters.num_columns; column += num_warps) {
-        int32_t* cell = counters.chunk(lane) + column;
-        const int mine = lane < num_chunks ? *cell : 0;
+        int32_t* cell = counters.row(lane) + column;
+        const int mine = lane < counters.num_rows ? *cell : 0;
         int sum = mine;
 #pragma unroll
         for (int step = 1; step < 32; step *= 2) {
             const int other = __shfl_up_sync(~0u, sum, step);
             if (lane >= step) sum += other;
         }
-        if (lane < num_chunks) *cell = sum - mine;
-        if (lane == 31) counters.totals(num_chunks)[column] = sum;
+        if (lane < counters.num_rows) *cell = sum - mine;
+        if (lane == 31) counters.totals()[column] = sum;
     }
+}
+
+// Counts a chunk and gives its turns; leaves its totals where notify finds them.
+__device__ void count_chunk(const DispatchJob& job, const Counters& counters, int chunk,
+                            BadIds& bad) {
+    for (int i = threadIdx.x; i < counters.num_rows * counters.stride; i += blockDim.x) {
+        counters.data[i] = 0;
+    }
+    if (threadIdx.x == 0) bad = {0, ~0ull};
+    __syncthreads();
+    walk_chunk<false>(job, counters, chunk, &bad);
+    __syncthreads();
+    sum_columns(counters);
+    __syncthreads();
+    int32_t* counts = job.view.state.chunk_counts + chunk * counters.num_columns;
+    for (int i = threadIdx.x; i < counters.num_columns; i += blockDim.x) {
+        counts[i] = counters.totals()[i];
+    }
+    if (threadIdx.x == 0) job.view.state.bad_ids[chunk] = bad;
+    walk_chunk<true>(job, counters, chunk, nullptr);
+    __syncthreads();
+}
+
+// Brings the totals of all chunks together; what is wrong with them goes into the entry.
+__device__ void gather_chunks(const DispatchJob& job, const Counters& counters, Entering& in) {
+    const State& state = job.view.state;
+    const DispatchArgs& a = job.args;
+    for (int i = threadIdx.x; i < counters.num_rows * counters.num_columns; i += blockDim.x) {
+        const int chunk = i / counters.num_columns, column = i % counters.num_columns;
+        counters.row(chunk)[column] = state.chunk_counts[i];
+    }
+    static_assert(kMaxChunks <= 32);
+    if (threadIdx.x < 32) {
+        const bool mine = int(threadIdx.x) < counters.num_rows;
+        const int count = mine ? state.bad_ids[threadIdx.x].count : 0;
+        const uint32_t bad = __ballot_sync(~0u, count > 0);
+        const int total = __reduce_add_sync(~0u, count);
+        if (bad != 0 && threadIdx.x == 0) {
+            const auto at = static_cast<int64_t>(state.bad_ids[__ffs(bad) - 1].first);
+            in.entry.code = kBadExpertId;
+            in.entry.detail[0] = total;
+            in.entry.detail[1] = at / a.num_topk;
+            in.entry.detail[2] = at % a.num_topk;
+            in.entry.detail[3] = a.topk_idx[at];
+        }
+    }
+    __syncthreads();
+    sum_columns(counters);
+    __syncthreads();
+    for (int p = threadIdx.x; p < job.view.shape.num_ranks; p += blockDim.x) {
+        if (!a.cached) {
+            a.rank_counts[p] = counters.totals()[p];
+        } else if (a.rank_counts[p] != counters.totals()[p]) {
+            in.entry.code = kStaleHandle;  // a tensor of the handle was changed since
+        }
+    }
+    __syncthreads();
 }
 
 // out[i] = get(0) + ... + get(i - 1) for i in [0, n]; one warp. Returns out[n].
@@ -301,21 +385,20 @@ __device__ bool await_bases(const DispatchJob& job, Entering& in) {
 }
 
 // From turns in a chunk to rows at the owner: push adds what is left here.
-__device__ void fold_bases(const DispatchJob& job, const Entering& in, const Counters& counters,
-                           int num_chunks) {
+__device__ void fold_bases(const DispatchJob& job, const Entering& in, const Counters& counters) {
     const RankView& view = job.view;
     const int num_ranks = view.shape.num_ranks, num_experts = view.shape.num_experts;
     const int me = view.peers.rank, slot = static_cast<int>(in.seq % view.shape.num_slots);
-    for (int i = threadIdx.x; i < num_chunks * num_ranks; i += blockDim.x) {
+    for (int i = threadIdx.x; i < counters.num_rows * num_ranks; i += blockDim.x) {
         const int chunk = i / num_ranks, dst = i % num_ranks;
         const auto* base = at<BaseRecord>(view, me, view.layout.base(slot, dst));
-        view.state.chunk_row[i] = static_cast<int>(base->row) + counters.chunk(chunk)[dst];
+        view.state.chunk_row[i] = static_cast<int>(base->row) + counters.row(chunk)[dst];
     }
     if (job.args.cached || job.args.layout == RecvLayout::kCompact) return;
-    for (int i = threadIdx.x; i < num_chunks * num_experts; i += blockDim.x) {
+    for (int i = threadIdx.x; i < counters.num_rows * num_experts; i += blockDim.x) {
         const int chunk = i / num_experts, position = i % num_experts;
         const int row = *at<int32_t>(view, me, view.layout.expert_row(slot, position));
-        view.state.chunk_slot[i] = row + counters.chunk(chunk)[num_ranks + position];
+        view.state.chunk_slot[i] = row + counters.row(chunk)[num_ranks + position];
     }
 }
 
@@ -354,42 +437,17 @@ __device__ void conclude_failed(const DispatchJob& job, Entering& in) {
     fail_call(view, job.begin, in);
 }
 
-__device__ void count_tokens(const DispatchJob& job, const Counters& counters, Entering& in,
-                             BadIds& bad) {
-    const DispatchArgs& a = job.args;
-    const RankView& view = job.view;
-    const int num_chunks = blockDim.x / 32, num_ranks = view.shape.num_ranks;
-    for (int i = threadIdx.x; i < num_chunks * counters.stride; i += blockDim.x) {
-        counters.data[i] = 0;
-    }
-    const int per_turn = 32 / a.num_topk;
-    const int turns = static_cast<int>((a.num_tokens + per_turn - 1) / per_turn);
-    const int tokens_per_chunk = (turns + num_chunks - 1) / num_chunks * per_turn;
-    if (threadIdx.x == 0) {
-        bad = {0, ~0ull};
-        view.state.op->tokens_per_chunk = tokens_per_chunk;
-    }
-    __syncthreads();
-    scan_chunk(job, counters.chunk(threadIdx.x / 32), &bad, tokens_per_chunk);
-    __syncthreads();
-    sum_chunks(counters, num_chunks);
-    __syncthreads();
-    const int32_t* totals = counters.totals(num_chunks);
-    if (threadIdx.x == 0 && bad.count > 0) {
-        in.entry.code = kBadExpertId;
-        in.entry.detail[0] = bad.count;
-        in.entry.detail[1] = static_cast<int64_t>(bad.first) / a.num_topk;
-        in.entry.detail[2] = static_cast<int64_t>(bad.first) % a.num_topk;
-        in.entry.detail[3] = a.topk_idx[bad.first];
-    }
-    for (int p = threadIdx.x; p < num_ranks; p += blockDim.x) {
-        if (!a.cached) {
-            a.rank_counts[p] = totals[p];
-        } else if (a.rank_counts[p] != totals[p]) {
-            in.entry.code = kStaleHandle;  // a tensor of the handle was changed since
-        }
-    }
-    __syncthreads();
+__device__ Counters counters_of(const Shape& shape, int32_t* data, int num_rows) {
+    return {data, num_rows, columns_of(shape), stride_of(shape)};
+}
+
+// One block for each chunk.
+__global__ void __launch_bounds__(1024, 1) count_kernel(const __grid_constant__ DispatchJob job) {
+    extern __shared__ int32_t shared_counters[];
+    __shared__ BadIds bad;
+    if (__syncthreads_or(device::gave_up(job.view.watch))) return;
+    const int num_warps = blockDim.x / 32;
+    count_chunk(job, counters_of(job.view.shape, shared_counters, num_warps), blockIdx.x, bad);
 }
 
 __global__ void __launch_bounds__(1024, 1) notify_kernel(const __grid_constant__ DispatchJob job) {
@@ -399,13 +457,16 @@ __global__ void __launch_bounds__(1024, 1) notify_kernel(const __grid_constant__
     __shared__ Placing placing;
     const RankView& view = job.view;
     if (__syncthreads_or(device::gave_up(view.watch))) return;
-    const Counters counters{shared_counters, columns_of(view.shape), stride_of(view.shape)};
-    const int num_chunks = blockDim.x / 32;
     const MetaLayout meta = meta_layout(job.args);
 
+    if (job.num_chunks == 1) {  // few tokens: not worth a kernel of their own
+        const int num_warps = blockDim.x / 32;
+        count_chunk(job, counters_of(view.shape, shared_counters, num_warps), 0, bad);
+    }
     if (!acquire_slot(view, job.begin, in)) return;
-    count_tokens(job, counters, in, bad);
-    publish_entries(view, in, counters.totals(num_chunks));
+    const Counters counters = counters_of(view.shape, shared_counters, job.num_chunks);
+    gather_chunks(job, counters, in);
+    publish_entries(view, in, counters.totals());
     if (threadIdx.x == 0) {
         const int me = view.peers.rank;
         placing = {0, 0, 0, view.state.first[me + 1] - view.state.first[me], 0, kOk, 0, 0};
@@ -423,7 +484,7 @@ __global__ void __launch_bounds__(1024, 1) notify_kernel(const __grid_constant__
     publish_bases(job, in, placing);
     if (!await_bases(job, in)) return;
     if (!in.outcome.ok()) return conclude_failed(job, in);
-    fold_bases(job, in, counters, num_chunks);
+    fold_bases(job, in, counters);
     conclude(job, in, placing);
 }
 
@@ -443,9 +504,7 @@ __global__ void leave_kernel(const __grid_constant__ RankView view) {
     }
 }
 
-int notify_smem(const Shape& shape, int num_warps) {
-    return 4 * (num_warps + 1) * stride_of(shape);
-}
+int notify_smem(const Shape& shape, int num_rows) { return 4 * (num_rows + 1) * stride_of(shape); }
 
 int smem_limit = 48 * 1024;  // of a block, set by load_kernels
 
@@ -453,12 +512,26 @@ int smem_limit = 48 * 1024;  // of a block, set by load_kernels
 
 int notify_warps(const Shape& shape, int smem_bytes) {
     const int room = smem_bytes - 2048;  // the rest is static
-    return std::clamp(room / (4 * stride_of(shape)) - 1, 0, kMaxChunks);
+    return std::clamp(room / (4 * stride_of(shape)) - 1, 0, 32);
+}
+
+void divide_tokens(DispatchJob& job, int max_blocks) {
+    constexpr int kTurnsPerWarp = 2;
+    const int warps = notify_warps(job.view.shape, smem_limit);
+    const int per_turn = 32 / job.args.num_topk;
+    const int64_t few = int64_t{kTurnsPerWarp} * warps * per_turn;
+    const int64_t most = std::min({kMaxChunks, max_blocks, warps});
+    const int64_t chunks = std::clamp<int64_t>((job.args.num_tokens + few - 1) / few, 1, most);
+    const int64_t tokens = std::max<int64_t>((job.args.num_tokens + chunks - 1) / chunks, 1);
+    job.tokens_per_chunk = static_cast<int>((tokens + per_turn - 1) / per_turn * per_turn);
+    job.num_chunks = static_cast<int>(chunks);
 }
 
 int launch_notify(const DispatchJob& job, Stream stream) {
     const int warps = notify_warps(job.view.shape, smem_limit);
-    notify_kernel<<<1, warps * 32, notify_smem(job.view.shape, warps), stream>>>(job);
+    const int smem = notify_smem(job.view.shape, warps);
+    if (job.num_chunks > 1) count_kernel<<<job.num_chunks, warps * 32, smem, stream>>>(job);
+    notify_kernel<<<1, warps * 32, smem, stream>>>(job);
     return cudaGetLastError();
 }
 
@@ -477,11 +550,16 @@ int load_notify(int smem_bytes) {
     cudaFuncAttributes attributes;
     for (const void* kernel : {reinterpret_cast<const void*>(&refuse_kernel),
                                reinterpret_cast<const void*>(&leave_kernel),
+                               reinterpret_cast<const void*>(&count_kernel),
                                reinterpret_cast<const void*>(&notify_kernel)}) {
         if (const int error = cudaFuncGetAttributes(&attributes, kernel)) return error;
+        const int dynamic = smem_bytes - static_cast<int>(attributes.sharedSizeBytes);
+        if (const int error = cudaFuncSetAttribute(
+                kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, dynamic)) {
+            return error;
+        }
     }
-    return cudaFuncSetAttribute(notify_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                smem_bytes - static_cast<int>(attributes.sharedSizeBytes));
+    return 0;
 }
 
 }  // namespace ep::kernels

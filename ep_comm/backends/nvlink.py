@@ -35,6 +35,8 @@ Memories = tuple[_core.DeviceMemory, _core.DeviceMemory]  # control block, arena
 # Where ranks that are threads of one process find each other's memory.
 _in_process: dict[tuple[bytes, int], Memories] = {}
 _in_process_lock = threading.Lock()
+# A row that is quantized on the way lies whole in the shared memory of an SM, with its scales.
+_MAX_QUANTIZED_BYTES: Final = 192 << 10
 # Of the free memory of a GPU, what one rank takes for its arena at most.
 _ARENA_SHARE: Final = 0.25
 
@@ -229,6 +231,10 @@ class _Dispatch(cpu._Dispatch):
             self.rank_counts = call.handle.rank_counts
             self.counts = call.handle.num_tokens_per_expert
         self.rank_ends = None
+        row_bytes = spec.hidden * call.x.itemsize + 4 * call.scale_words
+        if call.quantize is not None and row_bytes > _MAX_QUANTIZED_BYTES:
+            what = f"rejected hidden={spec.hidden}: want rows <= {_MAX_QUANTIZED_BYTES} B"
+            raise make_error("E211", f"{what} with quantize= and backend 'nvlink'")
         if call.origins:
             raise make_error("E203", "rejected origins=True: want False with backend 'nvlink'")
         self.status = torch.empty(1, dtype=torch.int32, device=device)

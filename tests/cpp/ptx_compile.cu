@@ -45,4 +45,5 @@ __global__ void every_wrapper(void** out) {
     keep(out, 24, &ptx::cvt_rn_bf16x2);
     keep(out, 25, &ptx::cvt_rn_f16x2);
     keep(out, 26, &ptx::cvt_f32_f16);
+    keep(out, 27, &ptx::ld_shared_v4);
 }
