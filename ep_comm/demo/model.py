@@ -28,7 +28,7 @@ class Size:
     num_layers: int = 2
     num_experts: int = 16
     num_topk: int = 2
-    ffn_hidden: int = 256
+    ffn_hidden: int = 128
     shared_hidden: int = 128
     capacity_factor: float = 2.0
     length: int = 64  # bytes of a sequence
