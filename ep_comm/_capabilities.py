@@ -70,15 +70,19 @@ def capabilities() -> Capabilities:
 
 def _backends() -> dict[str, BackendStatus]:
     """The backends by name, those that this build lacks too."""
+    import torch
     import torch.distributed as dist
 
     from ep_comm._build_info import build_info
 
     found = dist.is_available()
     need = "needs a torch.distributed group" if found else "torch was built without distributed"
-    missing = build_info()["cuda_missing"] or "this version has no nvlink backend"
+    missing = build_info()["cuda_missing"]
+    gpu = missing is None and torch.cuda.is_available()
+    if missing is None:
+        missing = "needs CUDA ranks on one host" if gpu else "torch sees no GPU here"
     return {
         "cpu": {"built": True, "available": True, "reason": "needs CPU tensors, ranks on one host"},
         "collective": {"built": True, "available": found, "reason": need},
-        "nvlink": {"built": False, "available": False, "reason": missing},
+        "nvlink": {"built": build_info()["cuda"] is not None, "available": gpu, "reason": missing},
     }
