@@ -17,7 +17,9 @@ class Cluster:
 
     Args:
         num_nodes, ranks_per_node: the cluster to pretend.
-        device: of the buffers that `make_buffers` makes.
+        device: of the buffers that `make_buffers` makes. "cuda": all ranks on one GPU, their
+            kernels side by side; set CUDA_DEVICE_MAX_CONNECTIONS=32 before CUDA starts, or
+            streams of ranks that wait for each other share a hardware queue.
 
     Cost: a thread per rank and call of `run`. Threads share memory without descriptors (loopback).
     """
