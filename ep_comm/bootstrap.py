@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import operator
 import os
 import secrets
 import select
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from typing import Any, Final
 
-from ep_comm.errors import EPError, make_error
+from ep_comm.errors import EPError, make_error, shown
 
 _MAGIC: Final = b"EPHELLO1"
 _HEAD: Final = struct.Struct("<8sII")  # magic, length of the body, crc32 of the body
@@ -63,10 +64,7 @@ def resolve_group(group: Any) -> Group:
     import torch.distributed as dist
 
     if isinstance(group, StoreGroup):
-        if not 0 <= group.rank < group.size:
-            raise make_error("E406", f"rejected bootstrap of rank {group.rank}: size {group.size}")
-        store = dist.PrefixStore(f"ep_comm/{group.name}", group.store)
-        return Group(store, group.rank, group.size, None, tuple(range(group.size)))
+        return _resolve_store(group)
     initialized = dist.is_available() and dist.is_initialized()
     if group is None and not initialized:
         return Group(dist.HashStore(), 0, 1, None, (0,))
@@ -77,10 +75,35 @@ def resolve_group(group: Any) -> Group:
     from torch.distributed.distributed_c10d import _get_default_store
 
     group = dist.group.WORLD if group is None else group
+    if not isinstance(group, dist.ProcessGroup):
+        what = f"rejected bootstrap of this rank: group is {shown(group)}, want a ProcessGroup"
+        raise make_error("E406", what)
     members = tuple(dist.get_process_group_ranks(group))
     digest = hashlib.sha256(struct.pack(f"<{len(members)}q", *members)).hexdigest()[:16]
     store = dist.PrefixStore(f"ep_comm/{digest}", _get_default_store())
     return Group(store, dist.get_rank(group), len(members), group, members)
+
+
+def _resolve_store(group: StoreGroup) -> Group:
+    """E406 unless its fields can be what they must be; E212 for more ranks than there can be."""
+    import torch.distributed as dist
+
+    from ep_comm import _core
+
+    try:
+        rank, size = operator.index(group.rank), operator.index(group.size)
+    except Exception:  # not even ints
+        rank, size = -1, 0
+    if not 0 <= rank < size:
+        what = f"rejected bootstrap of rank {shown(group.rank)}: size {shown(group.size)}"
+        raise make_error("E406", what)
+    if size > _core.MAX_RANKS:
+        raise make_error("E212", f"rejected {size} ranks: limit {_core.MAX_RANKS}", rank=rank)
+    if not isinstance(group.store, dist.Store) or not isinstance(group.name, str):
+        what = f"store {shown(group.store)}, name {shown(group.name)}"
+        raise make_error("E406", f"rejected bootstrap of rank {rank}: {what}", rank=rank)
+    store = dist.PrefixStore(f"ep_comm/{group.name}", group.store)
+    return Group(store, rank, size, None, tuple(range(size)))
 
 
 # ---- what a rank says of itself ----

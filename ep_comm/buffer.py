@@ -30,9 +30,17 @@ from ep_comm.bootstrap import (
     host_identity,
     resolve_group,
 )
-from ep_comm.checks import BufferSpec, check_combine, check_dispatch, check_options, one_of
+from ep_comm.checks import (
+    BufferSpec,
+    check_combine,
+    check_dispatch,
+    check_memory,
+    check_options,
+    flag,
+    one_of,
+)
 from ep_comm.config import EPConfig
-from ep_comm.errors import EPError, EPTimeout, make_error
+from ep_comm.errors import EPError, EPTimeout, make_error, shown
 from ep_comm.handle import LAYOUTS
 from ep_comm.received import Promised, Received
 
@@ -96,10 +104,11 @@ class Buffer:
         num_slots: operations that may be in flight at once, from 2 to 16.
         expert_map: rank of each expert, int [num_experts]; None: contiguous blocks as even as
             possible. Local experts of a rank are its experts in ascending order.
-        backend: "auto", or one of "cpu", "collective"; one that cannot be had raises E404.
+        backend: "auto", or one of "cpu", "nvlink", "collective"; E404 when it cannot be had.
         device: of all tensors; None: "cuda" when there is a GPU, else "cpu".
-        arena_bytes: memory for outputs, see `size_hint`; None: cpu, as much as the machine has
-            (pages are taken when touched). The collective backend has no arena.
+        arena_bytes: memory for outputs, see `size_hint`; None: two worst cases on GPUs, on the CPU
+            as much as the machine has (pages are taken when touched). The collective backend has
+            no arena.
         num_sms: SMs the kernels of GPU backends may occupy; None: computed from the bytes to move.
         config: the clocks.
     Raises:
@@ -131,12 +140,14 @@ class Buffer:
         num_sms: int | None = None,
         config: EPConfig | None = None,
     ) -> None:
-        self.config = EPConfig() if config is None else config
+        self.config = config if isinstance(config, EPConfig) else EPConfig()
         self.group = group
         self._group = resolve_group(group)
         self._exchange = Exchange(self._group, self.config.arrival_s)
         me = self._group.rank
         try:
+            if not isinstance(config, EPConfig | None):
+                raise make_error("E203", f"rejected config={shown(config)}: want an EPConfig")
             target = _device(device)
             one_of("backend", backend, BACKENDS)
             self._spec = check_options(
@@ -157,7 +168,7 @@ class Buffer:
             self._exchange.publish("hello", Hello(rank=me, refusal=refusal).pack())
             raise make_error(error.code, error.what, rank=me, fix=error.fix) from None
         except Exception as error:
-            self._exchange.publish("hello", Hello(rank=me, refusal=f"E203 {error}").pack())
+            self._exchange.publish("hello", Hello(rank=me, refusal=f"E203 {shown(error)}").pack())
             raise
         self._num_sms = num_sms
         try:
@@ -307,13 +318,14 @@ class Buffer:
                     layout=layout, alignment=alignment, row_index=row_index, origins=origins,
                     capacity=capacity, sync=sync, output=output, num_sms=num_sms, tag=tag,
                 )  # fmt: skip
+                waits = flag("wait", wait)
                 work = self._backend.prepare_dispatch(call)
             except EPError as error:
                 raise self._refused("dispatch", error, tag) from None
             except Exception as error:
                 self._refused("dispatch", _unexpected(error), tag)
                 raise
-            return work.run() if wait else Begun[Received](work.begin())
+            return work.run() if waits else Begun[Received](work.begin())
 
     # fmt: off
     @overload
@@ -400,13 +412,14 @@ class Buffer:
                     topk_weights=topk_weights, order=order, sum_weights=sum_weights, bias=bias,
                     out=out, num_sms=num_sms, tag=tag,
                 )  # fmt: skip
+                waits = flag("wait", wait)
                 work = self._backend.prepare_combine(call)
             except EPError as error:
                 raise self._refused("combine", error, tag) from None
             except Exception as error:
                 self._refused("combine", _unexpected(error), tag)
                 raise
-            return work.run() if wait else Begun[Combined](work.begin())
+            return work.run() if waits else Begun[Combined](work.begin())
 
     # ---- memory, state, end ----
 
@@ -417,13 +430,13 @@ class Buffer:
             shape: any; the memory is contiguous and starts on a page.
             dtype: any.
         Raises:
-            EPMemoryError: E231, no free piece is long enough.
+            EPMemoryError: E231, no free piece is long enough. EPArgumentError: E200, E201.
 
         Local, not collective. It belongs to the tensor: the arena has it back when that dies. The
         collective backend has no arena and returns ordinary memory.
         """
         self._enter()
-        return self._backend.empty(shape, dtype)
+        return self._backend.empty(check_memory(shape, dtype), dtype)
 
     def check(self) -> None:
         """Raise what static calls (`sync=False`) could not: the first failure, once.
@@ -517,7 +530,7 @@ class Buffer:
 
     @property
     def backend(self) -> str:
-        """ "cpu" or "collective"; `backend_reason` says why."""
+        """ "cpu", "nvlink" or "collective"; `backend_reason` says why."""
         return self._backend.name
 
     @property
@@ -576,16 +589,17 @@ class Buffer:
         if error is not None:
             raise error
 
-    def _refused(self, op: str, error: EPError, tag: str) -> EPError:
+    def _refused(self, op: str, error: EPError, tag: object) -> EPError:
         """Tell the peers that this call will not happen; returns the error to raise here."""
         self._backend.refuse(op, error)
-        facts = {"rank": self._spec.rank, "op": op, "seq": self._backend.seq(), "tag": tag}
+        told = tag if isinstance(tag, str) else ""
+        facts = {"rank": self._spec.rank, "op": op, "seq": self._backend.seq(), "tag": told}
         return make_error(error.code, error.what, fix=error.fix, **facts)
 
 
 def _unexpected(error: Exception) -> EPError:
     """What peers are told when a call failed here in a way we did not foresee."""
-    return make_error("E203", f"raised {type(error).__name__}: {error}")
+    return make_error("E203", f"raised {shown(error)}")
 
 
 def _close_backend(backend: Backend, pid: int) -> None:
@@ -603,8 +617,9 @@ def _device(asked: torch.device | str | None) -> torch.device:
         if str(device) == "cuda":  # tensors always have an index
             return torch.device("cuda", torch.cuda.current_device())
         return device
-    except (RuntimeError, TypeError) as error:
-        raise make_error("E203", f"rejected device={asked!r}: want a device, {error}") from None
+    except Exception as error:  # RuntimeError, TypeError, for bytes UnicodeDecodeError
+        what = f"rejected device={shown(asked)}: want a device, {error}"
+        raise make_error("E203", what) from None
 
 
 def _hash(data: bytes) -> int:

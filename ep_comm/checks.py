@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ep_comm import _core
-from ep_comm.errors import EPError, make_error
+from ep_comm.errors import EPError, make_error, shown
 from ep_comm.handle import LAYOUTS, Handle, HandleMeta, parse_handle
 
 Layout = Literal["compact", "grouped", "slab"]
@@ -24,6 +25,7 @@ MAX_RANKS: Final = _core.MAX_RANKS
 MIN_SLOTS: Final = 2
 MAX_SLOTS: Final = _core.MAX_SLOTS
 MAX_HIDDEN: Final = 1 << 20
+MAX_EXPERTS: Final = 1 << 20
 ROW_ALIGN: Final = _core.ROW_ALIGN  # bytes
 MAX_COUNT: Final = (1 << 31) - 1  # rows, experts and tokens travel as int32
 MAX_BYTES: Final = 1 << 62
@@ -159,6 +161,8 @@ def check_tensor(
         raise rejected("E200", name, dtype_name(tensor.dtype), names(dtypes))
     if tensor.layout != torch.strided:
         raise rejected("E202", name, dtype_name(tensor.layout), "strided")
+    if tensor.is_nested or tensor.is_neg():  # its bytes are not its values
+        raise rejected("E202", name, "a nested or negated view", "a plain tensor")
     fits = tensor.dim() == len(shape) and all(
         isinstance(w, str) or g == w for g, w in zip(tensor.shape, shape, strict=True)
     )
@@ -193,7 +197,7 @@ def positive(
 ) -> int:
     """An int from minimum to maximum; `code` unless it is one."""
     if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
-        what = f"rejected {name}={value!r}: want an int from {minimum} to {maximum}"
+        what = f"rejected {name}={shown(value)}: want an int from {minimum} to {maximum}"
         raise make_error(code, what)
     return value
 
@@ -201,9 +205,8 @@ def positive(
 def one_of(name: str, value: Any, allowed: Sequence[Any]) -> Any:
     """E203 unless `value` is one of `allowed`, of the same type, too: 128.0 is no 128."""
     if type(value) not in {type(a) for a in allowed} or value not in allowed:
-        raise make_error(
-            "E203", f"rejected {name}={value!r}: want one of {', '.join(map(repr, allowed))}"
-        )
+        want = ", ".join(map(repr, allowed))
+        raise make_error("E203", f"rejected {name}={shown(value)}: want one of {want}")
     return value
 
 
@@ -212,7 +215,28 @@ def flag(name: str, value: Any) -> bool:
     try:
         return bool(value)
     except Exception:
-        raise make_error("E203", f"rejected {name}={value!r}: want True or False") from None
+        what = f"rejected {name}={shown(value)}: want True or False"
+        raise make_error("E203", what) from None
+
+
+def check_memory(shape: Any, dtype: Any) -> tuple[int, ...]:
+    """The sizes of a new tensor; E200, E201 or E231 unless there can be such a tensor."""
+    if not isinstance(dtype, torch.dtype):
+        raise rejected("E200", "dtype", shown(dtype), "a torch.dtype")
+    try:
+        torch.empty(0, dtype=torch.uint8).view(dtype)
+    except RuntimeError:
+        raise rejected("E200", "dtype", dtype_name(dtype), "one of whole bytes") from None
+    try:
+        sizes = tuple(operator.index(size) for size in shape)
+    except Exception:  # each kind of array raises its own
+        raise rejected("E201", "shape", shown(shape), "ints") from None
+    if min(sizes, default=0) < 0:
+        raise rejected("E201", "shape", list(sizes), "no negative size")
+    num_bytes = dtype.itemsize * math.prod(max(size, 1) for size in sizes)
+    if num_bytes > MAX_BYTES:
+        raise make_error("E231", f"is out of arena memory: need {num_bytes} B")
+    return sizes
 
 
 def expert_owner(num_experts: int, num_ranks: int, expert_map: Any) -> tuple[int, ...]:
@@ -224,7 +248,7 @@ def expert_owner(num_experts: int, num_ranks: int, expert_map: Any) -> tuple[int
     try:
         listed = expert_map.tolist() if hasattr(expert_map, "tolist") else list(expert_map)
         owner = tuple(operator.index(r) for r in listed)  # an int of any kind, but no 0.5
-    except TypeError as error:
+    except Exception as error:  # each kind of array raises its own
         raise make_error("E212", f"rejected map: {error}, want int [{num_experts}]") from None
     if len(owner) != num_experts:
         raise make_error("E212", f"rejected map: {len(owner)} entries, want {num_experts}")
@@ -265,7 +289,7 @@ def check_options(
     num_sms: Any,
 ) -> BufferSpec:
     """Everything about a buffer's options that one rank can see; E203, E210, E211 or E212."""
-    positive("num_experts", num_experts)
+    positive("num_experts", num_experts, maximum=MAX_EXPERTS)
     positive("max_tokens", max_tokens)
     positive("hidden", hidden)
     if hidden > MAX_HIDDEN:

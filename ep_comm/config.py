@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
-from ep_comm.errors import make_error
+from ep_comm.errors import make_error, shown
+
+MAX_S: Final = 1e9  # longer than any job
 
 
 @dataclass(frozen=True)
@@ -33,5 +36,7 @@ class EPConfig:
             value = getattr(self, name)
             if value is None and name == "arrival_s":
                 continue
-            if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-                raise make_error("E203", f"rejected {name}={value!r}: want seconds > 0")
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not 0 < value <= MAX_S:
+                what = f"rejected {name}={shown(value)}: want seconds > 0, at most {MAX_S:g}"
+                raise make_error("E203", what)

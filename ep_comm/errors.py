@@ -211,6 +211,15 @@ CODES: Final[dict[str, CodeInfo]] = {
 }  # fmt: skip
 
 
+def shown(value: object) -> str:
+    """repr, short, also of an object that cannot say what it is."""
+    try:
+        text = repr(value)
+    except Exception:
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 def make_error(code: str, what: str, **facts: Any) -> EPError:
     """The error of `code`, of its class; `facts` are the keyword arguments of EPError."""
     return CODES[code].cls(what, code=code, **facts)

@@ -70,7 +70,7 @@ class HandleMeta:
     @classmethod
     def unpack(cls, meta: object) -> HandleMeta:
         """Read `meta`, int64 [16]; raises EPUsageError E320 when it is not one."""
-        if not _is_tensor(meta, (META_SIZE,), torch.int64):
+        if not _is_tensor(meta, (META_SIZE,), torch.int64) or meta.device.type != "cpu":
             reject_handle(f"meta is {_describe(meta)}", f"int64 [{META_SIZE}]")
         magic, *numbers = meta.tolist()
         if magic != MAGIC:
@@ -176,10 +176,14 @@ def reject_handle(got: str, want: str) -> NoReturn:
 
 
 def _is_tensor(value: object, shape: tuple[int, ...], *dtypes: torch.dtype) -> TypeGuard[Tensor]:
-    return isinstance(value, Tensor) and value.shape == shape and value.dtype in dtypes
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_nested:
+        return False
+    return value.shape == shape and value.dtype in dtypes
 
 
 def _describe(value: object) -> str:
+    if isinstance(value, Tensor) and value.is_nested:
+        return "a nested tensor"
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     if isinstance(value, Sequence):

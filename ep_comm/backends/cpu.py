@@ -360,8 +360,11 @@ class _Dispatch:
         x = self._take_x(result)
         out = self._outputs(arrival)
         if not self.backend.comm.unpack(result, self.args, self._unpack_args(arrival, out)):
-            what = "refused metadata of a peer: an expert or row that does not exist"
             facts = {"rank": self.backend.spec.rank, "op": "dispatch", "seq": result.seq}
+            if self.call.handle is not None:  # then the rows are ours, not a peer's
+                what = "rejected handle: damaged, a row of recv_row does not exist"
+                raise make_error("E320", what, tag=self.call.tag, **facts)
+            what = "refused metadata of a peer: an expert or row that does not exist"
             raise make_error("E240", what, tag=self.call.tag, **facts)
         result.drop()  # from here on the extents belong to the tensors
         if self.promised is None and self.backend.wants_copy(self.call.output):
