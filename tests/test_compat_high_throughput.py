@@ -344,7 +344,11 @@ def test_old_handles_work_with_a_larger_buffer_made_later(ranks: Ranks) -> None:
     ranks.run(work)
 
 
-@pytest.mark.parametrize("handle", [None, (), (1, 2, 3, 4, 5, 6), "handle"])
+@pytest.mark.parametrize(
+    "handle",
+    [None, (), (1, 2, 3, 4, 5, 6), "handle", (torch.zeros(16, dtype=torch.int64),) * 6],
+    ids=["none", "empty", "numbers", "text", "tensors"],
+)
 def test_something_else_is_no_handle(ranks: Ranks, handle: Any) -> None:
     with pytest.raises(ValueError, match="handle"):
         ranks.buffers[0].combine(torch.zeros(1, H).bfloat16(), handle)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ep_comm.compat.deep_ep.config import Config, round_up
 from ep_comm.compat.deep_ep.events import EventHandle, EventOverlap, finished, wait_for
-from ep_comm.compat.deep_ep.handles import SavedRouting, pack
+from ep_comm.compat.deep_ep.handles import pack, restore
 from ep_comm.compat.deep_ep.layout import dispatch_layout, experts_of_ranks
 from ep_comm.compat.deep_ep.low_latency import LowLatencyCalls
 from ep_comm.compat.deep_ep.natives import Natives
@@ -149,9 +149,8 @@ class Buffer(LowLatencyCalls):
         if handle is not None:
             if topk_idx is not None or topk_weights is not None:
                 raise ValueError("topk_idx, topk_weights: want None with handle")
-            saved = SavedRouting(handle)
-            native = self._natives.get(rows.shape[1], saved.num_experts, rows.device)
-            recv = native.dispatch(rows, handle=saved.native(native, rows.shape[1]), **options)
+            native, ours = restore(handle, self._natives, rows.shape[1], rows.device)
+            recv = native.dispatch(rows, handle=ours, **options)
             _raise_static(native, recv)
             received = _rows(recv, given.dtype)
             return received, None, None, None, None, finished(async_finish)
@@ -167,7 +166,7 @@ class Buffer(LowLatencyCalls):
             options |= {"sync": False, "capacity": num_worst_tokens}
         recv = native.dispatch(rows, ids, topk_weights, origins=True, **options)
         _raise_static(native, recv)
-        saved_handle = pack(recv, ids, is_token_in_rank, self.rank)
+        given_back = pack(recv, ids, is_token_in_rank, self.rank)
         counts: list[int] = []
         if num_worst_tokens <= 0:
             counts = recv.counts
@@ -180,7 +179,7 @@ class Buffer(LowLatencyCalls):
             None if topk_idx is None else recv.topk_idx,
             recv.topk_weights,
             counts,
-            saved_handle,
+            given_back,
             finished(async_finish),
         )
 
@@ -209,11 +208,10 @@ class Buffer(LowLatencyCalls):
         Collective.
         """
         wait_for(previous_event)
-        saved = SavedRouting(handle)
-        native = self._natives.get(x.shape[1], saved.num_experts, x.device)
+        native, ours = restore(handle, self._natives, x.shape[1], x.device)
         combined = native.combine(
             x,
-            saved.native(native, x.shape[1]),
+            ours,
             topk_weights=topk_weights,
             sum_weights=topk_weights is not None,
             bias=bias,

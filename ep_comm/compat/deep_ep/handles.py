@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 from ep_comm.compat.deep_ep.layout import RANKS_PER_NODE, dispatch_layout
-from ep_comm.handle import META_SIZE, Handle, edit_meta, meta_index
+from ep_comm.compat.deep_ep.natives import Natives
+from ep_comm.handle import MAGIC, META_SIZE, Handle, edit_meta, meta_index
 
 _PLACES: Final = {  # number of tensors -> where meta, rank_counts, topk_idx and send_row are
     6: (1, 2, 4, 5),
@@ -42,7 +43,9 @@ _HAS_WEIGHTS = meta_index("has_weights")
 _NUM_EXPERTS, _NUM_LOCAL = meta_index("num_experts"), meta_index("num_local_experts")
 
 
-def pack(recv: Any, topk_idx: Tensor, is_token_in_rank: Tensor | None, rank: int) -> Any:
+def pack(
+    recv: Any, topk_idx: Tensor, is_token_in_rank: Tensor | None, rank: int
+) -> tuple[Any, ...]:
     """The tuple for a fresh dispatch.
 
     Args:
@@ -54,6 +57,7 @@ def pack(recv: Any, topk_idx: Tensor, is_token_in_rank: Tensor | None, rank: int
     ids = handle.topk_idx
     if ids is topk_idx:
         ids = ids.clone()
+    handle.meta.ep_comm_kept = (ids, *handle[2:])  # a short cut for `restore`, nothing more
     prefix = origins.rank_ends
     if prefix.shape[0] <= RANKS_PER_NODE:
         return (prefix, handle.meta, handle.rank_counts, origins.row_token, ids, handle.send_row)
@@ -65,33 +69,50 @@ def pack(recv: Any, topk_idx: Tensor, is_token_in_rank: Tensor | None, rank: int
     return (is_token_in_rank, *ours, origins.row_token, column, src_meta, None, None)
 
 
-class SavedRouting:
-    """A handle as a caller gives it back: a tuple or list of the same tensors, old or rebuilt."""
+def restore(
+    handle: Sequence[Any], natives: Natives, hidden: int, device: torch.device
+) -> tuple[Any, Handle]:
+    """The native buffer for a handle that a caller gives back, and the handle as one of its own.
 
-    def __init__(self, handle: Sequence[Any]) -> None:
-        places = _PLACES.get(len(handle)) if isinstance(handle, tuple | list) else None
-        if places is None:
-            raise ValueError(f"handle: got {_describe(handle)}, want what dispatch returned")
-        self._meta, self._rank_counts, self._topk_idx, self._send_row = (handle[i] for i in places)
-        if not isinstance(self._meta, Tensor) or self._meta.shape != (META_SIZE,):
-            raise ValueError(f"handle: element 1 is {_describe(self._meta)}, want int64 [16]")
-        self._fields: list[int] = self._meta.tolist()
-        self.num_experts = self._fields[_NUM_EXPERTS]
+    Args:
+        handle: a tuple or list of the same tensors as `pack` made, or of equal ones.
+        hidden: elements of a row in this call; rows do not depend on it.
+    """
+    places = _PLACES.get(len(handle)) if isinstance(handle, tuple | list) else None
+    if places is None:
+        raise ValueError(f"handle: got {_describe(handle)}, want what dispatch returned")
+    meta, rank_counts, topk_idx, send_row = (handle[i] for i in places)
+    if not isinstance(meta, Tensor) or meta.shape != (META_SIZE,):
+        raise ValueError(f"handle: element 1 is {_describe(meta)}, want int64 [{META_SIZE}]")
+    fields: list[int] = meta.tolist()
+    if fields[0] != MAGIC:
+        raise ValueError(f"handle: element 1 begins with {fields[0]:#x}, want {MAGIC:#x}")
+    native = natives.get(hidden, fields[_NUM_EXPERTS], device)
+    generation = native._backend.generation
+    kept = getattr(meta, "ep_comm_kept", None)
+    if (
+        kept is None
+        or kept[0] is not topk_idx
+        or kept[2] is not send_row
+        or kept[5] is not rank_counts
+    ):
+        kept = _rebuild(fields, topk_idx, send_row, rank_counts)
+    if fields[_GENERATION] != generation or fields[_HIDDEN] != hidden:
+        meta = edit_meta(meta, generation=generation, hidden=hidden)
+    return native, Handle(meta, *kept)
 
-    def native(self, buffer: Any, hidden: int) -> Handle:
-        """As a handle of `buffer`, with rows of `hidden` elements: rows do not depend on either."""
-        fields, meta, send_row = self._fields, self._meta, self._send_row
-        generation = buffer._backend.generation
-        if fields[_GENERATION] != generation or fields[_HIDDEN] != hidden:
-            meta = edit_meta(meta, generation=generation, hidden=hidden)
-        device = send_row.device
-        weights, recv_row, counts = _unread(fields[_NUM_TOPK], fields[_NUM_LOCAL], device)
-        if fields[_HAS_WEIGHTS]:
-            weights = send_row.view(torch.float32)  # of the right size
-        # Compact rows are in the order of their sources, so nobody reads more than its size.
-        recv_src = torch.empty((fields[_NUM_UNIQUE], 2), dtype=torch.int32, device=device)
-        ids, counts_of_ranks = self._topk_idx, self._rank_counts
-        return Handle(meta, ids, weights, send_row, recv_src, recv_row, counts_of_ranks, counts)
+
+def _rebuild(
+    fields: Sequence[int], topk_idx: Tensor, send_row: Tensor, rank_counts: Tensor
+) -> tuple[Tensor, ...]:
+    """What follows meta in the native handle, from copies of the four tensors we gave out."""
+    device = send_row.device
+    weights, recv_row, counts = _unread(fields[_NUM_TOPK], fields[_NUM_LOCAL], device)
+    if fields[_HAS_WEIGHTS]:
+        weights = send_row.view(torch.float32)  # of the right size
+    # Compact rows are in the order of their sources, so nobody reads more than its size.
+    recv_src = torch.empty((fields[_NUM_UNIQUE], 2), dtype=torch.int32, device=device)
+    return (topk_idx, weights, send_row, recv_src, recv_row, rank_counts, counts)
 
 
 @cache

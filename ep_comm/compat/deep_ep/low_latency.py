@@ -14,12 +14,14 @@ from torch import Tensor
 
 from ep_comm.compat.deep_ep.events import EventOverlap, finished
 from ep_comm.compat.deep_ep.natives import Natives, refuse
-from ep_comm.handle import Handle, meta_index
+from ep_comm.handle import META_SIZE, Handle, edit_meta
 from ep_comm.received import Origins, Promised, Received
 
 SCALE_BLOCK: Final = 128
-_HAS_WEIGHTS: Final = meta_index("has_weights")
 _WORD_BLOCK: Final = 4 * SCALE_BLOCK  # elements whose exponents share an int32
+
+# Added to the meta of a handle without weights: one operation, where setting the field takes three.
+_WEIGHTS_COME_LATER: Final = edit_meta(torch.zeros(META_SIZE, dtype=torch.int64), has_weights=1)
 
 Hook = Callable[[], None]
 LowLatencyHandle = tuple[Tensor, Tensor, int, int, int]
@@ -207,7 +209,7 @@ class _Routing:
             self.arrived(handle)
 
     def arrived(self, handle: Handle) -> None:
-        handle.meta[_HAS_WEIGHTS] = 1  # they come with combine
+        handle.meta.add_(_WEIGHTS_COME_LATER)
         self.handle, self._finish = handle, None  # `finish` holds what holds us
 
     def weighted(self, topk_idx: Tensor, topk_weights: Tensor) -> Handle:
