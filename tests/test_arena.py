@@ -61,12 +61,12 @@ def test_extents_are_disjoint_aligned_and_inside(steps: list[tuple[bool, int, in
             assert start >= ends
             ends = start + -(-tensor.numel() // PAGE) * PAGE
             assert ends <= segment.bytes
+        tensor = None  # only `held` holds
         in_use = sum(-(-t.numel() // PAGE) * PAGE for t in held)
         assert arena.stats()["in_use"] == in_use
         assert arena.stats()["num_extents"] == len(held)
         assert arena.stats()["peak"] >= in_use
     held.clear()
-    tensor = None
     assert arena.stats()["largest_free"] == 32 * PAGE
 
 
