@@ -320,7 +320,13 @@ class Exchange:
                 self.group.store.delete_key(key)
 
     def abandon(self) -> None:
-        """Others never came: our next construction, their first, takes this number again."""
+        """Others never came: our next construction, their first, takes this number again.
+
+        What we published goes, or who comes later would take it for us.
+        """
+        for key in self._keys:
+            with contextlib.suppress(Exception):
+                self.group.store.delete_key(key)
         with contextlib.suppress(Exception):
             self.group.store.add(f"count/{self.group.rank}", -1)
 
