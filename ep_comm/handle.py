@@ -8,6 +8,7 @@ only place that knows which index means what.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Final, NamedTuple, NoReturn, TypeGuard
@@ -19,6 +20,7 @@ from ep_comm.errors import make_error
 
 MAGIC: Final = 0x45505F48414E444C  # "EP_HANDL"
 META_SIZE: Final = 16
+_META: Final = struct.Struct(f"={META_SIZE}q")
 LAYOUTS: Final = ("compact", "grouped", "slab")  # a layout's code in `meta` is its index here
 
 
@@ -65,7 +67,8 @@ class HandleMeta:
         """Write the fields as `meta`, int64 [16]."""
         values = vars(self).values()  # in field order; dataclasses.astuple would copy deeply
         numbers = [LAYOUTS.index(v) if isinstance(v, str) else int(v) for v in values]
-        return torch.tensor([MAGIC, *numbers], dtype=torch.int64)
+        # A quarter of the time of torch.tensor(list): this is on every dispatch.
+        return torch.frombuffer(bytearray(_META.pack(MAGIC, *numbers)), dtype=torch.int64)
 
     @classmethod
     def unpack(cls, meta: object) -> HandleMeta:
@@ -82,6 +85,8 @@ class HandleMeta:
             reject_handle(f"layout code {layout}", f"0 to {len(LAYOUTS) - 1}")
         if min(tokens, unique, rows, topk, local_experts, hidden) < 0 or min(alignment, ranks) < 1:
             reject_handle(f"sizes {numbers[3:]}", "no negative size")
+        if routing_number < 0:
+            reject_handle(f"routing number {routing_number}", "that of a dispatch")
         return cls(
             generation=generation,
             routing_number=routing_number,

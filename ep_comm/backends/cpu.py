@@ -472,7 +472,7 @@ class _Dispatch:
             num_recv=num_recv if call.sync else torch.tensor([num_recv], dtype=torch.int32),
             offsets=out.get("offsets"),
             row_index=out.get("row_index"),
-            status=torch.tensor([status], dtype=torch.int32),
+            status=torch.full((1,), status, dtype=torch.int32),
             handle=self._handle(arrival, out),
             layout=call.layout,
             origins=self._origins(out),
