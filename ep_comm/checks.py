@@ -123,10 +123,16 @@ def as_tensor(name: str, value: Any) -> Tensor:
     what = f"rejected {name}: got {type(value).__name__}, want a tensor or DLPack array"
     try:
         if hasattr(value, "__dlpack__"):
+            strides = getattr(value, "strides", None)
+            if isinstance(strides, tuple) and min(strides, default=0) < 0:
+                # torch 2.13 ends the process for x[::-1] of numpy instead of raising
+                raise rejected("E202", name, f"strides {list(strides)}", "none negative")
             tensor: Tensor = torch.from_dlpack(value)
             return tensor
         if hasattr(value, "__cuda_array_interface__"):
             return torch.as_tensor(value)
+    except EPError:
+        raise
     except Exception as error:  # each library raises its own, e.g. numpy for a read-only array
         raise make_error("E200", f"{what} ({error})") from error
     raise make_error("E200", what)

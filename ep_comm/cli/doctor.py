@@ -35,8 +35,8 @@ def doctor(
 ) -> None:
     """Look at this machine in at most 5 s; nothing is left behind, no privilege is needed.
 
-    Lines read `[ok|warn|skip|fail] Dn subject: measured (need ...); effect; fix`. Exit status: 0 ok
-    or skipped, 1 a warning, 2 a failure or something required that is not there.
+    A line has status, check, subject: measured (need ...); effect; fix. Exit status: 0 ok or
+    skipped, 1 a warning, 2 a failure or something required that is not there.
     """
     from ep_comm.doctor import Machine, examine, launch_line
 
