@@ -309,7 +309,9 @@ class Buffer:
         """
         self._enter()
         with self._lock:
-            if sync is not False:  # whatever it is: all ranks must agree on this before any check
+            # Whatever the two are: all ranks must agree on this before any check. A begun call
+            # waits for nothing.
+            if sync is not False and wait is not False:
                 self._raise_deferred()
             try:
                 call = check_dispatch(
