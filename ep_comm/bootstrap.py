@@ -261,6 +261,8 @@ def host_identity() -> tuple[bytes, int]:
 
 # ---- the store ----
 
+_GAVE_UP: Final = b"\0gave up"  # no hello, and no sentence of a failure
+
 
 class Exchange:
     """One construction: rounds in which every rank publishes bytes and reads everybody's."""
@@ -268,7 +270,7 @@ class Exchange:
     def __init__(self, group: Group, limit_s: float | None) -> None:
         self.group = group
         self.deadline = None if limit_s is None else time.monotonic() + limit_s
-        self.alive: Callable[[], int | None] = lambda: None  # a rank known to be dead
+        self.dead_ranks: Callable[[], list[int]] = list  # as far as we know
         # The store counts the constructions of each rank: any number of buffers share a group.
         self._number = group.store.add(f"count/{group.rank}", 1)
         self._keys: list[str] = []
@@ -284,34 +286,41 @@ class Exchange:
 
         Raises:
             EPTimeout: E120, the deadline has passed; names all ranks that are missing.
-            EPPeerDied: E110, a rank whose process we know ended meanwhile.
+            EPPeerDied: E110, a rank whose process we know ended without an answer.
         """
-        store, group = self.group.store, self.group
+        group = self.group
         self.publish(name, payload)
         keys = [f"{self._number}/{name}/{r}" for r in range(group.size)]
         start = time.monotonic()
+        answers: list[bytes] = []
         for rank, key in enumerate(keys):
-            while not self._wait_slice(key):
-                dead = self.alive()
-                if dead is not None:
-                    raise died_early(group.rank, dead)
+            while (answer := self._wait_slice(key)) is None:
+                for dead in self.dead_ranks():
+                    if self._read(keys[dead]) is None:
+                        raise died_early(group.rank, dead)
                 if self.deadline is not None and time.monotonic() > self.deadline:
-                    missing = [r for r in range(group.size) if not store.check([keys[r]])]
-                    if not missing:
-                        break
+                    later = [r for r in range(rank + 1, group.size) if self._read(keys[r]) is None]
                     waited = time.monotonic() - start
-                    what = f"waited {waited:.1f} s: ranks {missing} missing"
+                    what = f"waited {waited:.1f} s: ranks {[rank, *later]} missing"
                     raise make_error("E120", what, rank=group.rank, peer=rank)
-        return [bytes(store.get(key)) for key in keys]
+            answers.append(answer)
+        return answers
 
-    def _wait_slice(self, key: str) -> bool:
-        if self.group.store.check([key]):
-            return True
-        try:
-            self.group.store.wait([key], timedelta(milliseconds=200))
-        except Exception:  # each kind of store raises its own timeout
-            return bool(self.group.store.check([key]))
-        return True
+    def _read(self, key: str) -> bytes | None:
+        """What is there now; None = nothing, or of a rank that gave up."""
+        store = self.group.store
+        answer = bytes(store.get(key)) if store.check([key]) else _GAVE_UP
+        return None if answer == _GAVE_UP else answer
+
+    def _wait_slice(self, key: str) -> bytes | None:
+        answer = self._read(key)
+        if answer is None:
+            with contextlib.suppress(Exception):  # each kind of store raises its own timeout
+                self.group.store.wait([key], timedelta(milliseconds=200))
+            answer = self._read(key)
+            if answer is None:
+                time.sleep(0.01)  # a store does not wait for the next value of a key
+        return answer
 
     def finish(self) -> None:
         """Take back what everybody has read: all rounds but the last."""
@@ -322,11 +331,12 @@ class Exchange:
     def abandon(self) -> None:
         """Others never came: our next construction, their first, takes this number again.
 
-        What we published goes, or who comes later would take it for us.
+        What we published is marked, or who comes later would take it for us. Nothing is deleted: a
+        rank that has just seen a key would wait for it.
         """
         for key in self._keys:
             with contextlib.suppress(Exception):
-                self.group.store.delete_key(key)
+                self.group.store.set(key, _GAVE_UP)
         with contextlib.suppress(Exception):
             self.group.store.add(f"count/{self.group.rank}", -1)
 
@@ -341,6 +351,7 @@ class Mesh:
     sockets: dict[int, socket.socket] = field(default_factory=dict)
     pidfds: dict[int, int] = field(default_factory=dict)
     pids: dict[int, int] = field(default_factory=dict)  # 0 = not visible from here
+    gone: set[int] = field(default_factory=set)  # dead before we could watch them
 
     def close(self) -> None:
         for sock in self.sockets.values():
@@ -350,20 +361,46 @@ class Mesh:
         self.sockets.clear()
         self.pidfds.clear()
 
-    def dead_rank(self) -> int | None:
-        """A rank whose process, or whose end of the socket, is gone."""
-        for rank, pidfd in self.pidfds.items():
-            if select.select([pidfd], [], [], 0)[0]:
-                return rank
-        for rank, sock in self.sockets.items():
-            try:
-                if sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b"":
-                    return rank
-            except BlockingIOError:
-                continue
-            except OSError:
-                return rank
-        return None
+    def dead_ranks(self) -> list[int]:
+        """Ranks whose process is gone; where that cannot be seen, their end of the socket.
+
+        A process that lives may still have failed and closed its socket: it says so in the store.
+        """
+        return [
+            rank
+            for rank in sorted({*self.pidfds, *self.sockets, *self.gone})
+            if self._is_dead(rank)
+        ]
+
+    def _is_dead(self, rank: int) -> bool:
+        if rank in self.gone:
+            return True
+        if rank in self.pidfds:
+            return _is_over(self.pidfds[rank])
+        return _is_cut(self.sockets[rank])
+
+    def dead_rank(self, patience_s: float = 0.0) -> int | None:
+        """The lowest of `dead_ranks`. Sockets of a process end a moment before it does: have
+        patience when a socket has just failed."""
+        end = time.monotonic() + patience_s
+        while (dead := min(self.dead_ranks(), default=None)) is None and time.monotonic() < end:
+            time.sleep(0.01)
+        return dead
+
+
+def _is_over(pidfd: int) -> bool:
+    watch = select.poll()  # not select: descriptors may be large numbers
+    watch.register(pidfd, select.POLLIN)
+    return bool(watch.poll(0))
+
+
+def _is_cut(sock: socket.socket) -> bool:
+    try:
+        return sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 def died_early(me: int, dead: int) -> EPError:
@@ -403,7 +440,7 @@ class Listener:
             EPPeerDied, EPTimeout: E110, E120, as `Exchange.gather`.
         """
         mesh = Mesh()
-        exchange.alive = mesh.dead_rank
+        exchange.dead_ranks = mesh.dead_ranks
         try:
             others = [h for h in hellos if h.rank != me and not h.same_process(hellos[me])]
             for peer in others:
@@ -432,6 +469,9 @@ class Listener:
             sock.sendall(_GREETING.pack(_MAGIC, group_token, me))
         except OSError as error:
             sock.close()
+            dead = mesh.dead_rank(patience_s=0.3)
+            if dead is not None:
+                raise died_early(me, dead) from error
             if isinstance(error, ConnectionRefusedError) and not _same_network(peer):
                 call = f"connect to rank {peer.rank}: {error.strerror}"
                 what = f"cannot share memory: {call}, needs one network namespace"
@@ -543,8 +583,12 @@ def _keep(mesh: Mesh, rank: int, sock: socket.socket) -> None:
 def _watch(mesh: Mesh, rank: int, pid: int) -> None:
     mesh.pids[rank] = pid
     if rank not in mesh.pidfds and pid > 0 and hasattr(os, "pidfd_open"):
-        with contextlib.suppress(OSError):
+        try:
             mesh.pidfds[rank] = os.pidfd_open(pid)
+        except ProcessLookupError:
+            mesh.gone.add(rank)
+        except OSError:
+            pass  # an old kernel, or no descriptors left: its socket will tell
 
 
 def _seconds_left(exchange: Exchange) -> float:
