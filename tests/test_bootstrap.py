@@ -402,6 +402,9 @@ def test_s1_strangers_at_the_socket_are_refused_and_peers_still_get_in() -> None
         assert isinstance(sides.results[0], bootstrap.Mesh), sides.results[0]
         assert isinstance(sides.results[1], bootstrap.Mesh), sides.results[1]
         assert list(sides.results[0].sockets) == [1]
+        sides.results[1].sockets[0].sendall(b"it is me")
+        sides.results[0].sockets[1].settimeout(5)
+        assert sides.results[0].sockets[1].recv(8) == b"it is me"
 
 
 def test_silent_stranger_does_not_keep_peers_out_for_long() -> None:
@@ -550,8 +553,7 @@ def _leaves_nothing(me: Any) -> None:
     buffer.close()
 
 
-@pytest.mark.parametrize("rounds", [60, pytest.param(1000, marks=pytest.mark.slow)])
-def test_f3_construct_and_close_many_times_keeps_memory_and_descriptors_flat(rounds: int) -> None:
+def test_f3_construct_and_close_1000_times_keeps_memory_and_descriptors_flat() -> None:
     store = dist.HashStore()
 
     def once() -> None:
@@ -568,7 +570,7 @@ def test_f3_construct_and_close_many_times_keeps_memory_and_descriptors_flat(rou
 
     once()
     before = footprint()
-    for _ in range(rounds):
+    for _ in range(1000):
         once()
     assert_same_footprint(before, footprint())
 
