@@ -3,6 +3,7 @@ name the culprit; nothing is written; the next call works."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -386,6 +387,28 @@ def test_a10_bad_ids_are_counted_and_named_everywhere(
         assert error.peer == CULPRIT
 
     three.run(work)
+    works(three)
+
+
+def test_many_refusals_in_a_row_reach_slow_peers_one_by_one(three: Cluster) -> None:
+    """The refusing rank runs ahead of its peers by more calls than there are slots."""
+    changes: list[tuple[str, dict[str, Any]]] = [
+        ("E203", {"layout": "rows"}),
+        ("E201", {"topk_idx": ids(3)}),
+        ("E200", {"topk_idx": ids().float()}),
+    ] * 3
+
+    def work(rank: int) -> list[str]:
+        codes = []
+        for _, change in changes:
+            time.sleep(0 if rank == CULPRIT else 0.01)
+            arguments = good_dispatch(rank) | (change if rank == CULPRIT else {})
+            with pytest.raises(EPError) as caught:
+                three.buffers[rank].dispatch(**arguments)
+            codes.append(caught.value.code)
+        return codes
+
+    assert three.run(work) == [[code for code, _ in changes]] * RANKS
     works(three)
 
 
