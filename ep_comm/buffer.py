@@ -206,11 +206,13 @@ class Buffer:
                     self.config, arena_bytes, self._num_sms,
                 )  # fmt: skip
                 return gpu, reason
-            from ep_comm.backends.cpu import CpuBackend, connect, default_arena_bytes
+            from ep_comm.backends import cpu
 
-            size = default_arena_bytes() if arena_bytes is None else arena_bytes
-            memory = connect(self._group, hellos, listener, self._exchange, shape, size)
-            return CpuBackend(spec, generation, self.config, memory, shape), reason
+            host = cpu.open_backend(
+                self._group, hellos, listener, self._exchange, shape, spec, generation,
+                self.config, arena_bytes,
+            )  # fmt: skip
+            return host, reason
         finally:
             listener.close()
 

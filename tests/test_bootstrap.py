@@ -523,7 +523,7 @@ def clean() -> Iterator[None]:
     yield
     after = footprint()
     assert after["segments"] == before["segments"]
-    assert not ep_comm.backends.cpu._in_process  # type: ignore[attr-defined]
+    assert not ep_comm.backends.mapping._in_process  # type: ignore[attr-defined]
 
 
 def test_closed_processes_leave_nothing_in_processes() -> None:

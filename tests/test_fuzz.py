@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from ep_comm import Buffer, EPConfig, Handle, StoreGroup
-from ep_comm.backends import cpu
+from ep_comm.backends import mapping
 from ep_comm.bootstrap import Exchange, Group, Hello, Listener, check_agreement
 from ep_comm.errors import EPError
 from ep_comm.testing import Cluster
@@ -326,7 +326,7 @@ class Answers:
 def answer_of_a_peer_is_read_or_refused(answer: bytes) -> None:
     """The last rounds of a construction carry a code and a sentence."""
     exchange = Exchange(Group(Answers(answer), 0, 3), 1.0)
-    error = attack(lambda: cpu._agree(exchange, "created", 0, None))
+    error = attack(lambda: mapping.agree(exchange, "created", 0, None))
     assert error is not None or answer == b""
 
 

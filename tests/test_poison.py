@@ -54,7 +54,7 @@ def inputs(rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def whole_arena(buffer: Buffer) -> Tensor:
     """All bytes of a rank's arena, whoever holds them."""
-    segment = buffer._backend._memory.own_arena
+    segment = buffer._backend._memory.own.arena
     array = (ctypes.c_uint8 * segment.bytes).from_address(segment.address)
     return torch.frombuffer(array, dtype=torch.uint8)
 
@@ -70,7 +70,7 @@ def written(buffer: Buffer) -> Tensor:
 
 
 def span(buffer: Buffer, tensor: Tensor) -> slice:
-    start = tensor.data_ptr() - buffer._backend._memory.own_arena.address
+    start = tensor.data_ptr() - buffer._backend._memory.own.arena.address
     return slice(start, start + tensor.numel() * tensor.itemsize)
 
 

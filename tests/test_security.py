@@ -285,9 +285,9 @@ def test_s7_2_tokens_are_neither_logged_nor_shown(caplog: pytest.LogCaptureFixtu
 
 
 def _in_process() -> list[tuple[bytes, int]]:
-    from ep_comm.backends import cpu
+    from ep_comm.backends import mapping
 
-    return list(cpu._in_process)
+    return list(mapping._in_process)
 
 
 # ---- 7.3 host identity ----
@@ -441,8 +441,8 @@ class HostilePeer:
         shape.num_ranks, shape.num_slots, shape.num_experts = 2, 2, 4
         shape.max_local_experts, shape.num_topk, shape.max_tokens = 2, 2, 8
         self.regions = {name: at for name, at, _ in _core.ControlLayout(shape).regions()}
-        self.mine = self.cluster.buffers[1]._backend._memory.control.address
-        self.victim = self.cluster.buffers[0]._backend._memory.control.address
+        self.mine = self.cluster.buffers[1]._backend._memory.own.control.address
+        self.victim = self.cluster.buffers[0]._backend._memory.own.control.address
         heard = (ctypes.c_char * ENTRY.size).from_address(
             self.mine + self.regions["entries"] + 2 * ENTRY_STRIDE
         )
@@ -542,7 +542,7 @@ def test_s7_6_hostile_numbers_are_refused(hostile: HostilePeer, lie: Any) -> Non
 
 def test_s7_6_metadata_of_a_peer_is_checked(hostile: HostilePeer) -> None:
     """Rows are there, but their records name an expert that is none."""
-    arena = hostile.cluster.buffers[0]._backend._memory.own_arena
+    arena = hostile.cluster.buffers[0]._backend._memory.own.arena
     ctypes.memset(arena.address, 0x7F, arena.bytes)
     hostile.say({}, {}, (1, 2))
     assert hostile.error().code == "E240"

@@ -9,64 +9,29 @@ from __future__ import annotations
 import logging
 import math
 import os
-import threading
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from ep_comm import _core
+from ep_comm.backends import calls, mapping
 from ep_comm.backends.base import Combined
-from ep_comm.bootstrap import (
-    Exchange,
-    Group,
-    Hello,
-    Listener,
-    Mesh,
-    died_early,
-    group_token,
-    receive_fds,
-    send_fds,
-)
-from ep_comm.checks import BufferSpec, CombineCall, DispatchCall, worst_grouped_rows
+from ep_comm.backends.calls import Arrival
+from ep_comm.bootstrap import Exchange, Group, Hello, Listener
+from ep_comm.checks import BufferSpec, CombineCall, DispatchCall
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPError, make_error
-from ep_comm.handle import Handle, HandleMeta
-from ep_comm.received import Origins, Promised, Received
+from ep_comm.received import Promised, Received
 from ep_comm.verdict import PeerState, error_of
 
 _log = logging.getLogger("ep_comm")
 
-_LAYOUTS: Final = {
-    "compact": _core.RecvLayout.COMPACT,
-    "grouped": _core.RecvLayout.GROUPED,
-    "slab": _core.RecvLayout.SLAB,
-}
-_DTYPES: Final = {
-    torch.bfloat16: _core.DType.BF16,
-    torch.float16: _core.DType.F16,
-    torch.float32: _core.DType.F32,
-    torch.float8_e4m3fn: _core.DType.E4M3,
-    torch.float8_e5m2: _core.DType.E5M2,
-    torch.int8: _core.DType.I8,
-    torch.uint8: _core.DType.U8,
-}
-_QUANTIZE: Final = {
-    None: _core.Quantize.NONE,
-    "fp8": _core.Quantize.FP8,
-    "fp8_ue8m0": _core.Quantize.FP8_UE8M0,
-}
 # Failures a static call finds after it began: shown as its status, raised later.
 _DEFERRABLE: Final = (213, 230, 231)
-# Above this share of the arena in use, output="auto" returns ordinary torch memory instead.
-_WATERMARK: Final = 0.75
 
-# Where ranks that are threads of one process find each other's memory: (token of the group, rank)
-# -> (control block, arena).
-_in_process: dict[tuple[bytes, int], tuple[_core.Segment, _core.Segment]] = {}
-_in_process_lock = threading.Lock()
+Memory = mapping.Mapped[_core.Segment]
 
 
 def default_arena_bytes() -> int:
@@ -90,15 +55,21 @@ class CpuBackend:
         self.spec = spec
         self.generation = generation
         self._memory = memory
-        self._arena = memory.arena
+        self._arena = _core.Arena(memory.own.arena)
         self._deferred: EPError | None = None
         self._copies_out = 0
         self._lost: list[Tensor] = []
         self._in_flight: list[tuple[_core.Pending, Any]] = []
-        self._peer_pids = [memory.mesh.pids.get(r, 0) for r in range(spec.num_ranks)]
+        mesh, ranks = memory.mesh, range(spec.num_ranks)
+        self._peer_pids = [mesh.pids.get(r, 0) for r in ranks]
+        sockets = {r: sock.fileno() for r, sock in mesh.sockets.items()}
+        peers = [  # no pidfd, no socket: -1; a process that is not visible: pid 0
+            (*memory.peers[r], mesh.pidfds.get(r, -1), sockets.get(r, -1), self._peer_pids[r])
+            for r in ranks
+        ]
         arrival = -1.0 if config.arrival_s is None else config.arrival_s
         self.comm = _core.CpuCommunicator(
-            shape, spec.rank, generation, list(spec.owner), memory.views(), memory.arena,
+            shape, spec.rank, generation, list(spec.owner), peers, self._arena,
             (config.arrival_warn_s, arrival, config.progress_s),
         )  # fmt: skip
 
@@ -193,7 +164,7 @@ class CpuBackend:
     def crowded(self) -> bool:
         """Whether so much of the arena is in use that outputs should not stay there."""
         stats: dict[str, int] = self._arena.stats()
-        return stats["in_use"] > _WATERMARK * stats["capacity"]
+        return stats["in_use"] > calls.WATERMARK * stats["capacity"]
 
     def wants_copy(self, output: str) -> bool:
         """Whether an output should leave the arena at once."""
@@ -205,7 +176,7 @@ class CpuBackend:
 
     def stats(self) -> dict[str, Any]:
         return {
-            "arena": dict(self._arena.stats(), committed=self._memory.own_arena.committed_bytes()),
+            "arena": dict(self._arena.stats(), committed=self._memory.own.arena.committed_bytes()),
             "copied_out": self._copies_out,
         }
 
@@ -239,72 +210,16 @@ class _Begun:
         return self._finish()
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-class _Arrival(NamedTuple):
-    """The numbers of a dispatch that is over; shapes follow from them."""
-
-    num_recv: int  # unique tokens
-    num_rows: int  # of x; slab: per local expert
-    seq: int
-
-
-class _Dispatch:
-    """One dispatch: its arguments as the core wants them, then the tensors the caller gets.
-
-    Holds every tensor whose address the core has until the operation is over.
-    """
+class _Dispatch(calls.Dispatch):
+    """One dispatch: run by this thread or begun on the communication thread."""
 
     promised: Promised | None = None  # outputs made before the operation began
     _promised_out: dict[str, Tensor]
 
     def __init__(self, backend: CpuBackend, call: DispatchCall) -> None:
-        self.backend, self.call = backend, call
+        super().__init__(backend.spec, call)
+        self.backend = backend
         self.reported = False  # a failure of this static call has been remembered
-        spec = backend.spec
-        tokens, topk = call.topk_idx.shape
-        if call.handle is None:
-            self.send_row = torch.empty((tokens, topk), dtype=torch.int32)
-            self.rank_counts = torch.zeros((2, spec.num_ranks), dtype=torch.int64)
-            self.counts = torch.empty(spec.num_local_experts, dtype=torch.int32)
-        else:
-            self.send_row = call.handle.send_row
-            self.rank_counts = call.handle.rank_counts
-            self.counts = call.handle.num_tokens_per_expert
-        self.rank_ends: Tensor | None = None
-        if call.origins and call.layout == "compact":
-            self.rank_ends = torch.empty((spec.num_ranks, spec.num_ranks), dtype=torch.int32)
-        self.args = self._fill(_core.DispatchArgs())
-
-    def _fill(self, a: _core.DispatchArgs) -> _core.DispatchArgs:
-        call = self.call
-        a.x, a.x_stride = call.x.data_ptr(), call.x.stride(0) * call.x.itemsize
-        a.scales = _address(call.scales)
-        a.topk_idx = call.topk_idx.data_ptr()
-        a.topk_weights = _address(call.topk_weights)
-        a.send_row = self.send_row.data_ptr()
-        a.rank_counts = self.rank_counts.data_ptr()
-        a.expert_counts = self.counts.data_ptr()
-        a.num_tokens, a.hidden = call.x.shape
-        a.scale_bytes = 4 * call.scale_words
-        a.capacity = -1 if call.capacity is None else call.capacity
-        if call.row_index and not call.sync:
-            a.index_capacity = worst_grouped_rows(self.backend.spec, call)
-        a.given_capacity = -1 if call.given_capacity is None else call.given_capacity
-        a.rank_ends = _address(self.rank_ends)
-        a.num_topk = call.num_topk
-        a.alignment = call.alignment
-        a.scale_block = call.scale_block
-        a.layout = _LAYOUTS[call.layout]
-        a.dtype = _DTYPES[call.x.dtype]
-        a.quantize = _QUANTIZE[call.quantize]
-        a.with_weights = call.topk_weights is not None
-        a.is_static = not call.sync
-        a.cached = call.handle is not None
-        a.routing = call.meta.routing_number if call.meta is not None else 0
-        return a
 
     def run(self) -> Received:
         comm, late = self.backend.comm, self.backend.late("dispatch", self.call.tag)
@@ -356,7 +271,7 @@ class _Dispatch:
             if self.call.sync or outcome.code not in _DEFERRABLE or outcome.reason:
                 raise error
             return self._failed(error)
-        arrival = _Arrival(result.num_recv, result.num_rows, result.seq)
+        arrival = Arrival(result.num_recv, result.num_rows, result.seq)
         x = self._take_x(result)
         out = self._outputs(arrival)
         if not self.backend.comm.unpack(result, self.args, self._unpack_args(arrival, out)):
@@ -384,17 +299,7 @@ class _Dispatch:
         flat: Tensor = torch.from_dlpack(self.backend.comm.x_array(result, num_bytes))
         return flat.view(call.wire_dtype).view(shape)
 
-    def _max_recv(self, num_recv: int) -> int:
-        """Rows of the tensors that have one per unique token."""
-        spec, call = self.backend.spec, self.call
-        if call.sync:
-            return num_recv
-        worst = spec.num_ranks * spec.max_tokens
-        if call.layout != "compact" or call.capacity is None:
-            return worst
-        return min(worst, call.capacity)
-
-    def _outputs(self, arrival: _Arrival) -> dict[str, Tensor]:
+    def _outputs(self, arrival: Arrival) -> dict[str, Tensor]:
         """Tensors for everything but x, by the names of UnpackArgs."""
         call, topk = self.call, self.call.num_topk
         rows, local = arrival.num_rows, self.backend.spec.num_local_experts
@@ -448,19 +353,8 @@ class _Dispatch:
                 out["source_range"] = torch.empty(ranges, dtype=torch.int64)
         return out
 
-    def _unpack_args(self, arrival: _Arrival, out: dict[str, Tensor]) -> _core.UnpackArgs:
-        u = _core.UnpackArgs()
-        for name, tensor in out.items():
-            setattr(u, name, tensor.data_ptr())
-        u.max_recv = out["recv_src"].shape[0]
-        u.max_rows = arrival.num_rows
-        u.max_index = out["row_index"].shape[0] if "row_index" in out else 0
-        u.row_alignment = self.call.alignment
-        u.idx_is_int64 = self.call.idx_dtype == torch.int64
-        return u
-
     def _assemble(
-        self, arrival: _Arrival, x: Tensor, out: dict[str, Tensor], status: int
+        self, arrival: Arrival, x: Tensor, out: dict[str, Tensor], status: int
     ) -> Received:
         call, num_recv = self.call, arrival.num_recv
         return Received(
@@ -473,59 +367,16 @@ class _Dispatch:
             offsets=out.get("offsets"),
             row_index=out.get("row_index"),
             status=torch.full((1,), status, dtype=torch.int32),
-            handle=self._handle(arrival, out),
+            handle=self._handle(self.backend.generation, arrival, out),
             layout=call.layout,
             origins=self._origins(out),
-        )
-
-    def _origins(self, out: dict[str, Tensor]) -> Origins | None:
-        if not self.call.origins:
-            return None
-        return Origins(self.rank_ends, out["row_token"], out.get("source_range"))
-
-    def _handle(self, arrival: _Arrival, out: dict[str, Tensor]) -> Handle:
-        spec, call = self.backend.spec, self.call
-        if call.handle is not None and call.meta is not None:
-            if call.topk_weights is None:
-                return call.handle
-            meta = replace(call.meta, has_weights=True)
-            return call.handle._replace(meta=meta.pack(), topk_weights=call.topk_weights)
-        meta = HandleMeta(
-            generation=self.backend.generation,
-            routing_number=arrival.seq,
-            layout=call.layout,
-            alignment=call.alignment,
-            num_tokens=call.x.shape[0],
-            num_unique=out["recv_src"].shape[0],
-            num_rows=arrival.num_rows,
-            num_topk=call.num_topk,
-            capacity=-1 if call.given_capacity is None else call.given_capacity,
-            sync=call.sync,
-            has_weights=call.topk_weights is not None,
-            num_ranks=spec.num_ranks,
-            num_experts=spec.num_experts,
-            num_local_experts=spec.num_local_experts,
-            hidden=spec.hidden,
-        )
-        weights = call.topk_weights
-        if weights is None:
-            weights = torch.empty((0, call.num_topk), dtype=torch.float32)
-        return Handle(
-            meta=meta.pack(),
-            topk_idx=call.topk_idx,
-            topk_weights=weights,
-            send_row=self.send_row,
-            recv_src=out["recv_src"],
-            recv_row=out["recv_row"],
-            rank_counts=self.rank_counts,
-            num_tokens_per_expert=self.counts,
         )
 
     def _failed(self, error: EPError) -> Received:
         """A static call's result when it failed: its shapes, nothing in them, and the code."""
         call, spec = self.call, self.backend.spec
         assert call.capacity is not None
-        arrival = _Arrival(num_recv=0, num_rows=call.capacity, seq=error.seq or 0)
+        arrival = Arrival(num_recv=0, num_rows=call.capacity, seq=error.seq or 0)
         slabs = (spec.num_local_experts,) if call.layout == "slab" else ()
         if self.promised is None:
             x = torch.zeros((*slabs, call.capacity, spec.hidden), dtype=call.wire_dtype)
@@ -548,40 +399,16 @@ class _Dispatch:
         return self._assemble(arrival, x, out, status=int(error.code[1:]))
 
 
-class _Combine:
-    """One combine: its arguments as the core wants them, then the result."""
+class _Combine(calls.Combine):
+    """One combine: run by this thread or begun on the communication thread."""
 
     def __init__(self, backend: CpuBackend, call: CombineCall) -> None:
-        self.backend, self.call = backend, call
-        meta, handle = call.meta, call.handle
-        shape = (meta.num_tokens, backend.spec.hidden)
-        self.out = backend.warm(shape, call.x.dtype) if call.out is None else call.out
-        self.out_weights = None
-        if call.topk_weights is not None:
-            self.out_weights = torch.empty((meta.num_tokens, meta.num_topk), dtype=torch.float32)
-        a = _core.CombineArgs()
-        a.x = call.x.data_ptr()
-        a.y_weights = _address(call.topk_weights)
-        a.topk_idx = handle.topk_idx.data_ptr()
-        a.topk_weights = handle.topk_weights.data_ptr() if call.weighted else 0
-        a.send_row = handle.send_row.data_ptr()
-        a.rank_counts = handle.rank_counts.data_ptr()
-        a.recv_src = handle.recv_src.data_ptr()
-        a.recv_row = handle.recv_row.data_ptr()
-        a.bias0, a.bias1 = _address(call.bias[0]), _address(call.bias[1])
-        a.out, a.out_weights = self.out.data_ptr(), _address(self.out_weights)
-        slabs = backend.spec.num_local_experts if meta.layout == "slab" else 1
-        a.num_tokens, a.hidden, a.num_topk = meta.num_tokens, meta.hidden, meta.num_topk
-        a.num_recv, a.num_rows = meta.num_unique, meta.num_rows * slabs
-        a.arena_offset = backend.offset_in_arena(call.x) if call.x.numel() > 0 else -1
-        a.layout = _LAYOUTS[meta.layout]
-        a.dtype = _DTYPES[call.x.dtype]
-        a.weighted = call.weighted
-        a.with_weights = call.topk_weights is not None
-        a.sum_weights = call.sum_weights
-        a.topk_order = call.order == "topk"
-        a.routing = meta.routing_number
-        self.args = a
+        self.backend = backend
+        out = call.out
+        if out is None:
+            out = backend.warm((call.meta.num_tokens, backend.spec.hidden), call.x.dtype)
+        offset = backend.offset_in_arena(call.x) if call.x.numel() > 0 else -1
+        super().__init__(backend.spec, call, out, offset)
 
     def run(self) -> Combined:
         comm, late = self.backend.comm, self.backend.late("combine", self.call.tag)
@@ -595,168 +422,45 @@ class _Combine:
     def combined(self, outcome: _core.Outcome) -> Combined:
         if outcome.code != 0:
             raise self.backend.error(outcome, "combine", self.call.tag)
-        return self.out if self.out_weights is None else (self.out, self.out_weights)
+        return self.result()
 
 
 # ---- construction ----
 
 
-class Memory:
-    """This rank's segments and its view of everybody else's."""
-
-    def __init__(
-        self, rank: int, control: _core.Segment, own_arena: _core.Segment, mesh: Mesh
-    ) -> None:
-        self.rank, self.control, self.own_arena, self.mesh = rank, control, own_arena, mesh
-        self.arena = _core.Arena(own_arena)
-        self.peers: dict[int, tuple[_core.Segment, _core.Segment]] = {rank: (control, own_arena)}
-        self.key: tuple[bytes, int] | None = None
-
-    def views(self) -> list[tuple[_core.Segment, _core.Segment, int, int, int]]:
-        """(control, arena, pidfd, socket, pid) of each rank, as the core takes them.
-
-        No pidfd, no socket: -1; a process that is not visible: pid 0.
-        """
-        mesh, ranks = self.mesh, range(len(self.peers))
-        sockets = {r: sock.fileno() for r, sock in mesh.sockets.items()}
-        return [
-            (*self.peers[r], mesh.pidfds.get(r, -1), sockets.get(r, -1), mesh.pids.get(r, 0))
-            for r in ranks
-        ]
-
-    def publish_in_process(self, token: bytes) -> None:
-        """Let ranks that are threads of this process find our memory."""
-        self.key = (token, self.rank)
-        with _in_process_lock:
-            _in_process[self.key] = (self.control, self.own_arena)
-
-    def close(self) -> None:
-        """Descriptors only; memory lives as long as a tensor in it."""
-        self.mesh.close()
-        if self.key is not None:
-            with _in_process_lock:
-                _in_process.pop(self.key, None)
+def _explain(error: Exception) -> tuple[str, str]:
+    number, call = error.args
+    return call, os.strerror(number)
 
 
-def connect(
+_SEGMENTS: Final = mapping.Kind(
+    _core.Segment.create, _core.Segment.map, _core.SystemCallError, _explain, "address space"
+)
+
+
+def open_backend(
     group: Group,
     hellos: Sequence[Hello],
     listener: Listener,
     exchange: Exchange,
     shape: _core.Shape,
-    arena_bytes: int,
-) -> Memory:
-    """Create our memory, give it to every peer, map theirs.
+    spec: BufferSpec,
+    generation: int,
+    config: EPConfig,
+    arena_bytes: int | None,
+) -> CpuBackend:
+    """A backend that is ready on every rank.
 
-    Args:
-        listener, exchange: of this construction; `hellos` has been agreed on.
-        shape: decides the size of the control block.
-        arena_bytes: of our own arena; ranks may differ.
     Raises:
         EPMemoryError: E232. EPEnvironmentError: E405, E406. EPTimeout: E120. EPPeerDied: E110.
 
     Collective: all ranks succeed, or all raise and keep nothing.
     """
-    me = group.rank
-    token = group_token(hellos)
-    mesh = Mesh()
-    memory: Memory | None = None
-    try:
-        failure: EPError | None = None
-        try:
-            mesh = listener.connect_all(me, hellos, token, exchange)
-            memory = _create(me, mesh, shape, arena_bytes)
-            memory.publish_in_process(token)
-        except EPError as error:
-            failure = error
-        _agree(exchange, "created", me, failure)
-        assert memory is not None
-        try:
-            _share(memory, hellos, token, shape)
-        except EPError as error:
-            failure = error
-        except OSError as error:
-            failure = _broken_share(me, mesh, error)
-        _agree(exchange, "mapped", me, failure)
-    except BaseException:
-        mesh.close()
-        if memory is not None:
-            memory.close()
-        raise
-    memory.control.close_fd()
-    return memory
-
-
-def _broken_share(me: int, mesh: Mesh, error: OSError) -> EPError:
-    dead = mesh.dead_rank()
-    if dead is not None:
-        return died_early(me, dead)
-    return make_error("E405", f"cannot share memory: {error}, needs descriptor passing", rank=me)
-
-
-def _create(me: int, mesh: Mesh, shape: _core.Shape, arena_bytes: int) -> Memory:
-    try:
-        control = _core.Segment.create("ep_comm_control", _core.ControlLayout(shape).end)
-        arena = _core.Segment.create("ep_comm_arena", arena_bytes)
-    except _core.SystemCallError as error:
-        number, call = error.args
-        what = f"is out of memory: {call} of {arena_bytes} B: {os.strerror(number)}"
-        raise make_error("E232", what, rank=me) from error
-    return Memory(me, control, arena, mesh)
-
-
-def _share(memory: Memory, hellos: Sequence[Hello], token: bytes, shape: _core.Shape) -> None:
-    me, mesh = memory.rank, memory.mesh
     control_bytes = _core.ControlLayout(shape).end
-    for sock in mesh.sockets.values():
-        send_fds(
-            sock,
-            [memory.control.fd, memory.own_arena.fd],
-            [control_bytes, memory.own_arena.bytes],
-            30.0,
-        )
-    for peer in hellos:
-        if peer.rank == me:
-            continue
-        if peer.rank not in mesh.sockets:
-            with _in_process_lock:
-                memory.peers[peer.rank] = _in_process[(token, peer.rank)]
-            continue
-        fds, sizes = receive_fds(mesh.sockets[peer.rank], 2, 30.0)
-        try:
-            if sizes[0] != control_bytes:
-                raise make_error(
-                    "E406",
-                    f"rejected bootstrap of rank {peer.rank}: control block of {sizes[0]} B",
-                    rank=me,
-                )
-            memory.peers[peer.rank] = (
-                _core.Segment.map(fds[0], sizes[0]),
-                _core.Segment.map(fds[1], sizes[1]),
-            )
-        except _core.SystemCallError as error:
-            number, call = error.args
-            what = f"cannot share memory: {call} {os.strerror(number)}, needs address space"
-            raise make_error("E405", what, rank=me, peer=peer.rank) from error
-        finally:
-            for fd in fds:
-                os.close(fd)
+    size = default_arena_bytes() if arena_bytes is None else arena_bytes
+    memory = mapping.connect(_SEGMENTS, group, hellos, listener, exchange, control_bytes, size)
+    memory.own.control.close_fd()
+    return CpuBackend(spec, generation, config, memory, shape)
 
 
-def _agree(exchange: Exchange, step: str, me: int, failure: EPError | None) -> None:
-    """Every rank learns whether every rank succeeded.
-
-    A rank that failed raises its own error, the others that of the lowest rank that failed.
-    """
-    text = "" if failure is None else f"{failure.code} {failure.what}"
-    answers = exchange.gather(step, text.encode()[:300])
-    if failure is not None:
-        raise failure
-    for rank, answer in enumerate(answers):
-        if answer:
-            code, _, what = answer.decode(errors="replace").partition(" ")
-            code = code if code in ("E110", "E120", "E232", "E405", "E406", "E407") else "E406"
-            raise make_error(code, f"cannot construct: rank {rank} {what}", rank=me, peer=rank)
-
-
-__all__ = ["CpuBackend", "Memory", "connect", "default_arena_bytes"]
+__all__ = ["CpuBackend", "default_arena_bytes", "open_backend"]

@@ -9,8 +9,6 @@ what goes wrong in them is raised by the next call that looks.
 from __future__ import annotations
 
 import math
-import os
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -19,22 +17,18 @@ import torch
 from torch import Tensor
 
 from ep_comm import _core
-from ep_comm.backends import cpu
+from ep_comm.backends import calls, mapping
 from ep_comm.backends.base import Combined
-from ep_comm.bootstrap import Exchange, Group, Hello, Listener, Mesh, receive_fds, send_fds
-from ep_comm.bootstrap import group_token as token_of
+from ep_comm.backends.calls import Arrival
+from ep_comm.bootstrap import Exchange, Group, Hello, Listener
 from ep_comm.checks import BufferSpec, CombineCall, DispatchCall
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPError, make_error
-from ep_comm.handle import Handle
 from ep_comm.received import Received
 from ep_comm.verdict import PeerState, error_of
 
-Memories = tuple[_core.DeviceMemory, _core.DeviceMemory]  # control block, arena
+Memory = mapping.Mapped[_core.DeviceMemory]
 
-# Where ranks that are threads of one process find each other's memory.
-_in_process: dict[tuple[bytes, int], Memories] = {}
-_in_process_lock = threading.Lock()
 # A row that is quantized on the way lies whole in the shared memory of an SM, with its scales.
 _MAX_QUANTIZED_BYTES: Final = 192 << 10
 # Of the free memory of a GPU, what one rank takes for its arena at most.
@@ -63,12 +57,13 @@ class NvlinkBackend:
         memory: Memory,
         shape: _core.Shape,
         num_sms: int | None,
+        ranks_on_device: int,
     ) -> None:
         self.spec = spec
         self.generation = generation
         self.num_sms = num_sms
         self._memory = memory
-        self.arena = memory.arena
+        self.arena = _core.DeviceArena(memory.own.arena)
         self._copies_out = 0
         self._unseen = False  # calls whose failure nobody has looked for
         self._last_stream: torch.cuda.Stream | None = None
@@ -76,8 +71,8 @@ class NvlinkBackend:
         arrival = -1.0 if config.arrival_s is None else config.arrival_s
         sms = torch.cuda.get_device_properties(spec.device).multi_processor_count
         self.rank = _core.DeviceRank(
-            shape, spec.rank, generation, list(spec.owner), memory.views(), memory.arena,
-            (arrival, config.progress_s), sms // memory.ranks_on_device,
+            shape, spec.rank, generation, list(spec.owner), memory.views(), self.arena,
+            (arrival, config.progress_s), sms // ranks_on_device,
         )  # fmt: skip
         _load_conversions(spec.device)
 
@@ -153,7 +148,7 @@ class NvlinkBackend:
         if output != "auto":
             return output == "torch"
         stats = self.arena.stats()
-        crowded = stats["in_use"] > cpu._WATERMARK * stats["capacity"]
+        crowded = stats["in_use"] > calls.WATERMARK * stats["capacity"]
         self._copies_out += crowded
         return bool(crowded)
 
@@ -208,38 +203,24 @@ class _Begun:
         return self._finish()
 
 
-class _Dispatch(cpu._Dispatch):
-    """One dispatch on the current stream; what no device changes is the cpu backend's."""
-
-    backend: NvlinkBackend  # type: ignore[assignment]
+class _Dispatch(calls.Dispatch):
+    """One dispatch on the current stream."""
 
     def __init__(self, backend: NvlinkBackend, call: DispatchCall) -> None:
-        self.backend, self.call = backend, call
-        spec, device = backend.spec, backend.spec.device
-        self.stream = backend.stream()
+        self.backend, self.stream = backend, backend.stream()
         if call.sync and _core.is_capturing(self.stream):
             raise make_error(
                 "E203", "rejected sync=True: want sync=False while a graph is captured"
             )
-        tokens, topk = call.topk_idx.shape
-        if call.handle is None:
-            self.send_row = torch.empty((tokens, topk), dtype=torch.int32, device=device)
-            self.rank_counts = torch.empty((2, spec.num_ranks), dtype=torch.int64, device=device)
-            self.counts = torch.empty(spec.num_local_experts, dtype=torch.int32, device=device)
-        else:
-            self.send_row = call.handle.send_row
-            self.rank_counts = call.handle.rank_counts
-            self.counts = call.handle.num_tokens_per_expert
-        self.rank_ends = None
-        row_bytes = spec.hidden * call.x.itemsize + 4 * call.scale_words
+        row_bytes = backend.spec.hidden * call.x.itemsize + 4 * call.scale_words
         if call.quantize is not None and row_bytes > _MAX_QUANTIZED_BYTES:
-            what = f"rejected hidden={spec.hidden}: want rows <= {_MAX_QUANTIZED_BYTES} B"
+            what = f"rejected hidden={backend.spec.hidden}: want rows <= {_MAX_QUANTIZED_BYTES} B"
             raise make_error("E211", f"{what} with quantize= and backend 'nvlink'")
         if call.origins:
             raise make_error("E203", "rejected origins=True: want False with backend 'nvlink'")
-        self.status = torch.empty(1, dtype=torch.int32, device=device)
-        self.num_recv = torch.empty(1, dtype=torch.int32, device=device)
-        self.args = self._fill(_core.DispatchArgs())
+        super().__init__(backend.spec, call)
+        self.status = torch.empty(1, dtype=torch.int32, device=backend.spec.device)
+        self.num_recv = torch.empty(1, dtype=torch.int32, device=backend.spec.device)
 
     def run(self) -> Received:
         flight = self._start()
@@ -247,7 +228,7 @@ class _Dispatch(cpu._Dispatch):
             self._settle(flight)
         return self._finish(flight)
 
-    def begin(self) -> _Begun:  # type: ignore[override]
+    def begin(self) -> _Begun:
         # Sizes are waited for here: the next operation may only begin once this one knows its own.
         error: list[EPError] = []
         result: list[Received] = []
@@ -285,9 +266,9 @@ class _Dispatch(cpu._Dispatch):
         slabs = (spec.num_local_experts,) if call.layout == "slab" else ()
         if call.sync:
             rows = call.capacity if call.layout == "slab" else flight.num_rows
-            arrival = cpu._Arrival(flight.num_recv, rows or 0, self.routing)
+            arrival = Arrival(flight.num_recv, rows or 0, self.routing)
         else:
-            arrival = cpu._Arrival(0, call.capacity or 0, self.routing)
+            arrival = Arrival(0, call.capacity or 0, self.routing)
         hold = flight.x
         x = backend.tensor(hold, (*slabs, arrival.num_rows, spec.hidden), call.wire_dtype)
         self.index_rows = flight.index_rows if call.sync else self.args.index_capacity
@@ -307,12 +288,12 @@ class _Dispatch(cpu._Dispatch):
             offsets=out.get("offsets"),
             row_index=out.get("row_index"),
             status=self.status,
-            handle=self._handle(arrival, out),
+            handle=self._handle(backend.generation, arrival, out),
             layout=call.layout,
             hold=hold,
         )
 
-    def _outputs(self, arrival: cpu._Arrival) -> dict[str, Tensor]:
+    def _outputs(self, arrival: Arrival) -> dict[str, Tensor]:
         """Tensors for everything but x, by the names of UnpackArgs; kernels write all of them."""
         spec, call = self.backend.spec, self.call
         rows, topk, local = arrival.num_rows, call.num_topk, spec.num_local_experts
@@ -342,60 +323,26 @@ class _Dispatch(cpu._Dispatch):
             out["row_index"] = empty((self.index_rows,), torch.int32)
         return out
 
-    def _handle(self, arrival: cpu._Arrival, out: dict[str, Tensor]) -> Handle:
-        handle = super()._handle(arrival, out)
-        if handle.topk_weights.device == self.backend.spec.device:
-            return handle
-        return handle._replace(topk_weights=handle.topk_weights.to(self.backend.spec.device))
 
-
-class _Combine:
+class _Combine(calls.Combine):
     """One combine on the current stream."""
 
     def __init__(self, backend: NvlinkBackend, call: CombineCall) -> None:
-        self.backend, self.call = backend, call
-        self.stream = backend.stream()
-        meta, handle, device = call.meta, call.handle, backend.spec.device
-        shape = (meta.num_tokens, backend.spec.hidden)
-        self.out = torch.empty(shape, dtype=call.x.dtype, device=device)
-        if call.out is not None:
-            self.out = call.out
-        self.out_weights = None
-        if call.topk_weights is not None:
-            shape = (meta.num_tokens, meta.num_topk)
-            self.out_weights = torch.empty(shape, dtype=torch.float32, device=device)
-        a = _core.CombineArgs()
-        a.x = call.x.data_ptr()
-        a.y_weights = cpu._address(call.topk_weights)
-        a.topk_idx = handle.topk_idx.data_ptr()
-        a.topk_weights = handle.topk_weights.data_ptr() if call.weighted else 0
-        a.send_row = handle.send_row.data_ptr()
-        a.rank_counts = handle.rank_counts.data_ptr()
-        a.recv_src = handle.recv_src.data_ptr()
-        a.recv_row = handle.recv_row.data_ptr()
-        a.bias0, a.bias1 = (cpu._address(b) for b in call.bias)
-        a.out, a.out_weights = self.out.data_ptr(), cpu._address(self.out_weights)
-        slabs = backend.spec.num_local_experts if meta.layout == "slab" else 1
-        a.num_tokens, a.hidden, a.num_topk = meta.num_tokens, meta.hidden, meta.num_topk
-        a.num_recv, a.num_rows = meta.num_unique, meta.num_rows * slabs
-        a.arena_offset = -1
-        if call.x.numel() > 0:
-            num_bytes = call.x.numel() * call.x.itemsize
-            a.arena_offset = backend.arena.offset_of(call.x.data_ptr(), num_bytes)
-        a.layout = cpu._LAYOUTS[meta.layout]
-        a.dtype = cpu._DTYPES[call.x.dtype]
-        a.weighted = call.weighted
-        a.sum_weights = call.sum_weights
-        a.topk_order = call.order == "topk"
-        a.with_weights = call.topk_weights is not None
-        a.routing = meta.routing_number
-        self.args = a
+        self.backend, self.stream = backend, backend.stream()
+        out, x = call.out, call.x
+        if out is None:
+            shape = (call.meta.num_tokens, backend.spec.hidden)
+            out = torch.empty(shape, dtype=x.dtype, device=backend.spec.device)
+        offset = -1
+        if x.numel() > 0:
+            offset = backend.arena.offset_of(x.data_ptr(), x.numel() * x.itemsize)
+        super().__init__(backend.spec, call, out, offset)
 
     def run(self) -> Combined:
         self.backend.will_look()
         blocks = self.backend.blocks(self.call.num_sms)
         self.backend.rank.combine(self.args, blocks, self.stream)
-        return self.out if self.out_weights is None else (self.out, self.out_weights)
+        return self.result()
 
     def begin(self) -> _Begun:
         result = self.run()
@@ -403,33 +350,6 @@ class _Combine:
 
 
 # ---- construction ----
-
-
-class Memory:
-    """This rank's memory and its view of everybody else's."""
-
-    def __init__(self, rank: int, own: Memories, mesh: Mesh, ranks_on_device: int) -> None:
-        self.rank, self.own, self.mesh = rank, own, mesh
-        self.ranks_on_device = ranks_on_device
-        self.arena = _core.DeviceArena(own[1])
-        self.peers: dict[int, Memories] = {rank: own}
-        self.key: tuple[bytes, int] | None = None
-
-    def views(self) -> list[Memories]:
-        return [self.peers[r] for r in range(len(self.peers))]
-
-    def publish_in_process(self, token: bytes) -> None:
-        """Let ranks that are threads of this process find our memory."""
-        self.key = (token, self.rank)
-        with _in_process_lock:
-            _in_process[self.key] = self.own
-
-    def close(self) -> None:
-        """Descriptors only; memory lives as long as a tensor in it."""
-        self.mesh.close()
-        if self.key is not None:
-            with _in_process_lock:
-                _in_process.pop(self.key, None)
 
 
 def _load_conversions(device: torch.device) -> None:
@@ -463,16 +383,31 @@ def open_backend(
 
     Collective: all ranks succeed, or all raise and keep nothing.
     """
-    memory = connect(group, hellos, listener, exchange, shape, spec, arena_bytes)
+    device = spec.device.index or 0
+    kind: mapping.Kind[_core.DeviceMemory] = mapping.Kind(
+        lambda _, num_bytes: _core.DeviceMemory.create(device, num_bytes),
+        lambda fd, num_bytes: _core.DeviceMemory.map(device, fd, num_bytes),
+        _core.DeviceCallError,
+        lambda error: error.args,
+        "peer access between the GPUs",
+    )
+    ranks_on_device = sum(h.same_process(hellos[group.rank]) for h in hellos)
+    size = default_arena_bytes(spec, ranks_on_device) if arena_bytes is None else arena_bytes
+    control_bytes = _core.ControlLayout(shape).end
+    memory = mapping.connect(kind, group, hellos, listener, exchange, control_bytes, size)
+    for region in memory.own:
+        region.close_fd()
     backend: NvlinkBackend | None = None
     failure: EPError | None = None
     try:
         try:
-            backend = NvlinkBackend(spec, generation, config, memory, shape, num_sms)
+            backend = NvlinkBackend(
+                spec, generation, config, memory, shape, num_sms, ranks_on_device
+            )
         except _core.DeviceCallError as error:
             call, text = error.args
             failure = make_error("E232", f"is out of memory: {call}: {text}", rank=group.rank)
-        cpu._agree(exchange, "ready", group.rank, failure)
+        mapping.agree(exchange, "ready", group.rank, failure)
         assert backend is not None
         return backend
     except BaseException:
@@ -480,106 +415,4 @@ def open_backend(
         raise
 
 
-def connect(
-    group: Group,
-    hellos: Sequence[Hello],
-    listener: Listener,
-    exchange: Exchange,
-    shape: _core.Shape,
-    spec: BufferSpec,
-    arena_bytes: int | None,
-) -> Memory:
-    """Create our memory, give it to every peer, map theirs; collective."""
-    me = group.rank
-    token = token_of(hellos)
-    mesh = Mesh()
-    memory: Memory | None = None
-    try:
-        failure: EPError | None = None
-        try:
-            mesh = listener.connect_all(me, hellos, token, exchange)
-            neighbours = sum(h.same_process(hellos[me]) for h in hellos)
-            memory = _create(me, mesh, shape, spec, arena_bytes, neighbours)
-            memory.publish_in_process(token)
-        except EPError as error:
-            failure = error
-        cpu._agree(exchange, "created", me, failure)
-        assert memory is not None
-        try:
-            _share(memory, hellos, token, shape, spec)
-        except EPError as error:
-            failure = error
-        except OSError as error:
-            failure = cpu._broken_share(me, mesh, error)
-        cpu._agree(exchange, "mapped", me, failure)
-    except BaseException:
-        mesh.close()
-        if memory is not None:
-            memory.close()
-        raise
-    for part in memory.own:
-        part.close_fd()
-    return memory
-
-
-def _create(
-    me: int,
-    mesh: Mesh,
-    shape: _core.Shape,
-    spec: BufferSpec,
-    arena_bytes: int | None,
-    neighbours: int,
-) -> Memory:
-    device = spec.device.index or 0
-    size = default_arena_bytes(spec, neighbours) if arena_bytes is None else arena_bytes
-    try:
-        control = _core.DeviceMemory.create(device, _core.ControlLayout(shape).end)
-        arena = _core.DeviceMemory.create(device, size)
-        return Memory(me, (control, arena), mesh, neighbours)
-    except _core.DeviceCallError as error:
-        call, text = error.args
-        what = f"is out of memory: {call} of {size} B: {text}"
-        raise make_error("E232", what, rank=me) from error
-
-
-def _share(
-    memory: Memory, hellos: Sequence[Hello], token: bytes, shape: _core.Shape, spec: BufferSpec
-) -> None:
-    me, mesh, device = memory.rank, memory.mesh, spec.device.index or 0
-    least = _core.ControlLayout(shape).end
-    for sock in mesh.sockets.values():
-        send_fds(sock, [m.fd for m in memory.own], [m.bytes for m in memory.own], 30.0)
-    for peer in hellos:
-        if peer.rank == me:
-            continue
-        if peer.rank not in mesh.sockets:
-            with _in_process_lock:
-                memory.peers[peer.rank] = _in_process[token, peer.rank]
-            continue
-        fds, sizes = receive_fds(mesh.sockets[peer.rank], 2, 30.0)
-        try:
-            if sizes[0] < least:
-                what = f"rejected bootstrap of rank {peer.rank}: control block of {sizes[0]} B"
-                raise make_error("E406", what, rank=me)
-            control, arena = (
-                _core.DeviceMemory.map(device, fd, size)
-                for fd, size in zip(fds, sizes, strict=True)
-            )
-            memory.peers[peer.rank] = (control, arena)
-        except _core.DeviceCallError as error:
-            call, text = error.args
-            what = f"cannot share memory: {call}: {text}, needs peer access between the GPUs"
-            raise make_error("E405", what, rank=me, peer=peer.rank) from error
-        finally:
-            for fd in fds:
-                os.close(fd)
-
-
-__all__ = [
-    "ArenaReceived",
-    "Memory",
-    "NvlinkBackend",
-    "connect",
-    "default_arena_bytes",
-    "open_backend",
-]
+__all__ = ["ArenaReceived", "NvlinkBackend", "default_arena_bytes", "open_backend"]

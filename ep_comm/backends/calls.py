@@ -1,0 +1,216 @@
+"""What backends on mapped memory have in common: checked calls become the core's arguments, and
+what comes back becomes the caller's tensors.
+
+`Dispatch` and `Combine` hold every tensor whose address the core has until the operation is over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ep_comm import _core
+from ep_comm.checks import BufferSpec, CombineCall, DispatchCall, worst_grouped_rows
+from ep_comm.handle import Handle, HandleMeta
+from ep_comm.received import Origins
+
+_LAYOUTS: Final = {
+    "compact": _core.RecvLayout.COMPACT,
+    "grouped": _core.RecvLayout.GROUPED,
+    "slab": _core.RecvLayout.SLAB,
+}
+_DTYPES: Final = {
+    torch.bfloat16: _core.DType.BF16,
+    torch.float16: _core.DType.F16,
+    torch.float32: _core.DType.F32,
+    torch.float8_e4m3fn: _core.DType.E4M3,
+    torch.float8_e5m2: _core.DType.E5M2,
+    torch.int8: _core.DType.I8,
+    torch.uint8: _core.DType.U8,
+}
+_QUANTIZE: Final = {
+    None: _core.Quantize.NONE,
+    "fp8": _core.Quantize.FP8,
+    "fp8_ue8m0": _core.Quantize.FP8_UE8M0,
+}
+# Above this share of the arena in use, output="auto" returns ordinary torch memory instead.
+WATERMARK: Final = 0.75
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor's memory starts; 0 = there is none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+class Arrival(NamedTuple):
+    """The numbers of a dispatch that is over; shapes follow from them."""
+
+    num_recv: int  # unique tokens
+    num_rows: int  # of x; slab: per local expert
+    seq: int
+
+
+class Dispatch:
+    """One dispatch: the tensors of its routing, and its arguments as the core wants them."""
+
+    def __init__(self, spec: BufferSpec, call: DispatchCall) -> None:
+        self.spec, self.call = spec, call
+        device = spec.device
+        if call.handle is None:
+            ids = call.topk_idx.shape
+            self.send_row = torch.empty(ids, dtype=torch.int32, device=device)
+            self.rank_counts = torch.empty((2, spec.num_ranks), dtype=torch.int64, device=device)
+            self.counts = torch.empty(spec.num_local_experts, dtype=torch.int32, device=device)
+        else:
+            self.send_row = call.handle.send_row
+            self.rank_counts = call.handle.rank_counts
+            self.counts = call.handle.num_tokens_per_expert
+        self.rank_ends: Tensor | None = None
+        if call.origins and call.layout == "compact":
+            ranks = (spec.num_ranks, spec.num_ranks)
+            self.rank_ends = torch.empty(ranks, dtype=torch.int32, device=device)
+        self.args = self._fill(_core.DispatchArgs())
+
+    def _fill(self, a: _core.DispatchArgs) -> _core.DispatchArgs:
+        """Set what differs from a DispatchArgs' defaults: each assignment costs as much as a copy
+        of a small tensor."""
+        call = self.call
+        x = call.x
+        a.x, a.x_stride = x.data_ptr(), x.stride(0) * x.itemsize
+        a.topk_idx = call.topk_idx.data_ptr()
+        a.send_row = self.send_row.data_ptr()
+        a.rank_counts = self.rank_counts.data_ptr()
+        a.expert_counts = self.counts.data_ptr()
+        a.num_tokens, a.hidden = x.shape
+        a.num_topk = call.num_topk
+        a.alignment = call.alignment
+        a.scale_block = call.scale_block
+        a.layout = _LAYOUTS[call.layout]
+        a.dtype = _DTYPES[x.dtype]
+        if call.topk_weights is not None:
+            a.topk_weights, a.with_weights = call.topk_weights.data_ptr(), True
+        if call.scale_words:
+            a.scales, a.scale_bytes = address(call.scales), 4 * call.scale_words
+            a.quantize = _QUANTIZE[call.quantize]
+        if call.capacity is not None:
+            a.capacity = call.capacity
+        if call.given_capacity is not None:
+            a.given_capacity = call.given_capacity
+        if self.rank_ends is not None:
+            a.rank_ends = self.rank_ends.data_ptr()
+        if not call.sync:
+            a.is_static = True
+            if call.row_index:
+                a.index_capacity = worst_grouped_rows(self.spec, call)
+        if call.meta is not None:
+            a.cached, a.routing = True, call.meta.routing_number
+        return a
+
+    def _max_recv(self, num_recv: int) -> int:
+        """Rows of the tensors that have one per unique token."""
+        spec, call = self.spec, self.call
+        if call.sync:
+            return num_recv
+        worst = spec.num_ranks * spec.max_tokens
+        if call.layout != "compact" or call.capacity is None:
+            return worst
+        return min(worst, call.capacity)
+
+    def _unpack_args(self, arrival: Arrival, out: dict[str, Tensor]) -> _core.UnpackArgs:
+        u = _core.UnpackArgs()
+        for name, tensor in out.items():
+            setattr(u, name, tensor.data_ptr())
+        u.max_recv = out["recv_src"].shape[0]
+        u.max_rows = arrival.num_rows
+        if "row_index" in out:
+            u.max_index = out["row_index"].shape[0]
+        u.row_alignment = self.call.alignment
+        u.idx_is_int64 = self.call.idx_dtype is torch.int64
+        return u
+
+    def _origins(self, out: dict[str, Tensor]) -> Origins | None:
+        if not self.call.origins:
+            return None
+        return Origins(self.rank_ends, out["row_token"], out.get("source_range"))
+
+    def _handle(self, generation: int, arrival: Arrival, out: dict[str, Tensor]) -> Handle:
+        spec, call = self.spec, self.call
+        if call.handle is not None and call.meta is not None:
+            if call.topk_weights is None:
+                return call.handle
+            meta = replace(call.meta, has_weights=True)
+            return call.handle._replace(meta=meta.pack(), topk_weights=call.topk_weights)
+        meta = HandleMeta(
+            generation=generation,
+            routing_number=arrival.seq,
+            layout=call.layout,
+            alignment=call.alignment,
+            num_tokens=call.x.shape[0],
+            num_unique=out["recv_src"].shape[0],
+            num_rows=arrival.num_rows,
+            num_topk=call.num_topk,
+            capacity=-1 if call.given_capacity is None else call.given_capacity,
+            sync=call.sync,
+            has_weights=call.topk_weights is not None,
+            num_ranks=spec.num_ranks,
+            num_experts=spec.num_experts,
+            num_local_experts=spec.num_local_experts,
+            hidden=spec.hidden,
+        )
+        weights = call.topk_weights
+        if weights is None:
+            none = (0, call.num_topk)
+            weights = torch.empty(none, dtype=torch.float32, device=spec.device)
+        return Handle(
+            meta=meta.pack(),
+            topk_idx=call.topk_idx,
+            topk_weights=weights,
+            send_row=self.send_row,
+            recv_src=out["recv_src"],
+            recv_row=out["recv_row"],
+            rank_counts=self.rank_counts,
+            num_tokens_per_expert=self.counts,
+        )
+
+
+class Combine:
+    """One combine: its outputs, and its arguments as the core wants them."""
+
+    def __init__(self, spec: BufferSpec, call: CombineCall, out: Tensor, arena_offset: int) -> None:
+        self.spec, self.call, self.out = spec, call, out
+        meta, handle = call.meta, call.handle
+        self.out_weights: Tensor | None = None
+        a = _core.CombineArgs()
+        a.x = call.x.data_ptr()
+        a.topk_idx = handle.topk_idx.data_ptr()
+        a.send_row = handle.send_row.data_ptr()
+        a.rank_counts = handle.rank_counts.data_ptr()
+        a.recv_src = handle.recv_src.data_ptr()
+        a.recv_row = handle.recv_row.data_ptr()
+        a.out = out.data_ptr()
+        a.num_tokens, a.hidden, a.num_topk = meta.num_tokens, meta.hidden, meta.num_topk
+        slabs = spec.num_local_experts if meta.layout == "slab" else 1
+        a.num_recv, a.num_rows = meta.num_unique, meta.num_rows * slabs
+        a.arena_offset = arena_offset
+        a.layout = _LAYOUTS[meta.layout]
+        a.dtype = _DTYPES[call.x.dtype]
+        a.topk_order, a.sum_weights = call.order == "topk", call.sum_weights
+        a.routing = meta.routing_number
+        if call.weighted:
+            a.weighted, a.topk_weights = True, handle.topk_weights.data_ptr()
+        if call.topk_weights is not None:
+            shape = (meta.num_tokens, meta.num_topk)
+            self.out_weights = torch.empty(shape, dtype=torch.float32, device=spec.device)
+            a.with_weights = True
+            a.y_weights = call.topk_weights.data_ptr()
+            a.out_weights = self.out_weights.data_ptr()
+        if call.bias[0] is not None or call.bias[1] is not None:
+            a.bias0, a.bias1 = address(call.bias[0]), address(call.bias[1])
+        self.args = a
+
+    def result(self) -> Tensor | tuple[Tensor, Tensor]:
+        """What the caller gets once the operation is over."""
+        return self.out if self.out_weights is None else (self.out, self.out_weights)
