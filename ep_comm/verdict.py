@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from ep_comm import _core
 from ep_comm.errors import EPError, make_error
@@ -72,9 +72,13 @@ class PeerState:
 def error_of(outcome: Outcome, *, op: str, tag: str, peer: PeerState) -> EPError:
     """The exception for a failed outcome of this rank's operation `op`."""
     code, p = outcome.code, outcome.peer
-    facts = {"rank": outcome.rank, "peer": p, "op": op, "seq": outcome.seq, "tag": tag}
+    facts: dict[str, Any] = {"rank": outcome.rank, "peer": p, "op": op, "tag": tag}
+    facts["seq"] = outcome.seq or None  # not every call got as far as a number
     if code == 1:  # a signal ended the wait; the exception it raised has already been seen
         return make_error("E111", "was interrupted: the communicator stopped there", **facts)
+    if code == 340:  # nobody is to blame
+        facts["peer"] = None
+        return make_error("E340", "is closed: at close(), while this call waited", **facts)
     return make_error(f"E{code}", _sentence(outcome, peer), **facts)
 
 

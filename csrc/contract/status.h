@@ -18,6 +18,7 @@ enum Code : int32_t {
     kStalled = 102,     // peer entered, then nothing new arrived
     kPeerDied = 110,
     kPeerLeft = 111,
+    kPeerFault = 112,  // its CUDA context broke
     kBadDtype = 200,
     kBadShape = 201,
     kBadExpertId = 213,
@@ -29,15 +30,16 @@ enum Code : int32_t {
     kMiscount = 242,
     kStaleHandle = 320,
     kOutOfStep = 330,
+    kClosed = 340,  // this rank closed while the call waited; never leaves the process
 };
 
 // Codes a rank may give its peers as the reason why a call will not happen; any other number in
 // these fields is damage.
-constexpr bool may_poison_entry(int code) {
+EP_HD constexpr bool may_poison_entry(int code) {
     return (code >= 200 && code <= 203) || (code >= 210 && code <= 213) || code == kOverCapacity ||
            code == kOutOfArena || code == 310 || code == kStaleHandle;
 }
-constexpr bool may_poison_base(int code) {
+EP_HD constexpr bool may_poison_base(int code) {
     return code == kOverCapacity || code == kOutOfArena || code == kStaleHandle;
 }
 

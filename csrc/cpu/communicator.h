@@ -11,6 +11,7 @@
 #include <memory>
 #include <mutex>
 #include <thread>
+#include <vector>
 
 #include "cpu/rank.h"
 
@@ -48,15 +49,19 @@ public:
     std::shared_ptr<Pending> begin_combine(const CombineArgs& args);
 
     // Local and bounded: what is begun is cut short, peers learn that we left. Never throws, may be
-    // called twice.
+    // called twice, from any thread: a call that waits in another one ends with kClosed, and so
+    // does every later one.
     void close();
 
     Rank& rank() { return *rank_; }
 
 private:
+    class Visit;
+
     std::shared_ptr<Pending> submit(std::function<void(Pending&)> work);
     bool drain(const WaitHooks& hooks);
     void work();
+    Outcome told(Outcome outcome) const;
 
     std::unique_ptr<Rank> rank_;
     std::mutex mutex_;
@@ -64,6 +69,7 @@ private:
     std::deque<std::function<void()>> queue_;
     std::shared_ptr<Pending> last_;
     std::thread thread_;
+    std::vector<std::thread::id> visitors_;  // threads inside dispatch or combine
     std::atomic<bool> stopping_{false};
     int64_t pid_;  // a fork has our memory but not our thread, and is not the rank
 };
