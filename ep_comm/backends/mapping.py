@@ -144,17 +144,28 @@ def connect(
 def agree(exchange: Exchange, step: str, me: int, failure: EPError | None) -> None:
     """Every rank learns whether every rank succeeded.
 
-    A rank that failed raises its own error, the others that of the lowest rank that failed.
+    A rank that failed tells why and raises at once: it owes nobody its patience, and a dead rank
+    would never answer. The others raise the error of the lowest rank that failed, or name the rank
+    whose death was its reason.
     """
-    text = "" if failure is None else f"{failure.code} {failure.what}"
-    answers = exchange.gather(step, text.encode()[:300])
     if failure is not None:
+        culprit = me if failure.peer is None else failure.peer
+        exchange.publish(step, f"{failure.code} {culprit} {failure.what}".encode()[:300])
         raise failure
-    for rank, answer in enumerate(answers):
+    for rank, answer in enumerate(exchange.gather(step, b"")):
         if answer:
-            code, _, what = answer.decode(errors="replace").partition(" ")
-            code = code if code in ("E110", "E120", "E232", "E405", "E406", "E407") else "E406"
-            raise make_error(code, f"cannot construct: rank {rank} {what}", rank=me, peer=rank)
+            raise _told(answer.decode(errors="replace"), me, rank, exchange.group.size)
+
+
+def _told(answer: str, me: int, rank: int, size: int) -> EPError:
+    """The error to raise for what another rank published in place of success."""
+    code, _, rest = answer.partition(" ")
+    number, _, what = rest.partition(" ")
+    culprit = int(number) if number.isdecimal() else rank
+    if code == "E110" and culprit < size and culprit not in (me, rank):
+        return died_early(me, culprit)
+    code = code if code in ("E110", "E120", "E232", "E405", "E406", "E407") else "E406"
+    return make_error(code, f"cannot construct: rank {rank} {what}", rank=me, peer=rank)
 
 
 def _create(kind: Kind[RegionT], me: int, control_bytes: int, arena_bytes: int) -> Regions[RegionT]:
@@ -200,7 +211,7 @@ def _share(
 
 
 def _broken_share(me: int, mesh: Mesh, error: OSError) -> EPError:
-    dead = mesh.dead_rank()
+    dead = mesh.dead_rank(patience_s=0.3)
     if dead is not None:
         return died_early(me, dead)
     return make_error("E405", f"cannot share memory: {error}, needs descriptor passing", rank=me)
