@@ -1,17 +1,34 @@
 #include "cpu/push.h"
 
+#include <algorithm>
 #include <cstring>
+#include <new>
 
 namespace ep::cpu {
 namespace {
 
 // Above this many pushed bytes rows bypass the cache: their reader is another process, and later.
 constexpr int64_t kStreamBytes = int64_t{4} << 20;
+// Records gathered for a rank before they are written: for all ranks they stay in the first caches.
+constexpr int64_t kGatherBytes = 4096;
+
+// An array in a record, which starts at a multiple of 16.
+template <class T>
+T* array_in(std::byte* record, const Region& region) {
+    return std::launder(reinterpret_cast<T*>(record + region.offset));
+}
 
 }  // namespace
 
 Push::Push(Operation& op, const DispatchArgs& args, const MetaLayout& meta)
-    : op_(op), a_(args), meta_(meta), simd_(simd()), pushed_(op.num_ranks, 0) {
+    : op_(op),
+      a_(args),
+      meta_(meta),
+      simd_(simd()),
+      pushed_(op.num_ranks, 0),
+      last_token_(op.num_ranks, -1),
+      gathered_(op.num_ranks),
+      most_gathered_(meta.bytes > 0 ? std::max(kGatherBytes / meta.bytes, int64_t{1}) : 0) {
     int64_t bytes = 0;
     for (int p = 0; p < op.num_ranks; ++p) {
         next_compact_.push_back(op.base_of(p).row);
@@ -28,7 +45,7 @@ Push::Push(Operation& op, const DispatchArgs& args, const MetaLayout& meta)
 bool Push::token(int64_t t) {
     Route route;
     const int64_t* ids = a_.topk_idx + t * a_.num_topk;
-    find_owners(ids, route);
+    find_owners(t, ids, route);
     if (route.num_destinations == 0) {
         std::memset(a_.send_row + t * a_.num_topk, 0xff, sizeof(int32_t) * a_.num_topk);
         return true;
@@ -45,14 +62,15 @@ bool Push::token(int64_t t) {
         }
         copy_(op_.arena_of(dst) + base.x_offset + row * a_.row_bytes(), payload.row,
               a_.row_bytes());
-        if (meta_.bytes > 0) write_record(t, dst, route, payload);
         ++next_compact_[dst];
         ++pushed_[dst];
+        if (meta_.bytes > 0) gather_record(t, dst, route, payload);
     }
     return true;
 }
 
 void Push::arrive() {
+    for (int p = 0; p < op_.num_ranks; ++p) write_gathered(p);
     simd_.drain();
     for (int p = 0; p < op_.num_ranks; ++p) {
         // Releases the rows and records of `token`; pairs with the acquire in
@@ -62,15 +80,15 @@ void Push::arrive() {
     op_.ring_all();
 }
 
-void Push::find_owners(const int64_t* ids, Route& route) const {
+void Push::find_owners(int64_t t, const int64_t* ids, Route& route) {
     for (int k = 0; k < a_.num_topk; ++k) {
-        const int owner = ids[k] < 0 ? -1 : op_.experts.owner(ids[k]);
+        const bool none = ids[k] < 0;
+        const int owner = none ? -1 : op_.experts.owner(ids[k]);
         route.owner[k] = owner;
-        bool first = owner >= 0;
-        for (int i = 0; first && i < route.num_destinations; ++i) {
-            first = route.owner[route.first[i]] != owner;
-        }
-        if (first) route.first[route.num_destinations++] = k;
+        route.local[k] = none ? -1 : op_.experts.local(ids[k]);
+        if (none || last_token_[owner] == t) continue;
+        last_token_[owner] = t;
+        route.first[route.num_destinations++] = k;
     }
 }
 
@@ -100,33 +118,39 @@ Push::Payload Push::load(int64_t t) {
 }
 
 // Slots of other ranks read as -1 (experts, rows) and 0 (weights).
-void Push::write_record(int64_t t, int dst, const Route& route, const Payload& payload) const {
-    std::byte* record =
-        op_.arena_of(dst) + op_.base_of(dst).meta_offset + next_compact_[dst] * meta_.bytes;
-    const int64_t first = t * a_.num_topk;
-    const size_t words = sizeof(int32_t) * a_.num_topk;
+void Push::gather_record(int64_t t, int dst, const Route& route, const Payload& payload) {
+    Gathered& gathered = gathered_[dst];
+    if (!gathered.records) {
+        gathered.records.reset(new std::byte[most_gathered_ * meta_.bytes]);
+    }
+    std::byte* record = gathered.records.get() + gathered.count * meta_.bytes;
+    const int num_topk = a_.num_topk;
     if (meta_.src_token.bytes > 0) {
-        const auto src_token = static_cast<int32_t>(t);
-        int32_t local[kMaxTopk], row[kMaxTopk];
-        for (int k = 0; k < a_.num_topk; ++k) {
-            const bool here = route.owner[k] == dst;
-            local[k] = here ? op_.experts.local(a_.topk_idx[first + k]) : -1;
-            row[k] = here ? route.row[k] : -1;
-        }
-        std::memcpy(record + meta_.src_token.offset, &src_token, sizeof(src_token));
-        std::memcpy(record + meta_.experts.offset, local, words);
-        if (meta_.rows.bytes > 0) std::memcpy(record + meta_.rows.offset, row, words);
+        *array_in<int32_t>(record, meta_.src_token) = static_cast<int32_t>(t);
+        int32_t* local = array_in<int32_t>(record, meta_.experts);
+        for (int k = 0; k < num_topk; ++k) local[k] = route.owner[k] == dst ? route.local[k] : -1;
+    }
+    if (meta_.rows.bytes > 0) {
+        int32_t* row = array_in<int32_t>(record, meta_.rows);
+        for (int k = 0; k < num_topk; ++k) row[k] = route.owner[k] == dst ? route.row[k] : -1;
     }
     if (meta_.weights.bytes > 0) {
-        float weights[kMaxTopk];
-        for (int k = 0; k < a_.num_topk; ++k) {
-            weights[k] = route.owner[k] == dst ? a_.topk_weights[first + k] : 0.0f;
-        }
-        std::memcpy(record + meta_.weights.offset, weights, words);
+        float* weights = array_in<float>(record, meta_.weights);
+        const float* given = a_.topk_weights + t * num_topk;
+        for (int k = 0; k < num_topk; ++k) weights[k] = route.owner[k] == dst ? given[k] : 0.0f;
     }
     if (meta_.scales.bytes > 0) {
         std::memcpy(record + meta_.scales.offset, payload.scales, a_.scale_bytes);
     }
+    if (++gathered.count == most_gathered_) write_gathered(dst);
+}
+
+void Push::write_gathered(int dst) {
+    Gathered& gathered = gathered_[dst];
+    const int64_t first = next_compact_[dst] - gathered.count, bytes = gathered.count * meta_.bytes;
+    std::byte* records = op_.arena_of(dst) + op_.base_of(dst).meta_offset;
+    if (bytes > 0) copy_(records + first * meta_.bytes, gathered.records.get(), bytes);
+    gathered.count = 0;
 }
 
 }  // namespace ep::cpu

@@ -75,86 +75,102 @@ private:
 
     int64_t idx_bytes() const { return out.idx_is_int64 ? 8 : 4; }
 
-    void put_idx(int64_t at, int32_t local) {
+    void put_idx(int64_t at, const int32_t* local, int count) {
         if (out.topk_idx == nullptr) return;
         if (out.idx_is_int64) {
-            static_cast<int64_t*>(out.topk_idx)[at] = local;
+            std::copy_n(local, count, static_cast<int64_t*>(out.topk_idx) + at);
         } else {
-            static_cast<int32_t*>(out.topk_idx)[at] = local;
+            std::copy_n(local, count, static_cast<int32_t*>(out.topk_idx) + at);
         }
     }
 
-    // Numbers written by peers are checked before they become addresses.
-    int32_t checked(int32_t value, int64_t limit) {
-        if (value >= -1 && value < limit) return value;
-        sane = false;
-        return -1;
+    // Numbers written by peers are checked before they become addresses: what is not below `limit`
+    // becomes -1.
+    void check(int32_t* values, int count, int64_t limit) {
+        const auto most = static_cast<uint32_t>(std::min<int64_t>(limit, INT32_MAX));
+        bool outside = false;
+        for (int i = 0; i < count; ++i) {
+            const bool bad = static_cast<uint32_t>(values[i]) + 1 > most;
+            values[i] = bad ? -1 : values[i];
+            outside |= bad;
+        }
+        sane &= !outside;
     }
+
+    // What a record says, copied before it is checked: its writer may change it at any time.
+    struct Record {
+        int32_t src_token = -1;
+        int32_t local[kMaxTopk], row[kMaxTopk];
+        float weights[kMaxTopk];
+    };
 
     void token(int64_t i, int src) {
-        const std::byte* record = records + i * meta.bytes;
+        const std::byte* written = records + i * meta.bytes;
+        const std::byte* scales = written + meta.scales.offset;
         const int num_topk = a.num_topk;
-        int32_t src_token = -1, local[kMaxTopk], row[kMaxTopk];
-        float weights[kMaxTopk];
+        Record record;
+        if (a.with_weights) {
+            std::memcpy(record.weights, written + meta.weights.offset, meta.weights.bytes);
+        }
         if (!a.cached) {
-            std::memcpy(&src_token, record + meta.src_token.offset, 4);
-            std::memcpy(local, record + meta.experts.offset, meta.experts.bytes);
-            for (int k = 0; k < num_topk; ++k) local[k] = checked(local[k], num_local);
-            src_token = checked(src_token, rank.shape().max_tokens);
+            std::memcpy(&record.src_token, written + meta.src_token.offset, 4);
+            std::memcpy(record.local, written + meta.experts.offset, meta.experts.bytes);
+            check(record.local, num_topk, num_local);
+            check(&record.src_token, 1, rank.shape().max_tokens);
             if (out.recv_src != nullptr) {
                 out.recv_src[2 * i] = src;
-                out.recv_src[2 * i + 1] = src_token;
+                out.recv_src[2 * i + 1] = record.src_token;
             }
         }
-        if (a.with_weights) std::memcpy(weights, record + meta.weights.offset, meta.weights.bytes);
-        const std::byte* scales = record + meta.scales.offset;
         if (compact) {
-            for (int k = 0; k < num_topk; ++k) {
-                if (!a.cached) put_idx(i * num_topk + k, local[k]);
-                if (out.topk_weights != nullptr) out.topk_weights[i * num_topk + k] = weights[k];
+            if (!a.cached) put_idx(i * num_topk, record.local, num_topk);
+            if (out.topk_weights != nullptr) {
+                std::copy_n(record.weights, num_topk, out.topk_weights + i * num_topk);
             }
             if (out.scales != nullptr) put_scales(i, scales);
-            if (!a.cached && out.row_token != nullptr) out.row_token[i] = src_token;
+            if (!a.cached && out.row_token != nullptr) out.row_token[i] = record.src_token;
             return;
         }
         if (a.cached) {
-            std::memcpy(row, out.recv_row + i * num_topk, sizeof(int32_t) * num_topk);
+            std::copy_n(out.recv_row + i * num_topk, num_topk, record.row);
         } else {
-            std::memcpy(row, record + meta.rows.offset, meta.rows.bytes);
-            std::memcpy(out.recv_row + i * num_topk, row, sizeof(int32_t) * num_topk);
+            std::memcpy(record.row, written + meta.rows.offset, meta.rows.bytes);
         }
-        expand(row, local, weights, scales);
-        if (!a.cached) trace(row, local, src, src_token);
+        check(record.row, num_topk, total_rows);
+        if (!a.cached) std::copy_n(record.row, num_topk, out.recv_row + i * num_topk);
+        expand(record, scales);
+        if (!a.cached) trace(record, src);
     }
 
     // Who sent each row: rows of one source lie together in a group, in the order they are read.
-    void trace(const int32_t* row, const int32_t* local, int src, int32_t src_token) {
+    void trace(const Record& record, int src) {
         for (int k = 0; k < a.num_topk; ++k) {
-            if (row[k] < 0 || row[k] >= total_rows || local[k] < 0) continue;
-            if (out.row_token != nullptr) out.row_token[row[k]] = src_token;
+            const int32_t row = record.row[k], local = record.local[k];
+            if (row < 0 || local < 0) continue;
+            if (out.row_token != nullptr) out.row_token[row] = record.src_token;
             if (out.source_range == nullptr) continue;
-            int64_t& range = out.source_range[int64_t{local[k]} * rank.shape().num_ranks + src];
-            const int64_t first = a.layout == RecvLayout::kSlab ? a.capacity * local[k]
-                                                                : result.group_start[local[k]];
-            if (range == 0) range = (row[k] - first) << 32;
+            int64_t& range = out.source_range[int64_t{local} * rank.shape().num_ranks + src];
+            const int64_t first =
+                a.layout == RecvLayout::kSlab ? a.capacity * local : result.group_start[local];
+            if (range == 0) range = (row - first) << 32;
             ++range;
         }
     }
 
     // The token's data lie in the row of its first slot here; its other slots get copies.
-    void expand(int32_t* row, const int32_t* local, const float* weights, const std::byte* scales) {
+    void expand(const Record& record, const std::byte* scales) {
         int32_t first = -1;
         for (int k = 0; k < a.num_topk; ++k) {
-            const int32_t r = checked(row[k], total_rows);
-            if (r < 0) continue;
+            const int32_t row = record.row[k];
+            if (row < 0) continue;
             if (first < 0) {
-                first = r;
+                first = row;
             } else {
-                simd().copy(x + r * a.row_bytes(), x + first * a.row_bytes(), a.row_bytes());
+                simd().copy(x + row * a.row_bytes(), x + first * a.row_bytes(), a.row_bytes());
             }
-            if (!a.cached) put_idx(r, local[k]);
-            if (out.topk_weights != nullptr) out.topk_weights[r] = weights[k];
-            if (out.scales != nullptr) put_scales(r, scales);
+            if (!a.cached) put_idx(row, record.local + k, 1);
+            if (out.topk_weights != nullptr) out.topk_weights[row] = record.weights[k];
+            if (out.scales != nullptr) put_scales(row, scales);
         }
     }
 
@@ -187,8 +203,9 @@ private:
         for (int64_t i = 0; i < result.num_recv; ++i) {
             int32_t local[kMaxTopk];
             std::memcpy(local, records + i * meta.bytes + meta.experts.offset, meta.experts.bytes);
+            check(local, a.num_topk, num_local);
             for (int k = 0; k < a.num_topk; ++k) {
-                const int32_t e = checked(local[k], num_local);
+                const int32_t e = local[k];
                 if (e < 0) continue;
                 if (next[e] < out.offsets[e + 1] && next[e] < out.max_index) {
                     out.row_index[next[e]++] = static_cast<int32_t>(i);
