@@ -87,7 +87,7 @@ struct ControlHeader {
     uint64_t magic;
     uint64_t generation;    // of the buffer; random, equal on all ranks
     uint32_t doorbell;      // bumped by whoever published something here, then futex-woken
-    uint32_t sleepers;      // waiters of this rank inside futex
+    uint32_t waiting_for;   // rank + 1 whose publication this rank sleeps for; 0 = it does not
     uint32_t life;          // Life
     uint32_t entered_kind;  // OpKind of the last operation entered
     uint64_t entered_seq;

@@ -40,7 +40,12 @@ void Rank::leave() {
     auto life = std::atomic_ref(header(rank_).life);
     uint32_t alive = static_cast<uint32_t>(Life::kAlive);
     if (!life.compare_exchange_strong(alive, static_cast<uint32_t>(Life::kLeft))) return;
-    for (int p = 0; p < shape_.num_ranks; ++p) ring(header(p));
+    wake_all();
+}
+
+// Our life has changed: whoever waits, for us or for another, has to know.
+void Rank::wake_all() const {
+    for (int p = 0; p < shape_.num_ranks; ++p) ring(header(p), kAnyRank);
 }
 
 void Rank::seed_seq(uint64_t seq) {
@@ -116,7 +121,7 @@ void Operation::enter(int peer, EntryRecord entry, const int32_t* expert_counts)
 
 void Operation::ring_all() const {
     for (int p = 0; p < num_ranks; ++p) {
-        if (p != me) ring(rank.header(p));
+        if (p != me) ring(rank.header(p), me);
     }
 }
 
@@ -208,7 +213,7 @@ Outcome Operation::fail(const Outcome& why) {
     store_release(own.verdict_valid, 1);
     std::atomic_ref(own.life).store(static_cast<uint32_t>(Life::kFailed),
                                     std::memory_order_release);
-    ring_all();
+    rank.wake_all();
     return outcome;
 }
 

@@ -91,6 +91,8 @@ public:
 private:
     friend class Operation;
 
+    void wake_all() const;
+
     Shape shape_;
     ControlLayout layout_;
     int rank_;

@@ -65,11 +65,11 @@ bool is_gone(const PeerProcess& process) {
 
 }  // namespace
 
-void ring(ControlHeader& receiver) {
+void ring(ControlHeader& receiver, int from) {
     std::atomic_ref(receiver.doorbell).fetch_add(1, std::memory_order_seq_cst);
-    if (std::atomic_ref(receiver.sleepers).load(std::memory_order_seq_cst) != 0) {
-        futex_wake_all(receiver.doorbell);
-    }
+    const uint32_t awaited = std::atomic_ref(receiver.waiting_for).load(std::memory_order_seq_cst);
+    const bool wake = from == kAnyRank ? awaited != 0 : awaited == static_cast<uint32_t>(from) + 1;
+    if (wake) futex_wake_all(receiver.doorbell);
 }
 
 Watch::Watch(int rank, std::vector<ControlHeader*> headers,
@@ -108,9 +108,10 @@ bool Watch::until(Site site, int peer, const std::function<bool()>& ready,
             }
             if (give_up(wait)) return came_after_all(ready);
         }
-        std::atomic_ref(own.sleepers).fetch_add(1, std::memory_order_seq_cst);
+        std::atomic_ref waiting_for(own.waiting_for);
+        waiting_for.store(static_cast<uint32_t>(peer) + 1, std::memory_order_seq_cst);
         futex_sleep(own.doorbell, bell);
-        std::atomic_ref(own.sleepers).fetch_sub(1, std::memory_order_seq_cst);
+        waiting_for.store(0, std::memory_order_relaxed);
     }
 }
 

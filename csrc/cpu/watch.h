@@ -1,9 +1,10 @@
 // Bounded waiting between ranks that share host memory: futex doorbells, deadlines, and who is to
 // blame.
 //
-// A waiter sleeps on its own doorbell; whoever publishes something for it rings. Every few
-// milliseconds it looks whether a peer died, failed or left. Nothing here spins for longer than a
-// few microseconds.
+// A waiter sleeps on its own doorbell and says for whom; whoever publishes something for it rings,
+// which wakes it only when it is the one waited for: where ranks share cores, waking a rank that
+// cannot go on yet costs another one its turn. Every few milliseconds a waiter looks whether a peer
+// died, failed or left. Nothing here spins for longer than a few microseconds.
 #pragma once
 
 #include <atomic>
@@ -48,7 +49,10 @@ inline void add_release(uint64_t& word, uint64_t value) {
     std::atomic_ref(word).fetch_add(value, std::memory_order_release);
 }
 
-void ring(ControlHeader& receiver);
+inline constexpr int kAnyRank = -1;
+
+// Tells `receiver` that `from` has published something for it; kAnyRank: whoever it waits for.
+void ring(ControlHeader& receiver, int from);
 
 // Codes after which the communicator is dead; all others fail one call.
 bool ends_communicator(int code);

@@ -392,7 +392,7 @@ class LeftIsLeft(Leaving):
 class BellReadAfterLook(Doorbell):
     """The waiter reads the bell after it looked for the word."""
 
-    waiter_order = ("look", "read", "count", "sleep")
+    waiter_order = ("look", "read", "name", "sleep")
 
 
 class BellBeforeStore(Doorbell):
@@ -401,8 +401,8 @@ class BellBeforeStore(Doorbell):
     writer_order = ("bump", "store", "wake")
 
 
-class SleepersBeforeBell(Doorbell):
-    """The writer looks for sleepers before it bumps the bell; so does one whose two accesses are
+class AwaitedBeforeBell(Doorbell):
+    """The writer looks who is awaited before it bumps the bell; so does one whose two accesses are
     not seq_cst.
     """
 
@@ -411,6 +411,19 @@ class SleepersBeforeBell(Doorbell):
     def writer_steps(self, i: int) -> list[Step]:
         store, look, wake, bump, end = super().writer_steps(i)
         return [store, look, wake, bump, end]
+
+
+class NamesTheWrongPeer(Doorbell):
+    """The waiter says it waits for the first peer, whomever it waits for."""
+
+    def name(self, v: View, awaited: int) -> None:
+        super().name(v, min(awaited, 1))
+
+
+class NamesAfterSleep(Doorbell):
+    """The waiter says for whom it waits once it is asleep: a writer sees nobody to wake."""
+
+    waiter_order = ("read", "look", "sleep", "name")
 
 
 @dataclass(frozen=True)
@@ -542,5 +555,7 @@ MISTAKES = [
     Mistake("left-is-left", LeftIsLeft, VERDICTS),
     Mistake("bell-read-after-the-look", BellReadAfterLook, DEADLOCK),
     Mistake("bell-before-the-store", BellBeforeStore, DEADLOCK),
-    Mistake("sleepers-counted-before-the-bell", SleepersBeforeBell, DEADLOCK),
+    Mistake("awaited-read-before-the-bell", AwaitedBeforeBell, DEADLOCK),
+    Mistake("names-the-wrong-peer", NamesTheWrongPeer, DEADLOCK),
+    Mistake("named-after-sleeping", NamesAfterSleep, DEADLOCK),
 ]
