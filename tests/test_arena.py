@@ -31,7 +31,7 @@ def arena_of(num_pages: int) -> tuple[_core.Segment, _core.Arena]:
 
 
 def take(arena: _core.Arena, num_bytes: int) -> Tensor | None:
-    capsule = arena.array(num_bytes)
+    capsule = arena.array([num_bytes])
     return None if capsule is None else torch.from_dlpack(capsule)
 
 
@@ -97,7 +97,7 @@ def test_memory_is_zero_and_readable_by_its_last_view() -> None:
 
 def test_capsule_that_no_array_takes_returns_its_extent() -> None:
     _, arena = arena_of(4)
-    capsule = arena.array(PAGE)
+    capsule = arena.array([PAGE])
     assert arena.stats()["in_use"] == PAGE
     del capsule
     assert arena.stats()["in_use"] == 0

@@ -75,18 +75,20 @@ auto blocking(const py::object& late, Call call) {
 // Bytes of a held extent as a DLPack capsule; the extent returns when the last array over it dies,
 // on any thread.
 struct HeldArray {
+using ByteShape = std::vector<int64_t>;  // of a dense array, its last size in bytes
+
     dlpack::ManagedTensor managed;
-    int64_t shape[1];
+    ByteShape shape;
     std::shared_ptr<ExtentHold> hold;
 };
 
-py::capsule to_dlpack(std::shared_ptr<ExtentHold> hold, uintptr_t address, int64_t bytes) {
-    auto* array = new HeldArray{{}, {bytes}, std::move(hold)};
+py::capsule to_dlpack(std::shared_ptr<ExtentHold> hold, uintptr_t address, ByteShape shape) {
+    auto* array = new HeldArray{{}, std::move(shape), std::move(hold)};
     array->managed.tensor = {reinterpret_cast<void*>(address),
                              {dlpack::kCpu, 0},
-                             1,
+                             static_cast<int32_t>(array->shape.size()),
                              {dlpack::kUInt, 8, 1},
-                             array->shape,
+                             array->shape.data(),
                              nullptr,
                              0};
     array->managed.context = array;
@@ -240,12 +242,14 @@ struct ArenaView {
     std::shared_ptr<Segment> segment;
     std::shared_ptr<Arena> arena;
 
-    py::object array(int64_t bytes) const {
+    py::object array(ByteShape shape) const {
+        int64_t bytes = 1;
+        for (const int64_t size : shape) bytes *= size;
         const auto extent = arena->grant(bytes);
         if (!extent) return py::none();
         auto hold = std::make_shared<ExtentHold>(arena, *extent);
         const auto address = reinterpret_cast<uintptr_t>(segment->data()) + extent->offset;
-        return to_dlpack(std::move(hold), address, bytes);
+        return to_dlpack(std::move(hold), address, std::move(shape));
     }
     int64_t offset_of(uintptr_t address, int64_t bytes) const {
         const auto base = reinterpret_cast<uintptr_t>(segment->data());
@@ -291,10 +295,11 @@ void bind_memory(py::module_& m) {
                  return ArenaView{std::move(segment), std::move(arena)};
              }),
              "segment"_a)
-        .def("array", &ArenaView::array, "bytes"_a)
+        .def("array", &ArenaView::array, "byte_shape"_a)
         .def("offset_of", &ArenaView::offset_of, "address"_a, "bytes"_a)
         .def("discard_free", &ArenaView::discard_free)
         .def("stats", [](const ArenaView& a) {
+        .def_property_readonly("in_use", [](const ArenaView& a) { return a.arena->in_use(); })
             const ArenaStats s = a.arena->stats();
             return py::dict("capacity"_a = s.capacity, "in_use"_a = s.in_use, "peak"_a = s.peak,
                             "largest_free"_a = s.largest_free, "num_extents"_a = s.num_extents);
@@ -370,12 +375,12 @@ void bind_cpu(py::module_& m) {
             "dispatched"_a, "args"_a, "out"_a)
         .def(
             "x_array",
-            [](Communicator& self, const Dispatched& d, int64_t bytes) {
+            [](Communicator& self, const Dispatched& d, ByteShape shape) {
                 const auto address =
                     reinterpret_cast<uintptr_t>(self.rank().arena_data()) + d.x->extent().offset;
-                return to_dlpack(d.x, address, bytes);
+                return to_dlpack(d.x, address, std::move(shape));
             },
-            "dispatched"_a, "bytes"_a)
+            "dispatched"_a, "byte_shape"_a)
         .def("close", &Communicator::close, py::call_guard<py::gil_scoped_release>())
         .def("verdict", [](Communicator& self) { return self.rank().verdict(); })
         .def("seq", [](Communicator& self) { return self.rank().seq(); })

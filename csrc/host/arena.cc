@@ -98,4 +98,9 @@ ArenaStats Arena::stats() const {
     return {capacity_, in_use_, peak_, largest, static_cast<int64_t>(used_.size())};
 }
 
+int64_t Arena::in_use() const {
+    std::lock_guard lock(mutex_);
+    return in_use_;
+}
+
 }  // namespace ep

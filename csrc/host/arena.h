@@ -38,6 +38,7 @@ public:
     // Ranges nobody holds, largest last; for giving pages back to the system.
     std::vector<Extent> free_ranges() const;
     ArenaStats stats() const;
+    int64_t in_use() const;
 
 private:
     void put_free(int64_t offset, int64_t bytes);

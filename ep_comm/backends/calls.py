@@ -6,7 +6,7 @@ what comes back becomes the caller's tensors.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import torch
@@ -38,6 +38,12 @@ _QUANTIZE: Final = {
 }
 # Above this share of the arena in use, output="auto" returns ordinary torch memory instead.
 WATERMARK: Final = 0.75
+
+
+def byte_shape(shape: Sequence[int], dtype: torch.dtype) -> tuple[int, ...]:
+    """Shape of the bytes of a dense tensor: `view(dtype)` of such an array has the shape."""
+    *rows, last = shape
+    return (*rows, last * dtype.itemsize)
 
 
 def address(tensor: Tensor | None) -> int:
@@ -141,7 +147,7 @@ class Dispatch:
         if call.handle is not None and call.meta is not None:
             if call.topk_weights is None:
                 return call.handle
-            meta = replace(call.meta, has_weights=True)
+            meta = call.meta._replace(has_weights=True)
             return call.handle._replace(meta=meta.pack(), topk_weights=call.topk_weights)
         meta = HandleMeta(
             generation=generation,

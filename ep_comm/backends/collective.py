@@ -398,7 +398,7 @@ class _Dispatch(_Operation[Received]):
         recv = [int(counts_of(r.rows_to)[self.spec.rank]) for r in records]
         handle, meta = call.handle, call.meta
         if call.topk_weights is not None:
-            meta = replace(meta, has_weights=True)
+            meta = meta._replace(has_weights=True)
             handle = handle._replace(meta=meta.pack(), topk_weights=call.topk_weights)
         received = arrange(self._exchange_rows(recv, step), handle, meta)
         return replace(received, x=received.x.view(call.wire_dtype))

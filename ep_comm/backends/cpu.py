@@ -56,6 +56,7 @@ class CpuBackend:
         self.generation = generation
         self._memory = memory
         self._arena = _core.Arena(memory.own.arena)
+        self._most_in_use = calls.WATERMARK * memory.own.arena.bytes
         self._deferred: EPError | None = None
         self._copies_out = 0
         self._lost: list[Tensor] = []
@@ -138,16 +139,18 @@ class CpuBackend:
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Arena memory, uninitialized; E231 when no free piece is long enough."""
+        if not shape:
+            return self.empty((1,), dtype).view(())
         num_bytes = dtype.itemsize * math.prod(shape)
         if num_bytes == 0:
             return torch.empty(tuple(shape), dtype=dtype)
-        capsule = self._arena.array(num_bytes)
+        capsule = self._arena.array(calls.byte_shape(shape, dtype))
         if capsule is None:
             free = self._arena.stats()["largest_free"]
             what = f"is out of arena memory: need {num_bytes} B in one piece, free {free} B"
             raise make_error("E231", what, rank=self.spec.rank)
-        flat: Tensor = torch.from_dlpack(capsule)
-        return flat.view(dtype).view(tuple(shape))
+        array: Tensor = torch.from_dlpack(capsule)
+        return array.view(dtype)
 
     def warm(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Memory for a result: of the arena when there is room, its pages have been touched before;
@@ -163,8 +166,7 @@ class CpuBackend:
 
     def crowded(self) -> bool:
         """Whether so much of the arena is in use that outputs should not stay there."""
-        stats: dict[str, int] = self._arena.stats()
-        return stats["in_use"] > calls.WATERMARK * stats["capacity"]
+        return self._arena.in_use > self._most_in_use
 
     def wants_copy(self, output: str) -> bool:
         """Whether an output should leave the arena at once."""
@@ -293,11 +295,12 @@ class _Dispatch(calls.Dispatch):
         shape: tuple[int, ...] = (result.num_rows, spec.hidden)
         if call.layout == "slab":
             shape = (spec.num_local_experts, *shape)
-        num_bytes = call.wire_dtype.itemsize * math.prod(shape)
-        if num_bytes == 0:
-            return torch.empty(shape, dtype=call.wire_dtype)
-        flat: Tensor = torch.from_dlpack(self.backend.comm.x_array(result, num_bytes))
-        return flat.view(call.wire_dtype).view(shape)
+        dtype = call.wire_dtype
+        if math.prod(shape) == 0:
+            return torch.empty(shape, dtype=dtype)
+        capsule = self.backend.comm.x_array(result, calls.byte_shape(shape, dtype))
+        array: Tensor = torch.from_dlpack(capsule)
+        return array.view(dtype)
 
     def _outputs(self, arrival: Arrival) -> dict[str, Tensor]:
         """Tensors for everything but x, by the names of UnpackArgs."""

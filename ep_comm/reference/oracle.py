@@ -8,7 +8,6 @@ indexing a list.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NoReturn, overload
 
 import torch
@@ -372,7 +371,7 @@ def _float_weights(weights: Sequence[Tensor] | None) -> list[Tensor] | None:
 
 def _with_weights(handle: Handle, meta: HandleMeta, weights: Tensor) -> Handle:
     _check_shape("topk_weights", None, weights, (meta.num_tokens, meta.num_topk))
-    return handle._replace(meta=replace(meta, has_weights=True).pack(), topk_weights=weights)
+    return handle._replace(meta=meta._replace(has_weights=True).pack(), topk_weights=weights)
 
 
 def _parse_handles(
