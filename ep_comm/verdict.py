@@ -119,7 +119,7 @@ def _sentence(o: Outcome, peer: PeerState) -> str:
 
 
 def _liveness(o: Outcome, peer: PeerState) -> str:
-    """E101 to E111: who, how long, where, and what the peer was last seen doing."""
+    """E101 to E112: who, how long, where, and what the peer was last seen doing."""
     p = o.peer
     last = f"last entered #{o.peer_seq}" if o.peer_seq else "entered nothing yet"
     found = (
@@ -127,6 +127,8 @@ def _liveness(o: Outcome, peer: PeerState) -> str:
     )
     if o.code == 110:
         return f"lost rank {p}: its process ended; it {last}{found}"
+    if o.code == 112:
+        return f"lost rank {p}: its CUDA context broke; it {last}{found}"
     if o.code == 111:
         return f"lost rank {p}: it closed its buffer or raised; it {last}{found}"
     state = peer.describe()

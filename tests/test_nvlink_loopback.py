@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ep_comm import Buffer, EPConfig, Handle, Received, reference
 from ep_comm.errors import EPError, EPTimeout
+from ep_comm.received import Origins
 from ep_comm.testing import Cluster
 
 pytestmark = pytest.mark.gpu
@@ -116,6 +117,8 @@ def on_cpu(value: Any) -> Any:
         return value.cpu()
     if isinstance(value, Handle):
         return Handle(*(t.cpu() for t in value))
+    if isinstance(value, Origins):
+        return Origins(*(on_cpu(t) for t in vars(value).values()))
     return value
 
 
@@ -223,6 +226,11 @@ CASES = {
     "slab-capacity": Case(options={**SLAB, "capacity": 50}),
     "slab-static": Case(options={**SLAB, **STATIC}),
     "slab-scales": Case(dtype=torch.float8_e4m3fn, scales=torch.float32, options=SLAB),
+    "origins": Case(options={"origins": True}),
+    "origins-static": Case(options={"origins": True, **STATIC}),
+    "origins-grouped": Case(options={"origins": True, **GROUPED}),
+    "origins-grouped-static": Case(options={"origins": True, **GROUPED, **STATIC}),
+    "origins-slab": Case(options={"origins": True, **SLAB}),
     "quantize": Case(options={"quantize": "fp8"}),
     "quantize-fp32-block-32": Case(
         dtype=torch.float32, hidden=96, options={"quantize": "fp8", "scale_block": 32}

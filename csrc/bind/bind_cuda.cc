@@ -4,11 +4,15 @@
 #include <pybind11/stl.h>
 
 #include <chrono>
+#include <functional>
+#include <memory>
+#include <tuple>
 
 #include "bind/dlpack.h"
 #include "contract/args.h"
 #include "host/device_arena.h"
 #include "host/device_rank.h"
+#include "host/graph_hold.h"
 #include "transport/device_memory.h"
 
 namespace py = pybind11;
@@ -48,12 +52,12 @@ py::capsule to_dlpack(std::shared_ptr<StreamHold> hold, int64_t bytes) {
 }
 
 // Waits for a begun call without the GIL; a signal handler that raises ends the communicator.
-void await_report(DeviceRank& rank, Flight& flight, uintptr_t stream) {
+void await_report(DeviceRank& rank, Flight& flight) {
     constexpr auto kSlice = std::chrono::milliseconds(20);
     while (true) {
         {
             py::gil_scoped_release nogil;
-            if (rank.await_report(flight, as_stream(stream), kSlice)) return;
+            if (rank.await_report(flight, kSlice)) return;
         }
         if (PyErr_CheckSignals() == 0) continue;
         rank.interrupt();
@@ -106,16 +110,47 @@ void bind_memory(py::module_& m) {
         });
 }
 
-std::unique_ptr<DeviceRank> make_rank(
-    const Shape& shape, int rank, uint64_t generation, const std::vector<int32_t>& owner,
-    const std::vector<std::pair<std::shared_ptr<DeviceMemory>, std::shared_ptr<DeviceMemory>>>&
-        peers,
-    std::shared_ptr<DeviceArena> arena, std::pair<double, double> clocks, int max_blocks) {
+// Ends a rank's thread, which may want the GIL.
+struct WithoutGil {
+    void operator()(DeviceRank* rank) const {
+        py::gil_scoped_release nogil;
+        delete rank;
+    }
+};
+using RankPtr = std::unique_ptr<DeviceRank, WithoutGil>;
+using PeerTuple =
+    std::tuple<std::shared_ptr<DeviceMemory>, std::shared_ptr<DeviceMemory>, int, int, int64_t>;
+
+// A Python function as a hook of the watching thread.
+std::function<void(OpKind, int, double)> as_late_hook(py::object late) {
+    std::shared_ptr<py::object> held(new py::object(std::move(late)), [](py::object* object) {
+        py::gil_scoped_acquire gil;
+        delete object;
+    });
+    return [held](OpKind kind, int peer, double waited_s) {
+        py::gil_scoped_acquire gil;
+        try {
+            (*held)(kind, peer, waited_s);
+        } catch (py::error_already_set& raised) {
+            raised.discard_as_unraisable("a late peer");
+        }
+    };
+}
+
+RankPtr make_rank(const Shape& shape, int rank, uint64_t generation,
+                  const std::vector<int32_t>& owner, const std::vector<PeerTuple>& peers,
+                  std::shared_ptr<DeviceArena> arena, std::tuple<double, double, double> clocks,
+                  int max_blocks, py::object late) {
     std::vector<DevicePeer> views;
-    for (const auto& [control, memory] : peers) views.push_back({control, memory});
-    return std::make_unique<DeviceRank>(shape, rank, generation, owner, std::move(views),
-                                        std::move(arena), DeviceClocks{clocks.first, clocks.second},
-                                        max_blocks);
+    for (const auto& [control, memory, pidfd, socket, pid] : peers) {
+        views.push_back({control, memory, {pidfd, socket, pid}});
+    }
+    const auto [warn, arrival, progress] = clocks;
+    auto hook = as_late_hook(std::move(late));
+    py::gil_scoped_release nogil;
+    return RankPtr(new DeviceRank(shape, rank, generation, owner, std::move(views),
+                                  std::move(arena), PeerClocks{warn, arrival, progress}, max_blocks,
+                                  std::move(hook)));
 }
 
 void bind_rank(py::module_& m) {
@@ -126,27 +161,28 @@ void bind_rank(py::module_& m) {
         .def_property_readonly("num_rows", [](const Flight& f) { return f.report.num_rows; })
         .def_property_readonly("index_rows", [](const Flight& f) { return f.report.index_rows; })
         .def_property_readonly("x", [](const Flight& f) { return f.x; });
-    py::class_<DeviceRank>(m, "DeviceRank")
+    py::class_<DeviceRank, RankPtr>(m, "DeviceRank")
         .def(py::init(&make_rank), "shape"_a, "rank"_a, "generation"_a, "expert_owner"_a, "peers"_a,
-             "arena"_a, "clocks"_a, "max_blocks"_a)
+             "arena"_a, "clocks"_a, "max_blocks"_a, "late"_a)
         .def(
             "begin_dispatch",
-            [](DeviceRank& self, const DispatchArgs& args, bool waits, uintptr_t status,
+            [](DeviceRank& self, const DispatchArgs& args, bool waits, bool apart, uintptr_t status,
                uintptr_t num_recv, int num_sms, uintptr_t stream) {
                 py::gil_scoped_release nogil;
-                return self.begin_dispatch(args, waits, reinterpret_cast<int32_t*>(status),
+                return self.begin_dispatch(args, waits, apart, reinterpret_cast<int32_t*>(status),
                                            reinterpret_cast<int32_t*>(num_recv), num_sms,
                                            as_stream(stream));
             },
-            "args"_a, "waits"_a, "status"_a, "num_recv"_a, "num_sms"_a, "stream"_a)
-        .def("await_report", &await_report, "flight"_a, "stream"_a)
+            "args"_a, "waits"_a, "apart"_a, "status"_a, "num_recv"_a, "num_sms"_a, "stream"_a)
+        .def("has_report", &DeviceRank::has_report, "flight"_a)
+        .def("await_report", &await_report, "flight"_a)
         .def(
             "finish_dispatch",
-            [](DeviceRank& self, Flight& flight, const UnpackArgs& out, uintptr_t stream) {
+            [](DeviceRank& self, Flight& flight, const UnpackArgs& out) {
                 py::gil_scoped_release nogil;
-                self.finish_dispatch(flight, out, as_stream(stream));
+                self.finish_dispatch(flight, out);
             },
-            "flight"_a, "out"_a, "stream"_a)
+            "flight"_a, "out"_a)
         .def(
             "combine",
             [](DeviceRank& self, const CombineArgs& args, int num_sms, uintptr_t stream) {
@@ -162,7 +198,10 @@ void bind_rank(py::module_& m) {
             },
             "kind"_a, "why"_a, "stream"_a)
         .def("take_deferred", &DeviceRank::take_deferred)
+        .def("failed", &DeviceRank::failed)
+        .def("fault", &DeviceRank::fault)
         .def("verdict", &DeviceRank::verdict)
+        .def("interrupt", &DeviceRank::interrupt)
         .def("leave", &DeviceRank::leave, py::call_guard<py::gil_scoped_release>())
         .def("default_sms", &DeviceRank::default_sms, "kind"_a)
         .def("seq", &DeviceRank::seq);

@@ -21,14 +21,13 @@ namespace ep {
 
 inline constexpr int kMaxChunks = 16;  // token ranges that are counted side by side
 
-// The operation a rank is in. One at a time: operations of a buffer run in the order they were
-// begun, so kernels of one operation find here what its first kernel decided.
+// What the first kernel of an operation decided, for its later ones.
 struct OpState {
-    uint64_t seq;      // of the current operation; lives here because a graph replays its arguments
-    int32_t code;      // kOk once every rank has placed every row; else nothing is moved
-    int32_t slot;      // seq % num_slots
-    int64_t num_recv;  // unique tokens that arrive here
-    int64_t num_rows;  // rows of x in use: compact num_recv, grouped with padding
+    uint64_t seq;       // of the operation; lives here because a graph replays its arguments
+    int32_t code;       // kOk once every rank has placed every row; else nothing is moved
+    int32_t slot;       // seq % num_slots
+    int64_t num_recv;   // unique tokens that arrive here
+    int64_t num_rows;   // rows of x in use: compact num_recv, grouped with padding
     uint32_t finished;  // blocks that are through; atom.inc wraps it back to 0
 };
 
@@ -39,64 +38,80 @@ struct BadIds {
 };
 
 // Private device memory of a rank. Pointers of one allocation, laid out once (StateLayout).
+//
+// What outlives the first half of an operation is there once for each lane. Operations whose halves
+// are queued together share lane 0; one that is begun and finished later has a lane of its own.
 struct State {
-    OpState* op;
+    uint64_t* seq;            // of the last operation that entered, on any lane
+    OpState* op;              // of the lane
     const int32_t* owner;     // [num_experts] rank
     const int32_t* local;     // [num_experts] id there
     const int32_t* position;  // [num_experts] counted owner by owner
     const int32_t* first;     // [num_ranks + 1] position of each rank's first expert
     uint64_t* expected;       // [num_slots][num_ranks] rows ever announced to us
-    int32_t* first_row;       // [num_ranks + 1] first compact row of each source here
-    int32_t* group_start;     // [max_local_experts + 1] first row of each local expert's group
-    int32_t* counts;          // [max_local_experts] selections of each local expert
+    int32_t* first_row;       // lane: [num_ranks + 1] first compact row of each source here
+    int32_t* group_start;     // lane: [max_local_experts + 1] first row of each expert's group
+    int32_t* counts;          // lane: [max_local_experts] selections of each local expert
     int32_t* chunk_row;       // [kMaxChunks][num_ranks] compact row at the owner of a chunk's first
     int32_t* chunk_slot;      // [kMaxChunks][num_experts] row of its first selection, by position
-    int32_t* turn;          // [max_tokens][num_topk] a token's turn in its chunk, at slot k's rank
+    int32_t* turn;          // [num_tokens][num_topk] a token's turn in its chunk, at slot k's rank
     int32_t* chunk_counts;  // [kMaxChunks][num_ranks + num_experts] tokens, then selections
     BadIds* bad_ids;        // [kMaxChunks]
 };
 
+inline constexpr int kMaxLanes = kMaxSlots + 1;
+// Tokens whose turns fit the state; a call with more brings memory of its own.
+inline constexpr int64_t kMostTurns = int64_t{1} << 16;
+
 struct StateLayout {
-    Region op, abort, owner, local, position, first, expected, first_row, group_start, counts,
-        chunk_row, chunk_slot, turn, chunk_counts, bad_ids, control, arena;
-    int64_t end = 0;
+    Region seq, abort, owner, local, position, first, expected, chunk_row, chunk_slot, turn,
+        chunk_counts, bad_ids, control, arena, arena_bytes;
+    Region op, first_row, group_start, counts;  // of lane 0; the others follow lane_bytes apart
+    int64_t tables_end = 0, lane_bytes = 0, end = 0;
 
     constexpr explicit StateLayout(const Shape& s) {
         const int64_t ranks = s.num_ranks, experts = s.num_experts;
         Cursor at;
-        op = at.take(sizeof(OpState));
+        seq = at.take(8);
         abort = at.take(4);
         owner = at.take(4 * experts);
         local = at.take(4 * experts);
         position = at.take(4 * experts);
         first = at.take(4 * (ranks + 1));
+        control = at.take(8 * ranks);  // addresses, see Peers
+        arena = at.take(8 * ranks);
+        arena_bytes = at.take(8 * ranks);
+        tables_end = at.end();
         expected = at.take(8 * s.num_slots * ranks);
+        chunk_row = at.take(4 * kMaxChunks * ranks);
+        chunk_slot = at.take(4 * kMaxChunks * experts);
+        turn = at.take(4 * (s.max_tokens < kMostTurns ? s.max_tokens : kMostTurns) * s.num_topk);
+        chunk_counts = at.take(4 * kMaxChunks * (ranks + experts));
+        bad_ids = at.take(kMaxChunks * int64_t{sizeof(BadIds)});
+        const int64_t lanes = at.end();
+        op = at.take(sizeof(OpState));
         first_row = at.take(4 * (ranks + 1));
         group_start = at.take(int64_t{4} * (s.max_local_experts + 1));
         counts = at.take(int64_t{4} * s.max_local_experts);
-        chunk_row = at.take(4 * kMaxChunks * ranks);
-        chunk_slot = at.take(4 * kMaxChunks * experts);
-        turn = at.take(4 * s.max_tokens * s.num_topk);
-        chunk_counts = at.take(4 * kMaxChunks * (ranks + experts));
-        bad_ids = at.take(kMaxChunks * int64_t{sizeof(BadIds)});
-        control = at.take(8 * ranks);  // addresses, see Peers
-        arena = at.take(8 * ranks);
-        end = at.end();
+        lane_bytes = at.end() - lanes;
+        end = lanes + (s.num_slots + 1) * lane_bytes;
     }
 };
 
 // Mapped memory of all ranks, our own included.
 struct Peers {
-    std::byte* const* control;  // [num_ranks] control blocks
-    std::byte* const* arena;    // [num_ranks]
+    std::byte* const* control;   // [num_ranks] control blocks
+    std::byte* const* arena;     // [num_ranks]
+    const int64_t* arena_bytes;  // [num_ranks]
     int32_t rank;
 };
 
-// What a rank's kernels tell their own host: one page of pinned memory.
+// What a rank's kernels and its host tell each other: pinned host memory.
 struct HostPage {
     Incident incident;        // of the first wait that ran out
     uint64_t incident_valid;  // release-stored last
-    uint64_t abort;           // set by the host: leave every wait
+    uint64_t abort;           // set by the host: leave every wait, see abort_word; 0 = go on
+    uint64_t deferred_seen;   // set by the host: `call` of the last deferred report it has read
 
     struct Report {  // the verdict on a call; `call` is release-stored last
         uint64_t call;
@@ -104,9 +119,25 @@ struct HostPage {
         Outcome outcome;
         int64_t num_recv, num_rows, index_rows;
     };
-    Report sync;      // of the last call whose host waits
-    Report deferred;  // of the last call that failed and whose host did not wait
+    Report sync[kMaxLanes];       // of the last call of each lane whose host waits
+    Report deferred;              // of the first call nobody has read of that failed without a host
+    uint64_t waiting[kMaxRanks];  // per peer: a wait for it that takes long, see waiting_word
 };
+
+// Why the host ends all waits: a code, and whom it blames (-1 = whoever is waited for).
+constexpr uint64_t abort_word(int code, int peer) {
+    return static_cast<uint64_t>(code) << 32 | static_cast<uint32_t>(peer + 1);
+}
+EP_HD constexpr int abort_code(uint64_t word) { return static_cast<int>(word >> 32); }
+EP_HD constexpr int abort_peer(uint64_t word) { return static_cast<int>(word & 0xffffffffu) - 1; }
+
+// Where a rank waits for a peer, in one word; 0 = it does not.
+EP_HD constexpr uint64_t waiting_word(uint64_t seq, OpKind kind, Site site) {
+    return seq << 16 | static_cast<uint64_t>(kind) << 8 | static_cast<uint64_t>(site);
+}
+constexpr uint64_t waiting_seq(uint64_t word) { return word >> 16; }
+constexpr OpKind waiting_kind(uint64_t word) { return static_cast<OpKind>(word >> 8 & 0xff); }
+constexpr Site waiting_site(uint64_t word) { return static_cast<Site>(word & 0xff); }
 
 // Clocks and the way out of a wait that takes too long.
 struct Watch {
@@ -114,7 +145,8 @@ struct Watch {
     HostPage* page;   // mapped
     std::byte* const* control;
     int64_t arrival_ns, progress_ns;  // < 0: never
-    int32_t rank;
+    int64_t post_ns;                  // a wait that takes longer tells the host
+    int32_t rank, num_ranks;
 };
 
 // All that stays the same from one operation to the next.
@@ -130,6 +162,7 @@ struct RankView {
 struct Begin {
     EntryRecord entry;          // num_rows and seq are the kernel's
     uint64_t call = 0;          // number the host waits for; 0 = it does not wait
+    int32_t lane = 0;           // where it waits
     bool report_later = false;  // a failure is raised by the host's next call
 };
 

@@ -39,9 +39,9 @@ __device__ __forceinline__ void load_stage(const Stage& stage, const std::byte* 
     const uint32_t parity = stage.parity;
     stage.parity ^= 1;
     uint64_t* loaded = stage.loaded;
-    return wait_until(watch, op, {Site::kRows, from, 1}, [loaded, parity] {
-        return uint64_t{ptx::mbarrier_try_wait_parity(loaded, parity)};
-    });
+    if (ptx::mbarrier_try_wait_parity(loaded, parity)) return true;
+    return wait_own(watch, op, from,
+                    [loaded, parity] { return ptx::mbarrier_try_wait_parity(loaded, parity); });
 }
 
 // Any thread, after await_stage; each thread drains its own stores.

@@ -34,10 +34,14 @@ __device__ __forceinline__ bool gave_up(const Watch& watch) {
     return ptx::ld_relaxed_gpu(watch.abort) != 0;
 }
 
-// Ends the communicator. The first thread that comes here says why; the others were too late.
-__device__ __noinline__ inline void give_up(const Watch& watch, const Operation& op, int code,
-                                            const Awaited& awaited, uint64_t have,
-                                            uint64_t waited_ns) {
+// Who found out, when it was another rank: 1 + rank, low half of the number of its operation.
+struct Informant {
+    uint32_t rank = 0, epoch = 0;
+};
+
+__device__ __forceinline__ void record(const Watch& watch, const Operation& op, int code,
+                                       const Awaited& awaited, uint64_t have, uint64_t waited_ns,
+                                       const Informant& told) {
     if (ptx::atom_acq_rel_gpu_exch(watch.abort, 1) != 0) return;
     Incident incident;
     incident.code = static_cast<uint16_t>(code);
@@ -45,7 +49,8 @@ __device__ __noinline__ inline void give_up(const Watch& watch, const Operation&
     incident.op = static_cast<uint8_t>(op.kind);
     incident.rank = static_cast<int16_t>(watch.rank);
     incident.peer = static_cast<int16_t>(awaited.peer);
-    incident.epoch = static_cast<uint32_t>(op.seq);
+    incident.epoch = told.rank != 0 ? told.epoch : static_cast<uint32_t>(op.seq);
+    incident.flags = told.rank;
     incident.seq = op.seq;
     if (awaited.peer >= 0) {
         incident.peer_seq = ptx::ld_acquire_sys(&header_of(watch, awaited.peer)->entered_seq);
@@ -61,21 +66,41 @@ __device__ __noinline__ inline void give_up(const Watch& watch, const Operation&
     ptx::st_release_sys(&own->life, static_cast<uint32_t>(Life::kFailed));
 }
 
-// A peer that failed has told why; one that closed is simply gone.
+// Ends the communicator. The first thread that comes here says why; the others were too late.
+__device__ __noinline__ inline void give_up(const Watch& watch, const Operation& op, int code,
+                                            const Awaited& awaited, uint64_t have,
+                                            uint64_t waited_ns) {
+    record(watch, op, code, awaited, have, waited_ns, {});
+}
+
+// Codes after which a communicator is dead; all others fail one call.
+__device__ __forceinline__ bool ends_communicator(int code) {
+    return (code >= 100 && code < 200) || code == kBadCount || code == kBadEpoch ||
+           code == kMiscount || code == kOutOfStep;
+}
+
+// A peer that failed has told why; one that closed, or cannot say, is simply gone.
 __device__ __noinline__ inline void adopt_failure(const Watch& watch, const Operation& op,
                                                   const Awaited& awaited, uint64_t have,
                                                   uint64_t waited_ns) {
     const ControlHeader* theirs = header_of(watch, awaited.peer);
     int code = kPeerLeft;
     Awaited blamed = awaited;
+    Informant told;
     if (ptx::ld_acquire_sys(&theirs->verdict_valid) != 0) {
-        const bool by_signal = theirs->verdict.code == kInterrupted;  // its user asked for it
-        code = by_signal ? static_cast<int>(kPeerLeft) : theirs->verdict.code;
-        blamed.peer = by_signal ? theirs->verdict.rank : theirs->verdict.peer;
-        blamed.want = static_cast<uint64_t>(theirs->verdict.want);
-        have = static_cast<uint64_t>(theirs->verdict.have);
+        const Incident& verdict = theirs->verdict;
+        const bool by_signal = verdict.code == kInterrupted;  // its user asked for it
+        const int culprit = by_signal ? verdict.rank : verdict.peer;
+        if (culprit >= 0 && culprit < watch.num_ranks && verdict.rank >= 0 &&
+            verdict.rank < watch.num_ranks && (by_signal || ends_communicator(verdict.code))) {
+            code = by_signal ? static_cast<int>(kPeerLeft) : verdict.code;
+            blamed.peer = culprit;
+            blamed.want = static_cast<uint64_t>(verdict.want);
+            have = static_cast<uint64_t>(verdict.have);
+            told = {verdict.rank + 1u, static_cast<uint32_t>(verdict.seq)};
+        }
     }
-    give_up(watch, op, code, blamed, have, waited_ns);
+    record(watch, op, code, blamed, have, waited_ns, told);
 }
 
 constexpr int kLookEvery = 64;         // turns between looks at the clock
@@ -86,6 +111,46 @@ __device__ __forceinline__ bool arriving(Site site) {
     return site == Site::kEntry || site == Site::kSlot;
 }
 
+__device__ __forceinline__ bool is_gone(uint32_t life) {
+    return life == static_cast<uint32_t>(Life::kLeft) ||
+           life == static_cast<uint32_t>(Life::kFailed);
+}
+
+// Tells the host of a wait that takes long, or that it is over. True, as its caller returns.
+__device__ __noinline__ inline bool post(const Watch& watch, const Operation& op,
+                                         const Awaited& awaited, uint64_t start, bool waits) {
+    if (ptx::globaltimer() - start > static_cast<uint64_t>(watch.post_ns)) {
+        ptx::st_release_sys(&watch.page->waiting[awaited.peer],
+                            waits ? waiting_word(op.seq, op.kind, awaited.site) : 0);
+    }
+    return true;
+}
+
+// The host, or the peer itself, ends the wait for it.
+__device__ __noinline__ inline bool is_over(const Watch& watch, const Operation& op,
+                                            const Awaited& awaited, uint64_t start) {
+    post(watch, op, awaited, start, true);
+    if (ptx::ld_acquire_sys(&watch.page->abort) != 0) return true;
+    return awaited.peer != watch.rank &&
+           is_gone(ptx::ld_acquire_sys(&header_of(watch, awaited.peer)->life));
+}
+
+// Why it is over. What is there by now counts all the same, unless our user wants to leave.
+__device__ __noinline__ inline bool still_counts(const Watch& watch, const Operation& op,
+                                                 const Awaited& awaited, uint64_t now,
+                                                 uint64_t waited_ns) {
+    const uint64_t abort = ptx::ld_acquire_sys(&watch.page->abort);
+    if (abort_code(abort) != kInterrupted && now >= awaited.want) return true;
+    if (abort == 0) {
+        adopt_failure(watch, op, awaited, now, waited_ns);
+        return false;
+    }
+    Awaited blamed = awaited;
+    if (abort_peer(abort) >= 0) blamed.peer = abort_peer(abort);
+    give_up(watch, op, abort_code(abort), blamed, now, waited_ns);
+    return false;
+}
+
 template <class Have>
 __device__ __noinline__ bool wait_long(const Watch& watch, const Operation& op,
                                        const Awaited& awaited, Have have) {
@@ -94,7 +159,7 @@ __device__ __noinline__ bool wait_long(const Watch& watch, const Operation& op,
     const int64_t limit = arriving(awaited.site) ? watch.arrival_ns : watch.progress_ns;
     for (int turn = 1;; turn = turn % kLookFurther + 1) {
         const uint64_t now = have();
-        if (now >= awaited.want) return true;
+        if (now >= awaited.want) return post(watch, op, awaited, start, false);
         if (turn % kLookEvery != 0) continue;
         if (gave_up(watch)) return false;
         const uint64_t time = ptx::globaltimer();
@@ -106,19 +171,11 @@ __device__ __noinline__ bool wait_long(const Watch& watch, const Operation& op,
             return false;
         }
         if (turn != kLookFurther) continue;
-        if (ptx::ld_acquire_sys(&watch.page->abort) != 0) {
-            give_up(watch, op, kInterrupted, awaited, now, time - start);
+        // Its last words came before it left: look once more.
+        if (is_over(watch, op, awaited, start) &&
+            !still_counts(watch, op, awaited, have(), time - start)) {
             return false;
         }
-        if (awaited.peer == watch.rank) continue;
-        const uint32_t life = ptx::ld_acquire_sys(&header_of(watch, awaited.peer)->life);
-        if (life != static_cast<uint32_t>(Life::kLeft) &&
-            life != static_cast<uint32_t>(Life::kFailed)) {
-            continue;
-        }
-        if (have() >= awaited.want) return true;  // its last words came before it left
-        adopt_failure(watch, op, awaited, now, time - start);
-        return false;
     }
 }
 
@@ -136,6 +193,23 @@ template <class Have>
                                                         const Awaited& awaited,
                                                         const uint64_t* word) {
     return wait_until(watch, op, awaited, [word] { return ptx::ld_acquire_sys(word); });
+}
+
+// For a bulk load of our own, from memory of rank `from`: what stalls it has to end, but no rank has
+// to do anything for it.
+template <class Have>
+__device__ __noinline__ bool wait_own(const Watch& watch, const Operation& op, int from,
+                                      Have have) {
+    const uint64_t start = ptx::globaltimer();
+    for (int turn = 1; !have(); ++turn) {
+        if (turn % kLookEvery != 0) continue;
+        if (gave_up(watch)) return false;
+        const uint64_t waited = ptx::globaltimer() - start;
+        if (watch.progress_ns < 0 || waited <= static_cast<uint64_t>(watch.progress_ns)) continue;
+        give_up(watch, op, kStalled, {Site::kRows, from, 1}, 0, waited);
+        return false;
+    }
+    return true;
 }
 
 }  // namespace ep::device

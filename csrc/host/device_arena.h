@@ -30,6 +30,8 @@ public:
 
     // An extent for work on `stream`, or nothing. What a capture is granted belongs to its graph.
     std::shared_ptr<StreamHold> grant(int64_t bytes, Stream stream);
+    // Takes back what has died, for work on `stream`; the longest piece there is then.
+    int64_t reclaim(Stream stream);
     // Gives the end of an extent back, before anybody was told of it.
     void trim(const StreamHold& hold, int64_t bytes);
     // Where memory lies in a granted extent, or -1.
@@ -74,8 +76,5 @@ private:
     std::mutex mutex_;
     std::vector<Stream> streams_;
 };
-
-// Whether work queued on the stream is being captured into a graph.
-bool is_capturing(Stream stream);
 
 }  // namespace ep

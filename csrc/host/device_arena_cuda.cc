@@ -4,30 +4,9 @@
 
 #include "host/cuda_check.h"
 #include "host/device_arena.h"
+#include "host/graph_hold.h"
 
 namespace ep {
-namespace {
-
-// The graph a capture builds, or null.
-cudaGraph_t graph_of(Stream stream) {
-    cudaStreamCaptureStatus status;
-    cudaGraph_t graph = nullptr;
-    EP_CUDA(cudaStreamGetCaptureInfo(stream, &status, nullptr, &graph, nullptr, nullptr, nullptr));
-    return status == cudaStreamCaptureStatusActive ? graph : nullptr;
-}
-
-// The extent lives as long as the graph: every replay uses its address.
-void give_to_graph(cudaGraph_t graph, const std::shared_ptr<StreamHold>& hold) {
-    cudaUserObject_t object;
-    const auto drop = [](void* held) { delete static_cast<std::shared_ptr<StreamHold>*>(held); };
-    EP_CUDA(cudaUserObjectCreate(&object, new std::shared_ptr<StreamHold>(hold), drop, 1,
-                                 cudaUserObjectNoDestructorSync));
-    EP_CUDA(cudaGraphRetainUserObject(graph, object, 1, cudaGraphUserObjectMove));
-}
-
-}  // namespace
-
-bool is_capturing(Stream stream) { return graph_of(stream) != nullptr; }
 
 DeviceArena::DeviceArena(std::shared_ptr<DeviceMemory> memory)
     : memory_(std::move(memory)), extents_(memory_->bytes()) {
@@ -39,12 +18,19 @@ DeviceArena::DeviceArena(std::shared_ptr<DeviceMemory> memory)
 DeviceArena::~DeviceArena() { cudaEventDestroy(static_cast<cudaEvent_t>(event_)); }
 
 std::shared_ptr<StreamHold> DeviceArena::grant(int64_t bytes, Stream stream) {
+    release_dropped();
     collect(stream);
     const auto extent = extents_.grant(bytes);
     if (!extent) return nullptr;
     auto hold = std::make_shared<StreamHold>(shared_from_this(), *extent, stream);
-    if (cudaGraph_t graph = graph_of(stream)) give_to_graph(graph, hold);
+    keep_in_graph(stream, hold);
     return hold;
+}
+
+int64_t DeviceArena::reclaim(Stream stream) {
+    release_dropped();
+    collect(stream);
+    return extents_.stats().largest_free;
 }
 
 void DeviceArena::trim(const StreamHold& hold, int64_t bytes) {

@@ -1,4 +1,5 @@
 #include <cuda_runtime_api.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -9,6 +10,7 @@
 #include "contract/calls.h"
 #include "host/cuda_check.h"
 #include "host/device_rank.h"
+#include "host/graph_hold.h"
 #include "kernels/launch.h"
 
 namespace ep {
@@ -26,6 +28,17 @@ uint64_t load_acquire(uint64_t& word) {
     return std::atomic_ref(word).load(std::memory_order_acquire);
 }
 
+// An error of the context that no call can mend, or 0. The thread of a watch asks while others
+// capture graphs.
+int context_error(int device, cudaStream_t stream) {
+    auto mode = cudaStreamCaptureModeRelaxed;
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    cudaSetDevice(device);
+    const cudaError_t state = cudaStreamQuery(stream);
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    return state == cudaSuccess || state == cudaErrorNotReady ? 0 : static_cast<int>(state);
+}
+
 int64_t slabs_of(const DispatchArgs& a, int num_local) {
     return a.layout == RecvLayout::kSlab ? num_local : 1;
 }
@@ -34,11 +47,15 @@ int64_t slabs_of(const DispatchArgs& a, int num_local) {
 
 DeviceRank::DeviceRank(const Shape& shape, int rank, uint64_t generation,
                        const std::vector<int32_t>& expert_owner, std::vector<DevicePeer> peers,
-                       std::shared_ptr<DeviceArena> arena, const DeviceClocks& clocks,
-                       int max_blocks)
-    : view_{shape, ControlLayout(shape), {nullptr, nullptr, rank}, {}, {}},
+                       std::shared_ptr<DeviceArena> arena, const PeerClocks& clocks, int max_blocks,
+                       std::function<void(OpKind, int, double)> late)
+    : shape_(shape),
+      rank_(rank),
       peers_(std::move(peers)),
-      arena_(std::move(arena)) {
+      arena_(std::move(arena)),
+      view_{shape, ControlLayout(shape), {}, {}, {}},
+      pid_(getpid()) {
+    release_dropped();
     const int device = arena_->device();
     EP_CUDA(cudaSetDevice(device));
     int sms = 0;
@@ -51,18 +68,30 @@ DeviceRank::DeviceRank(const Shape& shape, int rank, uint64_t generation,
     }
     EP_CUDA(
         cudaEventCreateWithFlags(reinterpret_cast<cudaEvent_t*>(&order_), cudaEventDisableTiming));
-    EP_CUDA(cudaHostAlloc(reinterpret_cast<void**>(&page_), sizeof(HostPage), cudaHostAllocMapped));
-    std::memset(static_cast<void*>(page_), 0, sizeof(HostPage));
-    fill_state(expert_owner);
-    const StateLayout layout(shape);
-    HostPage* mapped = nullptr;
-    EP_CUDA(cudaHostGetDevicePointer(reinterpret_cast<void**>(&mapped), page_, 0));
-    view_.watch = {reinterpret_cast<uint32_t*>(state_ + layout.abort.offset),
-                   mapped,
+    EP_CUDA(
+        cudaStreamCreateWithFlags(reinterpret_cast<cudaStream_t*>(&probe_), cudaStreamNonBlocking));
+    std::vector<std::byte*> control, arenas;
+    std::vector<int64_t> arena_bytes;
+    std::vector<PeerProcess> processes;
+    for (const DevicePeer& peer : peers_) {
+        control.push_back(peer.control->data());
+        arenas.push_back(peer.arena->data());
+        arena_bytes.push_back(peer.arena->bytes());
+        processes.push_back(peer.process);
+    }
+    state_ = std::make_shared<DeviceState>(shape, rank, expert_owner, control, arenas, arena_bytes);
+    page_ = state_->page();
+    const double post_s = std::min(clocks.arrival_warn_s, clocks.progress_s);
+    view_.peers = state_->peers(rank);
+    view_.state = state_->view(0);
+    view_.watch = {state_->abort(),
+                   state_->mapped_page(),
                    view_.peers.control,
                    nanoseconds(clocks.arrival_s),
                    nanoseconds(clocks.progress_s),
-                   rank};
+                   nanoseconds(post_s),
+                   rank,
+                   shape.num_ranks};
     ControlHeader header{};
     header.magic = kControlMagic;
     header.generation = generation;
@@ -70,66 +99,25 @@ DeviceRank::DeviceRank(const Shape& shape, int rank, uint64_t generation,
     EP_CUDA(
         cudaMemcpy(peers_[rank].control->data(), &header, sizeof(header), cudaMemcpyHostToDevice));
     EP_CUDA(cudaDeviceSynchronize());
-}
-
-// Tables that never change, then zeros.
-void DeviceRank::fill_state(const std::vector<int32_t>& owner) {
-    const Shape& shape = view_.shape;
-    const StateLayout layout(shape);
-    std::vector<std::byte> image(layout.turn.offset);
-    const auto table = [&](const Region& region) {
-        return reinterpret_cast<int32_t*>(image.data() + region.offset);
+    const auto broken = [device, stream = static_cast<cudaStream_t>(probe_)] {
+        return context_error(device, stream);
     };
-    int32_t *local = table(layout.local), *position = table(layout.position),
-            *first = table(layout.first);
-    std::vector<int32_t> count(shape.num_ranks, 0);
-    for (int e = 0; e < shape.num_experts; ++e) {
-        table(layout.owner)[e] = owner[e];
-        local[e] = count[owner[e]]++;
-    }
-    for (int r = 0; r < shape.num_ranks; ++r) first[r + 1] = first[r] + count[r];
-    for (int e = 0; e < shape.num_experts; ++e) position[e] = first[owner[e]] + local[e];
-    num_local_ = count[view_.peers.rank];
-
-    EP_CUDA(cudaMalloc(reinterpret_cast<void**>(&state_), layout.end));
-    EP_CUDA(cudaMemset(state_, 0, layout.end));
-    EP_CUDA(cudaMemcpy(state_, image.data(), image.size(), cudaMemcpyHostToDevice));
-    std::vector<std::byte*> control, arenas;
-    for (const DevicePeer& peer : peers_) {
-        control.push_back(peer.control->data());
-        arenas.push_back(peer.arena->data());
-    }
-    const size_t bytes = sizeof(std::byte*) * peers_.size();
-    EP_CUDA(
-        cudaMemcpy(state_ + layout.control.offset, control.data(), bytes, cudaMemcpyHostToDevice));
-    EP_CUDA(cudaMemcpy(state_ + layout.arena.offset, arenas.data(), bytes, cudaMemcpyHostToDevice));
-    view_.peers.control = reinterpret_cast<std::byte* const*>(state_ + layout.control.offset);
-    view_.peers.arena = reinterpret_cast<std::byte* const*>(state_ + layout.arena.offset);
-    const auto ints = [&](const Region& region) {
-        return reinterpret_cast<int32_t*>(state_ + region.offset);
-    };
-    view_.state = {reinterpret_cast<OpState*>(state_ + layout.op.offset),
-                   ints(layout.owner),
-                   ints(layout.local),
-                   ints(layout.position),
-                   ints(layout.first),
-                   reinterpret_cast<uint64_t*>(state_ + layout.expected.offset),
-                   ints(layout.first_row),
-                   ints(layout.group_start),
-                   ints(layout.counts),
-                   ints(layout.chunk_row),
-                   ints(layout.chunk_slot),
-                   ints(layout.turn),
-                   ints(layout.chunk_counts),
-                   reinterpret_cast<BadIds*>(state_ + layout.bad_ids.offset)};
+    watch_ = std::make_unique<PeerWatch>(rank, page_, std::move(processes), clocks, post_s,
+                                         PeerHooks{std::move(late), broken});
 }
 
 DeviceRank::~DeviceRank() { leave(); }
 
+RankView DeviceRank::view_of(int lane) const {
+    RankView view = view_;
+    view.state = state_->view(lane);
+    return view;
+}
+
 int DeviceRank::default_sms(OpKind kind) const {
     // As many SMs as move a rank's rows, its own included, while the link carries the others'. Pulls
     // also write their sums.
-    const int ranks = view_.shape.num_ranks;
+    const int ranks = shape_.num_ranks;
     const double local_share = ranks > 1 ? double(ranks) / (ranks - 1) : 2.0;
     const double moves = kind == OpKind::kDispatch ? local_share : local_share + 0.5;
     const int sms = static_cast<int>(std::ceil(kLinkGBps / kSmGBps * moves));
@@ -143,8 +131,8 @@ int DeviceRank::blocks(OpKind kind, int num_sms) const {
 // Operations of one buffer run in the order they are begun, whatever their streams.
 void DeviceRank::enter(Stream stream) {
     EP_CUDA(cudaSetDevice(arena_->device()));
-    if (has_stream_ && last_stream_ != stream && !is_capturing(stream) &&
-        !is_capturing(last_stream_)) {
+    keep_in_graph(stream, state_);
+    if (has_stream_ && last_stream_ != stream && in_same_graph(stream, last_stream_)) {
         EP_CUDA(cudaEventRecord(static_cast<cudaEvent_t>(order_), last_stream_));
         EP_CUDA(cudaStreamWaitEvent(stream, static_cast<cudaEvent_t>(order_), 0));
     }
@@ -160,49 +148,28 @@ Begin DeviceRank::begin(OpKind kind) {
     return begin;
 }
 
-std::shared_ptr<Flight> DeviceRank::begin_dispatch(const DispatchArgs& args, bool waits,
+std::shared_ptr<Flight> DeviceRank::begin_dispatch(const DispatchArgs& args, bool waits, bool apart,
                                                    int32_t* status, int32_t* num_recv, int num_sms,
                                                    Stream stream) {
     enter(stream);
     auto flight = std::make_shared<Flight>(
         DispatchJob{view_, begin(OpKind::kDispatch), args, Grant{}, 1, 0, status, num_recv});
     DispatchJob& job = flight->job;
+    flight->stream = stream;
+    // No two operations that are apart at once have the same lane: see num_slots.
+    if (apart) job.begin.lane = 1 + static_cast<int>(begun_ % uint64_t(shape_.num_slots));
+    job.view = view_of(job.begin.lane);
     job.begin.entry.descriptor = describe(args);
     job.begin.entry.num_tokens = args.num_tokens;
     job.begin.call = waits ? begun_ : 0;
     job.begin.report_later = !waits;
-
-    // Granted before the size is known: the worst case, or all there is of it. What is too much
-    // comes back in finish_dispatch.
-    const MetaLayout meta = meta_layout(args);
-    const int64_t worst = int64_t{view_.shape.num_ranks} * view_.shape.max_tokens;
-    const int64_t slabs = slabs_of(args, num_local_);
-    int64_t rows = args.capacity * slabs;
-    if (args.capacity < 0) {
-        rows = worst;
-        if (args.layout == RecvLayout::kGrouped) {
-            rows = worst * std::min(args.num_topk, num_local_) +
-                   int64_t{num_local_} * (args.alignment - 1);
-        }
+    if (!grant_turns(*flight)) {
+        EP_CUDA(kernels::launch_refuse(view_, job.begin, stream));
+        return flight;
     }
-    const int64_t max_recv = args.layout == RecvLayout::kCompact && args.capacity >= 0
-                                 ? std::min(worst, args.capacity)
-                                 : worst;
-    if (meta.bytes > 0) flight->meta = arena_->grant(max_recv * meta.bytes, stream);
-    const int64_t row_bytes = std::max<int64_t>(args.row_bytes(), 1);
-    flight->x = arena_->grant(rows * row_bytes, stream);
-    if (!flight->x) {
-        job.grant.free_bytes = arena_->stats().largest_free;
-        rows = std::min(rows, job.grant.free_bytes / row_bytes);
-        if (!args.is_static && rows > 0) flight->x = arena_->grant(rows * row_bytes, stream);
-    }
-    job.grant.max_rows = flight->x ? rows : -1;
-    job.grant.max_recv = flight->meta ? max_recv : -1;
-    job.grant.x_offset = flight->x ? flight->x->extent().offset : -1;
-    job.grant.meta_offset = flight->meta ? flight->meta->extent().offset : -1;
-
-    const LaunchPlan plan = kernels::push_plan(args, view_.shape.num_ranks,
-                                               blocks(OpKind::kDispatch, num_sms), smem_bytes_);
+    grant(*flight);
+    const LaunchPlan plan =
+        kernels::push_plan(args, shape_.num_ranks, blocks(OpKind::kDispatch, num_sms), smem_bytes_);
     flight->num_blocks = plan.num_blocks;
     kernels::divide_tokens(job, max_blocks_);
     EP_CUDA(kernels::launch_notify(job, stream));
@@ -210,54 +177,139 @@ std::shared_ptr<Flight> DeviceRank::begin_dispatch(const DispatchArgs& args, boo
     return flight;
 }
 
+// Turns of more tokens than the state has room for. False: refuse the call, the report says why.
+bool DeviceRank::grant_turns(Flight& flight) {
+    DispatchJob& job = flight.job;
+    const int64_t tokens = job.args.num_tokens;
+    if (tokens * job.args.num_topk <= std::min(shape_.max_tokens, kMostTurns) * shape_.num_topk) {
+        return true;
+    }
+    const int64_t bytes = tokens * job.args.num_topk * int64_t{sizeof(int32_t)};
+    flight.turns = arena_->grant(bytes, flight.stream);
+    if (flight.turns) {
+        job.view.state.turn = reinterpret_cast<int32_t*>(flight.turns->data());
+        return true;
+    }
+    EntryRecord& entry = job.begin.entry;
+    entry.code = kOutOfArena;
+    entry.detail[0] = bytes;
+    entry.detail[1] = arena_->stats().largest_free;
+    Outcome& outcome = flight.report.outcome;
+    outcome.incident.code = kOutOfArena;
+    outcome.incident.op = static_cast<uint8_t>(OpKind::kDispatch);
+    outcome.incident.rank = outcome.incident.peer = static_cast<int16_t>(rank_);
+    outcome.incident.seq = begun_;
+    std::copy(std::begin(entry.detail), std::end(entry.detail), outcome.detail);
+    return false;
+}
+
+// Granted before the size is known: the worst case, or all there is of it. What is too much comes
+// back in finish_dispatch.
+void DeviceRank::grant(Flight& flight) {
+    DispatchJob& job = flight.job;
+    const DispatchArgs& args = job.args;
+    const int num_local = state_->num_local();
+    const int64_t worst = int64_t{shape_.num_ranks} * shape_.max_tokens;
+    const bool compact = args.layout == RecvLayout::kCompact;
+    const int64_t rows_of_token =
+        args.layout == RecvLayout::kGrouped ? std::min(args.num_topk, num_local) : 1;
+    int64_t rows = args.capacity * slabs_of(args, num_local);
+    if (args.capacity < 0) {
+        rows = worst * rows_of_token;
+        if (!compact) rows += int64_t{num_local} * (args.alignment - 1);
+    }
+    int64_t records = compact && args.capacity >= 0 ? std::min(worst, args.capacity) : worst;
+
+    const int64_t row_bytes = std::max<int64_t>(args.row_bytes(), 1);
+    const int64_t record_bytes = meta_layout(args).bytes;
+    const auto take = [&] {
+        if (record_bytes > 0) flight.meta = arena_->grant(records * record_bytes, flight.stream);
+        if (args.x_offset < 0) flight.x = arena_->grant(rows * row_bytes, flight.stream);
+        return (flight.meta || record_bytes == 0) && (flight.x || args.x_offset >= 0);
+    };
+    if (!take()) {
+        flight.x.reset();
+        flight.meta.reset();
+        const int64_t free = arena_->reclaim(flight.stream);
+        job.grant.free_bytes = free;
+        if (!args.is_static && args.x_offset < 0) {
+            // As many records as rows they bring, in one free piece.
+            const int64_t room = std::max<int64_t>(free - 2 * kExtentAlign, 0);
+            const int64_t fit = room / (rows_of_token * row_bytes + record_bytes);
+            records = std::min(records, fit);
+            rows = std::min(rows, (room - records * record_bytes) / row_bytes);
+            if (rows > 0) take();
+        }
+    }
+    const bool has_x = flight.x || args.x_offset >= 0;
+    job.grant.max_rows = has_x ? rows : -1;
+    job.grant.max_recv = flight.meta ? records : -1;
+    job.grant.x_offset = flight.x ? flight.x->extent().offset : args.x_offset;
+    job.grant.meta_offset = flight.meta ? flight.meta->extent().offset : -1;
+}
+
 std::optional<Outcome> DeviceRank::incident() const {
     if (page_ == nullptr) return last_words_.ok() ? std::nullopt : std::optional(last_words_);
     if (load_acquire(page_->incident_valid) == 0) return std::nullopt;
     Outcome outcome{};
     outcome.incident = page_->incident;
+    if (outcome.incident.flags != 0) {  // another rank found out, and told
+        outcome.detail[0] = outcome.incident.flags;
+        outcome.detail[1] = outcome.incident.epoch;
+    }
     return outcome;
 }
 
-bool DeviceRank::await_report(Flight& flight, Stream stream, std::chrono::milliseconds limit) {
+bool DeviceRank::has_report(Flight& flight) {
+    HostPage::Report& report = page_->sync[flight.job.begin.lane];
+    if (!flight.report.outcome.ok()) return true;
+    if (load_acquire(report.call) == flight.job.begin.call) {
+        flight.report = report;
+        return true;
+    }
+    const auto failed = incident();
+    if (failed) flight.report.outcome = *failed;
+    return failed.has_value();
+}
+
+bool DeviceRank::await_report(Flight& flight, std::chrono::milliseconds limit) {
     using Clock = std::chrono::steady_clock;
     const auto end = Clock::now() + limit;
-    const auto arrived = [&] {
-        if (load_acquire(page_->sync.call) == flight.job.begin.call) {
-            flight.report = page_->sync;
-            return true;
-        }
-        const auto failed = incident();
-        if (failed) flight.report.outcome = *failed;
-        return failed.has_value();
-    };
     while (true) {
         for (int spin = 0; spin < 2000; ++spin) {
-            if (arrived()) return true;
+            if (has_report(flight)) return true;
         }
         if (Clock::now() < end) {
             std::this_thread::yield();
             continue;
         }
-        const cudaError_t state = cudaStreamQuery(stream);
+        const cudaError_t state = cudaStreamQuery(flight.stream);
         if (state == cudaErrorNotReady) return false;
         EP_CUDA(state);
-        if (arrived()) return true;
+        if (has_report(flight)) return true;
         throw DeviceError{"notify", "the kernel ended without a report"};
     }
 }
 
-void DeviceRank::finish_dispatch(Flight& flight, const UnpackArgs& out, Stream stream) {
+void DeviceRank::finish_dispatch(Flight& flight, const UnpackArgs& out) {
     const DispatchArgs& args = flight.job.args;
     if (!args.is_static) {
         const HostPage::Report& report = flight.report;
         if (flight.x) arena_->trim(*flight.x, report.num_rows * args.row_bytes());
         if (flight.meta) arena_->trim(*flight.meta, report.num_recv * meta_layout(args).bytes);
     }
-    const UnpackJob job{flight.job, out, num_local_};
+    const UnpackJob job{flight.job, out, state_->num_local()};
     const LaunchPlan plan = kernels::unpack_plan(args, flight.num_blocks, max_blocks_, smem_bytes_);
     EP_CUDA(cudaSetDevice(arena_->device()));
+    const Stream stream = flight.stream;
+    const bool ranges = args.rank_ends != nullptr || out.source_range != nullptr;
+    if (ranges) EP_CUDA(kernels::launch_ranges(job, stream));
     EP_CUDA(kernels::launch_unpack(job, plan, stream));
+    if (out.row_token != nullptr) {
+        EP_CUDA(kernels::launch_row_tokens(job, flight.num_blocks, stream));
+    }
     flight.meta.reset();
+    flight.turns.reset();
 }
 
 void DeviceRank::combine(const CombineArgs& args, int num_sms, Stream stream) {
@@ -281,7 +333,7 @@ void DeviceRank::combine(const CombineArgs& args, int num_sms, Stream stream) {
         }
         return hold;
     };
-    const bool has_peers = view_.shape.num_ranks > 1;
+    const bool has_peers = shape_.num_ranks > 1;
     if (has_peers && args.arena_offset < 0) rows = grant(args.num_rows * args.row_bytes());
     if (rows) {
         job.staged = rows->data();
@@ -297,8 +349,8 @@ void DeviceRank::combine(const CombineArgs& args, int num_sms, Stream stream) {
         }
         if (weights) entry.weights_offset = weights->extent().offset;
     }
-    LaunchPlan plan = kernels::combine_plan(view_.shape.num_ranks,
-                                            blocks(OpKind::kCombine, num_sms), smem_bytes_);
+    LaunchPlan plan =
+        kernels::combine_plan(shape_.num_ranks, blocks(OpKind::kCombine, num_sms), smem_bytes_);
     plan.all_blocks = max_blocks_;
     EP_CUDA(kernels::launch_combine(job, plan, stream));
 }
@@ -315,41 +367,46 @@ void DeviceRank::refuse(OpKind kind, const Outcome& why, Stream stream) {
 std::optional<Outcome> DeviceRank::take_deferred() {
     if (page_ == nullptr) return incident();
     const uint64_t call = load_acquire(page_->deferred.call);
-    if (call != deferred_seen_) {
-        deferred_seen_ = call;
-        return page_->deferred.outcome;
-    }
-    return incident();
+    if (call == page_->deferred_seen) return incident();
+    const Outcome outcome = page_->deferred.outcome;
+    std::atomic_ref(page_->deferred_seen).store(call, std::memory_order_release);
+    return outcome;
 }
 
 Outcome DeviceRank::verdict() const { return incident().value_or(Outcome{}); }
 
 void DeviceRank::interrupt() {
-    if (page_ != nullptr) std::atomic_ref(page_->abort).store(1, std::memory_order_release);
+    if (page_ == nullptr) return;
+    std::atomic_ref(page_->abort).store(abort_word(kInterrupted, -1), std::memory_order_release);
 }
 
 // What is under way may finish for a while; then every wait in it is cut short.
 void DeviceRank::leave() {
     if (left_) return;
     left_ = true;
+    if (getpid() != pid_) {  // a fork is not the rank, and has no context
+        watch_->stop();
+        watch_.release();
+        new std::shared_ptr<DeviceState>(std::move(state_));
+        return;
+    }
     cudaSetDevice(arena_->device());
     const auto end = std::chrono::steady_clock::now() + kGrace;
     while (has_stream_ && cudaStreamQuery(last_stream_) == cudaErrorNotReady) {
         if (std::chrono::steady_clock::now() > end) interrupt();
         std::this_thread::sleep_for(std::chrono::milliseconds(1));
     }
-    cudaStream_t stream = nullptr;
-    if (cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking) != cudaSuccess) return;
-    kernels::launch_leave(view_, stream);
-    cudaStreamSynchronize(stream);
-    cudaStreamDestroy(stream);
+    const auto probe = static_cast<cudaStream_t>(probe_);
+    kernels::launch_leave(view_, probe);
+    cudaStreamSynchronize(probe);
+    watch_.reset();  // says goodbye, now that our kernels have
+    cudaStreamDestroy(probe);
     // Now, not when the last reference dies: freeing waits for every kernel of the device, and then
-    // that may be one that waits for this thread.
+    // that may be one that waits for this thread. What a graph keeps stays, and says: leave.
     last_words_ = incident().value_or(Outcome{});
     cudaEventDestroy(static_cast<cudaEvent_t>(order_));
-    cudaFree(state_);
-    cudaFreeHost(page_);
     page_ = nullptr;
+    state_.reset();
 }
 
 }  // namespace ep

@@ -59,6 +59,16 @@ __global__ void __launch_bounds__(kStageThreads, 1)
 
 // ---- enter ----
 
+// Whether all we may load of a peer lies in its arena.
+__device__ bool is_sane(const CombineJob& job, const EntryRecord& entry, int p) {
+    const CombineArgs& a = job.args;
+    if (entry.num_rows == 0 || p == job.view.peers.rank) return entry.num_rows >= 0;
+    const int64_t per_row = a.layout == RecvLayout::kCompact ? a.num_topk : 1;
+    return lies_in_arena(job.view, p, entry.y_offset, entry.num_rows, a.row_bytes()) &&
+           (entry.weights_offset == -1 ||
+            lies_in_arena(job.view, p, entry.weights_offset, entry.num_rows, 4 * per_row));
+}
+
 __global__ void __launch_bounds__(1024, 1)
     enter_combine_kernel(const __grid_constant__ CombineJob job) {
     __shared__ Entering in;
@@ -67,7 +77,18 @@ __global__ void __launch_bounds__(1024, 1)
     if (!acquire_slot(view, job.begin, in)) return;
     publish_entries(view, in, nullptr);
     if (!await_entries(view, in)) return;
+    for (int p = threadIdx.x; in.outcome.ok() && p < view.shape.num_ranks; p += blockDim.x) {
+        if (!is_sane(job, entry_of(view, in.seq, p), p)) {
+            atomicMin(&in.first_bad, objection(kEpochObjection, p));
+        }
+    }
+    __syncthreads();
     if (threadIdx.x != 0) return;
+    if (in.outcome.ok() && in.first_bad != kNoObjection) {
+        const int p = static_cast<int>(in.first_bad & 0xffff);
+        set_outcome(in.outcome, kBadCount, p, view.peers.arena_bytes[p],
+                    entry_of(view, in.seq, p).y_offset);
+    }
     if (!in.outcome.ok()) return fail_call(view, job.begin, in);
     view.state.op->code = kOk;
     report(view, job.begin, in, 0, 0, 0);
@@ -324,11 +345,24 @@ __device__ bool add_token(const Puller& p, Feed& feed, int64_t turn, int count, 
     return add_piece<kDtype, false>(p, feed, turn, count, next_count, offset, rest);
 }
 
+// Who gave up may have let its user write to y while we read it. Our loads come before.
+__device__ __noinline__ bool owners_are_healthy(const RankView& view, const Operation& op) {
+    bool ok = true;
+    for (int p = threadIdx.x; p < view.shape.num_ranks; p += blockDim.x) {
+        const uint32_t life = ptx::ld_acquire_sys(&device::header_of(view.watch, p)->life);
+        if (p == view.peers.rank || life != static_cast<uint32_t>(Life::kFailed)) continue;
+        device::adopt_failure(view.watch, op, {Site::kPulled, p, op.seq}, 0, 0);
+        ok = false;
+    }
+    return ok;
+}
+
 // The last block tells every owner that we have read its y, and waits until everybody has read ours.
 __device__ void leave(const RankView& view, const Operation& op) {
     const int num_ranks = view.shape.num_ranks, me = view.peers.rank;
     const int slot = static_cast<int>(op.seq % view.shape.num_slots);
     bool ok = true;
+    if (!__syncthreads_and(owners_are_healthy(view, op))) return;
     for (int p = threadIdx.x; p < num_ranks; p += blockDim.x) {
         // Our loads of y are done; pairs with the wait below at rank p.
         ptx::st_release_sys(at<uint64_t>(view, p, view.layout.pulled_word(slot, me)), op.seq);

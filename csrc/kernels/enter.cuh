@@ -16,6 +16,7 @@
 
 namespace ep::kernels {
 
+using device::ends_communicator;
 using device::Operation;
 
 // A word of `owner`'s control block.
@@ -39,12 +40,6 @@ __device__ __forceinline__ uint32_t objection(Objection kind, int peer) {
     return uint32_t{kind} << 16 | static_cast<uint32_t>(peer);
 }
 
-// Codes after which the communicator is dead; all others fail one call.
-__device__ __forceinline__ bool ends_communicator(int code) {
-    return (code >= 100 && code < 200) || code == kBadCount || code == kBadEpoch ||
-           code == kMiscount || code == kOutOfStep;
-}
-
 // Takes the next sequence number, and the slot once every peer has left what it did there
 // num_slots operations ago.
 __device__ inline bool acquire_slot(const RankView& view, const Begin& begin, Entering& in) {
@@ -57,7 +52,7 @@ __device__ inline bool acquire_slot(const RankView& view, const Begin& begin, En
     for (int i = tid; i < int{sizeof(Outcome) / 8}; i += blockDim.x) {
         reinterpret_cast<uint64_t*>(&in.outcome)[i] = 0;
     }
-    const uint64_t seq = view.state.op->seq + 1;
+    const uint64_t seq = *view.state.seq + 1;
     const uint64_t num_slots = view.shape.num_slots;
     const int slot = static_cast<int>(seq % num_slots);
     const Operation op{static_cast<OpKind>(begin.entry.kind), seq};
@@ -74,6 +69,7 @@ __device__ inline bool acquire_slot(const RankView& view, const Begin& begin, En
     if (tid == 0) {
         in.seq = seq;
         in.first_bad = kNoObjection;
+        *view.state.seq = seq;
         OpState& state = *view.state.op;
         state.seq = seq;
         state.slot = slot;
@@ -138,8 +134,17 @@ __device__ inline void set_outcome(Outcome& outcome, int code, int peer, int64_t
     outcome.incident.have = have;
 }
 
+// What a peer published becomes an address only after it was found to lie in that peer's arena:
+// `count` items of `bytes` from `offset` on.
+__device__ inline bool lies_in_arena(const RankView& view, int peer, int64_t offset, int64_t count,
+                                     int64_t bytes) {
+    const int64_t limit = view.peers.arena_bytes[peer];
+    return offset >= 0 && offset <= limit && offset % kRowAlign == 0 && count >= 0 &&
+           (bytes == 0 || count <= (limit - offset) / bytes);
+}
+
 // One thread turns the lowest objection into an outcome.
-__device__ inline void explain(const RankView& view, Entering& in) {
+__device__ __noinline__ inline void explain(const RankView& view, Entering& in) {
     const int p = static_cast<int>(in.first_bad & 0xffff);
     const EntryRecord& entry = entry_of(view, in.seq, p);
     Outcome& outcome = in.outcome;
@@ -149,6 +154,8 @@ __device__ inline void explain(const RankView& view, Entering& in) {
         case kKindObjection:
             return set_outcome(outcome, kOutOfStep, p, in.entry.kind, entry.kind);
         case kPoisonObjection:
+            if (!may_poison_entry(entry.code))
+                return set_outcome(outcome, kBadCount, p, 0, entry.code);
             set_outcome(outcome, entry.code, p, 0, 0);
             for (int i = 0; i < 4; ++i) outcome.detail[i] = entry.detail[i];
             for (int i = 0; i < kReasonBytes; ++i) outcome.reason[i] = entry.reason[i];
@@ -205,7 +212,10 @@ __device__ inline void report(const RankView& view, const Begin& begin, const En
     const bool failed = in.outcome.incident.code != kOk;
     const bool later = begin.call == 0 && begin.report_later && failed;
     if (begin.call == 0 && !later) return;
-    HostPage::Report& out = later ? view.watch.page->deferred : view.watch.page->sync;
+    HostPage& page = *view.watch.page;
+    HostPage::Report& out = later ? page.deferred : page.sync[begin.lane];
+    if (later && ptx::ld_acquire_sys(&page.deferred_seen) != out.call)
+        return;  // the first one stays
     out.seq = in.seq;
     out.outcome.incident.code = kOk;
     if (failed) out.outcome = in.outcome;

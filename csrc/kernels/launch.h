@@ -15,6 +15,9 @@ using Stream = CUstream_st*;
 int launch_notify(const DispatchJob& job, Stream stream);
 int launch_push(const DispatchJob& job, const LaunchPlan& plan, Stream stream);
 int launch_unpack(const UnpackJob& job, const LaunchPlan& plan, Stream stream);
+// Origins of a dispatch: ranges before unpack releases the slot, tokens of rows after it.
+int launch_ranges(const UnpackJob& job, Stream stream);
+int launch_row_tokens(const UnpackJob& job, int num_blocks, Stream stream);
 int launch_combine(const CombineJob& job, const LaunchPlan& plan, Stream stream);
 // Enters an operation only to make it fail on every rank.
 int launch_refuse(const RankView& view, const Begin& begin, Stream stream);

@@ -363,8 +363,20 @@ __device__ void publish_bases(const DispatchJob& job, const Entering& in, const 
     }
 }
 
+// Whether the rows and records we bring fit where this peer says.
+__device__ __noinline__ bool is_sane(const DispatchJob& job, const BaseRecord& base, int p,
+                                     int64_t meta_bytes) {
+    if (base.code != kOk) return may_poison_base(base.code);
+    const RankView& view = job.view;
+    const int64_t rows = job.args.rank_counts[p];
+    const bool row_ok = base.row >= 0 && base.row <= view.peers.arena_bytes[p];
+    return row_ok && lies_in_arena(view, p, base.x_offset, base.num_rows, job.args.row_bytes()) &&
+           (rows == 0 || meta_bytes == 0 ||
+            lies_in_arena(view, p, base.meta_offset, base.row + rows, meta_bytes));
+}
+
 // All bases, not only those of ranks we send to: so all ranks learn of a refusal before a row moves.
-__device__ bool await_bases(const DispatchJob& job, Entering& in) {
+__device__ bool await_bases(const DispatchJob& job, Entering& in, int64_t meta_bytes) {
     const RankView& view = job.view;
     const int slot = static_cast<int>(in.seq % view.shape.num_slots);
     const Operation op{OpKind::kDispatch, in.seq};
@@ -372,13 +384,23 @@ __device__ bool await_bases(const DispatchJob& job, Entering& in) {
     for (int p = threadIdx.x; p < view.shape.num_ranks; p += blockDim.x) {
         const auto* base = at<BaseRecord>(view, view.peers.rank, view.layout.base(slot, p));
         ok = ok && device::wait_word(view.watch, op, {Site::kBase, p, in.seq}, &base->seq);
-        if (ok && base->code != kOk) atomicMin(&in.first_bad, objection(kPoisonObjection, p));
+        if (ok && !is_sane(job, *base, p, meta_bytes)) {
+            atomicMin(&in.first_bad, objection(kEpochObjection, p));
+        } else if (ok && base->code != kOk) {
+            atomicMin(&in.first_bad, objection(kPoisonObjection, p));
+        }
     }
     ok = __syncthreads_and(ok);
     if (ok && threadIdx.x == 0 && in.first_bad != kNoObjection) {
         const int p = static_cast<int>(in.first_bad & 0xffff);
         const auto* base = at<BaseRecord>(view, view.peers.rank, view.layout.base(slot, p));
-        set_outcome(in.outcome, base->code, p, base->detail[1], base->detail[0]);
+        if (in.first_bad >> 16 == kPoisonObjection) {
+            set_outcome(in.outcome, base->code, p, base->detail[1], base->detail[0]);
+        } else {
+            const int64_t limit = view.peers.arena_bytes[p];
+            set_outcome(in.outcome, kBadCount, p, limit,
+                        base->code != kOk ? base->code : base->x_offset);
+        }
     }
     __syncthreads();
     return ok;
@@ -482,7 +504,7 @@ __global__ void __launch_bounds__(1024, 1) notify_kernel(const __grid_constant__
     if (threadIdx.x == 0 && placing.code == kOk) judge_size(job, placing, meta.bytes);
     __syncthreads();
     publish_bases(job, in, placing);
-    if (!await_bases(job, in)) return;
+    if (!await_bases(job, in, meta.bytes)) return;
     if (!in.outcome.ok()) return conclude_failed(job, in);
     fold_bases(job, in, counters);
     conclude(job, in, placing);
@@ -499,6 +521,7 @@ __global__ void __launch_bounds__(128, 1)
 
 __global__ void leave_kernel(const __grid_constant__ RankView view) {
     ControlHeader* own = at<ControlHeader>(view, view.peers.rank, 0);
+    ptx::atom_acq_rel_gpu_exch(view.watch.abort, 1);  // replays of old graphs return at entry
     if (own->life == static_cast<uint32_t>(Life::kAlive)) {
         ptx::st_release_sys(&own->life, static_cast<uint32_t>(Life::kLeft));
     }

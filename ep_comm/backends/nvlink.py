@@ -1,16 +1,18 @@
 """The nvlink backend: GPUs that map each other's memory; the work is done in csrc/kernels.
 
 Outputs lie in the arena, GPU memory that every rank has mapped: peers push rows straight into
-the tensor the caller gets. Everything is queued on the current stream. A call with `sync=True`
-waits for its sizes while the rows travel; `sync=False` and `combine` never touch the host, and
-what goes wrong in them is raised by the next call that looks.
+the tensor the caller gets. Everything is queued on the current stream, begun operations on one of
+the buffer's own. A call with `sync=True` waits for its sizes while the rows travel; `sync=False`
+and `combine` never touch the host: what goes wrong in them is raised by the next call that looks.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -18,19 +20,17 @@ from torch import Tensor
 
 from ep_comm import _core
 from ep_comm.backends import calls, mapping
-from ep_comm.backends.base import Combined
-from ep_comm.backends.calls import Arrival
+from ep_comm.backends.nvlink_calls import ArenaReceived, Combine, Dispatch
 from ep_comm.bootstrap import Exchange, Group, Hello, Listener
 from ep_comm.checks import BufferSpec, CombineCall, DispatchCall
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPError, make_error
-from ep_comm.received import Received
 from ep_comm.verdict import PeerState, error_of
+
+_log = logging.getLogger("ep_comm")
 
 Memory = mapping.Mapped[_core.DeviceMemory]
 
-# A row that is quantized on the way lies whole in the shared memory of an SM, with its scales.
-_MAX_QUANTIZED_BYTES: Final = 192 << 10
 # Of the free memory of a GPU, what one rank takes for its arena at most.
 _ARENA_SHARE: Final = 0.25
 
@@ -65,45 +65,120 @@ class NvlinkBackend:
         self._memory = memory
         self.arena = _core.DeviceArena(memory.own.arena)
         self._copies_out = 0
-        self._unseen = False  # calls whose failure nobody has looked for
-        self._last_stream: torch.cuda.Stream | None = None
-        self._peer_pids = [memory.mesh.pids.get(r, 0) for r in range(spec.num_ranks)]
+        self._unseen: set[torch.cuda.Stream] = set()  # of calls whose failure nobody looked for
+        # Streams of one device share few hardware queues; ours goes first when SMs are short.
+        self.aside: Any = torch.cuda.Stream(spec.device, priority=-1)  # type: ignore[no-untyped-call]
+        self.unfinished: list[Dispatch] = []  # begun, their second half not queued
+        self._in_flight: list[tuple[Any, object]] = []  # (event, begun operation)
+        mesh, ranks = memory.mesh, range(spec.num_ranks)
+        self._peer_pids = [mesh.pids.get(r, 0) for r in ranks]
+        sockets = {r: sock.fileno() for r, sock in mesh.sockets.items()}
+        peers = [  # no pidfd, no socket: -1; a process that is not visible: pid 0
+            (*memory.peers[r], mesh.pidfds.get(r, -1), sockets.get(r, -1), self._peer_pids[r])
+            for r in ranks
+        ]
         arrival = -1.0 if config.arrival_s is None else config.arrival_s
         sms = torch.cuda.get_device_properties(spec.device).multi_processor_count
         self.rank = _core.DeviceRank(
-            shape, spec.rank, generation, list(spec.owner), memory.views(), self.arena,
-            (arrival, config.progress_s), sms // ranks_on_device,
+            shape, spec.rank, generation, list(spec.owner), peers, self.arena,
+            (config.arrival_warn_s, arrival, config.progress_s), sms // ranks_on_device,
+            _warning(spec.rank),
         )  # fmt: skip
         _load_conversions(spec.device)
 
     # ---- operations ----
 
-    def prepare_dispatch(self, call: DispatchCall) -> _Dispatch:
-        return _Dispatch(self, call)
+    def prepare_dispatch(self, call: DispatchCall) -> Dispatch:
+        return Dispatch(self, call)
 
-    def prepare_combine(self, call: CombineCall) -> _Combine:
-        return _Combine(self, call)
+    def prepare_combine(self, call: CombineCall) -> Combine:
+        return Combine(self, call)
 
     def stream(self) -> int:
-        """Address of the stream an operation is queued on."""
-        self._last_stream = torch.cuda.current_stream(self.spec.device)
-        return int(self._last_stream.cuda_stream)
+        """Address of the current stream."""
+        return int(torch.cuda.current_stream(self.spec.device).cuda_stream)
+
+    def enter(self) -> None:
+        """Before an operation; after a failure there is none."""
+        self.make_room()
+        if self.rank.failed():
+            raise self.error(self.rank.verdict(), "")
+
+    def make_room(self) -> None:
+        """What is begun must leave the slot that the next operation will need."""
+        following = self.seq() + 1
+        while self.unfinished and self.unfinished[0].number + self.spec.num_slots <= following:
+            self.unfinished[0].settle()
+
+    @contextlib.contextmanager
+    def on_own_stream(self, work: object) -> Iterator[None]:
+        """Queue behind what the caller has queued; `work` and its tensors live until it is over."""
+        self.aside.wait_stream(torch.cuda.current_stream(self.spec.device))
+        with torch.cuda.stream(self.aside):
+            yield
+            if not _core.is_capturing(self.stream()):
+                self._in_flight = [(e, w) for e, w in self._in_flight if not e.query()]
+                self._in_flight.append((self.aside.record_event(), work))
+
+    def when_over(self) -> Callable[[], bool]:
+        """Asks whether what is queued on our stream by now is over."""
+        if _core.is_capturing(self.stream()):
+            return lambda: False
+        event = self.aside.record_event()
+        return lambda: bool(event.query())
+
+    def is_over(self, work: Dispatch) -> None:
+        """The second half of a begun dispatch has been queued."""
+        self.unfinished.remove(work)
+        self._in_flight.append((self.aside.record_event(), work))
 
     def will_look(self) -> None:
-        """A call has begun whose failure is raised later."""
-        self._unseen = True
+        """A call has begun on the current stream whose failure is raised later."""
+        self._unseen.add(torch.cuda.current_stream(self.spec.device))
 
     def take_deferred(self) -> EPError | None:
-        """Waits for the device when a static call or a combine was queued since the last look."""
-        if self._unseen and self._last_stream is not None:
-            self._last_stream.synchronize()
-            self._unseen = False
+        """Waits for static calls and combines queued since the last look, and for what is begun."""
+        while self.unfinished:
+            self.unfinished[0].settle()
+        while self._unseen:
+            self._join(self._unseen.pop())
         outcome = self.rank.take_deferred()
         return None if outcome is None else self.error(outcome, "")
+
+    def _join(self, stream: torch.cuda.Stream) -> None:
+        """Wait for a stream so that signals are seen; one that raises ends the communicator."""
+        event = stream.record_event()
+        try:
+            with self.cuda_faults():
+                while not event.query():
+                    time.sleep(50e-6)
+        except BaseException:
+            self.rank.interrupt()
+            raise
+
+    @contextlib.contextmanager
+    def cuda_faults(self) -> Iterator[None]:
+        """A call that CUDA refuses because our context is broken is our own failure: E112."""
+        try:
+            yield
+        except (_core.DeviceCallError, RuntimeError) as error:
+            if isinstance(error, EPError) or not self._is_broken():
+                raise
+            first = str(error).splitlines()[0]
+            what = f"lost its CUDA context: {first}"
+            raise make_error("E112", what, rank=self.spec.rank, peer=self.spec.rank) from error
+
+    def _is_broken(self) -> bool:
+        try:
+            torch.cuda.current_stream(self.spec.device).query()
+        except RuntimeError:
+            return True
+        return self.rank.fault() != 0
 
     def refuse(self, op: str, error: EPError) -> None:
         kind = _core.OpKind.DISPATCH if op == "dispatch" else _core.OpKind.COMBINE
         reason = error.what.encode()[: _core.REASON_BYTES - 1].decode(errors="ignore")
+        self.make_room()
         self.rank.refuse(kind, _core.Outcome(int(error.code[1:]), reason), self.stream())
 
     def error(self, outcome: _core.Outcome, tag: str) -> EPError:
@@ -122,7 +197,12 @@ class NvlinkBackend:
     # ---- memory ----
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Arena memory, uninitialized; E231 when no free piece is long enough."""
+        """Arena memory, uninitialized; E231 when no free piece is long enough.
+
+        After a failure the error that ended the communicator: late peers may still write there.
+        """
+        if self.rank.failed():
+            raise self.error(self.rank.verdict(), "")
         num_bytes = dtype.itemsize * math.prod(shape)
         if num_bytes == 0:
             return torch.empty(tuple(shape), dtype=dtype, device=self.spec.device)
@@ -147,10 +227,14 @@ class NvlinkBackend:
         """Whether an output should leave the arena at once."""
         if output != "auto":
             return output == "torch"
-        stats = self.arena.stats()
-        crowded = stats["in_use"] > calls.WATERMARK * stats["capacity"]
+        crowded = self.crowded()
         self._copies_out += crowded
-        return bool(crowded)
+        return crowded
+
+    def crowded(self) -> bool:
+        """Whether so much of the arena is in use that outputs should not stay there."""
+        stats: dict[str, int] = self.arena.stats()
+        return stats["in_use"] > calls.WATERMARK * stats["capacity"]
 
     def stats(self) -> dict[str, Any]:
         return {
@@ -173,183 +257,17 @@ class NvlinkBackend:
         self._memory.close()
 
 
-@dataclass
-class ArenaReceived(Received):
-    """Received whose x is arena memory, which `record_stream` does not reach."""
-
-    hold: Any = None
-
-    def use_on(self, stream: Any) -> None:
-        if self.hold is not None:
-            self.hold.use_on(int(stream.cuda_stream))
-        fields = (self.topk_idx, self.topk_weights, self.scales, self.offsets, self.row_index)
-        counts = (self.num_tokens_per_expert, self.num_recv, self.status)
-        for tensor in (*fields, *counts, *self.handle[1:]):
-            if isinstance(tensor, Tensor) and tensor.is_cuda:
-                tensor.record_stream(stream)
-
-
-class _Begun:
-    """A queued operation: it needs no host, so finishing it is only looking at what came of it."""
-
-    def __init__(self, device: torch.device, finish: Callable[[], Any]) -> None:
-        self._event: Any = torch.cuda.current_stream(device).record_event()
-        self._finish = finish
-
-    def done(self) -> bool:
-        return bool(self._event.query())
-
-    def finish(self) -> Any:
-        return self._finish()
-
-
-class _Dispatch(calls.Dispatch):
-    """One dispatch on the current stream."""
-
-    def __init__(self, backend: NvlinkBackend, call: DispatchCall) -> None:
-        self.backend, self.stream = backend, backend.stream()
-        if call.sync and _core.is_capturing(self.stream):
-            raise make_error(
-                "E203", "rejected sync=True: want sync=False while a graph is captured"
-            )
-        row_bytes = backend.spec.hidden * call.x.itemsize + 4 * call.scale_words
-        if call.quantize is not None and row_bytes > _MAX_QUANTIZED_BYTES:
-            what = f"rejected hidden={backend.spec.hidden}: want rows <= {_MAX_QUANTIZED_BYTES} B"
-            raise make_error("E211", f"{what} with quantize= and backend 'nvlink'")
-        if call.origins:
-            raise make_error("E203", "rejected origins=True: want False with backend 'nvlink'")
-        super().__init__(backend.spec, call)
-        self.status = torch.empty(1, dtype=torch.int32, device=backend.spec.device)
-        self.num_recv = torch.empty(1, dtype=torch.int32, device=backend.spec.device)
-
-    def run(self) -> Received:
-        flight = self._start()
-        if self.call.sync:
-            self._settle(flight)
-        return self._finish(flight)
-
-    def begin(self) -> _Begun:
-        # Sizes are waited for here: the next operation may only begin once this one knows its own.
-        error: list[EPError] = []
-        result: list[Received] = []
-        try:
-            result.append(self.run())
-        except EPError as raised:
-            error.append(raised)
-
-        def finish() -> Received:
-            if error:
-                raise error[0]
-            return result[0]
-
-        return _Begun(self.backend.spec.device, finish)
-
-    def _start(self) -> _core.Flight:
-        backend, call = self.backend, self.call
-        if not call.sync:
-            backend.will_look()
-        flight: _core.Flight = backend.rank.begin_dispatch(
-            self.args, call.sync, self.status.data_ptr(), self.num_recv.data_ptr(),
-            backend.blocks(call.num_sms), self.stream,
-        )  # fmt: skip
-        self.routing = backend.seq()
-        return flight
-
-    def _settle(self, flight: _core.Flight) -> None:
-        """Wait for the sizes; raise what every rank raises."""
-        self.backend.rank.await_report(flight, self.stream)
-        if flight.outcome.code != 0:
-            raise self.backend.error(flight.outcome, self.call.tag)
-
-    def _finish(self, flight: _core.Flight) -> Received:
-        backend, call, spec = self.backend, self.call, self.backend.spec
-        slabs = (spec.num_local_experts,) if call.layout == "slab" else ()
-        if call.sync:
-            rows = call.capacity if call.layout == "slab" else flight.num_rows
-            arrival = Arrival(flight.num_recv, rows or 0, self.routing)
-        else:
-            arrival = Arrival(0, call.capacity or 0, self.routing)
-        hold = flight.x
-        x = backend.tensor(hold, (*slabs, arrival.num_rows, spec.hidden), call.wire_dtype)
-        self.index_rows = flight.index_rows if call.sync else self.args.index_capacity
-        out = self._outputs(arrival)
-        backend.rank.finish_dispatch(flight, self._unpack_args(arrival, out), self.stream)
-        if call.layout == "slab" and "scales" in out:
-            out["scales"] = out["scales"].transpose(1, 2)[:, : arrival.num_rows]
-        if backend.wants_copy(call.output):
-            x, hold = x.clone(), None
-        return ArenaReceived(
-            x=x,
-            topk_idx=out.get("topk_idx"),
-            topk_weights=out.get("topk_weights"),
-            scales=out.get("scales"),
-            num_tokens_per_expert=self.counts,
-            num_recv=arrival.num_recv if call.sync else self.num_recv,
-            offsets=out.get("offsets"),
-            row_index=out.get("row_index"),
-            status=self.status,
-            handle=self._handle(backend.generation, arrival, out),
-            layout=call.layout,
-            hold=hold,
-        )
-
-    def _outputs(self, arrival: Arrival) -> dict[str, Tensor]:
-        """Tensors for everything but x, by the names of UnpackArgs; kernels write all of them."""
-        spec, call = self.backend.spec, self.call
-        rows, topk, local = arrival.num_rows, call.num_topk, spec.num_local_experts
-        per_row = {"compact": (rows, topk), "grouped": (rows,), "slab": (local, rows)}[call.layout]
-
-        def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-            return torch.empty(tuple(shape), dtype=dtype, device=spec.device)
-
-        out: dict[str, Tensor] = {}
-        if call.handle is None:
-            max_recv = self._max_recv(arrival.num_recv)
-            with_rows = max_recv if call.layout != "compact" else 0
-            out["recv_src"] = empty((max_recv, 2), torch.int32)
-            out["recv_row"] = empty((with_rows, topk), torch.int32)
-            out["topk_idx"] = empty(per_row, call.idx_dtype)
-        else:
-            out["recv_src"], out["recv_row"] = call.handle.recv_src, call.handle.recv_row
-        if call.topk_weights is not None:
-            out["topk_weights"] = empty(per_row, torch.float32)
-        if call.scale_dtype is not None:
-            words = call.scale_words
-            shape = (local, words, -(-rows // 4) * 4) if call.layout == "slab" else (rows, words)
-            out["scales"] = empty(shape, call.scale_dtype)
-        if call.layout == "grouped" or call.row_index:
-            out["offsets"] = empty((local + 1,), torch.int32)
-        if call.row_index:
-            out["row_index"] = empty((self.index_rows,), torch.int32)
-        return out
-
-
-class _Combine(calls.Combine):
-    """One combine on the current stream."""
-
-    def __init__(self, backend: NvlinkBackend, call: CombineCall) -> None:
-        self.backend, self.stream = backend, backend.stream()
-        out, x = call.out, call.x
-        if out is None:
-            shape = (call.meta.num_tokens, backend.spec.hidden)
-            out = torch.empty(shape, dtype=x.dtype, device=backend.spec.device)
-        offset = -1
-        if x.numel() > 0:
-            offset = backend.arena.offset_of(x.data_ptr(), x.numel() * x.itemsize)
-        super().__init__(backend.spec, call, out, offset)
-
-    def run(self) -> Combined:
-        self.backend.will_look()
-        blocks = self.backend.blocks(self.call.num_sms)
-        self.backend.rank.combine(self.args, blocks, self.stream)
-        return self.result()
-
-    def begin(self) -> _Begun:
-        result = self.run()
-        return _Begun(self.backend.spec.device, lambda: result)
-
-
 # ---- construction ----
+
+
+def _warning(rank: int) -> Callable[[_core.OpKind, int, float], None]:
+    """What the watching thread calls when a peer is late: one warning W101 per wait."""
+
+    def warn(kind: _core.OpKind, peer: int, waited_s: float) -> None:
+        op = "combine" if kind == _core.OpKind.COMBINE else "dispatch"
+        _log.warning(f"W101: rank {rank} has waited {waited_s:.1f} s for rank {peer} in {op}")
+
+    return warn
 
 
 def _load_conversions(device: torch.device) -> None:

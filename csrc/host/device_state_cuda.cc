@@ -1,0 +1,84 @@
+#include <cuda_runtime_api.h>
+
+#include <cstring>
+
+#include "host/cuda_check.h"
+#include "host/device_state.h"
+
+namespace ep {
+
+DeviceState::DeviceState(const Shape& shape, int rank, const std::vector<int32_t>& expert_owner,
+                         const std::vector<std::byte*>& control,
+                         const std::vector<std::byte*>& arenas,
+                         const std::vector<int64_t>& arena_bytes)
+    : layout_(shape) {
+    std::vector<std::byte> image(layout_.tables_end);
+    const auto table = [&](const Region& region) {
+        return reinterpret_cast<int32_t*>(image.data() + region.offset);
+    };
+    int32_t *local = table(layout_.local), *position = table(layout_.position),
+            *first = table(layout_.first);
+    std::vector<int32_t> count(shape.num_ranks, 0);
+    for (int e = 0; e < shape.num_experts; ++e) {
+        table(layout_.owner)[e] = expert_owner[e];
+        local[e] = count[expert_owner[e]]++;
+    }
+    for (int r = 0; r < shape.num_ranks; ++r) first[r + 1] = first[r] + count[r];
+    for (int e = 0; e < shape.num_experts; ++e) {
+        position[e] = first[expert_owner[e]] + local[e];
+    }
+    num_local_ = count[rank];
+    const auto copy = [&](const Region& region, const void* from) {
+        std::memcpy(image.data() + region.offset, from, region.bytes);
+    };
+    copy(layout_.control, control.data());
+    copy(layout_.arena, arenas.data());
+    copy(layout_.arena_bytes, arena_bytes.data());
+
+    EP_CUDA(cudaHostAlloc(reinterpret_cast<void**>(&page_), sizeof(HostPage), cudaHostAllocMapped));
+    std::memset(static_cast<void*>(page_), 0, sizeof(HostPage));
+    EP_CUDA(cudaHostGetDevicePointer(reinterpret_cast<void**>(&mapped_), page_, 0));
+    EP_CUDA(cudaMalloc(reinterpret_cast<void**>(&data_), layout_.end));
+    EP_CUDA(cudaMemset(data_, 0, layout_.end));
+    EP_CUDA(cudaMemcpy(data_, image.data(), image.size(), cudaMemcpyHostToDevice));
+}
+
+DeviceState::~DeviceState() {
+    cudaFree(data_);
+    cudaFreeHost(page_);
+}
+
+State DeviceState::view(int lane) const {
+    const auto at = [this](const Region& region) { return data_ + region.offset; };
+    const auto of_lane = [&](const Region& region) {
+        return at(region) + lane * layout_.lane_bytes;
+    };
+    const auto ints = [](std::byte* address) { return reinterpret_cast<int32_t*>(address); };
+    return {reinterpret_cast<uint64_t*>(at(layout_.seq)),
+            reinterpret_cast<OpState*>(of_lane(layout_.op)),
+            ints(at(layout_.owner)),
+            ints(at(layout_.local)),
+            ints(at(layout_.position)),
+            ints(at(layout_.first)),
+            reinterpret_cast<uint64_t*>(at(layout_.expected)),
+            ints(of_lane(layout_.first_row)),
+            ints(of_lane(layout_.group_start)),
+            ints(of_lane(layout_.counts)),
+            ints(at(layout_.chunk_row)),
+            ints(at(layout_.chunk_slot)),
+            ints(at(layout_.turn)),
+            ints(at(layout_.chunk_counts)),
+            reinterpret_cast<BadIds*>(at(layout_.bad_ids))};
+}
+
+Peers DeviceState::peers(int rank) const {
+    return {reinterpret_cast<std::byte* const*>(data_ + layout_.control.offset),
+            reinterpret_cast<std::byte* const*>(data_ + layout_.arena.offset),
+            reinterpret_cast<const int64_t*>(data_ + layout_.arena_bytes.offset), rank};
+}
+
+uint32_t* DeviceState::abort() const {
+    return reinterpret_cast<uint32_t*>(data_ + layout_.abort.offset);
+}
+
+}  // namespace ep

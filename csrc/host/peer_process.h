@@ -1,0 +1,23 @@
+// What a rank knows about the process of a peer: whether it is there, and whether it runs.
+#pragma once
+
+#include <cstdint>
+
+namespace ep {
+
+struct PeerProcess {
+    int pidfd = -1;   // readable once the process is gone; -1 = same process, or unknown
+    int socket = -1;  // the bootstrap connection, readable (EOF) once the process is gone
+    int64_t pid = 0;  // 0 = not visible from here
+};
+
+// Its process ended or is ending, or closed its end of the connection. False when nothing is known.
+//
+// A killed process takes its time: a second passes while the driver frees GPU memory, and only then
+// do its descriptors close. So we also ask whether it has begun to end.
+bool is_gone(const PeerProcess& process);
+
+// Alive, but its heart does not beat (SIGSTOP, debugger).
+bool is_stopped(const PeerProcess& process);
+
+}  // namespace ep

@@ -1,0 +1,84 @@
+// The thread that watches over a GPU rank: its kernels cannot see processes, so it ends their waits
+// when a peer died, and tells who is late.
+//
+// It knows peers by their pidfd and the bootstrap connection. Whoever leaves in order, or breaks its
+// CUDA context, says so there first; an end without a word is a death. No CUDA here: the kernels read
+// HostPage::abort and write HostPage::waiting.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "contract/gpu.h"
+#include "host/peer_process.h"
+
+namespace ep {
+
+struct PeerClocks {
+    double arrival_warn_s = 5.0;
+    double arrival_s = 600.0;  // < 0: never
+    double progress_s = 30.0;
+};
+
+// Called from the watching thread.
+struct PeerHooks {
+    // A peer is late: one call per wait.
+    std::function<void(OpKind kind, int peer, double waited_s)> late;
+    // An error number once our own CUDA context is broken, else 0.
+    std::function<int()> broken;
+};
+
+class PeerWatch {
+public:
+    // `page` outlives the watch. Waits are reported to us once they took `post_s`.
+    PeerWatch(int rank, HostPage* page, std::vector<PeerProcess> peers, const PeerClocks& clocks,
+              double post_s, PeerHooks hooks);
+    ~PeerWatch() { stop(); }
+    PeerWatch(const PeerWatch&) = delete;
+    PeerWatch& operator=(const PeerWatch&) = delete;
+
+    // Says goodbye to every peer and ends the thread. Once; not from a hook.
+    void stop();
+    // The error number of our own broken context, or 0.
+    int fault() const;
+
+private:
+    enum class Word : uint32_t { kLeft = 1, kFault = 2 };
+    struct Message {  // over the bootstrap connection
+        uint32_t magic = kMagic;
+        Word word = Word::kLeft;
+        int64_t number = 0;                             // a CUDA error
+        static constexpr uint32_t kMagic = 0x57504545;  // "EEPW"
+    };
+    struct Peer {
+        PeerProcess process;
+        bool over = false;     // left in order, or blamed already
+        uint64_t waiting = 0;  // the wait for it that we know of
+        double since_s = 0;    // when it began
+        bool warned = false;
+    };
+
+    void run();
+    void look();
+    void listen(int p);
+    void time_waits(int p, double now);
+    void end_waits(int code, int peer);
+    void tell_all(const Message& message);
+
+    const int rank_;
+    HostPage* const page_;
+    std::vector<Peer> peers_;
+    const PeerClocks clocks_;
+    const double post_s_;
+    const PeerHooks hooks_;
+    int wake_ = -1;  // eventfd: the end
+    int64_t fault_ = 0;
+    mutable std::mutex mutex_;
+    std::thread thread_;
+    const int64_t pid_;  // a fork has our memory but not our thread
+};
+
+}  // namespace ep

@@ -1,0 +1,177 @@
+"""Ranks on GPUs that die, leave, stop or break: named at once, and the others' context lives on.
+
+Real processes. They share one GPU where there is only one, and one each where there are enough.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from typing import Any
+
+import pytest
+import ranks
+import test_nvlink_gpus as gpus
+import test_nvlink_loopback as loopback
+import torch
+
+from ep_comm import Buffer, EPConfig
+from ep_comm.errors import EPError
+
+pytestmark = pytest.mark.gpu
+
+
+def begin(me: ranks.Me, **clocks: float) -> tuple[Buffer, Any, Any]:
+    """A buffer that has worked once, and a call's inputs."""
+    case = loopback.Case(num_ranks=me.size)
+    buffer = gpus.buffer_of(me, case, config=EPConfig(**clocks))
+    inputs = case.inputs()
+    x, idx = inputs.x[me.rank].cuda(), inputs.topk_idx[me.rank].cuda()
+    recv = buffer.dispatch(x, idx)
+    buffer.combine(recv.x, recv.handle)
+    buffer.check()
+    me.say("ready")
+    return buffer, x, idx
+
+
+def failure(buffer: Buffer, call: Any) -> tuple[str, int | None, float, str]:
+    """Code, culprit, when, sentence of a call that fails; then the GPU still computes."""
+    try:
+        call()
+        buffer.check()
+    except EPError as error:
+        assert float(torch.ones(8, device="cuda").sum()) == 8.0
+        return error.code, error.peer, time.monotonic(), str(error)
+    raise AssertionError("nothing was raised")
+
+
+def dispatch_twice(me: ranks.Me, call: str) -> Any:
+    """The last rank leaves out the second call; the others find out why."""
+    buffer, x, idx = begin(me)
+    if me.rank == me.size - 1:
+        me.wait_for_go()
+        return None
+    calls = {
+        "dispatch": lambda: buffer.dispatch(x, idx),
+        "static": lambda: buffer.dispatch(x, idx, sync=False),
+        "begun": lambda: buffer.dispatch(x, idx, wait=False).wait(),
+    }
+    told = failure(buffer, calls[call])
+    again = failure(buffer, lambda: buffer.dispatch(x, idx))
+    assert again[0] == told[0]
+    return told
+
+
+@pytest.mark.parametrize("call", ["dispatch", "static", "begun"])
+def test_killed_peer_is_named_within_a_second(call: str) -> None:
+    with ranks.Ranks(dispatch_twice, 3, call) as processes:
+        processes.hear_all()
+        time.sleep(0.3)  # the others wait in a kernel by now
+        killed = processes.kill(2)
+        results = [processes.result(r) for r in (0, 1)]
+    for code, peer, when, sentence in results:
+        assert (code, peer) == ("E110", 2), sentence
+        assert when - killed < 1.0
+
+
+def test_peer_that_closes_is_reported_as_left() -> None:
+    with ranks.Ranks(dispatch_twice, 3, "dispatch") as processes:
+        processes.hear_all()
+        processes.go(2)  # ends its process in order
+        results = [processes.result(r) for r in (0, 1)]
+    for code, peer, _, sentence in results:
+        assert (code, peer) == ("E111", 2), sentence
+
+
+def late_once(me: ranks.Me) -> list[str]:
+    """Warnings of a rank whose peer comes two seconds late."""
+    warnings: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("ep_comm").addHandler(handler)
+    buffer, x, idx = begin(me, arrival_warn_s=0.5)
+    time.sleep(2.0 * me.rank)
+    recv = buffer.dispatch(x, idx)
+    out = buffer.combine(recv.x, recv.handle)
+    buffer.check()
+    assert out.shape == x.shape
+    return warnings
+
+
+def test_late_peer_gives_one_warning() -> None:
+    first, second = ranks.run(late_once, 2)
+    assert len(first) == 1
+    assert first[0].startswith("W101: rank 0 has waited 0.")
+    assert first[0].endswith("s for rank 1 in dispatch")
+    assert second == []
+
+
+def stopped_peer(me: ranks.Me) -> Any:
+    buffer, x, idx = begin(me, arrival_warn_s=0.2, arrival_s=60.0, progress_s=1.0)
+    if me.rank == 1:
+        me.wait_for_go()
+        return None
+    return failure(buffer, lambda: buffer.dispatch(x, idx))
+
+
+def test_stopped_peer_is_given_up_after_the_progress_limit() -> None:
+    with ranks.Ranks(stopped_peer, 2) as processes:
+        processes.hear_all()
+        stopped = processes.kill(1, signal.SIGSTOP)
+        code, peer, when, sentence = processes.result(0)
+        processes.kill(1, signal.SIGCONT)
+    assert (code, peer) == ("E101", 1)
+    assert "alive but stopped" in sentence
+    assert 0.8 < when - stopped < 4.0
+
+
+def faulty_kernel(me: ranks.Me) -> Any:
+    """The last rank's own code reads beyond its memory."""
+    buffer, x, idx = begin(me)
+    if me.rank < me.size - 1:
+        return failure(buffer, lambda: buffer.dispatch(x, idx))
+    cupy = pytest.importorskip("cupy")
+    kernel = cupy.RawKernel('extern "C" __global__ void f(int* p) { *p = 1; }', "f")
+    kernel((1,), (1,), (0x10,))
+    try:
+        for _ in range(50):
+            time.sleep(0.1)
+            buffer.dispatch(x, idx)
+    except EPError as error:
+        return error.code, error.peer
+    raise AssertionError("nothing was raised")
+
+
+def test_broken_context_is_blamed_on_its_rank() -> None:
+    pytest.importorskip("cupy")
+    with ranks.Ranks(faulty_kernel, 2) as processes:
+        processes.hear_all()
+        code, peer, _, sentence = processes.result(0)
+        own = processes.result(1)
+    assert (code, peer) == ("E112", 1), sentence
+    assert own == ("E112", 1)
+
+
+def interrupted(me: ranks.Me) -> Any:
+    buffer, x, idx = begin(me)
+    if me.rank == 1:
+        me.wait_for_go()
+        return failure(buffer, lambda: buffer.dispatch(x, idx))[:2]
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    try:
+        buffer.dispatch(x, idx)
+    except KeyboardInterrupt:
+        me.say("interrupted")
+        return failure(buffer, lambda: buffer.dispatch(x, idx))[:1]
+    raise AssertionError("nothing was raised")
+
+
+def test_interrupt_ends_a_wait_and_the_communicator() -> None:
+    with ranks.Ranks(interrupted, 2) as processes:
+        processes.hear_all()
+        assert processes.hear(0) == "interrupted"
+        processes.go(1)
+        assert processes.result(1) == ("E111", 0)
+        assert processes.result(0) == ("E111",)
