@@ -76,7 +76,7 @@ def _backends() -> dict[str, BackendStatus]:
     from ep_comm._build_info import build_info
 
     found = dist.is_available()
-    need = "needs a torch.distributed group" if found else "torch was built without distributed"
+    need = "needs a store that all ranks reach" if found else "torch was built without distributed"
     missing = build_info()["cuda_missing"]
     gpu = missing is None and torch.cuda.is_available()
     if missing is None:
