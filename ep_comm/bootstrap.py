@@ -7,9 +7,11 @@ Every rank reads every other rank's struct, so all come to the same verdict abou
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import operator
 import os
+import resource
 import secrets
 import select
 import socket
@@ -206,6 +208,9 @@ class Hello:
         return mine == (other.boot_id, other.pid_namespace, other.pid)
 
 
+_REFUSALS: Final = ("E203", "E210", "E211", "E212", "E401", "E405", "E407")
+
+
 def check_agreement(me: int, hellos: Sequence[Hello]) -> None:
     """Raise the same error on every rank when one refused or a field differs.
 
@@ -214,7 +219,9 @@ def check_agreement(me: int, hellos: Sequence[Hello]) -> None:
     for hello in hellos:
         if hello.refusal:
             code, _, what = hello.refusal.partition(" ")
-            code = code if code in ("E203", "E210", "E211", "E212") else "E406"
+            code = (
+                code if code in ("E203", "E210", "E211", "E212", "E401", "E405", "E407") else "E406"
+            )
             raise make_error(
                 code, f"cannot construct: rank {hello.rank} {what}", rank=me, peer=hello.rank
             )
@@ -250,7 +257,9 @@ def host_identity() -> tuple[bytes, int]:
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             boot = bytes.fromhex(file.read().strip().replace("-", ""))
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and (limit := no_descriptors(error)):
+            raise limit from error
         boot = _NO_BOOT_ID
     try:
         namespace = os.stat("/proc/self/ns/pid").st_ino
@@ -305,6 +314,10 @@ class Exchange:
                     raise make_error("E120", what, rank=group.rank, peer=rank)
             answers.append(answer)
         return answers
+
+    def heard(self, name: str, rank: int) -> bytes | None:
+        """What a rank has published in a round, if anything."""
+        return self._read(f"{self._number}/{name}/{rank}")
 
     def _read(self, key: str) -> bytes | None:
         """What is there now; None = nothing, or of a rank that gave up."""
@@ -403,6 +416,16 @@ def _is_cut(sock: socket.socket) -> bool:
         return True
 
 
+def no_descriptors(error: OSError, me: int | None = None) -> EPError | None:
+    """E407 when the reason is that no more files may be opened."""
+    if error.errno not in (errno.EMFILE, errno.ENFILE):
+        return None
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    why = os.strerror(error.errno)
+    what = f"hit RLIMIT_NOFILE: {why}, limit {most}, need about 10 and 4 for each rank"
+    return make_error("E407", what, rank=me)
+
+
 def died_early(me: int, dead: int) -> EPError:
     """E110 before there is a buffer."""
     what = f"lost rank {dead}: its process ended during construction"
@@ -418,15 +441,16 @@ class Listener:
 
     def __init__(self) -> None:
         self.token = secrets.token_bytes(16)
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        except OSError as error:
+            raise no_descriptors(error) or _no_sockets(error) from error
         try:
             self._socket.bind(_address(self.token))
             self._socket.listen(128)
         except OSError as error:
             self._socket.close()
-            raise make_error(
-                "E405", f"cannot share memory: bind {error.strerror}, needs Unix sockets"
-            ) from error
+            raise _no_sockets(error) from error
 
     def connect_all(
         self, me: int, hellos: Sequence[Hello], group_token: bytes, exchange: Exchange
@@ -514,6 +538,11 @@ class Listener:
         self._socket.close()
 
 
+def _no_sockets(error: OSError) -> EPError:
+    what = f"cannot share memory: socket: {error.strerror}, needs Unix sockets"
+    return make_error("E405", what)
+
+
 def group_token(hellos: Sequence[Hello]) -> bytes:
     """Sixteen bytes only the members know, the same on all of them."""
     return hashlib.sha256(b"".join(h.token for h in hellos)).digest()[:16]
@@ -541,6 +570,8 @@ def receive_fds(sock: socket.socket, count: int, limit_s: float) -> tuple[list[i
     if len(fds) != count or len(data) != 8 * count or flags & socket.MSG_CTRUNC:
         for fd in fds:
             os.close(fd)
+        if flags & socket.MSG_CTRUNC and len(fds) < count:  # the kernel had no number for them
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         raise OSError(f"got {len(fds)} descriptors and {len(data)} bytes")
     return fds, list(struct.unpack(f"<{count}q", data))
 

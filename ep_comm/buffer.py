@@ -6,6 +6,7 @@ before its backend begins is refused: the peers raise its error, too, instead of
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import struct
@@ -163,6 +164,8 @@ class Buffer:
                 arena_bytes=arena_bytes,
                 num_sms=num_sms,
             )
+            host = host_identity()
+            listener = Listener()
         except EPError as error:
             refusal = f"{error.code} {error.what}"
             self._exchange.publish("hello", Hello(rank=me, refusal=refusal).pack())
@@ -172,7 +175,9 @@ class Buffer:
             raise
         self._num_sms = num_sms
         try:
-            self._backend, self.backend_reason = self._construct(backend, arena_bytes)
+            with contextlib.closing(listener):
+                hello = _hello(self._spec, backend, self._group.members, host, listener.token)
+                self._backend, self.backend_reason = self._construct(hello, listener, arena_bytes)
         except EPTimeout:
             self._exchange.abandon()
             raise
@@ -182,39 +187,36 @@ class Buffer:
         self._closed: str | None = None
         self._finalizer = weakref.finalize(self, _close_backend, self._backend, self._pid)
 
-    def _construct(self, backend: str, arena_bytes: int | None) -> tuple[Backend, str]:
+    def _construct(
+        self, hello: Hello, listener: Listener, arena_bytes: int | None
+    ) -> tuple[Backend, str]:
         """The backend all ranks agree on, ready to use, and why it is this one."""
         me, spec = self._group.rank, self._spec
-        listener = Listener()
-        try:
-            hello = _hello(spec, backend, self._group.members, listener.token)
-            answers = self._exchange.gather("hello", hello.pack())
-            hellos = [Hello.unpack(data, rank) for rank, data in enumerate(answers)]
-            check_agreement(me, hellos)
-            name, reason = choose(backend, spec.device.type, self._group, hellos)
-            generation = int.from_bytes(group_token(hellos)[:8], "little") >> 1
-            if name == "collective":
-                from ep_comm.backends.collective import CollectiveBackend
+        answers = self._exchange.gather("hello", hello.pack())
+        hellos = [Hello.unpack(data, rank) for rank, data in enumerate(answers)]
+        check_agreement(me, hellos)
+        name, reason = choose(hello.backend, spec.device.type, self._group, hellos)
+        generation = int.from_bytes(group_token(hellos)[:8], "little") >> 1
+        if name == "collective":
+            from ep_comm.backends.collective import CollectiveBackend
 
-                return CollectiveBackend(spec, generation, self.config, self._group), reason
-            shape = _shape(spec)
-            if name == "nvlink":
-                from ep_comm.backends import nvlink
+            return CollectiveBackend(spec, generation, self.config, self._group), reason
+        shape = _shape(spec)
+        if name == "nvlink":
+            from ep_comm.backends import nvlink
 
-                gpu = nvlink.open_backend(
-                    self._group, hellos, listener, self._exchange, shape, spec, generation,
-                    self.config, arena_bytes, self._num_sms,
-                )  # fmt: skip
-                return gpu, reason
-            from ep_comm.backends import cpu
-
-            host = cpu.open_backend(
+            gpu = nvlink.open_backend(
                 self._group, hellos, listener, self._exchange, shape, spec, generation,
-                self.config, arena_bytes,
+                self.config, arena_bytes, self._num_sms,
             )  # fmt: skip
-            return host, reason
-        finally:
-            listener.close()
+            return gpu, reason
+        from ep_comm.backends import cpu
+
+        host = cpu.open_backend(
+            self._group, hellos, listener, self._exchange, shape, spec, generation,
+            self.config, arena_bytes,
+        )  # fmt: skip
+        return host, reason
 
     # ---- the two verbs ----
 
@@ -618,20 +620,31 @@ def _device(asked: torch.device | str | None) -> torch.device:
         return torch.device("cpu")
     try:
         device = torch.device(asked)
-        if str(device) == "cuda":  # tensors always have an index
-            return torch.device("cuda", torch.cuda.current_device())
-        return device
     except Exception as error:  # RuntimeError, TypeError, for bytes UnicodeDecodeError
         what = f"rejected device={shown(asked)}: want a device, {error}"
         raise make_error("E203", what) from None
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        built = bool(torch.version.cuda)
+        reason = "torch finds no GPU" if built else f"torch {torch.__version__} has no CUDA"
+        raise make_error("E401", f"has no GPU: {reason}, device={shown(asked)}")
+    # Tensors always have an index.
+    return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
 
 
 def _hash(data: bytes) -> int:
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
 
 
-def _hello(spec: BufferSpec, backend: str, members: tuple[int, ...], token: bytes) -> Hello:
-    boot_id, namespace = host_identity()
+def _hello(
+    spec: BufferSpec,
+    backend: str,
+    members: tuple[int, ...],
+    host: tuple[bytes, int],
+    token: bytes,
+) -> Hello:
+    boot_id, namespace = host
     return Hello(
         protocol=_core.PROTOCOL_VERSION,
         version=_core.BUILD["version"],

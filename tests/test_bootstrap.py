@@ -153,6 +153,21 @@ def _with_junk_variables(me: Any) -> None:
     assert torch.equal(buffer.combine(recv.x, recv.handle), x * 2)
 
 
+def _on_a_host_of_its_own(me: Any) -> str:
+    boot = bytes([me.rank]) * 16
+    ep_comm.buffer.host_identity = lambda: (boot, 0)
+    buffer = me.buffer(**SHAPE)
+    x = torch.ones(2, 32)
+    recv = buffer.dispatch(x, torch.tensor([[0, 5], [1, 4]]))
+    assert torch.equal(buffer.combine(recv.x, recv.handle), x * 2)
+    return repr(buffer)
+
+
+def test_ranks_of_several_hosts_need_no_more_than_a_store() -> None:
+    for text in ranks.run(_on_a_host_of_its_own, 2):
+        assert "collective: CPU ranks on several hosts" in text
+
+
 # ---- hostile bytes ----
 
 

@@ -20,6 +20,7 @@ from ep_comm.bootstrap import (
     Mesh,
     died_early,
     group_token,
+    no_descriptors,
     receive_fds,
     send_fds,
 )
@@ -124,6 +125,8 @@ def connect(
             mapped = Mapped(me, own, mesh).publish_in_process(token)
         except EPError as error:
             failure = error
+        except OSError as error:
+            failure = _broken_share(me, mesh, error)
         agree(exchange, "created", me, failure)
         assert mapped is not None
         try:
@@ -146,10 +149,12 @@ def agree(exchange: Exchange, step: str, me: int, failure: EPError | None) -> No
 
     A rank that failed tells why and raises at once: it owes nobody its patience, and a dead rank
     would never answer. The others raise the error of the lowest rank that failed, or name the rank
-    whose death was its reason.
+    whose death was its reason. A rank that said why before it ended has not just died.
     """
     if failure is not None:
         culprit = me if failure.peer is None else failure.peer
+        if failure.code == "E110" and (word := exchange.heard(step, culprit)):
+            failure = _told(word.decode(errors="replace"), me, culprit, exchange.group.size)
         exchange.publish(step, f"{failure.code} {culprit} {failure.what}".encode()[:300])
         raise failure
     for rank, answer in enumerate(exchange.gather(step, b"")):
@@ -173,6 +178,8 @@ def _create(kind: Kind[RegionT], me: int, control_bytes: int, arena_bytes: int) 
         control = kind.create("ep_comm_control", control_bytes)
         return Regions(control, kind.create("ep_comm_arena", arena_bytes))
     except kind.errors as error:
+        if isinstance(error, OSError) and (limit := no_descriptors(error, me)):
+            raise limit from error
         call, why = kind.explain(error)
         what = f"is out of memory: {call} of {arena_bytes} B: {why}"
         raise make_error("E232", what, rank=me) from error
@@ -211,6 +218,8 @@ def _share(
 
 
 def _broken_share(me: int, mesh: Mesh, error: OSError) -> EPError:
+    if (limit := no_descriptors(error, me)) is not None:
+        return limit
     dead = mesh.dead_rank(patience_s=0.3)
     if dead is not None:
         return died_early(me, dead)

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import ctypes
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import ranks
+import torch
+import torch.distributed as dist
 from verdicts import (
     SHAPE,
     Survivor,
     check_survivor,
     check_verdict,
+    inputs,
+    raised,
     round_trip,
     survive,
 )
+
+from ep_comm import Buffer, EPConfig, StoreGroup
+from ep_comm.errors import EPEnvironmentError
+from ep_comm.testing import Cluster
 
 
 def _without_pidfd(me: Any) -> Any:
@@ -81,3 +92,67 @@ def test_g6_private_pid_namespaces_and_equal_hostnames() -> None:
     if "not permitted" in results:
         pytest.skip("needs the right to make namespaces")
     assert results == [0, 0, 0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_g7_without_a_gpu_everything_imports_and_its_use_is_e401_everywhere() -> None:
+    program = "import ep_comm, ep_comm.autograd, ep_comm.testing; print(ep_comm.build_info())"
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, timeout=60)
+    with Cluster(1, 2) as cluster:
+        errors = cluster.run_catching(
+            lambda r: Buffer(cluster.group(r), **SHAPE, device="cuda" if r == 1 else "cpu")
+        )
+        for rank, error in enumerate(errors):
+            assert isinstance(error, EPEnvironmentError), error
+            assert (error.code, error.rank) == ("E401", rank)
+            assert "has no GPU" in str(error)
+        assert errors[0].peer == 1  # type: ignore[union-attr]
+        cluster.make_buffers(**SHAPE)
+        cluster.run(lambda r: round_trip(cluster.buffers[r]))
+
+
+ODD_NAMES = ["with space", "quote'\"`", "semi;touch hacked", "$(touch hacked)", "täglich\n"]
+
+
+def _in_an_odd_place(me: Any, folder: str) -> None:
+    os.chdir(folder)
+    os.environ.update(LC_ALL="tr_TR.UTF-8", TMPDIR=folder, HOME=folder)
+    store = dist.FileStore(os.path.join(folder, "store"), me.size)
+    buffer = Buffer(StoreGroup(store, me.rank, me.size, folder), **SHAPE, device="cpu")
+    for i in range(3):
+        x, idx = inputs(buffer.rank, i)
+        recv = buffer.dispatch(x, idx, tag=folder)
+        assert torch.equal(buffer.combine(recv.x, recv.handle), x * 2)
+    error = raised(lambda: buffer.dispatch(None, tag=folder))
+    assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_g8_odd_paths_names_and_locales_are_only_text(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    ranks.run(_in_an_odd_place, 2, str(folder))
+    assert not list(tmp_path.rglob("hacked"))
+
+
+@pytest.mark.parametrize("value", ["true", "", "1e9", "-1"])
+def test_g9_junk_variables_change_nothing(value: str) -> None:
+    ranks.run(_with_junk, 2, value)
+
+
+def _with_junk(me: Any, value: str) -> None:
+    for name in ("BACKEND", "NUM_SLOTS", "ARRIVAL_S", "PARANOID", "ARENA_BYTES", "LOG"):
+        os.environ[f"EP_COMM_{name}"] = value
+    buffer = me.buffer(**SHAPE)
+    assert buffer.config == EPConfig()
+    round_trip(buffer)
+
+
+def test_n1_one_host_needs_no_network_library() -> None:
+    with Cluster(1, 2) as cluster:
+        cluster.make_buffers(**SHAPE)
+        cluster.run(lambda r: round_trip(cluster.buffers[r]))
+    with open("/proc/self/maps") as maps:
+        loaded = maps.read()
+    assert "nvshmem" not in loaded
+    assert "libibverbs" not in loaded

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import pytest
-import torch
-from verdicts import (
-    SHAPE,
-    inputs,
-    raised,
-    round_trip,
-)
+import os
+import time
+from typing import Any
 
-from ep_comm.errors import (
-    EPMemoryError,
-)
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from verdicts import SHAPE, inputs, raised, round_trip
+
+from ep_comm import Buffer, EPConfig, StoreGroup
+from ep_comm.errors import EPError, EPMemoryError
 from ep_comm.testing import Cluster
 
 
@@ -77,3 +77,61 @@ def test_f2_allocation_that_fails_in_combine_is_e231_everywhere_and_the_next_wor
             assert torch.equal(buffer.combine(y, recv.handle, out=out), x * 2)
 
         cluster.run(work)
+
+
+def _with_few_descriptors(me: Any, spare: int) -> tuple[EPError | None, float]:
+    """A store whose connection is open already, and no descriptor free but `spare`."""
+    import resource
+
+    import ep_comm.backends.cpu  # noqa: F401
+
+    port = dist.FileStore(me.store, me.size)
+    if me.rank == 0:
+        store = dist.TCPStore("127.0.0.1", 0, me.size, True, wait_for_workers=False)
+        port.set("port", str(store.port))
+    else:
+        store = dist.TCPStore("127.0.0.1", int(port.get("port")), me.size, False)
+        most = max(int(fd) for fd in os.listdir("/proc/self/fd"))
+        while (last := os.open("/dev/null", os.O_RDONLY)) < most:  # no gaps
+            pass
+        resource.setrlimit(resource.RLIMIT_NOFILE, (last + 1 + spare, last + 1 + spare))
+    group, start = StoreGroup(store, me.rank, me.size), time.monotonic()
+    try:
+        round_trip(Buffer(group, **SHAPE, device="cpu", config=EPConfig(arrival_s=20.0)))
+    except EPError as error:
+        return error, time.monotonic() - start
+    return None, time.monotonic() - start
+
+
+@pytest.mark.parametrize("spare", range(10))
+def test_f6_few_descriptors_are_exact_or_e407_on_every_rank(spare: int) -> None:
+    outcomes = ranks.run(_with_few_descriptors, 2, spare, limit_s=20)
+    assert all(seconds < 2 for _, seconds in outcomes), outcomes
+    errors = [error for error, _ in outcomes]
+    assert (errors[0] is None) == (errors[1] is None) == (spare > 6), errors
+    for rank, error in enumerate(errors):
+        if error is not None:
+            assert (error.code, error.rank, error.scope) == ("E407", rank, "init"), error
+            assert "Too many open files" in str(error), error
+
+
+def _in_a_bare_place(me: Any) -> str | None:
+    """No locked memory, no home, and no /dev/shm."""
+    import ctypes
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))
+    os.environ.update(HOME="/proc/1/nowhere", XDG_CACHE_HOME="/proc/1/nowhere")
+    new_mount_namespace, private = 0x20000, 1 << 18 | 0x4000
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(new_mount_namespace) == 0:
+        libc.mount(b"none", b"/", None, private, None)
+        libc.umount2(b"/dev/shm", 2)
+    buffer = me.buffer(**SHAPE)
+    for i in range(3):
+        round_trip(buffer, i)
+    return None
+
+
+def test_f6_no_locked_memory_no_home_and_no_dev_shm_is_exact() -> None:
+    ranks.run(_in_a_bare_place, 2)
