@@ -96,20 +96,20 @@ DISPATCH: dict[str, Bad] = {
     "x-none": Bad("E200", ("x", "NoneType", "tensor"), {"x": None}),
     "x-list": Bad("E200", ("x", "list", "tensor"), {"x": [[1.0]]}),
     "x-dlpack-refused": Bad("E200", ("x", "Uncopyable", "read-only"), {"x": Uncopyable()}),
-    "x-float64": Bad("E200", ("x", "float64", "bfloat16"), make=lambda x: {"x": x.double()}),
-    "x-int16": Bad("E200", ("x", "int16"), make=lambda x: {"x": x.short()}),
-    "x-complex": Bad("E200", ("x", "complex64"), make=lambda x: {"x": x.to(torch.complex64)}),
-    "x-bool": Bad("E200", ("x", "bool"), make=lambda x: {"x": x.bool()}),
+    "a1-x-float64": Bad("E200", ("x", "float64", "bfloat16"), make=lambda x: {"x": x.double()}),
+    "a1-x-int16": Bad("E200", ("x", "int16"), make=lambda x: {"x": x.short()}),
+    "a1-x-complex": Bad("E200", ("x", "complex64"), make=lambda x: {"x": x.to(torch.complex64)}),
+    "a1-x-bool": Bad("E200", ("x", "bool"), make=lambda x: {"x": x.bool()}),
     "x-1d": Bad("E201", ("x", "[512]", "num_tokens, 512"), make=lambda x: {"x": x[0]}),
     "x-3d": Bad("E201", ("x", "[1, 4, 512]"), make=lambda x: {"x": x[None]}),
     "x-scalar": Bad("E201", ("x", "[]"), make=lambda x: {"x": x[0, 0]}),
     "x-narrow": Bad("E201", ("x", "[4, 504]"), make=lambda x: {"x": x[:, :504]}),
-    "x-meta": Bad("E202", ("x", "meta", "cpu"), make=lambda x: {"x": x.to("meta")}),
+    "a2-x-meta": Bad("E202", ("x", "meta", "cpu"), make=lambda x: {"x": x.to("meta")}),
     "x-sparse": Bad("E202", ("x", "sparse_coo", "strided"), make=lambda x: {"x": x.to_sparse()}),
-    "x-transposed": Bad("E202", ("x", "strides"), make=lambda x: {"x": x.t().contiguous().t()}),
-    "x-wide": Bad("E202", ("x", "strides"), make=lambda x: {"x": wide(x)}),
-    "x-misaligned": Bad("E202", ("x", "16"), make=lambda x: {"x": shifted(x, 2)}),
-    "x-odd-rows": Bad(
+    "a2-x-transposed": Bad("E202", ("x", "strides"), make=lambda x: {"x": x.t().contiguous().t()}),
+    "a2-x-wide": Bad("E202", ("x", "strides"), make=lambda x: {"x": wide(x)}),
+    "a22-x-misaligned": Bad("E202", ("x", "16"), make=lambda x: {"x": shifted(x, 2)}),
+    "a2-x-odd-rows": Bad(
         "E202",
         ("x", "strides", "516"),
         make=lambda x: {"x": torch.zeros(TOKENS, 516, dtype=x.dtype)[:, :512]},
@@ -121,16 +121,16 @@ DISPATCH: dict[str, Bad] = {
     ),
     # topk_idx
     "ids-none": Bad("E201", ("topk_idx", "None"), {"topk_idx": None}),
-    "ids-int16": Bad("E200", ("topk_idx", "int16", "int64 or int32"), {"topk_idx": ids().short()}),
-    "ids-uint8": Bad("E200", ("topk_idx", "uint8"), {"topk_idx": ids().to(torch.uint8)}),
+    "a4-ids-int16": Bad("E200", ("topk_idx", "int16", "int64 or int32"), {"topk_idx": ids().short()}),
+    "a4-ids-uint8": Bad("E200", ("topk_idx", "uint8"), {"topk_idx": ids().to(torch.uint8)}),
     "ids-float": Bad("E200", ("topk_idx", "float32"), {"topk_idx": ids().float()}),
     "ids-rows": Bad("E201", ("topk_idx", "[3, 2]", "[4, num_topk]"), {"topk_idx": ids(3)}),
     "ids-1d": Bad("E201", ("topk_idx", "[8]"), {"topk_idx": ids().flatten()}),
     "ids-meta": Bad("E202", ("topk_idx", "meta"), {"topk_idx": ids().to("meta")}),
     "topk-0": Bad("E210", ("top_k=0", "limit 2"), {"topk_idx": ids()[:, :0]}),
-    "topk-3": Bad("E210", ("top_k=3", "limit 2"), {"topk_idx": torch.zeros(4, 3).long()}),
+    "a9-topk-3": Bad("E210", ("top_k=3", "limit 2"), {"topk_idx": torch.zeros(4, 3).long()}),
     # topk_weights
-    "weights-fp64": Bad("E200", ("topk_weights", "float64"), {"topk_weights": ids().double()}),
+    "a6-weights-fp64": Bad("E200", ("topk_weights", "float64"), {"topk_weights": ids().double()}),
     "weights-int": Bad("E200", ("topk_weights", "int64"), {"topk_weights": ids()}),
     "a5-weights-k-1": Bad(
         "E201", ("topk_weights", "[4, 1]", "[4, 2]"), {"topk_weights": ids().float()[:, :1]}
@@ -178,16 +178,16 @@ DISPATCH: dict[str, Bad] = {
         "E203", ("quantize='fp8'", "given scales"), {"x": BYTES, "quantize": "fp8", "scales": BYTES}
     ),
     "scales-of-bf16": Bad("E200", ("x", "bfloat16", "scales="), {"scales": torch.ones(4, 4)}),
-    "scales-fp16": Bad(
+    "a16-scales-fp16": Bad(
         "E200", ("scales", "float16"), {"x": BYTES, "scales": torch.ones(4, 4).half()}
     ),
-    "scales-shape": Bad(
+    "a16-scales-shape": Bad(
         "E201", ("scales", "[4, 3]", "[4, 4]"), {"x": BYTES, "scales": torch.ones(4, 3)}
     ),
-    "scales-int-shape": Bad(
+    "a16-scales-int-shape": Bad(
         "E201", ("scales", "[4, 4]", "[4, 1]"), {"x": BYTES, "scales": torch.ones(4, 4).int()}
     ),
-    "scales-rows": Bad("E201", ("scales", "[3, 4]"), {"x": BYTES, "scales": torch.ones(3, 4)}),
+    "a16-scales-rows": Bad("E201", ("scales", "[3, 4]"), {"x": BYTES, "scales": torch.ones(3, 4)}),
     # handle together with what it replaces
     "handle-junk": Bad("E320", ("handle", "int"), {"handle": 5, "topk_idx": None}),
     "handle-and-ids": Bad("E203", ("topk_idx", "handle="), {"handle": ()}),
@@ -294,11 +294,11 @@ COMBINE: dict[str, Bad] = {
     "x-none": Bad("E200", ("x", "NoneType"), {"x": None}),
     "x-fp8": Bad("E200", ("x", "float8_e4m3fn"), make=lambda x: {"x": x.to(torch.float8_e4m3fn)}),
     "x-int32": Bad("E200", ("x", "int32"), make=lambda x: {"x": x.int()}),
-    "x-rows-missing": Bad("E201", ("x", "want ["), make=lambda x: {"x": x[1:]}),
-    "x-rows-extra": Bad("E201", ("x", "want ["), make=lambda x: {"x": torch.cat([x, x])}),
+    "a18-x-rows-missing": Bad("E201", ("x", "want ["), make=lambda x: {"x": x[1:]}),
+    "a18-x-rows-extra": Bad("E201", ("x", "want ["), make=lambda x: {"x": torch.cat([x, x])}),
     "x-narrow": Bad("E201", ("x", "504"), make=lambda x: {"x": x[:, :504]}),
     "x-strided": Bad("E202", ("x", "contiguous"), make=lambda x: {"x": wide(x)}),
-    "x-misaligned": Bad("E202", ("x", "16"), make=lambda x: {"x": shifted(x, 4)}),
+    "a22-x-misaligned": Bad("E202", ("x", "16"), make=lambda x: {"x": shifted(x, 4)}),
     "x-meta": Bad("E202", ("x", "meta"), make=lambda x: {"x": x.to("meta")}),
     "handle-none": Bad("E320", ("handle", "NoneType"), {"handle": None}),
     "bias-dtype": Bad("E200", ("bias", "float32", "bfloat16"), {"bias": torch.ones(4, 512)}),
@@ -584,7 +584,7 @@ def test_bad_buffer_option_on_one_rank_is_refused_everywhere_and_leaves_nothing(
 
 @pytest.mark.parametrize("name", ["arrival_warn_s", "arrival_s", "progress_s"])
 @pytest.mark.parametrize("value", [0, -1.0, "5", True, float("nan")])
-def test_clocks_are_positive_seconds(name: str, value: Any) -> None:
+def test_g9_clocks_are_positive_seconds(name: str, value: Any) -> None:
     with pytest.raises(EPArgumentError) as caught:
         EPConfig(**{name: value})
     assert caught.value.code == "E203"

@@ -326,7 +326,7 @@ def test_begun_alone_keeps_its_operation_alive() -> None:
 # ---- threads ----
 
 
-def test_threads_of_a_rank_share_its_buffer(two: Cluster) -> None:
+def test_d6_threads_of_a_rank_share_its_buffer(two: Cluster) -> None:
     """Calls are serialized; which thread comes first is up to them, so all do the same here."""
 
     def work(rank: int) -> None:

@@ -321,7 +321,7 @@ def test_few_open_files_and_strict_overcommit_warn(
 
 
 @pytest.mark.parametrize("name", ["EP_COMM_BACKEND", "EP_COMM_", "EP_COMM_DEBUG", "ep_comm_sms"])
-def test_variable_named_like_ours_fails_without_showing_its_value(
+def test_g9_variable_named_like_ours_fails_without_showing_its_value(
     tmp_path: Path, name: str
 ) -> None:
     findings = host_checks.variables(fake(tmp_path, environ={name: "s3cret", "PATH": "/bin"}))
@@ -432,7 +432,7 @@ def test_selection_limits_the_gpus_looked_at() -> None:
     assert [gpu["index"] for gpu in gpus] == [0]
 
 
-def test_library_that_fails_or_lacks_a_symbol_says_so() -> None:
+def test_g4_library_that_fails_or_lacks_a_symbol_says_so() -> None:
     assert driver.facts(FakeNvml("nvmlInit_v2"), None)["nvml"]["error"] == (
         "nvmlInit_v2: Driver Not Loaded"
     )

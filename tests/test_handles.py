@@ -118,7 +118,7 @@ def test_handle_outlives_what_was_received(two: Cluster) -> None:
     two.run(work)
 
 
-def test_combine_twice_and_dispatch_twice_with_one_handle(two: Cluster) -> None:
+def test_a19_combine_twice_and_dispatch_twice_with_one_handle(two: Cluster) -> None:
     def work(rank: int) -> None:
         buffer = two.buffers[rank]
         x, idx, _ = inputs(rank, 6)
@@ -145,7 +145,7 @@ def codes(cluster: Cluster, work: Callable[[int], Any]) -> list[str]:
     return found
 
 
-def test_handle_of_another_buffer_is_refused_on_every_rank(two: Cluster) -> None:
+def test_a17_handle_of_another_buffer_is_refused_on_every_rank(two: Cluster) -> None:
     with Cluster(1, 2) as others:
         others.make_buffers(**SHAPE)
         foreign = others.run(lambda r: others.buffers[r].dispatch(*inputs(r, 1)))
@@ -170,7 +170,7 @@ def test_handle_of_another_buffer_is_refused_on_every_rank(two: Cluster) -> None
     two.run(lambda r: two.buffers[r].combine(own[r].x, own[r].handle))
 
 
-def test_handle_of_a_closed_and_rebuilt_buffer_is_refused() -> None:
+def test_a17_handle_of_a_closed_and_rebuilt_buffer_is_refused() -> None:
     with Cluster(1, 2) as cluster:
         first = cluster.make_buffers(**SHAPE)
         old = cluster.run(lambda r: first[r].dispatch(*inputs(r, 2)))
@@ -257,7 +257,7 @@ DAMAGE: dict[str, Callable[[Handle], Any]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
-def test_damaged_handle_is_e320_everywhere_and_the_next_call_works(
+def test_a17_damaged_handle_is_e320_everywhere_and_the_next_call_works(
     two: Cluster, damage: Callable[[Handle], Any]
 ) -> None:
     def work(rank: int) -> list[str]:

@@ -11,19 +11,18 @@ from typing import Any
 import pytest
 import ranks
 import torch
-from verdicts import (
-    SHAPE,
-    inputs,
-)
+from verdicts import SHAPE, inputs, round_trip
 
 from ep_comm import EPConfig, _core
-from ep_comm.errors import (
-    EPError,
-)
+from ep_comm.errors import EPError, EPTimeout
 from ep_comm.testing import Cluster
 
 # Words of an entry and of a base as contract/records.h has them, in bytes from the record's start.
-ENTRY = {"seq": 0, "num_tokens": 104, "num_rows": 112, "y_offset": 120, "weights_offset": 128}
+_FIXED = 16 + 8 * len(_core.DESCRIPTOR_FIELDS)
+ENTRY = {"seq": 0} | {
+    name: _FIXED + 8 * i
+    for i, name in enumerate(("num_tokens", "num_rows", "y_offset", "weights_offset"))
+}
 BASE = {"seq": 0, "x_offset": 16, "meta_offset": 24, "row": 32, "num_rows": 40}
 ODD = [-1, -(2**63), 2**31, 2**60, 2**63 - 1, 1 << 20, 9, 4096]
 
@@ -89,6 +88,7 @@ class Forger:
             )
             recv, seq = both[0], 2
         outcome: list[str] = []
+        self.error: EPError | None = None
 
         def victim() -> None:
             try:
@@ -98,6 +98,7 @@ class Forger:
                     buffer.dispatch(x, idx, layout=self.layout)
                 outcome.append("ok")
             except EPError as error:
+                self.error = error
                 outcome.append(error.code)
 
         thread = threading.Thread(target=victim)
@@ -127,7 +128,7 @@ class Forger:
             self.word(0, ours + ENTRY[name]).value = value
         if kind == "count":
             ctypes.c_int64.from_address(self.blocks[0] + counts).value = value
-        self.word(0, ours).value = seq
+        self.word(0, ours).value = value if kind == "seq" else seq
         if self.verb == "combine":
             pulled = self.at["pulled"] + (2 * slot + 1) * 64
             self.word(0, pulled).value = seq
@@ -167,3 +168,66 @@ def test_h2_forged_counts_and_offsets_are_refused_before_they_are_used(
 ) -> None:
     """In a process of its own: a number that is believed kills it."""
     ranks.run(_hostile, 1, verb, layout, limit_s=120)
+
+
+# ---- H3 to H5: order, loss, age ----
+
+
+def _litmus(me: Any, rounds: int, hidden: int) -> int:
+    """Every word of every row says which round it belongs to."""
+    buffer = me.buffer(num_experts=2, num_topk=1, hidden=hidden, max_tokens=32, num_slots=2)
+    idx = (torch.arange(32)[:, None] + me.rank) % 2
+    x = torch.empty(32, hidden, dtype=torch.int8)
+    wrong, word = 0, 0x0101010101010101
+    for i in range(rounds):
+        x.fill_(i % 127)
+        recv = buffer.dispatch(x, idx)
+        wrong += int((recv.x.view(torch.int64) != i % 127 * word).sum())
+    return wrong
+
+
+@pytest.mark.parametrize(("hidden", "rounds"), [(64, 1000), (1 << 17, 60)], ids=["cached", "nt"])
+def test_h3_an_arrival_is_never_seen_before_its_rows(hidden: int, rounds: int) -> None:
+    """Both ways rows are stored: through the cache, and past it (4 MiB a round)."""
+    assert ranks.run(_litmus, 2, rounds, hidden) == [0, 0]
+
+
+def test_h4_rows_that_never_arrive_are_told_with_both_numbers() -> None:
+    forger = Forger("dispatch", "compact")
+    assert forger.attack("entry", "num_rows", 1) == "E102"
+    error = forger.error
+    assert isinstance(error, EPTimeout)
+    assert (error.rank, error.peer) == (0, 1)
+    assert "got 0 of 1 rows" in str(error)
+
+
+@pytest.mark.parametrize(("verb", "seq"), [("dispatch", 0), ("combine", 0), ("combine", 1)])
+def test_h5_a_number_of_an_older_operation_is_ignored(verb: str, seq: int) -> None:
+    forger = Forger(verb, "compact")
+    assert forger.attack("seq", "", seq) == "E101"
+    assert forger.error is not None
+    assert "for rank 1 to enter" in str(forger.error)
+
+
+@pytest.mark.parametrize(("verb", "seq"), [("dispatch", 3), ("combine", 4), ("combine", 2**63 - 2)])
+def test_h5_a_number_that_cannot_be_yet_is_e241(verb: str, seq: int) -> None:
+    forger = Forger(verb, "compact")
+    assert forger.attack("seq", "", seq) == "E241"
+    assert forger.error is not None
+    assert forger.error.peer == 1
+    assert f": {seq}, want" in str(forger.error)
+
+
+def test_h5_what_is_written_to_an_older_buffer_never_reaches_its_successor() -> None:
+    with Cluster(1, 2) as cluster:
+        old = cluster.make_buffers(**SHAPE, arena_bytes=1 << 18)
+        cluster.run(lambda r: round_trip(old[r]))
+        memory = [m for b in old for m in b._backend._memory.own]
+        for buffer in old:
+            buffer.close()
+        new = cluster.make_buffers(**SHAPE, arena_bytes=1 << 18)
+        cluster.run(lambda r: round_trip(new[r]))
+        for region in memory:  # a slow peer's late stores, all of them
+            ctypes.memset(region.address, 0x7F, region.bytes)
+        for i in range(6):
+            cluster.run(lambda r, i=i: round_trip(new[r], i))

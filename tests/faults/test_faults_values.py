@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import compare
@@ -20,6 +21,70 @@ from ep_comm.errors import (
     EPCapacityError,
 )
 from ep_comm.testing import Cluster
+
+
+@pytest.mark.parametrize("hidden", [8, 2880, 3584, 6656])
+@pytest.mark.parametrize("layout", ["compact", "grouped"])
+def test_a3_any_hidden_of_whole_16_bytes_is_exact(hidden: int, layout: str) -> None:
+    with Cluster(1, 2) as cluster:
+        cluster.make_buffers(num_experts=6, num_topk=2, hidden=hidden, max_tokens=8)
+
+        def work(rank: int) -> None:
+            g = torch.Generator().manual_seed(rank)
+            x = torch.randint(-8, 8, (8, hidden), generator=g).to(torch.bfloat16)
+            recv = cluster.buffers[rank].dispatch(x, inputs(rank)[1], layout=layout)
+            assert torch.equal(cluster.buffers[rank].combine(recv.x, recv.handle), x * 2)
+
+        cluster.run(work)
+
+
+@pytest.mark.parametrize("hidden", [1, 12, 2881])
+def test_a3_rows_that_are_no_multiple_of_16_bytes_are_e211(hidden: int) -> None:
+    with Cluster(1, 2) as cluster:
+        options = {**SHAPE, "hidden": hidden}
+        errors = cluster.run_catching(
+            lambda r: Buffer(cluster.group(r), **options, device="cpu").dispatch(
+                torch.zeros(4, hidden, dtype=torch.bfloat16), torch.zeros(4, 2, dtype=torch.int64)
+            )
+        )
+        for error in errors:
+            assert isinstance(error, EPArgumentError), error
+            assert error.code == "E211"
+            assert f"hidden={hidden}" in str(error)
+            assert "multiple of" in str(error)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_a4_ids_of_both_widths_are_exact_and_come_back_as_they_were(dtype: torch.dtype) -> None:
+    with Cluster(1, 2) as cluster:
+        cluster.make_buffers(**SHAPE)
+
+        def work(rank: int) -> None:
+            x, idx = inputs(rank)
+            recv = cluster.buffers[rank].dispatch(x, idx.to(dtype))
+            assert recv.topk_idx is not None
+            assert recv.topk_idx.dtype == dtype
+            assert torch.equal(cluster.buffers[rank].combine(recv.x, recv.handle), x * 2)
+
+        cluster.run(work)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a6_weights_of_16_bits_are_converted(dtype: torch.dtype) -> None:
+    with Cluster(1, 2) as cluster:
+        cluster.make_buffers(**SHAPE)
+
+        def work(rank: int) -> None:
+            x, idx = inputs(rank)
+            weights = (torch.arange(16.0).view(8, 2) / 8).to(dtype)
+            recv = cluster.buffers[rank].dispatch(x, idx, weights, layout="grouped")
+            assert recv.topk_weights is not None
+            assert recv.topk_weights.dtype == torch.float32
+            out = cluster.buffers[rank].combine(recv.x, recv.handle, weighted=True)
+            first, second = weights.float().unbind(1)
+            assert torch.equal(out, x * first[:, None] + x * second[:, None])
+
+        cluster.run(work)
 
 
 @pytest.mark.parametrize("empty", ["one", "all", "all-but-one"])
@@ -207,3 +272,70 @@ def test_a15_special_values_travel_bit_exact_and_stay_in_their_token(dtype: torc
             assert torch.equal(weighted[ordinary], x[ordinary] * 2)
 
         cluster.run(work)
+
+
+@pytest.mark.parametrize("strides", ["rows", "columns", "every-other"])
+def test_a16_scales_of_any_strides_travel_verbatim(strides: str) -> None:
+    with Cluster(1, 2) as cluster:
+        cluster.make_buffers(num_experts=6, num_topk=2, hidden=512, max_tokens=8)
+
+        def work(rank: int) -> None:
+            g = torch.Generator().manual_seed(rank)
+            x = torch.randint(-100, 100, (8, 512), generator=g, dtype=torch.int8)
+            scales = torch.rand(8, 4, generator=g)
+            laid = {
+                "rows": scales,
+                "columns": scales.t().contiguous().t(),
+                "every-other": torch.stack([scales, -scales], -1)[..., 0],
+            }[strides]
+            recv = cluster.buffers[rank].dispatch(x, inputs(rank)[1], scales=laid)
+            assert recv.scales is not None
+            for row, (source, token) in enumerate(recv.handle.recv_src.tolist()):
+                theirs = torch.Generator().manual_seed(source)
+                sent = torch.randint(-100, 100, (8, 512), generator=theirs, dtype=torch.int8)
+                assert torch.equal(recv.x[row], sent[token])
+                assert torch.equal(recv.scales[row], torch.rand(8, 4, generator=theirs)[token])
+
+        cluster.run(work)
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """torch fills what it calls uninitialized with NaN."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("layout", ["compact", "grouped", "slab"])
+def test_a20_deterministic_mode_that_fills_memory_changes_nothing(
+    layout: str, deterministic: None
+) -> None:
+    with Cluster(1, 2) as cluster:
+        cluster.make_buffers(**SHAPE)
+
+        def work(rank: int) -> None:
+            x, idx = inputs(rank)
+            for sync in (True, False):
+                recv = cluster.buffers[rank].dispatch(x, idx, layout=layout, sync=sync)
+                out = cluster.buffers[rank].combine(recv.x, recv.handle)
+                assert torch.equal(out, x * 2)
+
+        cluster.run(work)
+
+
+@pytest.mark.slow
+def test_a21_offsets_beyond_2_31_and_2_32_bytes_are_exact() -> None:
+    """4.6 GB of rows, every one different: they overlap where they come from."""
+    tokens, hidden = 4400, 1 << 20
+    buffer = Buffer(
+        num_experts=2, num_topk=1, hidden=hidden, max_tokens=tokens, device="cpu",
+        arena_bytes=tokens * hidden + (1 << 26),
+    )  # fmt: skip
+    source = torch.randint(0, 256, (hidden + 16 * tokens,), dtype=torch.uint8)
+    x = source.as_strided((tokens, hidden), (16, 1))
+    recv = buffer.dispatch(x, torch.ones(tokens, 1, dtype=torch.int64))
+    assert recv.x.numel() > 2**32
+    for token in range(tokens):
+        assert torch.equal(recv.x[token], x[token])
