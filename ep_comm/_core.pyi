@@ -278,6 +278,25 @@ class CpuCommunicator:
     def seq(self) -> int: ...
     def seed_seq(self, seq: int) -> None: ...
 
+class PlanArgs:
+    load: int
+    together: int
+    current: int
+    expert: int
+    num_layers: int
+    num_experts: int
+    num_shared: int
+    num_slots: int
+    num_ranks: int
+    num_nodes: int
+    num_groups: int
+    hierarchical: bool
+    distinct: bool
+    slack: float
+    node_slack: float
+    def __init__(self) -> None: ...
+
+def plan(args: PlanArgs) -> None: ...
 def simd() -> str: ...
 def force_simd(name: str | None) -> bool: ...
 

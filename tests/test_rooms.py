@@ -21,7 +21,8 @@ MAY_INCLUDE: dict[str, tuple[str, ...]] = {
     "transport": ("contract",),
     "host": ("contract", "transport", "kernels"),
     "cpu": ("contract", "transport", "host"),  # host: both backends grant extents from one arena
-    "bind": ("contract", "host", "cpu", "transport"),
+    "eplb": (),  # arithmetic on loads: knows no buffer
+    "bind": ("contract", "host", "cpu", "transport", "eplb"),
 }
 EVERY_ROOM = tuple(MAY_INCLUDE)
 DEVICE_CODE = ("device", "kernels")

@@ -10,6 +10,7 @@
 #ifdef EP_HAS_CUDA
 #include "bind/bind_cuda.h"
 #endif
+#include "bind/bind_eplb.h"
 #include "bind/dlpack.h"
 #include "contract/args.h"
 #include "contract/build_info.h"
@@ -408,6 +409,7 @@ PYBIND11_MODULE(_core, m) {
     bind_args(m);
     bind_memory(m);
     bind_cpu(m);
+    bind_eplb(m);
 #ifdef EP_HAS_CUDA
     bind_cuda(m);
 #endif

@@ -1,0 +1,118 @@
+"""What plans are measured against: the public greedy, randomized greedies, brute force.
+
+The public greedy is the algorithm of DeepSeek's EPLB, written from its description: groups to nodes
+longest-processing-time first, one replica after the other for the heaviest, replicas to ranks
+longest-processing-time first.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+
+def pack(weight: Tensor, num_packs: int, noise: Tensor | None = None) -> Tensor:
+    """Longest-processing-time first: int64 [B, n] pack of each item; n / num_packs to a pack.
+
+    weight: [B, n]. noise: [B, n] factors on the weights that decide the order only.
+    """
+    batch, n = weight.shape
+    order = (weight if noise is None else weight * noise).argsort(
+        dim=1, descending=True, stable=True
+    )
+    load = torch.zeros((batch, num_packs), dtype=weight.dtype)
+    room = torch.full((batch, num_packs), n // num_packs)
+    pack_of = torch.empty((batch, n), dtype=torch.int64)
+    for place in range(n):
+        item = order[:, place : place + 1]
+        lightest = load.masked_fill(room == 0, float("inf")).argmin(1, keepdim=True)
+        pack_of.scatter_(1, item, lightest)
+        load.scatter_add_(1, lightest, weight.gather(1, item))
+        room.scatter_add_(1, lightest, torch.full_like(lightest, -1))
+    return pack_of
+
+
+def replicate(weight: Tensor, num_slots: int, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Replica after replica for the heaviest: int64 expert of each slot [B, n], replicas [B, E]."""
+    batch, experts = weight.shape
+    count = torch.ones((batch, experts), dtype=torch.int64)
+    slots = torch.arange(experts).expand(batch, -1)
+    for _ in range(num_slots - experts):
+        share = weight / count
+        heaviest = (share if noise is None else share * noise).argmax(1, keepdim=True)
+        count.scatter_add_(1, heaviest, torch.ones_like(heaviest))
+        slots = torch.cat([slots, heaviest], 1)
+    return slots, count
+
+
+def greedy(
+    weight: Tensor, num_slots: int, num_groups: int, num_nodes: int, num_ranks: int,
+    *, temperature: float = 0.0, seed: int = 0,
+) -> Tensor:  # fmt: skip
+    """float64 [B] heaviest rank over the mean.
+
+    temperature: > 0 makes it randomized: every decision sees weights times exp(temperature * N).
+    """
+    weight = weight.to(torch.float64)
+    batch = weight.shape[0]
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(*shape: int) -> Tensor | None:
+        if temperature == 0:
+            return None
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * temperature).exp()
+
+    if num_groups % num_nodes != 0:
+        num_groups = num_nodes = 1
+    groups = weight.view(batch, num_groups, -1).sum(2)
+    node = pack(groups, num_nodes, noise(batch, num_groups))
+    by_node = node.argsort(dim=1, stable=True).view(batch, num_nodes, -1)  # groups of each node
+    members = weight.view(batch, num_groups, -1)
+    rows = torch.arange(batch).view(-1, 1, 1)
+    inside = members[rows, by_node].reshape(batch * num_nodes, -1)  # experts of each node
+    cells, n = inside.shape
+    slots, count = replicate(inside, num_slots // num_nodes, noise(cells, n))
+    share = (inside / count).gather(1, slots)
+    rank = pack(share, num_ranks // num_nodes, noise(*share.shape))
+    load = torch.zeros((cells, num_ranks // num_nodes), dtype=torch.float64)
+    load.scatter_add_(1, rank, share)
+    load = load.view(batch, num_ranks)
+    return load.amax(1) / load.mean(1)
+
+
+def best_of_randomized(
+    weight: Tensor, num_slots: int, num_groups: int, num_nodes: int, num_ranks: int,
+    restarts: int = 1000, *, seed: int = 0,
+) -> float:  # fmt: skip
+    """The best of many randomized greedies for one layer, weight [E], noise from 0 to 30 %."""
+    best = float("inf")
+    for i, temperature in enumerate((0.003, 0.01, 0.03, 0.1, 0.3)):
+        tries = weight.expand(restarts // 5, -1)
+        found = greedy(
+            tries, num_slots, num_groups, num_nodes, num_ranks,
+            temperature=temperature, seed=seed + i,
+        )  # fmt: skip
+        best = min(best, float(found.min()))
+    return best
+
+
+def optimum(weight: list[float], num_slots: int, num_ranks: int) -> float:
+    """The least heaviest rank, replicas on different ranks, found by trying everything.
+
+    Every rank holds num_slots / num_ranks different experts. Small cases only.
+    """
+    experts, per_rank = len(weight), num_slots // num_ranks
+    choices = list(itertools.combinations(range(experts), per_rank))
+    best = float("inf")
+    for ranks in itertools.combinations_with_replacement(choices, num_ranks):
+        count = [0] * experts
+        for held in ranks:
+            for e in held:
+                count[e] += 1
+        if min(count) == 0:
+            continue
+        heaviest = max(sum(weight[e] / count[e] for e in held) for held in ranks)
+        best = min(best, heaviest)
+    return best
