@@ -130,6 +130,13 @@ class Outcome:
     @property
     def reason(self) -> str: ...
 
+class Replicas:
+    def __init__(self) -> None: ...
+    first: int
+    slot: int
+    until: int
+    num_logical: int
+
 class DispatchArgs:
     def __init__(self) -> None: ...
     x: int
@@ -158,6 +165,9 @@ class DispatchArgs:
     is_static: bool
     cached: bool
     routing: int
+    replicas: Replicas
+    routed_idx: int
+    logical_load: int
     def row_bytes(self) -> int: ...
 
 class UnpackArgs:

@@ -13,8 +13,9 @@ import struct
 import threading
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from types import TracebackType
-from typing import Any, Generic, Literal, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
@@ -33,17 +34,30 @@ from ep_comm.bootstrap import (
 )
 from ep_comm.checks import (
     BufferSpec,
+    DispatchCall,
     check_combine,
     check_dispatch,
     check_memory,
     check_options,
     flag,
     one_of,
+    positive,
 )
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPError, EPTimeout, make_error, shown
 from ep_comm.handle import LAYOUTS
 from ep_comm.received import Promised, Received
+from ep_comm.replicas import (
+    PREFER,
+    LayerReplicas,
+    Prefer,
+    Replicas,
+    check_placement,
+    make_replicas,
+)
+
+if TYPE_CHECKING:
+    from ep_comm.eplb.placement import Placement
 
 T = TypeVar("T")
 
@@ -174,6 +188,7 @@ class Buffer:
             self._exchange.publish("hello", Hello(rank=me, refusal=f"E203 {shown(error)}").pack())
             raise
         self._num_sms = num_sms
+        self._replicas: Replicas | None = None
         try:
             with contextlib.closing(listener):
                 hello = _hello(self._spec, backend, self._group.members, host, listener.token)
@@ -227,7 +242,7 @@ class Buffer:
         self, x: Any, topk_idx: Any = ..., topk_weights: Any = ..., *, scales: Any = ...,
         scale_block: int | None = ..., quantize: str | None = ..., handle: Any = ...,
         layout: str = ..., alignment: int = ..., row_index: bool = ..., origins: bool = ...,
-        capacity: int | None = ..., sync: bool = ...,
+        layer: int | None = ..., capacity: int | None = ..., sync: bool = ...,
         wait: Literal[True] = ..., output: str = ..., num_sms: int | None = ..., tag: str = ...,
     ) -> Received: ...
     @overload
@@ -235,7 +250,7 @@ class Buffer:
         self, x: Any, topk_idx: Any = ..., topk_weights: Any = ..., *, scales: Any = ...,
         scale_block: int | None = ..., quantize: str | None = ..., handle: Any = ...,
         layout: str = ..., alignment: int = ..., row_index: bool = ..., origins: bool = ...,
-        capacity: int | None = ..., sync: bool = ...,
+        layer: int | None = ..., capacity: int | None = ..., sync: bool = ...,
         wait: Literal[False], output: str = ..., num_sms: int | None = ..., tag: str = ...,
     ) -> Begun[Received]: ...
     # fmt: on
@@ -254,6 +269,7 @@ class Buffer:
         alignment: int = 1,
         row_index: bool = False,
         origins: bool = False,
+        layer: int | None = 0,
         capacity: int | None = None,
         sync: bool = True,
         wait: bool = True,
@@ -285,6 +301,8 @@ class Buffer:
             alignment: grouped (and row_index): group sizes are multiples of it.
             row_index: compact: also return the expert-grouped index of rows, for a gathering GEMM.
             origins: also return who sent what, see `Origins`; not with `handle`.
+            layer: with a placement: topk_idx names logical experts of this layer, see
+                `set_placement`; None: physical ones. A handle has physical ones, whatever this is.
             capacity: most rows (slab: per expert, default num_ranks * max_tokens); beyond it the
                 call fails everywhere.
             sync: True: sizes are exact. False: shapes are static, counts are tensors, failures
@@ -325,6 +343,7 @@ class Buffer:
                     capacity=capacity, sync=sync, output=output, num_sms=num_sms, tag=tag,
                 )  # fmt: skip
                 waits = flag("wait", wait)
+                call.replicas = self._replicas_of(layer, call)
                 work = self._backend.prepare_dispatch(call)
             except EPError as error:
                 raise self._refused("dispatch", error, tag) from None
@@ -426,6 +445,67 @@ class Buffer:
                 self._refused("combine", _unexpected(error), tag)
                 raise
             return work.run() if waits else Begun[Combined](work.begin())
+
+    # ---- placement ----
+
+    def set_placement(
+        self, placement: Placement | None, *, capacity: Any = None, prefer: str = "node"
+    ) -> None:
+        """From the next dispatch on, route by logical experts over the replicas of a placement.
+
+        A selection goes to a replica on its own rank, else to one on its own node, else to any;
+        among equals tokens are spread evenly. The choice follows from (source rank, token) alone:
+        csrc/contract/replicas.h. Experts of this buffer are then the placement's slots: received
+        local ids count slots of this rank, and handles, cached ones too, name slots.
+
+        Args:
+            placement: slots = num_experts, its ranks and nodes those of this group, whose
+                expert_map is the default; None: ids name physical experts again.
+            capacity: [layers, slots], positive: spread in proportion to it instead of evenly.
+            prefer: "node" as above; "rank": own rank, then any; "none": any. Global placements are
+                as even as predicted with "none" only.
+        Raises:
+            EPArgumentError: E200, E201, E203.
+
+        Local, at the same point of the program on all ranks: a dispatch whose ranks go by
+        different placements or layers fails on all of them (E220). Operations begun before keep
+        theirs. `load` starts at 0 when it is another number of layers or experts.
+        Cost: host time in proportion to layers * slots; nothing is sent.
+        """
+        self._enter()
+        one_of("prefer", prefer, PREFER)
+        with self._lock:
+            if placement is None:
+                self._replicas = None
+                return
+            shares = check_placement(self._spec, placement, capacity)
+            tables = make_replicas(
+                placement.physical_to_logical, placement.num_logical, self._spec.rank,
+                placement.num_ranks, placement.num_nodes, capacity=shares,
+                prefer=cast(Prefer, prefer), device=self._spec.device,
+            )  # fmt: skip
+            old = self._replicas
+            if old is not None and old.load.shape == tables.load.shape:
+                tables = replace(tables, load=old.load)
+            self._replicas = tables
+
+    @property
+    def load(self) -> Tensor | None:
+        """int64 [layers, logical experts] selections dispatched by this rank so far.
+
+        On the buffer's device, counted by dispatch itself; None without a placement. It goes on
+        changing: read it, do not write it.
+        """
+        return None if self._replicas is None else self._replicas.load
+
+    def _replicas_of(self, layer: Any, call: DispatchCall) -> LayerReplicas | None:
+        tables = self._replicas
+        if layer is None or (tables is None and layer == 0):
+            return None
+        if tables is None:
+            raise make_error("E203", f"rejected layer={shown(layer)}: want set_placement() first")
+        positive("layer", layer, 0, maximum=tables.num_layers - 1)
+        return None if call.handle is not None else tables.of_layer(layer)
 
     # ---- memory, state, end ----
 

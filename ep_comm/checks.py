@@ -14,6 +14,7 @@ from torch import Tensor
 from ep_comm import _core
 from ep_comm.errors import EPError, make_error, shown
 from ep_comm.handle import LAYOUTS, Handle, HandleMeta, parse_handle
+from ep_comm.replicas import LayerReplicas
 
 Layout = Literal["compact", "grouped", "slab"]
 Quantize = Literal["fp8", "fp8_ue8m0"]
@@ -88,6 +89,7 @@ class DispatchCall:
     output: Output
     num_sms: int | None
     tag: str
+    replicas: LayerReplicas | None = None  # then topk_idx names logical experts
 
     @property
     def num_topk(self) -> int:

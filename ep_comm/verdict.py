@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from ep_comm import _core
 from ep_comm.errors import EPError, make_error
 from ep_comm.handle import LAYOUTS
+from ep_comm.replicas import KEY_MARK
 
 _SITES = {
     _core.Site.SLOT: "to finish its earlier operation",
@@ -148,6 +149,8 @@ def _name(field: str, value: int) -> str:
     table = names.get(field, ())
     if 0 <= value < len(table):
         return table[value]
+    if field == "routing" and value & KEY_MARK:
+        return f"placement {value >> 16 & (1 << 45) - 1:x} layer {value & 0xFFFF}"
     if field == "flags":
         bits = ("weights", "static", "cached", "weighted")
         return "+".join(name for i, name in enumerate(bits) if value >> i & 1) or "none"

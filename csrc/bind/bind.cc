@@ -205,6 +205,10 @@ void bind_status(py::module_& m) {
 }
 
 void bind_args(py::module_& m) {
+    using R = Replicas;
+    py::class_<R>(m, "Replicas")
+        .def(py::init<>()) EP_ADDRESS(R, first) EP_ADDRESS(R, slot) EP_ADDRESS(R, until)
+            EP_FIELD(R, num_logical);
     using D = DispatchArgs;
     py::class_<D>(m, "DispatchArgs")
         .def(py::init<>()) EP_ADDRESS(D, x) EP_ADDRESS(D, scales) EP_ADDRESS(D, topk_idx)
@@ -217,6 +221,8 @@ void bind_args(py::module_& m) {
                                     EP_FIELD(D, with_weights) EP_FIELD(D, is_static)
                                         EP_FIELD(D, cached) EP_FIELD(D, routing)
                                             EP_ADDRESS(D, rank_ends) EP_FIELD(D, x_offset)
+                                                EP_FIELD(D, replicas) EP_ADDRESS(D, routed_idx)
+                                                    EP_ADDRESS(D, logical_load)
         .def("row_bytes", &D::row_bytes);
     using U = UnpackArgs;
     py::class_<U>(m, "UnpackArgs")

@@ -9,6 +9,7 @@
 
 #include "contract/config.h"
 #include "contract/records.h"
+#include "contract/replicas.h"
 
 namespace ep {
 
@@ -18,6 +19,10 @@ struct DispatchArgs {
     const std::byte* scales = nullptr;  // [num_tokens, scale_bytes], given with already quantized x
     const int64_t* topk_idx = nullptr;  // [num_tokens, num_topk] global expert, -1 = none
     const float* topk_weights = nullptr;  // [num_tokens, num_topk] or null
+    Replicas replicas;  // of a fresh call: topk_idx names logical experts, else physical ones
+    // out of a fresh call with replicas
+    int64_t* routed_idx = nullptr;    // [num_tokens, num_topk] physical expert chosen, -1 = none
+    int64_t* logical_load = nullptr;  // [num_logical] adds the selections of this call
     // out of a fresh call, in of a cached one
     int32_t* send_row = nullptr;       // [num_tokens, num_topk] row at the owner, -1 = none
     int64_t* rank_counts = nullptr;    // [2, num_ranks] unique tokens sent to, received from
@@ -43,7 +48,7 @@ struct DispatchArgs {
     bool with_weights = false;  // the same on all ranks, also on one without tokens
     bool is_static = false;     // capacity rows, whatever arrives
     bool cached = false;
-    uint64_t routing = 0;  // of the handle, when cached
+    uint64_t routing = 0;  // cached: of the handle; with replicas: key of their placement
 
     EP_HD constexpr DType wire_dtype() const {
         return quantize == Quantize::kNone ? dtype : DType::kE4M3;

@@ -25,7 +25,8 @@ enum class Field : int32_t {
     kAlignment,
     kCapacity,
     kFlags,    // which optional tensors travel, static mode, weighted combine
-    kRouting,  // sequence number of the dispatch a handle came from; 0 for a fresh one
+    kRouting,  // sequence number of the dispatch a handle came from; 0 for a fresh one, or the key
+               // of the placement it goes by
     kCount,
 };
 

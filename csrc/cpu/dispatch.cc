@@ -4,10 +4,12 @@
 // Rows follow from prefix sums over everybody's counts, so nobody negotiates and nothing is copied
 // again, but for the extra rows of grouped and slab, which the receiver makes itself.
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 
 #include "contract/calls.h"
+#include "contract/replicas.h"
 #include "cpu/operation.h"
 #include "cpu/push.h"
 
@@ -17,29 +19,43 @@ namespace {
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // What one scan of the ids finds: rows for each rank, selections of each expert (by position), ids
-// that are none.
+// that are none; with replicas, selections of each logical expert, too.
 struct Counts {
     std::vector<int64_t> rows;
     std::vector<int32_t> selections;
+    std::vector<int64_t> logical;
     int64_t bad[4] = {0, 0, 0, 0};  // how many, then token, slot and id of the first
 };
 
-Counts count(const DispatchArgs& a, const ExpertMap& experts, int num_ranks) {
+// With replicas, the same scan chooses one for every selection.
+Counts count(const DispatchArgs& a, const ExpertMap& experts, int rank, int num_ranks) {
+    const bool routes = a.replicas.num_logical > 0;
+    const int64_t limit = routes ? a.replicas.num_logical : experts.num_experts();
     Counts counts{std::vector<int64_t>(num_ranks, 0),
                   std::vector<int32_t>(experts.num_experts(), 0),
+                  std::vector<int64_t>(a.replicas.num_logical, 0),
                   {0, 0, 0, 0}};
     std::vector<int64_t> last_token(num_ranks, -1);
     for (int64_t t = 0; t < a.num_tokens; ++t) {
+        const uint32_t spread = spread_of(t, rank);
         for (int k = 0; k < a.num_topk; ++k) {
-            const int64_t expert = a.topk_idx[t * a.num_topk + k];
-            if (expert == -1) continue;
-            if (expert < 0 || expert >= experts.num_experts()) {
+            const int64_t id = a.topk_idx[t * a.num_topk + k];
+            const bool valid = id >= 0 && id < limit;
+            if (routes && !valid) a.routed_idx[t * a.num_topk + k] = -1;
+            if (id == -1) continue;
+            if (!valid) {
                 if (counts.bad[0]++ == 0) {
                     counts.bad[1] = t;
                     counts.bad[2] = k;
-                    counts.bad[3] = expert;
+                    counts.bad[3] = id;
                 }
                 continue;
+            }
+            int64_t expert = id;
+            if (routes) {
+                ++counts.logical[id];
+                expert = choose_replica(a.replicas, id, spread);
+                a.routed_idx[t * a.num_topk + k] = expert;
             }
             ++counts.selections[experts.position(expert)];
             const int owner = experts.owner(expert);
@@ -88,7 +104,11 @@ private:
 
     // 1. Tell every rank how many rows come, and for which of its experts.
     void announce() {
-        const Counts counts = count(a, experts, num_ranks);
+        const Counts counts = count(a, experts, me, num_ranks);
+        if (a.replicas.num_logical > 0) {
+            if (counts.bad[0] == 0) add_load(counts.logical);
+            a.topk_idx = a.routed_idx;  // from here on ids name physical experts
+        }
         const bool stale = a.cached && !matches_handle(counts);
         for (int p = 0; p < num_ranks; ++p) {
             EntryRecord entry{};
@@ -104,6 +124,14 @@ private:
         }
         ring_all();
         if (!a.cached) std::copy(counts.rows.begin(), counts.rows.end(), a.rank_counts);
+    }
+
+    // Atomic: a balancer reads while begun operations run.
+    void add_load(const std::vector<int64_t>& logical) const {
+        for (size_t e = 0; e < logical.size(); ++e) {
+            if (logical[e] == 0) continue;
+            std::atomic_ref(a.logical_load[e]).fetch_add(logical[e], std::memory_order_relaxed);
+        }
     }
 
     // A handle is a tuple of tensors that anybody may have touched since.
@@ -335,7 +363,7 @@ private:
         return true;
     }
 
-    const DispatchArgs& a;
+    DispatchArgs a;
     const MetaLayout meta;
     Dispatched result;
     std::vector<int32_t> counts;     // [num_ranks][num_local] selections of our experts

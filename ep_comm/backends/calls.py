@@ -16,6 +16,7 @@ from ep_comm import _core
 from ep_comm.checks import BufferSpec, CombineCall, DispatchCall, worst_grouped_rows
 from ep_comm.handle import Handle, HandleMeta
 from ep_comm.received import Origins
+from ep_comm.replicas import LayerReplicas
 
 _LAYOUTS: Final = {
     "compact": _core.RecvLayout.COMPACT,
@@ -70,6 +71,8 @@ class Dispatch:
             self.send_row = torch.empty(ids, dtype=torch.int32, device=device)
             self.rank_counts = torch.empty((2, spec.num_ranks), dtype=torch.int64, device=device)
             self.counts = torch.empty(spec.num_local_experts, dtype=torch.int32, device=device)
+            if call.replicas is not None:
+                self.routed_idx = torch.empty_like(call.topk_idx)
         else:
             self.send_row = call.handle.send_row
             self.rank_counts = call.handle.rank_counts
@@ -113,7 +116,28 @@ class Dispatch:
                 a.index_capacity = worst_grouped_rows(self.spec, call)
         if call.meta is not None:
             a.cached, a.routing = True, call.meta.routing_number
+        elif call.replicas is not None:
+            self._fill_replicas(a, call.replicas)
         return a
+
+    def _fill_replicas(self, a: _core.DispatchArgs, replicas: LayerReplicas) -> None:
+        a.routing = replicas.key
+        if self.spec.device.type != "cpu":  # the notify of GPUs does not know replicas
+            replicas.add_load(self.call.topk_idx)
+            torch.add(
+                replicas.route(self.call.topk_idx, self.spec.rank),
+                # What is no logical expert must not be a physical one either: E213, as it should.
+                replicas.bad(self.call.topk_idx) * (1 << 40),
+                out=self.routed_idx,
+            )
+            a.topk_idx = self.routed_idx.data_ptr()
+            return
+        tables = _core.Replicas()
+        tables.first, tables.slot = replicas.first.data_ptr(), replicas.slot.data_ptr()
+        tables.until, tables.num_logical = replicas.until.data_ptr(), replicas.num_logical
+        a.replicas = tables
+        a.routed_idx = self.routed_idx.data_ptr()
+        a.logical_load = replicas.load.data_ptr()
 
     def _max_recv(self, num_recv: int) -> int:
         """Rows of the tensors that have one per unique token."""
@@ -172,7 +196,7 @@ class Dispatch:
             weights = torch.empty(none, dtype=torch.float32, device=spec.device)
         return Handle(
             meta=meta.pack(),
-            topk_idx=call.topk_idx,
+            topk_idx=call.topk_idx if call.replicas is None else self.routed_idx,
             topk_weights=weights,
             send_row=self.send_row,
             recv_src=out["recv_src"],

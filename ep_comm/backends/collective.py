@@ -271,12 +271,20 @@ class _Dispatch(_Operation[Received]):
             alignment=call.alignment,
             capacity=-1 if call.given_capacity is None else call.given_capacity,
             flags=flags,
-            routing=0 if meta is None else meta.routing_number,
+            routing=meta.routing_number if meta is not None else self._placement_key(),
         )
 
+    def _placement_key(self) -> int:
+        return 0 if self.call.replicas is None else self.call.replicas.key
+
     def _plan_fresh(self) -> SendPlan:
-        ids = self.call.topk_idx
-        bad = find_bad_ids(ids, self.spec.num_experts)
+        ids, replicas = self.call.topk_idx, self.call.replicas
+        limit = self.spec.num_experts if replicas is None else replicas.num_logical
+        bad = find_bad_ids(ids, limit)
+        if replicas is not None:
+            if bad is None:
+                replicas.add_load(ids)
+            ids = self.call.topk_idx = replicas.route(ids, self.spec.rank)
         if bad is not None:
             self.record.code, self.record.detail = 213, bad
             ids = torch.full_like(ids, -1)

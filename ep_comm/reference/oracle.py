@@ -39,6 +39,7 @@ from ep_comm.reference.rows import (
     trace_origins,
 )
 from ep_comm.reference.sums import add_in_order, plan_from_handle, rows_for_source, weights_home
+from ep_comm.replicas import LayerReplicas
 
 Bias = Tensor | tuple[Tensor | None, Tensor | None] | None
 
@@ -61,6 +62,7 @@ def dispatch(
     origins: bool = False,
     sync: bool = True,
     handles: Sequence[Handle | Sequence[Tensor]] | None = None,
+    replicas: Sequence[LayerReplicas] | None = None,
     generation: int = 0,
     routing_number: int = 0,
 ) -> list[Received]:
@@ -79,6 +81,8 @@ def dispatch(
         quantize: "fp8" or "fp8_ue8m0", see `quantize`; scales are made then.
         handles: of an earlier dispatch, one per rank, instead of topk_idx: same rows as before.
             Layout, alignment, capacity and sync are the handle's; those passed are ignored.
+        replicas: of each rank: topk_idx names logical experts, and each selection goes to one of
+            num_experts physical ones; handles hold those. Adds to `load` of each rank.
         generation, routing_number: written into the handles.
     Returns:
         One Received per rank. With handles: topk_idx and row_index are None, the handle is the one
@@ -114,7 +118,7 @@ def dispatch(
         generation=generation,
         routing_number=routing_number,
     )
-    received = _dispatch_fresh(x, scales, topk_idx, weights, experts, options)
+    received = _dispatch_fresh(x, scales, topk_idx, weights, experts, options, replicas)
     if origins:
         rank_rows = torch.stack([r.handle.rank_counts[0] for r in received])
         for r in received:
@@ -129,9 +133,18 @@ def _dispatch_fresh(
     topk_weights: Sequence[Tensor] | None,
     experts: ExpertOwner,
     options: Options,
+    replicas: Sequence[LayerReplicas] | None,
 ) -> list[Received]:
     ids = [idx.long() for idx in topk_idx]
-    bad = [find_bad_ids(idx, len(experts.owner)) for idx in ids]
+    if replicas is None:
+        bad = [find_bad_ids(idx, len(experts.owner)) for idx in ids]
+    else:
+        tables = list(zip(replicas, ids, strict=True))
+        bad = [find_bad_ids(idx, table.num_logical) for table, idx in tables]
+        for (table, idx), found in zip(tables, bad, strict=True):
+            if found is None:
+                table.add_load(idx)
+        ids = [table.route(idx, rank) for rank, (table, idx) in enumerate(tables)]
     status = 213 if any(bad) else 0
     if status and options.sync:
         _raise_bad_ids(bad)
