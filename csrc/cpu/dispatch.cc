@@ -12,6 +12,7 @@
 #include "contract/replicas.h"
 #include "cpu/operation.h"
 #include "cpu/push.h"
+#include "cpu/routing.h"
 
 namespace ep::cpu {
 namespace {
@@ -115,7 +116,10 @@ private:
             entry.descriptor = describe(a);
             entry.num_tokens = a.num_tokens;
             entry.num_rows = counts.rows[p];
-            if (stale) entry.code = kStaleHandle;
+            if (stale) {
+                entry.code = kStaleHandle;
+                std::strncpy(entry.reason, kDamagedHandle, kReasonBytes - 1);
+            }
             if (counts.bad[0] > 0) {
                 entry.code = kBadExpertId;
                 std::memcpy(entry.detail, counts.bad, sizeof(entry.detail));
@@ -139,7 +143,9 @@ private:
         const int num_local = experts.num_local(me);
         return std::equal(counts.rows.begin(), counts.rows.end(), a.rank_counts) &&
                std::all_of(a.expert_counts, a.expert_counts + num_local,
-                           [](int32_t n) { return n >= 0; });
+                           [](int32_t n) { return n >= 0; }) &&
+               rows_follow(a.topk_idx, a.send_row, a.num_tokens, a.num_topk, a.layout, experts,
+                           num_ranks);
     }
 
     const int32_t* counts_from(int src) const {
