@@ -35,7 +35,7 @@ _HOME = {
     "Handle": "handle",
     "Received": "received",
 }
-_SUBMODULES = ("autograd", "errors", "nn", "reference", "testing")
+_SUBMODULES = ("autograd", "eplb", "errors", "nn", "reference", "testing")
 
 __all__ = [
     "Begun",

@@ -610,6 +610,21 @@ class Buffer:
         return self._spec.num_experts
 
     @property
+    def hidden(self) -> int:
+        """Elements of a row."""
+        return self._spec.hidden
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens of a rank in one call."""
+        return self._spec.max_tokens
+
+    @property
+    def device(self) -> torch.device:
+        """Of all tensors."""
+        return self._spec.device
+
+    @property
     def num_local_experts(self) -> int:
         """Experts of this rank."""
         return self._spec.num_local_experts
