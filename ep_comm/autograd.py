@@ -6,23 +6,37 @@
 Top-k weights travel with dispatch, so their gradients come home with combine, slot by slot. The
 gradients are made of the differentiable calls again, so they can be differentiated, too.
 
+Both are torch.library ops (ep_comm.ops): they can be compiled into one graph, and checkpointing
+can be told to keep their results.
+
 Collective: a backward pass communicates as the forward pass did. All ranks must run it over the
 same operations in the same order, which autograd does when all ranks build the same graph: let
-`recv.x` pass through the experts also where no token arrived, and ask for the same gradients.
+`recv.x` pass through the experts also where no token arrived, and ask for the same gradients. A
+checkpoint that recomputes a dispatch or a combine does it again on all ranks, in backward; with
+`context_fn=partial(create_selective_checkpoint_contexts, OPS)` it keeps their results instead.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+import ep_comm.ops  # noqa: F401  # defines torch.ops.ep_comm
 from ep_comm.buffer import Buffer
 from ep_comm.errors import make_error
 from ep_comm.handle import Handle, HandleMeta
+from ep_comm.ops.dispatch import HOLD, Arrived
+from ep_comm.ops.redispatch import Rearrived
 from ep_comm.received import Received
+
+# The ops, for policies of checkpoints.
+OPS: Final = [
+    torch.ops.ep_comm.dispatch.default,
+    torch.ops.ep_comm.redispatch.default,
+    torch.ops.ep_comm.combine.default,
+]
 
 Bias = Tensor | tuple[Tensor | None, Tensor | None] | None
 
@@ -32,18 +46,39 @@ def dispatch(
     x: Tensor,
     topk_idx: Tensor | None,
     topk_weights: Tensor | None = None,
-    **options: Any,
+    *,
+    scales: Tensor | None = None,
+    scale_block: int | None = 128,
+    quantize: str | None = None,
+    handle: Any = None,
+    layout: str = "compact",
+    alignment: int = 1,
+    row_index: bool = False,
+    layer: int | None = 0,
+    capacity: int | None = None,
+    sync: bool = True,
+    wait: bool = True,
+    output: str = "auto",
+    num_sms: int | None = None,
+    tag: str = "",
 ) -> Received:
-    """`buffer.dispatch`, differentiable in x and topk_weights.
+    """`buffer.dispatch`, differentiable in x and topk_weights, also inside of torch.compile.
 
     Args:
-        x: bfloat16, float16 or float32 [num_tokens, hidden] to be differentiable.
+        x: bfloat16, float16 or float32 [num_tokens, hidden] to be differentiable; rows that are not
+            dense or aligned are copied.
         topk_idx: as `Buffer.dispatch`; None with `handle=`.
         topk_weights: [num_tokens, num_topk] float32, bfloat16 or float16.
-        options: of `Buffer.dispatch`, but not `wait`; `quantize` only for x without gradients.
+        handle: as `Buffer.dispatch`. A compiler cannot look into one: inside of torch.compile pass
+            its layout, its sync and, for a slab, its capacity, too, as far as they are no defaults.
+        quantize: only for x without gradients.
+        wait: True; a begun dispatch has no result to differentiate.
+        scales, scale_block, layout, alignment, row_index, layer, capacity, sync, output, num_sms,
+            tag: as `Buffer.dispatch`.
     Returns:
         Received. Rows of x without a token are zero in every layout, so that they add nothing to
-        the gradients of expert weights. The handle carries topk_weights with their graph.
+        the gradients of expert weights. The handle carries topk_weights with their graph. Inside of
+        torch.compile sizes that depend on what arrives are symbols.
     Raises:
         As `Buffer.dispatch`; E203 for `wait=False`, or `quantize` of an x with gradients.
 
@@ -51,18 +86,48 @@ def dispatch(
     Collective: every rank calls it, in the same order; its backward, too (see the module).
     Cost: backward is one combine.
     """
-    if not options.get("wait", True):
+    if not wait:
         raise make_error("E203", "rejected wait=False: want True, autograd needs the result")
-    if options.get("quantize") is not None and x.requires_grad and torch.is_grad_enabled():
+    if quantize is not None and x.requires_grad and torch.is_grad_enabled():
         raise make_error("E203", "rejected quantize: want None, rounding to fp8 has no gradient")
-    box: list[Received] = []
-    rows, weights = _Dispatch.apply(  # type: ignore[no-untyped-call]
-        x, topk_weights, buffer, topk_idx, options, box
+    if not _are_tensors(x, topk_idx, topk_weights, scales) or not _is_routing(topk_idx, handle):
+        return buffer.dispatch(  # which says what is wrong, to all ranks
+            x, topk_idx, topk_weights, scales=scales, scale_block=scale_block, quantize=quantize,
+            handle=handle, layout=layout, alignment=alignment, row_index=row_index, layer=layer,
+            capacity=capacity, sync=sync, output=output, num_sms=num_sms, tag=tag,
+        )  # fmt: skip
+    options = (scale_block, quantize, output, num_sms, tag)
+    arrived: Arrived | Rearrived
+    if topk_idx is not None:
+        arrived = Arrived(
+            *torch.ops.ep_comm.dispatch(
+                x, topk_idx, topk_weights, scales, buffer.number, *buffer.sizes, layout, alignment,
+                row_index, layer, capacity, sync, *options,
+            )
+        )  # fmt: skip
+        handle = arrived.handle(topk_weights)
+    else:
+        handle, row_index = Handle(*handle), False
+        shape, layout, sync = _told_or_read(buffer, handle, x.shape[1], layout, capacity, sync)
+        arrived = Rearrived(
+            *torch.ops.ep_comm.redispatch(
+                x, topk_weights, scales, *handle, buffer.number, shape, layout, *options
+            )
+        )
+        handle = arrived.handle(handle, topk_weights)
+    return _received(
+        x=arrived.x,
+        topk_idx=arrived.topk_idx if isinstance(arrived, Arrived) else None,
+        topk_weights=None if topk_weights is None else arrived.topk_weights,
+        scales=None if scales is None and quantize is None else arrived.scales,
+        num_tokens_per_expert=arrived.num_tokens_per_expert,
+        num_recv=handle.recv_src.shape[0] if sync else arrived.num_recv,
+        offsets=arrived.offsets if layout == "grouped" or row_index else None,
+        row_index=arrived.row_index if isinstance(arrived, Arrived) and row_index else None,
+        status=arrived.status,
+        handle=handle,
+        layout=layout,
     )
-    handle = box[0].handle
-    if topk_weights is not None:
-        handle = handle._replace(topk_weights=topk_weights.to(torch.float32).contiguous())
-    return replace(box[0], x=rows, topk_weights=weights, handle=handle)
 
 
 def combine(
@@ -80,9 +145,9 @@ def combine(
     """`buffer.combine`, differentiable in x, bias, topk_weights and, when weighted, the weights.
 
     Args:
-        x, handle, weighted, topk_weights, order, bias, num_sms, tag: as `Buffer.combine`. The
-            weights of weighted=True are those in the handle: keep the one `dispatch` returned to
-            have their gradients.
+        x, handle, weighted, topk_weights, order, bias, num_sms, tag: as `Buffer.combine`, but x and
+            bias are copied where not contiguous or aligned. The weights of weighted=True are those
+            in the handle: keep the one `dispatch` returned to have their gradients.
     Returns:
         [num_tokens, hidden]; with topk_weights a pair, the second float32 [num_tokens, num_topk].
     Raises:
@@ -93,202 +158,51 @@ def combine(
     Cost: backward is one cached dispatch. With weighted=True and weights that need gradients it is
         a combine more: scaling x by `recv.topk_weights` before a plain combine needs none.
     """
-    options: dict[str, Any] = {"weighted": weighted, "order": order, "num_sms": num_sms, "tag": tag}
-    pair = bias if isinstance(bias, tuple | list) else (bias, None)
-    whole = isinstance(handle, tuple | list) and len(handle) == len(Handle._fields)
-    if not whole or len(pair) != 2:  # the buffer says what is wrong, to all ranks
-        return buffer.combine(x, handle, topk_weights=topk_weights, bias=bias, **options)
-    total, home = _Combine.apply(  # type: ignore[no-untyped-call]
-        x, topk_weights, *pair, buffer, options, *handle
+    pair: Any = bias if isinstance(bias, tuple | list) else (bias, None)
+    if not _is_whole(handle) or len(pair) != 2 or not _are_tensors(x, topk_weights, *pair):
+        return buffer.combine(  # which says what is wrong, to all ranks
+            x, handle, weighted=weighted, topk_weights=topk_weights, order=order, bias=bias,
+            num_sms=num_sms, tag=tag,
+        )  # fmt: skip
+    total, home = torch.ops.ep_comm.combine(
+        x, topk_weights, *pair, *handle, buffer.number, weighted, order, num_sms, tag
     )
     return total if topk_weights is None else (total, home)
 
 
-# ---- The gradients, as functions of tensors ----
+def _told_or_read(
+    buffer: Buffer, handle: Handle, hidden: int, layout: str, capacity: int | None, sync: bool
+) -> tuple[tuple[int, ...], str, bool]:
+    """Shape of the x that a handle makes, its layout, its sync; see `dispatch` about compilers."""
+    if not torch.compiler.is_compiling():
+        meta = HandleMeta.unpack(handle.meta)
+        return meta.x_shape, meta.layout, meta.sync
+    rows = {"compact": handle.recv_src.shape[0], "slab": capacity}.get(layout)
+    slabs = (buffer.num_local_experts,) if layout == "slab" else ()
+    return (*slabs, -1 if rows is None else rows, hidden), layout, sync
 
 
-def dispatch_grad(
-    buffer: Buffer, handle: Handle, grad_x: Tensor | None, grad_weights: Tensor | None, tag: str
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of a dispatch's x and topk_weights from those of what it returned.
-
-    Args:
-        grad_x: in the rows of the dispatch; None when x needs none and only the weights' travel.
-        grad_weights: float32, one per selection; None when the weights need none.
-    """
-    rows = _no_rows(handle) if grad_x is None else _dense(grad_x)
-    if grad_weights is None:
-        return combine(buffer, rows, handle, tag=tag), None
-    home: tuple[Tensor, Tensor] = combine(
-        buffer, rows, handle, topk_weights=_dense(grad_weights), tag=tag
-    )
-    return home
+def _received(x: Tensor, **fields: Any) -> Received:
+    """Received, of the kind that GPU arena memory needs where x is such memory."""
+    held = None if torch.compiler.is_compiling() else getattr(x, HOLD, None)
+    if held is None:
+        return Received(x=x, **fields)
+    kind, hold = held
+    received: Received = kind(x=x, hold=hold, **fields)
+    return received
 
 
-def combine_grad(
-    buffer: Buffer, handle: Handle, grad: Tensor, grad_home: Tensor | None, tag: str
-) -> Received:
-    """What a combine's gradients are made of: the gradient of its result, in the rows of x.
-
-    Args:
-        grad: [num_tokens, hidden] of the result.
-        grad_home: float32 [num_tokens, num_topk] to travel with it.
-    """
-    return dispatch(buffer, _dense(grad), None, grad_home, handle=handle, tag=tag)
+def _are_tensors(x: object, *others: object) -> bool:
+    """Whether x is a tensor, and each other one, too, or left out."""
+    return isinstance(x, Tensor) and all(o is None or isinstance(o, Tensor) for o in others)
 
 
-def weighted_combine_grad(
-    buffer: Buffer, handle: Handle, x: Tensor, grad: Tensor, needs_weights: bool, tag: str
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of a weighted combine's x and of the weights in its handle.
-
-    Of a row, the weight times the gradient of its token; of a weight, the dot product of its row
-    with that gradient, in float32, which its source needs back.
-    """
-    received = combine_grad(buffer, handle, grad, handle.topk_weights, tag)
-    assert received.topk_weights is not None
-    rows = received.x.to(torch.float32)
-    grad_x = (received.topk_weights.unsqueeze(-1) * rows).to(x.dtype)
-    if not needs_weights:
-        return grad_x, None
-    dots = (rows * x.to(torch.float32)).sum(-1)
-    _, home = combine(buffer, _no_rows(handle), handle, topk_weights=dots, tag=tag)
-    return grad_x, home
+def _is_routing(topk_idx: object, handle: object) -> bool:
+    """Whether there are ids or a whole handle, and not both."""
+    return _is_whole(handle) if topk_idx is None else handle is None
 
 
-class _Dispatch(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        topk_weights: Tensor | None,
-        buffer: Buffer,
-        topk_idx: Tensor | None,
-        options: dict[str, Any],
-        box: list[Received],
-    ) -> tuple[Tensor, Tensor | None]:
-        received: Received = buffer.dispatch(x, topk_idx, topk_weights, **options)
-        _clear_rows_without_token(received)
-        box.append(received)
-        ctx.buffer, ctx.tag = buffer, _grad_tag(options.get("tag", ""))
-        ctx.weights_dtype = None if topk_weights is None else topk_weights.dtype
-        ctx.save_for_backward(*received.handle)
-        outputs = ((received.x, x), (received.topk_weights, topk_weights))
-        ctx.mark_non_differentiable(
-            *(o for o, i in outputs if o is not None and (i is None or not i.requires_grad))
-        )
-        return received.x, received.topk_weights
-
-    @staticmethod
-    def backward(ctx: Any, grad_x: Tensor, grad_weights: Tensor | None) -> Any:
-        needs_x, needs_weights, *_ = ctx.needs_input_grad
-        home, weights = dispatch_grad(
-            ctx.buffer,
-            Handle(*ctx.saved_tensors),
-            grad_x if needs_x else None,
-            grad_weights if needs_weights else None,
-            ctx.tag,
-        )
-        weights = None if weights is None else weights.to(ctx.weights_dtype)
-        return (home if needs_x else None), weights, None, None, None, None
-
-
-class _Combine(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        topk_weights: Tensor | None,
-        first: Tensor | None,
-        second: Tensor | None,
-        buffer: Buffer,
-        options: dict[str, Any],
-        *handle: Tensor,
-    ) -> tuple[Tensor, Tensor | None]:
-        result = buffer.combine(
-            x, handle, topk_weights=topk_weights, bias=(first, second), **options
-        )
-        total, home = result if isinstance(result, tuple) else (result, None)
-        ctx.buffer, ctx.tag, ctx.weighted = buffer, _grad_tag(options["tag"]), options["weighted"]
-        ctx.save_for_backward(x if ctx.weighted else None, *handle)
-        if home is not None and topk_weights is not None and not topk_weights.requires_grad:
-            ctx.mark_non_differentiable(home)
-        return total, home
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, grad_home: Tensor | None) -> Any:
-        x, *saved = ctx.saved_tensors
-        needs_x, needs_values, needs_first, needs_second, _, _, *needs_handle = ctx.needs_input_grad
-        grad_x = grad_values = None
-        of_handle: list[Tensor | None] = [None] * len(saved)
-        handle, travels = Handle(*saved), grad_home if needs_values else None
-        if ctx.weighted:
-            needs_weights = needs_handle[_WEIGHTS]
-            if needs_x or needs_weights:
-                grad_x, of_handle[_WEIGHTS] = weighted_combine_grad(
-                    ctx.buffer, handle, x, grad, needs_weights, ctx.tag
-                )
-            if needs_values:
-                received = combine_grad(ctx.buffer, handle, _no_tokens(handle), travels, ctx.tag)
-                grad_values = received.topk_weights
-        elif needs_x or needs_values:
-            received = combine_grad(ctx.buffer, handle, grad, travels, ctx.tag)
-            grad_x, grad_values = received.x, received.topk_weights if needs_values else None
-        return (
-            grad_x if needs_x else None,
-            grad_values,
-            grad if needs_first else None,
-            grad if needs_second else None,
-            None,
-            None,
-            *of_handle,
-        )
-
-
-_WEIGHTS = Handle._fields.index("topk_weights")
-
-
-# ---- Rows ----
-
-
-def _grad_tag(tag: str) -> str:
-    return f"{tag} backward".lstrip()
-
-
-def _clear_rows_without_token(received: Received) -> None:
-    """Zero what a layout leaves unspecified; it must not reach the gradient of an expert."""
-    handle, x = received.handle, received.x
-    meta = HandleMeta.unpack(handle.meta)
-    if meta.sync and meta.layout != "slab":
-        return
-    rows = x.view(torch.uint8).reshape(-1, x.shape[-1] * x.itemsize)
-    if meta.layout == "compact":
-        empty = torch.arange(rows.shape[0], device=x.device) >= handle.rank_counts[1].sum()
-    else:
-        taken = torch.where(handle.recv_row < 0, rows.shape[0], handle.recv_row)
-        empty = torch.ones(rows.shape[0] + 1, dtype=torch.bool, device=x.device)
-        empty = empty.index_fill_(0, taken.flatten().long(), False)[:-1]
-    rows.masked_fill_(empty.unsqueeze(1), 0)
-
-
-def _no_rows(handle: Handle) -> Tensor:
-    """Zeros to combine when only weights have to come home; as few bytes as there may be."""
-    meta = HandleMeta.unpack(handle.meta)
-    return torch.zeros(meta.x_shape, dtype=_small(meta), device=handle.topk_idx.device)
-
-
-def _no_tokens(handle: Handle) -> Tensor:
-    """The same to dispatch."""
-    meta = HandleMeta.unpack(handle.meta)
-    shape = (meta.num_tokens, meta.hidden)
-    return torch.zeros(shape, dtype=_small(meta), device=handle.topk_idx.device)
-
-
-def _small(meta: HandleMeta) -> torch.dtype:
-    return torch.bfloat16 if meta.hidden % 8 == 0 else torch.float32
-
-
-def _dense(grad: Tensor) -> Tensor:
-    """What a buffer accepts: contiguous and 16 bytes aligned, as few gradients of views are."""
-    grad = grad.contiguous()
-    return grad if grad.numel() == 0 or grad.data_ptr() % 16 == 0 else grad.clone()
+def _is_whole(handle: object) -> bool:
+    if not isinstance(handle, tuple | list) or len(handle) != len(Handle._fields):
+        return False
+    return all(isinstance(tensor, Tensor) for tensor in handle)

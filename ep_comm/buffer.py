@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 import struct
 import threading
@@ -42,6 +43,7 @@ from ep_comm.checks import (
     flag,
     one_of,
     positive,
+    rejected,
 )
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPError, EPTimeout, make_error, shown
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
     from ep_comm.eplb.placement import Placement
 
 T = TypeVar("T")
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
 
 
 class Begun(Generic[T]):
@@ -201,6 +204,11 @@ class Buffer:
         self._pid = os.getpid()
         self._closed: str | None = None
         self._finalizer = weakref.finalize(self, _close_backend, self._backend, self._pid)
+        # For ep_comm.ops, which take scalars only: a name of this buffer, and what shapes follow
+        # from: num_ranks, num_local_experts, max_tokens.
+        self.number = next(_numbers)
+        self.sizes = (self._spec.num_ranks, self._spec.num_local_experts, self._spec.max_tokens)
+        _alive[self.number] = self
 
     def _construct(
         self, hello: Hello, listener: Listener, arena_bytes: int | None
@@ -683,6 +691,9 @@ class Buffer:
         if self._pid != os.getpid():
             what = f"is a fork: made in pid {self._pid}, now {os.getpid()}"
             raise make_error("E341", what, rank=self._spec.rank)
+        if torch._C._get_dispatch_mode(_FAKE) is not None:  # every new tensor would have no memory
+            want = "real ones; to trace a call, make it through ep_comm.autograd"
+            raise rejected("E202", "call", "fake tensors", want)
 
     def _raise_deferred(self) -> None:
         """Raise what an earlier static call could not."""
@@ -696,6 +707,19 @@ class Buffer:
         told = tag if isinstance(tag, str) else ""
         facts = {"rank": self._spec.rank, "op": op, "seq": self._backend.seq(), "tag": told}
         return make_error(error.code, error.what, fix=error.fix, **facts)
+
+
+_numbers = itertools.count()
+_alive: weakref.WeakValueDictionary[int, Buffer] = weakref.WeakValueDictionary()
+
+
+def find_buffer(number: int) -> Buffer:
+    """The buffer of this process with that `number`; E340 when it is gone. A closed one is found
+    as long as it lives, and says itself that it is closed."""
+    buffer = _alive.get(number)
+    if buffer is None:
+        raise make_error("E340", f"is closed: buffer {number} of this process is gone")
+    return buffer
 
 
 def _unexpected(error: Exception) -> EPError:

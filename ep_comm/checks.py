@@ -182,8 +182,17 @@ def check_tensor(
     return tensor
 
 
+def real(name: str, tensor: Tensor) -> Tensor:
+    """E202 unless there is memory behind the tensor, which a fake one lacks."""
+    if tensor.data_ptr() == 0 and tensor.numel() > 0:
+        want = "a real one; to trace a call, make it through ep_comm.autograd"
+        raise rejected("E202", name, "a fake tensor", want)
+    return tensor
+
+
 def dense(name: str, tensor: Tensor) -> Tensor:
-    """E202 unless the tensor is contiguous and 16 bytes aligned."""
+    """E202 unless the tensor is real, contiguous and 16 bytes aligned."""
+    real(name, tensor)
     if not tensor.is_contiguous():
         raise rejected("E202", name, f"strides {list(tensor.stride())}", "contiguous")
     if tensor.numel() > 0 and tensor.data_ptr() % ROW_ALIGN != 0:
@@ -351,7 +360,7 @@ def check_dispatch(
         EPError: E200 to E203, E210, E211, E230 or E320; without rank and operation, which the
             caller adds. Ids are checked by the backend, which reads them anyway.
     """
-    x = check_tensor("x", x, spec, DISPATCHABLE, ("num_tokens", spec.hidden))
+    x = real("x", check_tensor("x", x, spec, DISPATCHABLE, ("num_tokens", spec.hidden)))
     check_hidden(spec.hidden, x.dtype)
     num_tokens = x.shape[0]
     if num_tokens > spec.max_tokens:
@@ -381,7 +390,7 @@ def check_dispatch(
         raise make_error("E203", "rejected origins=True: want False with handle=")
     if row_index and layout != "compact":
         raise make_error("E203", f"rejected row_index=True: want layout='compact', got {layout!r}")
-    scale_tensor, words, scale_dtype = _check_scales(spec, x, scales, scale_block, quantize)
+    scale_tensor, words, scale_dtype = check_scales(spec, x, scales, scale_block, quantize)
     parsed: Handle | None = None
     meta: HandleMeta | None = None
     if handle is not None:  # which decides all of this; row_index cannot be made of it
@@ -463,7 +472,7 @@ def _check_weights(spec: BufferSpec, weights: Any, num_tokens: int, num_topk: in
     return tensor.to(torch.float32).contiguous()
 
 
-def _check_scales(
+def check_scales(
     spec: BufferSpec, x: Tensor, scales: Any, block: Any, quantize: Any
 ) -> tuple[Tensor | None, int, torch.dtype | None]:
     """The scales given, the words per token that travel, and their dtype."""
