@@ -5,6 +5,7 @@ import typer
 from ep_comm.cli.bench import bench
 from ep_comm.cli.demo import demo
 from ep_comm.cli.doctor import doctor
+from ep_comm.cli.eplb import eplb
 
 app = typer.Typer(
     help="Expert-parallel dispatch and combine for mixture-of-experts models.",
@@ -14,3 +15,4 @@ app = typer.Typer(
 app.command()(doctor)
 app.command()(demo)
 app.command()(bench)
+app.command()(eplb)

@@ -2,6 +2,7 @@
 
 Cluster        ranks are threads; quick, and a debugger sees them all
 run_processes  ranks are processes; what users run
+skew           loads and routings as they really are: Zipf, drift, bursts, domains
 """
 
 from ep_comm.testing.cluster import Cluster
