@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ep_comm import _core
 from ep_comm.backends.base import Backend, BegunOp, Combined
-from ep_comm.backends.choose import BACKENDS, choose
+from ep_comm.backends.choose import BACKENDS, choose, instead_of_nvlink
 from ep_comm.bootstrap import (
     Exchange,
     Hello,
@@ -220,19 +220,22 @@ class Buffer:
         check_agreement(me, hellos)
         name, reason = choose(hello.backend, spec.device.type, self._group, hellos)
         generation = int.from_bytes(group_token(hellos)[:8], "little") >> 1
-        if name == "collective":
-            from ep_comm.backends.collective import CollectiveBackend
-
-            return CollectiveBackend(spec, generation, self.config, self._group), reason
         shape = _shape(spec)
         if name == "nvlink":
             from ep_comm.backends import nvlink
 
-            gpu = nvlink.open_backend(
-                self._group, hellos, listener, self._exchange, shape, spec, generation,
-                self.config, arena_bytes, self._num_sms,
-            )  # fmt: skip
-            return gpu, reason
+            try:
+                gpu = nvlink.open_backend(
+                    self._group, hellos, listener, self._exchange, shape, spec, generation,
+                    self.config, arena_bytes, self._num_sms,
+                )  # fmt: skip
+                return gpu, reason
+            except EPError as error:  # on all ranks alike
+                name, reason = instead_of_nvlink(hello.backend, self._group, error)
+        if name == "collective":
+            from ep_comm.backends.collective import CollectiveBackend
+
+            return CollectiveBackend(spec, generation, self.config, self._group), reason
         from ep_comm.backends import cpu
 
         host = cpu.open_backend(
@@ -559,17 +562,22 @@ class Buffer:
         }
 
     def release(self) -> None:
-        """Give memory that no tensor holds back to the system; the next operation takes it again.
+        """Give the arena's memory back to the system, as far as no tensor holds it.
 
-        Local.
+        cpu: local; the next operation takes it again. nvlink: collective, all of it, for processes
+        that share a GPU in turns; no operation until `resume()`, whose memory has the old addresses.
+
+        Raises:
+            EPUsageError: E310, nvlink, on all ranks: a tensor of some rank lies in its arena.
         """
         self._enter()
         self._backend.release()
 
     def resume(self) -> None:
-        """Take back what `release()` gave away. Local.
+        """Take back what `release()` gave away. cpu: nothing to do. nvlink: collective.
 
-        The backends of today have nothing to do: pages come back when they are touched.
+        Raises:
+            EPMemoryError: E232, on all ranks; still released.
         """
         self._enter()
         self._backend.resume()

@@ -223,7 +223,7 @@ def test_inputs_may_be_dropped_once_begun(make_cluster: MakeCluster) -> None:
         same_values(out.cpu(), sums[rank])
 
 
-def test_begun_operations_are_captured(make_cluster: MakeCluster) -> None:
+def test_e1_begun_operations_are_captured(make_cluster: MakeCluster) -> None:
     case = Case(num_ranks=2, tokens=(24, 24), options={"sync": False})
     cluster = make_cluster(2, **case.buffer_options())
     rounds = rounds_of(case, 3)
@@ -256,7 +256,7 @@ def test_begun_operations_are_captured(make_cluster: MakeCluster) -> None:
             same_values(held[rank][1].cpu(), sums[rank])
 
 
-def test_replay_after_close_touches_nothing(make_cluster: MakeCluster) -> None:
+def test_e5_replay_after_close_touches_nothing(make_cluster: MakeCluster) -> None:
     case = Case(num_ranks=2, tokens=(24, 24), options={"sync": False})
     cluster = make_cluster(2, **case.buffer_options())
     rounds = rounds_of(case, 1)

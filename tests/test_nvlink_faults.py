@@ -41,8 +41,9 @@ def failure(buffer: Buffer, call: Any) -> tuple[str, int | None, float, str]:
         call()
         buffer.check()
     except EPError as error:
+        when = time.monotonic()
         assert float(torch.ones(8, device="cuda").sum()) == 8.0
-        return error.code, error.peer, time.monotonic(), str(error)
+        return error.code, error.peer, when, str(error)
     raise AssertionError("nothing was raised")
 
 
@@ -64,7 +65,7 @@ def dispatch_twice(me: ranks.Me, call: str) -> Any:
 
 
 @pytest.mark.parametrize("call", ["dispatch", "static", "begun"])
-def test_killed_peer_is_named_within_a_second(call: str) -> None:
+def test_c2_killed_peer_is_named_within_a_second(call: str) -> None:
     with ranks.Ranks(dispatch_twice, 3, call) as processes:
         processes.hear_all()
         time.sleep(0.3)  # the others wait in a kernel by now
@@ -75,7 +76,7 @@ def test_killed_peer_is_named_within_a_second(call: str) -> None:
         assert when - killed < 1.0
 
 
-def test_peer_that_closes_is_reported_as_left() -> None:
+def test_c11_peer_that_closes_is_reported_as_left() -> None:
     with ranks.Ranks(dispatch_twice, 3, "dispatch") as processes:
         processes.hear_all()
         processes.go(2)  # ends its process in order
@@ -99,7 +100,7 @@ def late_once(me: ranks.Me) -> list[str]:
     return warnings
 
 
-def test_late_peer_gives_one_warning() -> None:
+def test_d2_late_peer_gives_one_warning() -> None:
     first, second = ranks.run(late_once, 2)
     assert len(first) == 1
     assert first[0].startswith("W101: rank 0 has waited 0.")
@@ -115,7 +116,7 @@ def stopped_peer(me: ranks.Me) -> Any:
     return failure(buffer, lambda: buffer.dispatch(x, idx))
 
 
-def test_stopped_peer_is_given_up_after_the_progress_limit() -> None:
+def test_c5_stopped_peer_is_given_up_after_the_progress_limit() -> None:
     with ranks.Ranks(stopped_peer, 2) as processes:
         processes.hear_all()
         stopped = processes.kill(1, signal.SIGSTOP)
@@ -143,7 +144,7 @@ def faulty_kernel(me: ranks.Me) -> Any:
     raise AssertionError("nothing was raised")
 
 
-def test_broken_context_is_blamed_on_its_rank() -> None:
+def test_c7_broken_context_is_blamed_on_its_rank() -> None:
     pytest.importorskip("cupy")
     with ranks.Ranks(faulty_kernel, 2) as processes:
         processes.hear_all()

@@ -73,16 +73,29 @@ void bind_memory(py::module_& m) {
         try {
             if (raised) std::rethrow_exception(raised);
         } catch (const DeviceError& e) {
-            PyErr_SetObject(device_error, py::make_tuple(e.call, e.what).ptr());
+            PyErr_SetObject(device_error, py::make_tuple(e.call, e.what, e.code).ptr());
         }
     });
     py::class_<DeviceMemory, std::shared_ptr<DeviceMemory>>(m, "DeviceMemory")
-        .def_static("create", &DeviceMemory::create, "device"_a, "bytes"_a)
+        .def_static(
+            "create",
+            [](int device, int64_t bytes, bool ipc) {
+                py::gil_scoped_release nogil;
+                const auto kind = ipc ? DeviceMemory::Kind::kIpc : DeviceMemory::Kind::kVmm;
+                return DeviceMemory::create(device, bytes, kind);
+            },
+            "device"_a, "bytes"_a, "ipc"_a = false)
         .def_static("map", &DeviceMemory::map, "device"_a, "fd"_a, "bytes"_a)
         .def_property_readonly("fd", &DeviceMemory::fd)
         .def_property_readonly("bytes", &DeviceMemory::bytes)
         .def_property_readonly(
             "address", [](const DeviceMemory& d) { return reinterpret_cast<uintptr_t>(d.data()); })
+        .def_property_readonly(
+            "is_ipc", [](const DeviceMemory& d) { return d.kind() == DeviceMemory::Kind::kIpc; })
+        .def("drop", &DeviceMemory::drop, py::call_guard<py::gil_scoped_release>())
+        .def("restore", &DeviceMemory::restore, py::call_guard<py::gil_scoped_release>())
+        .def("restore_from", &DeviceMemory::restore_from, "fd"_a,
+             py::call_guard<py::gil_scoped_release>())
         .def("close_fd", &DeviceMemory::close_fd);
     py::class_<StreamHold, std::shared_ptr<StreamHold>>(m, "StreamHold")
         .def(
@@ -103,6 +116,10 @@ void bind_memory(py::module_& m) {
             },
             "hold"_a, "bytes"_a)
         .def("offset_of", &DeviceArena::offset_of, "address"_a, "bytes"_a)
+        .def(
+            "reclaim",
+            [](DeviceArena& self, uintptr_t stream) { return self.reclaim(as_stream(stream)); },
+            "stream"_a)
         .def("stats", [](const DeviceArena& self) {
             const ArenaStats s = self.stats();
             return py::dict("capacity"_a = s.capacity, "in_use"_a = s.in_use, "peak"_a = s.peak,
@@ -202,6 +219,8 @@ void bind_rank(py::module_& m) {
         .def("fault", &DeviceRank::fault)
         .def("verdict", &DeviceRank::verdict)
         .def("interrupt", &DeviceRank::interrupt)
+        .def("pause_watch", &DeviceRank::pause_watch, "paused"_a,
+             py::call_guard<py::gil_scoped_release>())
         .def("leave", &DeviceRank::leave, py::call_guard<py::gil_scoped_release>())
         .def("default_sms", &DeviceRank::default_sms, "kind"_a)
         .def("seq", &DeviceRank::seq);

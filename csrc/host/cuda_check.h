@@ -6,9 +6,10 @@
 #ifdef EP_HAS_CUDA
 #include <cuda_runtime_api.h>
 
-#define EP_CUDA(call)                                                                              \
-    do {                                                                                           \
-        const auto ep_error = static_cast<cudaError_t>(call);                                      \
-        if (ep_error != cudaSuccess) throw ::ep::DeviceError{#call, cudaGetErrorString(ep_error)}; \
+#define EP_CUDA(call)                                                               \
+    do {                                                                            \
+        const auto ep_error = static_cast<cudaError_t>(call);                       \
+        if (ep_error != cudaSuccess)                                                \
+            throw ::ep::DeviceError{#call, cudaGetErrorString(ep_error), ep_error}; \
     } while (false)
 #endif

@@ -73,8 +73,10 @@ public:
     bool failed() const { return incident().has_value(); }      // this communicator ended
     Outcome verdict() const;                                    // of the failure that ended it
     int fault() const { return watch_ ? watch_->fault() : 0; }  // our context broke: a CUDA error
-    void interrupt();                                           // every wait of ours ends soon
-    void leave();  // peers that wait for us raise E111 from now on; waits for our kernels
+    // Somebody else may use the bootstrap connections meanwhile.
+    void pause_watch(bool paused) { watch_->pause(paused); }
+    void interrupt();  // every wait of ours ends soon
+    void leave();      // peers that wait for us raise E111 from now on; waits for our kernels
 
     uint64_t seq() const { return begun_; }
     int default_sms(OpKind kind) const;

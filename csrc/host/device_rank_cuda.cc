@@ -232,14 +232,15 @@ void DeviceRank::grant(Flight& flight) {
         flight.meta.reset();
         const int64_t free = arena_->reclaim(flight.stream);
         job.grant.free_bytes = free;
-        if (!args.is_static && args.x_offset < 0) {
-            // As many records as rows they bring, in one free piece.
-            const int64_t room = std::max<int64_t>(free - 2 * kExtentAlign, 0);
-            const int64_t fit = room / (rows_of_token * row_bytes + record_bytes);
-            records = std::min(records, fit);
-            rows = std::min(rows, (room - records * record_bytes) / row_bytes);
-            if (rows > 0) take();
-        }
+        // In one free piece: x of a fixed shape and records with what is left, or as many records as
+        // rows they bring.
+        int64_t room = std::max<int64_t>(free - 2 * kExtentAlign, 0);
+        const bool fixed = args.is_static || args.x_offset >= 0;
+        if (fixed && args.x_offset < 0) room = std::max<int64_t>(room - rows * row_bytes, 0);
+        const int64_t bytes = record_bytes + (fixed ? 0 : rows_of_token * row_bytes);
+        if (bytes > 0) records = std::min(records, room / bytes);
+        if (!fixed) rows = std::min(rows, (room - records * record_bytes) / row_bytes);
+        if (rows > 0) take();
     }
     const bool has_x = flight.x || args.x_offset >= 0;
     job.grant.max_rows = has_x ? rows : -1;

@@ -52,20 +52,28 @@ int PeerWatch::fault() const {
     return static_cast<int>(fault_);
 }
 
+void PeerWatch::pause(bool paused) {
+    std::lock_guard lock(looking_);
+    paused_ = paused;
+}
+
 void PeerWatch::run() {
     std::vector<pollfd> fds;
     while (true) {
         fds.assign(1, {wake_, POLLIN, 0});
+        std::unique_lock lock(looking_);
         for (const Peer& peer : peers_) {
-            if (peer.over) continue;
+            if (peer.over || paused_) continue;
             if (peer.process.pidfd >= 0) fds.push_back({peer.process.pidfd, POLLIN, 0});
             if (peer.process.socket >= 0) {
                 fds.push_back({peer.process.socket, POLLIN | POLLRDHUP, 0});
             }
         }
+        lock.unlock();
         poll(fds.data(), fds.size(), kLookEveryMs);
         if (fds[0].revents != 0) return;
-        look();
+        lock.lock();
+        if (!paused_) look();
     }
 }
 

@@ -42,6 +42,8 @@ public:
 
     // Says goodbye to every peer and ends the thread. Once; not from a hook.
     void stop();
+    // While paused the connections are left alone. Returns when that is so.
+    void pause(bool paused);
     // The error number of our own broken context, or 0.
     int fault() const;
 
@@ -76,7 +78,9 @@ private:
     const PeerHooks hooks_;
     int wake_ = -1;  // eventfd: the end
     int64_t fault_ = 0;
-    mutable std::mutex mutex_;
+    bool paused_ = false;
+    mutable std::mutex mutex_;  // of fault_
+    std::mutex looking_;        // of paused_, and held while we look
     std::thread thread_;
     const int64_t pid_;  // a fork has our memory but not our thread
 };

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Final, Literal
 
 from ep_comm import _core
 from ep_comm.bootstrap import Group, Hello
-from ep_comm.errors import make_error
+from ep_comm.errors import EPError, make_error
+
+_log = logging.getLogger("ep_comm")
 
 BACKENDS: Final = ("auto", "cpu", "nvlink", "collective")
 Name = Literal["cpu", "nvlink", "collective"]
@@ -31,6 +34,19 @@ def choose(asked: str, device_type: str, group: Group, hellos: Sequence[Hello]) 
     if asked == "nvlink":
         raise make_error("E404", f"cannot use backend 'nvlink': {why}", rank=group.rank)
     return "collective", why
+
+
+# What keeps GPU memory from being mapped, as its construction says.
+_NO_MAPPING: Final = ("E402", "E403", "E405", "E409")
+
+
+def instead_of_nvlink(asked: str, group: Group, error: EPError) -> tuple[Name, str]:
+    """The backend after ranks could not map each other's GPU memory, told in a warning; raises
+    `error` when nothing else was allowed."""
+    if asked != "auto" or error.code not in _NO_MAPPING:
+        raise error
+    _log.warning(f"rank {group.rank} uses backend 'collective': {error.what}")
+    return "collective", error.what
 
 
 def _why_not_nvlink(device_type: str, one_host: bool) -> str:

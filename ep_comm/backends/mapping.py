@@ -26,6 +26,10 @@ from ep_comm.bootstrap import (
 )
 from ep_comm.errors import EPError, make_error
 
+# What construction may fail with; any other code of a peer is damage.
+CODES: Final = frozenset(
+    ("E110", "E111", "E120", "E232", "E310", "E401", "E402", "E403", "E405", "E406", "E407", "E409")
+)
 _SHARE_S: Final = 30.0  # most a peer may take to send its descriptors
 
 
@@ -169,7 +173,7 @@ def _told(answer: str, me: int, rank: int, size: int) -> EPError:
     culprit = int(number) if number.isdecimal() else rank
     if code == "E110" and culprit < size and culprit not in (me, rank):
         return died_early(me, culprit)
-    code = code if code in ("E110", "E120", "E232", "E405", "E406", "E407") else "E406"
+    code = code if code in CODES else "E406"
     return make_error(code, f"cannot construct: rank {rank} {what}", rank=me, peer=rank)
 
 

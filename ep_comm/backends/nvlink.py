@@ -21,6 +21,7 @@ from torch import Tensor
 from ep_comm import _core
 from ep_comm.backends import calls, mapping
 from ep_comm.backends.nvlink_calls import ArenaReceived, Combine, Dispatch
+from ep_comm.backends.nvlink_memory import Lease, Memory, kind_of_memory, refusal
 from ep_comm.bootstrap import Exchange, Group, Hello, Listener
 from ep_comm.checks import BufferSpec, CombineCall, DispatchCall
 from ep_comm.config import EPConfig
@@ -28,8 +29,6 @@ from ep_comm.errors import EPError, make_error
 from ep_comm.verdict import PeerState, error_of
 
 _log = logging.getLogger("ep_comm")
-
-Memory = mapping.Mapped[_core.DeviceMemory]
 
 # Of the free memory of a GPU, what one rank takes for its arena at most.
 _ARENA_SHARE: Final = 0.25
@@ -55,6 +54,7 @@ class NvlinkBackend:
         generation: int,
         config: EPConfig,
         memory: Memory,
+        exchange: Exchange,
         shape: _core.Shape,
         num_sms: int | None,
         ranks_on_device: int,
@@ -84,6 +84,7 @@ class NvlinkBackend:
             (config.arrival_warn_s, arrival, config.progress_s), sms // ranks_on_device,
             _warning(spec.rank),
         )  # fmt: skip
+        self._lease = Lease(memory, exchange, config.arrival_s, self.rank.pause_watch)
         _load_conversions(spec.device)
 
     # ---- operations ----
@@ -103,6 +104,9 @@ class NvlinkBackend:
         self.make_room()
         if self.rank.failed():
             raise self.error(self.rank.verdict(), "")
+        if self._lease.released:
+            what = "has no arena: it was given back, want resume() first"
+            raise make_error("E310", what, rank=self.spec.rank)
 
     def make_room(self) -> None:
         """What is begun must leave the slot that the next operation will need."""
@@ -201,8 +205,7 @@ class NvlinkBackend:
 
         After a failure the error that ended the communicator: late peers may still write there.
         """
-        if self.rank.failed():
-            raise self.error(self.rank.verdict(), "")
+        self.enter()
         num_bytes = dtype.itemsize * math.prod(shape)
         if num_bytes == 0:
             return torch.empty(tuple(shape), dtype=dtype, device=self.spec.device)
@@ -240,6 +243,7 @@ class NvlinkBackend:
         return {
             "arena": self.arena.stats(),
             "copied_out": self._copies_out,
+            "memory": "ipc" if self._memory.own.arena.is_ipc else "vmm",
             "num_sms": {
                 "dispatch": self.num_sms or self.rank.default_sms(_core.OpKind.DISPATCH),
                 "combine": self.num_sms or self.rank.default_sms(_core.OpKind.COMBINE),
@@ -247,10 +251,32 @@ class NvlinkBackend:
         }
 
     def release(self) -> None:
-        """The arena stays where it is: peers have mapped it."""
+        """Give the arena back to the GPU, on all ranks; E310 on all when a tensor of one holds it.
+
+        What is begun is finished first. Where memory is shared by IPC handles nothing happens.
+        """
+        if self._lease.released or not self._lease.possible:
+            return
+        self.make_room()
+        while self.unfinished:
+            self.unfinished[0].settle()
+        failure: EPError | None = None
+        try:
+            if self.rank.failed():
+                raise self.error(self.rank.verdict(), "")
+            torch.cuda.synchronize(self.spec.device)
+            self._in_flight.clear()
+            self.arena.reclaim(self.stream())
+            if in_use := self.arena.stats()["in_use"]:
+                what = f"cannot give the arena back: tensors hold {in_use} B of it"
+                raise make_error("E310", what, rank=self.spec.rank)
+        except EPError as error:
+            failure = error
+        self._lease.release(failure)
 
     def resume(self) -> None:
-        """Nothing was released."""
+        """Take the memory again, on all ranks; E232 on all, still released, when one gets none."""
+        self._lease.resume()
 
     def close(self) -> None:
         self.rank.leave()
@@ -297,18 +323,12 @@ def open_backend(
     """A backend that is ready on every rank: from here on nothing allocates or loads.
 
     Raises:
-        EPMemoryError: E232. EPEnvironmentError: E405, E406. EPTimeout: E120. EPPeerDied: E110.
+        EPMemoryError: E232. EPEnvironmentError: E401 to E406, E409. EPTimeout: E120. EPPeerDied:
+            E110.
 
     Collective: all ranks succeed, or all raise and keep nothing.
     """
-    device = spec.device.index or 0
-    kind: mapping.Kind[_core.DeviceMemory] = mapping.Kind(
-        lambda _, num_bytes: _core.DeviceMemory.create(device, num_bytes),
-        lambda fd, num_bytes: _core.DeviceMemory.map(device, fd, num_bytes),
-        _core.DeviceCallError,
-        lambda error: error.args,
-        "peer access between the GPUs",
-    )
+    kind = kind_of_memory(spec.device.index or 0, group.rank)
     ranks_on_device = sum(h.same_process(hellos[group.rank]) for h in hellos)
     size = default_arena_bytes(spec, ranks_on_device) if arena_bytes is None else arena_bytes
     control_bytes = _core.ControlLayout(shape).end
@@ -320,11 +340,11 @@ def open_backend(
     try:
         try:
             backend = NvlinkBackend(
-                spec, generation, config, memory, shape, num_sms, ranks_on_device
+                spec, generation, config, memory, exchange, shape, num_sms, ranks_on_device
             )
         except _core.DeviceCallError as error:
-            call, text = error.args
-            failure = make_error("E232", f"is out of memory: {call}: {text}", rank=group.rank)
+            what = "is out of memory: {call}: {why}"
+            failure = refusal(error, group.rank, "E232", what)
         mapping.agree(exchange, "ready", group.rank, failure)
         assert backend is not None
         return backend

@@ -142,5 +142,23 @@ int main() {
         ep::expect(soon([&] { return abort_of(*pair.page) != 0; }), "no word of the stop");
         ep::expect_eq(ep::abort_code(abort_of(*pair.page)), int{ep::kPeerAbsent});
     });
+
+    ep::test("a paused watch leaves the connection alone", [] {
+        Pair pair([](int socket) {
+            const char byte = 'x';
+            (void)!write(socket, &byte, 1);
+            sleep(60);
+        });
+        ep::PeerWatch watch(0, pair.page.get(), pair.peers, {}, 1.0, {});
+        watch.pause(true);
+        char byte = 0;
+        ep::expect(soon([&] { return recv(pair.socket, &byte, 1, MSG_DONTWAIT) == 1; }) || byte,
+                   "somebody else read it");
+        kill(pair.child, SIGKILL);
+        std::this_thread::sleep_for(std::chrono::milliseconds(300));
+        ep::expect_eq(abort_of(*pair.page), 0u);
+        watch.pause(false);
+        ep::expect(soon([&] { return abort_of(*pair.page) != 0; }), "no word of the death");
+    });
     return ep::finish();
 }
