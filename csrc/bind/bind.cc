@@ -75,9 +75,9 @@ auto blocking(const py::object& late, Call call) {
 
 // Bytes of a held extent as a DLPack capsule; the extent returns when the last array over it dies,
 // on any thread.
-struct HeldArray {
 using ByteShape = std::vector<int64_t>;  // of a dense array, its last size in bytes
 
+struct HeldArray {
     dlpack::ManagedTensor managed;
     ByteShape shape;
     std::shared_ptr<ExtentHold> hold;
@@ -305,8 +305,8 @@ void bind_memory(py::module_& m) {
         .def("array", &ArenaView::array, "byte_shape"_a)
         .def("offset_of", &ArenaView::offset_of, "address"_a, "bytes"_a)
         .def("discard_free", &ArenaView::discard_free)
-        .def("stats", [](const ArenaView& a) {
         .def_property_readonly("in_use", [](const ArenaView& a) { return a.arena->in_use(); })
+        .def("stats", [](const ArenaView& a) {
             const ArenaStats s = a.arena->stats();
             return py::dict("capacity"_a = s.capacity, "in_use"_a = s.in_use, "peak"_a = s.peak,
                             "largest_free"_a = s.largest_free, "num_extents"_a = s.num_extents);
