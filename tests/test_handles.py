@@ -218,6 +218,13 @@ def _value(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Handle], 
     return lambda h: h._replace(**{name: change(getattr(h, name).clone())})
 
 
+def _set(rows: Tensor, row: int) -> Tensor:
+    """Another row for the last selection that went anywhere."""
+    at = (rows >= 0).nonzero()[-1]
+    rows[at[0], at[1]] = row
+    return rows
+
+
 DAMAGE: dict[str, Callable[[Handle], Any]] = {
     "none": lambda h: None,
     "number": lambda h: 7,
@@ -251,6 +258,10 @@ DAMAGE: dict[str, Callable[[Handle], Any]] = {
     "counts-negative": _value("rank_counts", lambda t: t - 100),
     "counts-zeroed": _value("rank_counts", lambda t: t * 0),
     "counts-doubled": _value("rank_counts", lambda t: t * 2),
+    "rows-swapped": _value("send_row", lambda t: t[:, [1, 0]]),
+    "rows-reversed": _value("send_row", lambda t: t.flip(0)),
+    "row-none": _value("send_row", lambda t: _set(t, -1)),
+    "row-beyond": _value("send_row", lambda t: _set(t, 2**31 - 1)),
     "experts-negative": _value("num_tokens_per_expert", lambda t: t - 100),
     "experts-huge": _value("num_tokens_per_expert", lambda t: t + 2**30),
 }

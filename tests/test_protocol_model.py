@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from model.doorbell import Doorbell
@@ -36,6 +37,7 @@ from model.programs import (
     sequence,
 )
 from model.protocol import OK, Program, Protocol
+from model.stream import Stream
 
 FAILING = ("DCDC", "DDDD", "DKCC", "DDKC", "DCKS", "DSDS", "DSCK", "DKKS")
 
@@ -121,6 +123,18 @@ def test_a_peer_that_did_its_part_may_leave() -> None:
 
 def test_the_doorbell_loses_no_wake_up() -> None:
     holds(explore(Doorbell().machine))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"tokens": (1, 2, 2, 1), "ring_rows": 4, "part": 2, "num_ops": 1},
+        {"num_ranks": 3, "tokens": (1,), "ring_rows": 1, "num_ops": 1},
+    ],
+)
+def test_streams_neither_stall_nor_overwrite(sizes: dict[str, Any]) -> None:
+    holds(explore(Stream(**sizes).machine))
 
 
 def test_released_only_matters_after_a_refused_call() -> None:

@@ -41,7 +41,7 @@ struct NamedRegion {
 // Head of every rank's shared memory: same offsets on every rank. Indices are [slot][rank] unless
 // said otherwise.
 struct ControlLayout {
-    Region header, entries, counts, bases, expert_rows, arrived, pulled, released;
+    Region header, entries, counts, bases, expert_rows, arrived, pulled, released, staged, taken;
     int64_t end = 0;
     int32_t num_ranks, num_experts, max_local_experts;
 
@@ -60,6 +60,8 @@ struct ControlLayout {
         arrived = at.take(pairs * kWordStride);                 // uint64 per source
         pulled = at.take(pairs * kWordStride);                  // uint64 per source
         released = at.take(pairs * kWordStride);                // uint64 per peer
+        staged = at.take(s.num_ranks * kWordStride);            // [rank] uint64 per owner
+        taken = at.take(s.num_ranks * kWordStride);             // [rank] uint64 per source
         end = at.end();
     }
 
@@ -88,8 +90,12 @@ struct ControlLayout {
     EP_HD constexpr int64_t released_word(int slot, int peer) const {
         return released.offset + pair(slot, peer) * kWordStride;
     }
+    EP_HD constexpr int64_t staged_word(int owner) const {
+        return staged.offset + owner * kWordStride;
+    }
+    EP_HD constexpr int64_t taken_word(int src) const { return taken.offset + src * kWordStride; }
 
-    constexpr std::array<NamedRegion, 8> regions() const {
+    constexpr std::array<NamedRegion, 10> regions() const {
         return {{{"header", header},
                  {"entries", entries},
                  {"counts", counts},
@@ -97,7 +103,9 @@ struct ControlLayout {
                  {"expert_rows", expert_rows},
                  {"arrived", arrived},
                  {"pulled", pulled},
-                 {"released", released}}};
+                 {"released", released},
+                 {"staged", staged},
+                 {"taken", taken}}};
     }
 
 private:

@@ -61,11 +61,13 @@ struct EntryRecord {
     int64_t num_tokens;      // of the source, in total
     int64_t num_rows;        // dispatch: rows it will push to this receiver; combine: rows of its y
     int64_t y_offset;        // combine: rows of y in the source's arena
+    int64_t streamed_rows;   // combine: rows for this source that stream; -1 = y lies at y_offset
+    int64_t ring_rows;       // combine: rows of each ring that lies there instead
     int64_t weights_offset;  // combine: weights of y in the source's arena, or -1
     int64_t detail[4];
     char reason[kReasonBytes];
 };
-static_assert(sizeof(EntryRecord) == 280 && std::is_trivially_copyable_v<EntryRecord>);
+static_assert(sizeof(EntryRecord) == 296 && std::is_trivially_copyable_v<EntryRecord>);
 
 // "You may write here." Written by a receiver into every source's block; publishing it is the
 // credit.
@@ -88,7 +90,7 @@ struct ControlHeader {
     uint64_t magic;
     uint64_t generation;    // of the buffer; random, equal on all ranks
     uint32_t doorbell;      // bumped by whoever published something here, then futex-woken
-    uint32_t waiting_for;   // rank + 1 whose publication this rank sleeps for; 0 = it does not
+    uint32_t waiting_for;   // rank + 1 whose publication this rank sleeps for; 0: none, ~0: any
     uint32_t life;          // Life
     uint32_t entered_kind;  // OpKind of the last operation entered
     uint64_t entered_seq;

@@ -1,15 +1,22 @@
 // Combine: every source reads the rows of its tokens from the ranks that hold them and adds them in
 // fp32, in ascending (rank, slot) order or as the slots stand, rounding once. An owner returns only
 // when every source has pulled.
+//
+// A y in the arena is read where it lies. Any other streams: while a rank adds the rows that have
+// come, it stages those that others wait for.
 #include <algorithm>
 #include <cstring>
 
 #include "contract/calls.h"
 #include "cpu/operation.h"
+#include "cpu/routing.h"
 #include "cpu/simd.h"
+#include "cpu/stage.h"
 
 namespace ep::cpu {
 namespace {
+
+constexpr int64_t kTellEvery = 8;  // tokens between two looks whether owners want to hear of room
 
 // One row to add: where it lies, and the slot it came through.
 struct Contribution {
@@ -20,13 +27,16 @@ struct Contribution {
 class CombineOp : public Operation {
 public:
     CombineOp(Rank& rank, uint64_t sequence, const CombineArgs& args, const WaitHooks& hooks)
-        : Operation(rank, OpKind::kCombine, sequence, hooks), a(args) {}
+        : Operation(rank, OpKind::kCombine, sequence, hooks),
+          a(args),
+          stage(*this, args),
+          incoming(num_ranks) {}
 
     Outcome run() {
         if (!acquire_slot()) return fail(watch.outcome());
         publish();
         if (!await_entries(describe(a)) || !check_peers()) return fail(outcome);
-        const bool pulled = pull();
+        if (!pull()) return fail(outcome);
         // A peer that failed meanwhile may have let its user change y under our reads.
         if (!watch.healthy(Site::kPulled)) return fail(watch.outcome());
         for (int p = 0; p < num_ranks; ++p) {
@@ -35,26 +45,30 @@ public:
         }
         ring_all();
         if (!await_pulled()) return fail(watch.outcome());
-        if (!pulled) return fail(outcome);
         release_slot();
         return Outcome{};
     }
 
 private:
-    // 1. y where peers can read it. Rows of remote sources of an ordinary tensor are copied; our
-    // own are read in place.
+    // 1. y where peers can read it, or rings through which it will come.
     void publish() {
         EntryRecord entry{};
         entry.descriptor = describe(a);
         entry.num_tokens = a.num_tokens;
         entry.num_rows = a.num_rows;
-        entry.y_offset = a.arena_offset;
+        entry.y_offset = std::max<int64_t>(a.arena_offset, 0);
+        entry.ring_rows = stage.ring_rows();
         entry.weights_offset = -1;
-        if (num_ranks > 1 && a.arena_offset < 0) {
-            staged_y = grant(a.num_rows * a.row_bytes(), entry);
-            if (staged_y) {
-                stage_remote_rows(rank.arena_data() + staged_y->extent().offset);
-                entry.y_offset = staged_y->extent().offset;
+        if (!rows_follow(a.topk_idx, a.send_row, a.num_tokens, a.num_topk, a.layout, experts,
+                         num_ranks)) {
+            entry.code = kStaleHandle;
+            std::strncpy(entry.reason, kDamagedHandle, kReasonBytes - 1);
+        }
+        if (stage.bytes() > 0) {
+            rings = grant(stage.bytes(), entry);
+            if (rings) {
+                entry.y_offset = rings->extent().offset;
+                stage.place(rank.arena_data() + entry.y_offset);
             }
         }
         if (num_ranks > 1 && a.with_weights) {
@@ -66,7 +80,10 @@ private:
                 entry.weights_offset = staged_weights->extent().offset;
             }
         }
-        for (int p = 0; p < num_ranks; ++p) enter(p, entry, nullptr);
+        for (int p = 0; p < num_ranks; ++p) {
+            entry.streamed_rows = a.arena_offset < 0 ? stage.rows_for(p) : -1;
+            enter(p, entry, nullptr);
+        }
         ring_all();
     }
 
@@ -79,55 +96,38 @@ private:
         return nullptr;
     }
 
-    void stage_remote_rows(std::byte* staged) const {
-        const int64_t bytes = a.row_bytes();
-        const auto stage = [&](int64_t row) {
-            if (row >= 0 && row < a.num_rows) {
-                simd().copy_stream(staged + row * bytes, a.x + row * bytes, bytes);
-            }
-        };
-        int64_t i = 0;
-        for (int src = 0; src < num_ranks; ++src) {
-            const int64_t rows = a.rank_counts[num_ranks + src];
-            for (int64_t j = 0; j < rows && i < a.num_recv; ++j, ++i) {
-                if (src == me) continue;
-                if (a.layout == RecvLayout::kCompact) {
-                    stage(i);
-                    continue;
-                }
-                for (int k = 0; k < a.num_topk; ++k) stage(a.recv_row[i * a.num_topk + k]);
-            }
-        }
-        simd().drain();
-    }
-
-    // Offsets of peers are untrusted.
+    // Offsets and sizes of peers are untrusted.
     bool check_peers() {
         const int64_t per_row = weights_per_row() * int64_t{sizeof(float)};
         for (int p = 0; p < num_ranks; ++p) {
             const EntryRecord& entry = entry_of(p);
             if (p == me) continue;
             const int64_t limit = rank.peers_arena_bytes(p);
-            const auto fits = [&](int64_t offset, int64_t bytes) {
-                return offset >= 0 && offset <= limit && offset % kRowAlign == 0 &&
-                       entry.num_rows >= 0 &&
-                       (bytes == 0 || entry.num_rows <= (limit - offset) / bytes);
+            const auto fits = [&](int64_t offset, int64_t rows, int64_t bytes) {
+                return offset >= 0 && offset <= limit && offset % kRowAlign == 0 && rows >= 0 &&
+                       (bytes == 0 || rows <= (limit - offset) / bytes);
             };
-            if (fits(entry.y_offset, a.row_bytes()) &&
-                (!a.with_weights || fits(entry.weights_offset, per_row))) {
-                continue;
+            const bool streams = entry.streamed_rows >= 0;
+            const bool y_fits =
+                streams ? fits(entry.y_offset, entry.ring_rows, (num_ranks - 1) * a.row_bytes()) &&
+                              (entry.streamed_rows == 0 || entry.ring_rows > 0)
+                        : fits(entry.y_offset, entry.num_rows, a.row_bytes());
+            if (!y_fits ||
+                (a.with_weights && !fits(entry.weights_offset, entry.num_rows, per_row))) {
+                outcome = outcome_of(kBadCount, p, limit, entry.y_offset);
+                return false;
             }
-            outcome = outcome_of(kBadCount, p, limit, entry.y_offset);
-            return false;
+            const int64_t ring = streams ? Stage::ring_of(p, me) * entry.ring_rows : 0;
+            incoming[p] = {arena_of(p) + entry.y_offset + ring * a.row_bytes()};
         }
+        incoming[me] = {a.x};
         return true;
     }
 
     int64_t weights_per_row() const { return a.layout == RecvLayout::kCompact ? a.num_topk : 1; }
 
-    const std::byte* y_of(int owner) const {
-        return owner == me ? a.x : arena_of(owner) + entry_of(owner).y_offset;
-    }
+    bool streams_from(int owner) const { return owner != me && entry_of(owner).streamed_rows >= 0; }
+
     const float* weights_of(int owner) const {
         if (owner == me) return a.y_weights;
         const int64_t offset = entry_of(owner).weights_offset;
@@ -155,32 +155,126 @@ private:
         return count;
     }
 
+    // Adds what has come and stages what others wait for, until both are done.
     bool pull() {
+        while (true) {
+            const bool staged = stage.advance();
+            const int64_t before = next_token;
+            if (!add_tokens()) return false;
+            const bool added = next_token == a.num_tokens;
+            if (added && stage.over()) return took_everything();
+            if (!added) publish_taken(awaited);
+            if (staged || next_token > before) continue;
+            const int peer = added ? stage.blocked_on() : awaited;
+            const auto ready = [&] {
+                return stage.can_advance() ||
+                       (!added && staged_by(awaited) > incoming[awaited].next);
+            };
+            const auto progress = [&] {
+                return stage.progress() + (added ? 0 : staged_by(awaited));
+            };
+            if (!watch.until(added ? Site::kPulled : Site::kRows, peer, ready, progress, 0,
+                             WokenBy::kAnyone)) {
+                outcome = watch.outcome();
+                return false;
+            }
+        }
+    }
+
+    // Tokens in their order, as far as their rows have come; then `awaited` has not sent the next.
+    bool add_tokens() {
         const Simd& ops = simd();
         const int64_t bytes = a.row_bytes();
         Contribution found[kMaxTopk];
         const std::byte* rows[kMaxTopk];
         float weights[kMaxTopk];
-        for (int64_t t = 0; t < a.num_tokens; ++t) {
+        for (; next_token < a.num_tokens; ++next_token) {
+            const int64_t t = next_token;
             const int count = gather(t, found);
-            for (int i = 0; i < count; ++i) {
-                if (found[i].row >= entry_of(found[i].owner).num_rows) {
-                    outcome = outcome_of(kMiscount, found[i].owner,
-                                         entry_of(found[i].owner).num_rows, found[i].row);
-                    return false;
-                }
-                rows[i] = y_of(found[i].owner) + found[i].row * bytes;
-                if (a.weighted) weights[i] = a.topk_weights[t * a.num_topk + found[i].slot];
+            int have = 0;
+            for (; have < count; ++have) {
+                if (!find_row(found[have], &rows[have])) break;
+                if (a.weighted) weights[have] = a.topk_weights[t * a.num_topk + found[have].slot];
+            }
+            if (have < count) {
+                for (int i = 0; i < have; ++i) --incoming[found[i].owner].next;
+                return outcome.ok();
             }
             ops.sum(a.dtype, {a.out + t * bytes, rows, a.weighted ? weights : nullptr,
                               a.bias0 != nullptr ? a.bias0 + t * bytes : nullptr,
                               a.bias1 != nullptr ? a.bias1 + t * bytes : nullptr, a.hidden, count});
+            if (t % kTellEvery == 0) publish_much_taken();
             if (a.out_weights == nullptr) continue;
             if (a.sum_weights) {
                 sum_weights(t, found, count);
             } else {
                 pull_weights(t);
             }
+        }
+        return true;
+    }
+
+    // Where a row lies. False: it has not come yet, or there is none.
+    bool find_row(const Contribution& c, const std::byte** row) {
+        Incoming& in = incoming[c.owner];
+        const EntryRecord& entry = entry_of(c.owner);
+        const bool streams = streams_from(c.owner);
+        const int64_t at = streams ? in.next : c.row;
+        const int64_t limit = streams ? entry.streamed_rows : entry.num_rows;
+        if (at >= limit) {
+            outcome = outcome_of(kMiscount, c.owner, limit, at);
+            return false;
+        }
+        if (streams && at >= in.come) {
+            in.come = staged_by(c.owner);
+            if (at >= in.come) {
+                awaited = c.owner;
+                return false;
+            }
+        }
+        ++in.next;
+        *row = in.rows + (streams ? at % entry.ring_rows : at) * a.row_bytes();
+        return true;
+    }
+
+    int64_t staged_by(int owner) const {
+        // pairs with the release in Stage::advance
+        const uint64_t ever = load_acquire(at<uint64_t>(me, layout.staged_word(owner)));
+        return static_cast<int64_t>(ever - flow(owner).taken);
+    }
+
+    // Tells an owner that the room of the rows we have read is its again.
+    void publish_taken(int owner) {
+        Incoming& in = incoming[owner];
+        if (in.taken == in.next) return;
+        in.taken = in.next;
+        // Our reads are done; pairs with the acquire in Stage::taken.
+        store_release(at<uint64_t>(owner, layout.taken_word(me)),
+                      flow(owner).taken + static_cast<uint64_t>(in.taken));
+        ring(rank.header(owner), me);
+    }
+    void publish_much_taken() {
+        for (int p = 0; p < num_ranks; ++p) {
+            const int64_t untold = incoming[p].next - incoming[p].taken;
+            if (untold > 0 && streams_from(p) &&
+                Stage::is_worth_telling(untold, entry_of(p).ring_rows)) {
+                publish_taken(p);
+            }
+        }
+    }
+
+    // What was staged for us and what we asked for are the same, or somebody's handle is not.
+    bool took_everything() {
+        for (int p = 0; p < num_ranks; ++p) {
+            if (p == me) continue;
+            flow(p).staged += static_cast<uint64_t>(stage.rows_for(p));
+            if (!streams_from(p)) continue;
+            publish_taken(p);
+            if (incoming[p].next != entry_of(p).streamed_rows) {
+                outcome = outcome_of(kMiscount, p, entry_of(p).streamed_rows, incoming[p].next);
+                return false;
+            }
+            flow(p).taken += static_cast<uint64_t>(incoming[p].next);
         }
         return true;
     }
@@ -223,8 +317,18 @@ private:
         return true;
     }
 
+    // What comes from an owner.
+    struct Incoming {
+        const std::byte* rows = nullptr;        // its y, or the ring for us
+        int64_t next = 0, taken = 0, come = 0;  // rows: used, told the owner, in the ring so far
+    };
+
     const CombineArgs& a;
-    std::shared_ptr<ExtentHold> staged_y, staged_weights;
+    Stage stage;
+    std::vector<Incoming> incoming;  // [num_ranks]
+    int64_t next_token = 0;
+    int awaited = 0;  // the owner whose row `next_token` lacks
+    std::shared_ptr<ExtentHold> rings, staged_weights;
 };
 
 }  // namespace

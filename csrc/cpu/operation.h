@@ -39,6 +39,7 @@ public:
     const BaseRecord& base_of(int dst) const { return bases_[dst]; }
     void read_base(int dst) { bases_[dst] = at<BaseRecord>(me, layout.base(slot, dst)); }
     uint64_t& expected(int src) const { return rank.expected_[size_t(slot) * num_ranks + src]; }
+    auto& flow(int peer) const { return rank.flows_[peer]; }
     std::byte* arena_of(int peer) const { return rank.peers_[peer].arena->data(); }
     void ring_all() const;
 

@@ -24,7 +24,8 @@ Rank::Rank(const Shape& shape, int rank, uint64_t generation, std::vector<int32_
       peers_(std::move(peers)),
       arena_(std::move(arena)),
       clocks_(clocks),
-      expected_(size_t(shape.num_slots) * shape.num_ranks, 0) {
+      expected_(size_t(shape.num_slots) * shape.num_ranks, 0),
+      flows_(shape.num_ranks) {
     for (const Peer& peer : peers_) processes_.push_back(peer.process);
     ControlHeader& own = header(rank_);
     own.magic = kControlMagic;

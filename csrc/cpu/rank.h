@@ -91,6 +91,11 @@ public:
 private:
     friend class Operation;
 
+    // Rows that ever went through rings: staged by us for a source, taken by us from an owner.
+    struct Flow {
+        uint64_t staged = 0, taken = 0;
+    };
+
     void wake_all() const;
 
     Shape shape_;
@@ -103,6 +108,7 @@ private:
     Clocks clocks_;
     uint64_t last_seq_ = 0;
     std::vector<uint64_t> expected_;                 // [slots][ranks] rows ever announced to us
+    std::vector<Flow> flows_;                        // [ranks]
     Outcome verdict_;                                // of the failure that ended this communicator
     std::vector<std::shared_ptr<ExtentHold>> lost_;  // extents a peer may still write to
     std::mutex running_;                             // one operation at a time

@@ -16,6 +16,7 @@ namespace {
 constexpr long kSliceNs =
     20'000'000;             // how long a waiter sleeps before it looks at its peers again
 constexpr int kSpins = 64;  // a few microseconds: a peer on another core often answers at once
+constexpr uint32_t kAnyone = UINT32_MAX;  // in waiting_for
 constexpr auto kLookEvery = std::chrono::milliseconds(20);
 
 void futex_sleep(uint32_t& word, uint32_t seen) {
@@ -68,7 +69,9 @@ bool is_gone(const PeerProcess& process) {
 void ring(ControlHeader& receiver, int from) {
     std::atomic_ref(receiver.doorbell).fetch_add(1, std::memory_order_seq_cst);
     const uint32_t awaited = std::atomic_ref(receiver.waiting_for).load(std::memory_order_seq_cst);
-    const bool wake = from == kAnyRank ? awaited != 0 : awaited == static_cast<uint32_t>(from) + 1;
+    const bool wake = from == kAnyRank
+                          ? awaited != 0
+                          : awaited == kAnyone || awaited == static_cast<uint32_t>(from) + 1;
     if (wake) futex_wake_all(receiver.doorbell);
 }
 
@@ -84,13 +87,15 @@ Watch::Watch(int rank, std::vector<ControlHeader*> headers,
       seq_(seq) {}
 
 bool Watch::until(Site site, int peer, const std::function<bool()>& ready,
-                  const std::function<int64_t()>& progress, int64_t want) {
+                  const std::function<int64_t()>& progress, int64_t want, WokenBy woken_by) {
     if (!outcome_.ok()) return false;
     for (int i = 0; i < kSpins; ++i) {
         if (ready()) return true;
         pause_briefly();
     }
     ControlHeader& own = *headers_[rank_];
+    const uint32_t awaited =
+        woken_by == WokenBy::kAnyone ? kAnyone : static_cast<uint32_t>(peer) + 1;
     Wait wait{site, peer, Clock::now(), Clock::now(), want, 0, progress == nullptr, false};
     auto next_look = wait.start;
     while (true) {
@@ -109,7 +114,7 @@ bool Watch::until(Site site, int peer, const std::function<bool()>& ready,
             if (give_up(wait)) return came_after_all(ready);
         }
         std::atomic_ref waiting_for(own.waiting_for);
-        waiting_for.store(static_cast<uint32_t>(peer) + 1, std::memory_order_seq_cst);
+        waiting_for.store(awaited, std::memory_order_seq_cst);
         futex_sleep(own.doorbell, bell);
         waiting_for.store(0, std::memory_order_relaxed);
     }

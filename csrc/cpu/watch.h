@@ -50,6 +50,7 @@ inline void add_release(uint64_t& word, uint64_t value) {
 }
 
 inline constexpr int kAnyRank = -1;
+enum class WokenBy { kPeer, kAnyone };
 
 // Tells `receiver` that `from` has published something for it; kAnyRank: whoever it waits for.
 void ring(ControlHeader& receiver, int from);
@@ -63,11 +64,13 @@ public:
     Watch(int rank, std::vector<ControlHeader*> headers, const std::vector<PeerProcess>& processes,
           const Clocks& clocks, const WaitHooks& hooks, OpKind op, uint64_t seq);
 
-    // True once ready() holds. False when the wait is over without it: `outcome()` says why.
+    // True once ready() holds. False when the wait is over without it: `outcome()` says why, and
+    // blames `peer`. Only what that peer publishes wakes us, unless `woken_by` says otherwise.
     // `progress()` is a number that changes while the peer advances; null = the peer has not
     // entered yet (arrival clock).
     [[nodiscard]] bool until(Site site, int peer, const std::function<bool()>& ready,
-                             const std::function<int64_t()>& progress = nullptr, int64_t want = 0);
+                             const std::function<int64_t()>& progress = nullptr, int64_t want = 0,
+                             WokenBy woken_by = WokenBy::kPeer);
 
     // False when a peer's communicator has failed, whatever we were waiting for.
     [[nodiscard]] bool healthy(Site site);

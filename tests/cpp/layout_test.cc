@@ -65,7 +65,13 @@ int main() {
                     for (int64_t word : words) lines.insert(word / 64);
                 }
             }
-            ep::expect_eq(int(lines.size()), 3 * shape.num_slots * shape.num_ranks);
+            for (int rank = 0; rank < shape.num_ranks; ++rank) {
+                ep::expect(holds(layout.staged, layout.staged_word(rank), 8), "staged");
+                ep::expect(holds(layout.taken, layout.taken_word(rank), 8), "taken");
+                lines.insert(layout.staged_word(rank) / 64);
+                lines.insert(layout.taken_word(rank) / 64);
+            }
+            ep::expect_eq(int(lines.size()), (3 * shape.num_slots + 2) * shape.num_ranks);
         });
     });
 

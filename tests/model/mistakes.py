@@ -40,6 +40,7 @@ from .protocol import (
     Protocol,
     Turn,
 )
+from .stream import Stream
 
 
 def small(ops: Sequence[Op], acts: str = "", **options: Any) -> Program:
@@ -426,10 +427,76 @@ class NamesAfterSleep(Doorbell):
     waiter_order = ("read", "look", "sleep", "name")
 
 
+# ---- the stream
+
+
+class RoomOnTrust(Stream):
+    """The owner does not look whether a source has taken what lies in its ring."""
+
+    def room(self, v: View, r: int, src: int, op: int) -> int:
+        return self.ring_rows
+
+
+class ToldBeforeRead(Stream):
+    """The source tells of room before it has read the rows."""
+
+    def take(self, v: View, r: int, owner: int, op: int) -> None:
+        rows = self.tokens[v.get(self.token[r])]
+        first = v.get(self.next[owner, r])
+        v.put(self.next[owner, r], first + rows)
+        self.tell(v, r, owner, op)
+        v.put(self.next[owner, r], first)
+        super().take(v, r, owner, op)
+
+
+class StagedBeforeCopied(Stream):
+    """The owner publishes a row before it has copied it."""
+
+    def copy(self, v: View, r: int, src: int, op: int) -> None:
+        if v.get(self.sent[r, src]) > 0:
+            super().copy(v, r, src, op)
+
+    def publish_staged(self, v: View, r: int, src: int, op: int) -> None:
+        first = v.get(self.sent[r, src]) == 0
+        super().publish_staged(v, r, src, op)
+        if first:
+            v.write(self.rows[r, src, 0], ("row", op, 0))
+
+
+class RingTooSmall(Stream):
+    """A ring holds less than twice the rows a token has at its owner: one that waits for the last
+    of them may leave less room than the owner finds worth using.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(tokens=(1, 3, 1), ring_rows=3, part=2, num_ops=1)
+
+
+class RoomKeptBack(Stream):
+    """A source tells of room in large parts, also when it waits for the owner that lacks it."""
+
+    def __init__(self) -> None:
+        super().__init__(tokens=(1, 2, 2, 1), ring_rows=4, part=3, num_ops=1)
+
+    def tell(self, v: View, r: int, owner: int, op: int) -> None:
+        if v.get(self.next[owner, r]) - v.get(self.told[owner, r]) >= self.part:
+            super().tell(v, r, owner, op)
+
+
+class LastRowsUntold(Stream):
+    """The last rows of an operation are never told: the next one counts from somewhere else."""
+
+    def __init__(self) -> None:
+        super().__init__(tokens=(2, 1), ring_rows=2, part=2)
+
+    def tell_last(self, v: View, r: int, op: int) -> None:
+        pass
+
+
 @dataclass(frozen=True)
 class Mistake:
     name: str
-    protocol: type[Protocol] | type[Doorbell] | type[Leaving]
+    protocol: type[Protocol] | type[Doorbell] | type[Leaving] | type[Stream]
     prop: str  # the property that is violated
     program: Program | None = None
     merge: bool = False  # a wait that can be undone is no local step
@@ -558,4 +625,10 @@ MISTAKES = [
     Mistake("awaited-read-before-the-bell", AwaitedBeforeBell, DEADLOCK),
     Mistake("names-the-wrong-peer", NamesTheWrongPeer, DEADLOCK),
     Mistake("named-after-sleeping", NamesAfterSleep, DEADLOCK),
+    Mistake("room-on-trust", RoomOnTrust, OVERWRITE),
+    Mistake("told-before-read", ToldBeforeRead, OVERWRITE),
+    Mistake("staged-before-copied", StagedBeforeCopied, UNCOVERED),
+    Mistake("ring-too-small", RingTooSmall, DEADLOCK),
+    Mistake("room-kept-back", RoomKeptBack, DEADLOCK),
+    Mistake("last-rows-untold", LastRowsUntold, DEADLOCK),
 ]
