@@ -49,7 +49,7 @@ def test_command_prints_numbers_and_draws(trace: Trace, tmp_path: Path, ending: 
         "32 experts, 40 slots",
         f"{want['before']['imbalance']:.3f}",
         f"{want['after']['imbalance']:.3f}",
-        f"{want['after']['cross_node']:.1%}",
+        f"{want['after']['cross_node']:.3f}",
         f"{want['moved']} experts move",
     ):
         assert word in told.stdout
@@ -67,6 +67,9 @@ def test_report_measures_on_steps_the_plan_has_not_seen(trace: Trace) -> None:
     traffic = torch.tensor(report.as_dict()["after"]["node_traffic"])
     tokens = trace.num_layers * 2 * 300
     assert tokens <= float(traffic.sum()) <= tokens * 2
+    crossing = float(traffic.sum() - traffic.diagonal().sum())
+    assert report.as_dict()["after"]["cross_node"] == pytest.approx(crossing / tokens)
+    assert 0 < crossing / tokens < 1
 
 
 @pytest.mark.parametrize(

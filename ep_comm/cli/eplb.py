@@ -116,7 +116,7 @@ def _tell(console: Console, numbers: dict[str, Any], report: Report) -> None:
     for label, key, form in (
         ("imbalance, mean of layers", "imbalance", "{:.3f}"),
         ("imbalance, worst layer", "worst_imbalance", "{:.3f}"),
-        ("rows that leave their node", "cross_node", "{:.1%}"),
+        ("rows of a token to other nodes", "cross_node", "{:.3f}"),
     ):
         table.add_row(label, form.format(before[key]), form.format(after[key]))
     console.print(table)

@@ -33,8 +33,8 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """The numbers, ready for JSON.
 
-        imbalance: heaviest rank over the mean; mean and worst of the layers. cross_node: share of
-        the (token, node) pairs that leave the token's node, predicted. moved: experts that change
+        imbalance: heaviest rank over the mean; mean and worst of the layers. cross_node: rows that
+        a token sends to other nodes in a layer, predicted, at most nodes - 1. moved: experts that change
         ranks, over all layers.
         """
         numbers: dict[str, Any] = {
@@ -57,10 +57,16 @@ class Report:
             numbers[name] = {
                 "imbalance": float(imbalance.mean()),
                 "worst_imbalance": float(imbalance.max()),
-                "cross_node": _crossing(traffic),
+                "cross_node": _crossing(traffic) / self._tokens,
                 "node_traffic": traffic.sum(0).tolist(),
             }
         return numbers
+
+    @property
+    def _tokens(self) -> int:
+        """In all measured steps and layers."""
+        steps, layers, tokens, _ = self.measured.ids.shape
+        return max(steps * layers * tokens, 1)
 
     def relative_load(self, placement: Placement) -> Tensor:
         """float64 [L, R] load of each rank over the layer's mean."""
@@ -98,6 +104,4 @@ def evaluate(
 
 
 def _crossing(traffic: Tensor) -> float:
-    total = float(traffic.sum())
-    inside = float(torch.diagonal(traffic, dim1=1, dim2=2).sum())
-    return 0.0 if total == 0 else 1 - inside / total
+    return float(traffic.sum() - torch.diagonal(traffic, dim1=1, dim2=2).sum())
