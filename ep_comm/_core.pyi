@@ -11,6 +11,7 @@ ROW_ALIGN: int
 EXTENT_ALIGN: int
 REASON_BYTES: int
 PROTOCOL_VERSION: int
+BAD_SEAL: int
 STRUCT_SIZES: tuple[int, ...]
 DESCRIPTOR_FIELDS: tuple[str, ...]
 
@@ -99,6 +100,7 @@ class MetaLayout:
         with_weights: bool,
         with_rows: bool,
         scale_bytes: int,
+        with_seal: bool = False,
     ) -> None: ...
     @property
     def bytes(self) -> int: ...
@@ -164,6 +166,7 @@ class DispatchArgs:
     with_weights: bool
     is_static: bool
     cached: bool
+    paranoid: bool
     routing: int
     replicas: Replicas
     routed_idx: int

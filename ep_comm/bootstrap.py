@@ -143,6 +143,7 @@ class Hello:
     num_topk: int = _same("i", "E221")
     max_tokens: int = _same("q", "E221")
     num_slots: int = _same("i", "E221")
+    paranoid: int = _same("i", "E221")
     backend: str = _same("16s", "E221")  # as asked for
     device: str = _same("16s", "E221")
     rank: int = _free("i")

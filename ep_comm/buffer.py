@@ -194,7 +194,10 @@ class Buffer:
         self._replicas: Replicas | None = None
         try:
             with contextlib.closing(listener):
-                hello = _hello(self._spec, backend, self._group.members, host, listener.token)
+                hello = _hello(
+                    self._spec, backend, self._group.members, host, listener.token,
+                    paranoid=self.config.paranoid,
+                )  # fmt: skip
                 self._backend, self.backend_reason = self._construct(hello, listener, arena_bytes)
         except EPTimeout:
             self._exchange.abandon()
@@ -219,6 +222,10 @@ class Buffer:
         hellos = [Hello.unpack(data, rank) for rank, data in enumerate(answers)]
         check_agreement(me, hellos)
         name, reason = choose(hello.backend, spec.device.type, self._group, hellos)
+        if self.config.paranoid and name != "cpu":
+            raise make_error(
+                "E404", f"cannot use backend {name!r}: it has no paranoid mode", rank=me
+            )
         generation = int.from_bytes(group_token(hellos)[:8], "little") >> 1
         shape = _shape(spec)
         if name == "nvlink":
@@ -770,6 +777,8 @@ def _hello(
     members: tuple[int, ...],
     host: tuple[bytes, int],
     token: bytes,
+    *,
+    paranoid: bool,
 ) -> Hello:
     boot_id, namespace = host
     return Hello(
@@ -784,6 +793,7 @@ def _hello(
         num_topk=spec.num_topk,
         max_tokens=spec.max_tokens,
         num_slots=spec.num_slots,
+        paranoid=int(paranoid),
         backend=backend,
         device=spec.device.type,
         rank=spec.rank,

@@ -1,4 +1,4 @@
-"""Options that rarely change: the clocks. Everything else is an argument of Buffer."""
+"""Options that rarely change: clocks and paranoia. Everything else is an argument of Buffer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAX_S: Final = 1e9  # longer than any job
 
 @dataclass(frozen=True)
 class EPConfig:
-    """How long to wait for other ranks.
+    """How long to wait for other ranks, and how far to trust the memory between them.
 
     Args:
         arrival_warn_s: seconds after which a peer that has not entered the operation is logged, as
@@ -21,15 +21,21 @@ class EPConfig:
             limits the construction of a buffer, too (E120).
         progress_s: seconds without progress by a peer that has entered (E102). A peer whose process
             is stopped (SIGSTOP, a debugger) is given up after this time already (E101).
+        paranoid: cpu backend: every dispatched row travels with a checksum over itself, its ids,
+            weights, scales, place and operation, and every expert's rows are counted; damage is
+            E241 or E242 on all ranks. Rows that nothing was sent to are NaN or -1 instead of
+            whatever lay there. Costs a pass over all rows on both sides. The same on all ranks
+            (E221).
     Raises:
-        EPArgumentError: E203, a limit is not a positive number.
+        EPArgumentError: E203, a limit is not a positive number, or paranoid is no bool.
 
-    All are run-time seconds of the wall clock. They may differ between ranks.
+    Clocks are run-time seconds of the wall clock and may differ between ranks.
     """
 
     arrival_warn_s: float = 5.0
     arrival_s: float | None = 600.0
     progress_s: float = 30.0
+    paranoid: bool = False
 
     def __post_init__(self) -> None:
         for name in ("arrival_warn_s", "arrival_s", "progress_s"):
@@ -40,3 +46,5 @@ class EPConfig:
             if not number or not 0 < value <= MAX_S:
                 what = f"rejected {name}={shown(value)}: want seconds > 0, at most {MAX_S:g}"
                 raise make_error("E203", what)
+        if not isinstance(self.paranoid, bool):
+            raise make_error("E203", f"rejected paranoid={shown(self.paranoid)}: want a bool")

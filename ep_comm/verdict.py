@@ -104,8 +104,13 @@ def _sentence(o: Outcome, peer: PeerState) -> str:
         return f"is out of arena memory{whose}: need {need} B in one piece, free {free} B"
     if o.code == 240:
         return f"refused count of rank {p}: {o.have}, limit {o.want}"
+    if o.code == 241 and o.want == _core.BAD_SEAL:
+        who = f"knows from rank {detail[0] - 1} of" if detail[0] else "read"
+        return f"{who} a damaged row from rank {p}: token {o.have} does not fit its checksum"
     if o.code == 241:
         return f"read a bad sequence number from rank {p}: {o.have}, want {o.want}"
+    if o.code == 242 and detail[2]:
+        return f"miscounts with rank {p}: expert {detail[2] - 1} here, sent {o.want}, got {o.have}"
     if o.code == 242:
         return f"miscounts with rank {p}: want {o.want} rows, got {o.have}"
     if o.code == 330:

@@ -59,6 +59,7 @@ DISAGREE: dict[str, tuple[str, Any]] = {
     "num_topk": ("E221", 3),
     "max_tokens": ("E221", 9),
     "num_slots": ("E221", 3),
+    "paranoid": ("E221", 1),
     "backend": ("E221", "cpu"),
     "device": ("E221", "cuda"),
 }
@@ -127,6 +128,7 @@ def test_real_differences_of_options_are_found() -> None:
         ({"num_slots": 4}, "num_slots"),
         ({"expert_map": [0, 0, 0, 1, 1, 0]}, "expert_map"),
         ({"backend": "cpu"}, "backend"),
+        ({"config": EPConfig(paranoid=True)}, "paranoid"),
     ):
         with Cluster(1, 2) as cluster:
 

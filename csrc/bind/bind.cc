@@ -129,6 +129,7 @@ void bind_contract(py::module_& m) {
     m.attr("EXTENT_ALIGN") = kExtentAlign;
     m.attr("REASON_BYTES") = kReasonBytes;
     m.attr("PROTOCOL_VERSION") = kProtocolVersion;
+    m.attr("BAD_SEAL") = kBadSeal;
     m.attr("STRUCT_SIZES") =
         py::make_tuple(sizeof(EntryRecord), sizeof(BaseRecord), sizeof(ControlHeader),
                        sizeof(Incident), ControlLayout::kEntryStride, ControlLayout::kWordStride);
@@ -173,8 +174,8 @@ void bind_contract(py::module_& m) {
         .def_readonly("end", &ControlLayout::end)
         .def("regions", &regions_of<ControlLayout>);
     py::class_<MetaLayout>(m, "MetaLayout")
-        .def(py::init<int, bool, bool, bool, int64_t>(), "num_topk"_a, "with_routing"_a,
-             "with_weights"_a, "with_rows"_a, "scale_bytes"_a)
+        .def(py::init<int, bool, bool, bool, int64_t, bool>(), "num_topk"_a, "with_routing"_a,
+             "with_weights"_a, "with_rows"_a, "scale_bytes"_a, "with_seal"_a = false)
         .def_readonly("bytes", &MetaLayout::bytes);
 }
 
@@ -214,15 +215,14 @@ void bind_args(py::module_& m) {
         .def(py::init<>()) EP_ADDRESS(D, x) EP_ADDRESS(D, scales) EP_ADDRESS(D, topk_idx)
             EP_ADDRESS(D, topk_weights) EP_ADDRESS(D, send_row) EP_ADDRESS(D, rank_counts)
                 EP_ADDRESS(D, expert_counts) EP_FIELD(D, num_tokens) EP_FIELD(D, x_stride)
-                    EP_FIELD(D, hidden) EP_FIELD(D, scale_bytes) EP_FIELD(D, capacity)
-                        EP_FIELD(D, given_capacity) EP_FIELD(D, index_capacity)
-                            EP_FIELD(D, num_topk) EP_FIELD(D, alignment) EP_FIELD(D, scale_block)
-                                EP_FIELD(D, layout) EP_FIELD(D, dtype) EP_FIELD(D, quantize)
-                                    EP_FIELD(D, with_weights) EP_FIELD(D, is_static)
-                                        EP_FIELD(D, cached) EP_FIELD(D, routing)
-                                            EP_ADDRESS(D, rank_ends) EP_FIELD(D, x_offset)
-                                                EP_FIELD(D, replicas) EP_ADDRESS(D, routed_idx)
-                                                    EP_ADDRESS(D, logical_load)
+                    EP_FIELD(D, hidden) EP_FIELD(D, scale_bytes) EP_FIELD(D, capacity) EP_FIELD(
+                        D, given_capacity) EP_FIELD(D, index_capacity) EP_FIELD(D, num_topk)
+                        EP_FIELD(D, alignment) EP_FIELD(D, scale_block) EP_FIELD(D, layout)
+                            EP_FIELD(D, dtype) EP_FIELD(D, quantize) EP_FIELD(D, with_weights)
+                                EP_FIELD(D, is_static) EP_FIELD(D, cached) EP_FIELD(D, paranoid)
+                                    EP_FIELD(D, routing) EP_ADDRESS(D, rank_ends)
+                                        EP_FIELD(D, x_offset) EP_FIELD(D, replicas)
+                                            EP_ADDRESS(D, routed_idx) EP_ADDRESS(D, logical_load)
         .def("row_bytes", &D::row_bytes);
     using U = UnpackArgs;
     py::class_<U>(m, "UnpackArgs")

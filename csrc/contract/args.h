@@ -48,7 +48,8 @@ struct DispatchArgs {
     bool with_weights = false;  // the same on all ranks, also on one without tokens
     bool is_static = false;     // capacity rows, whatever arrives
     bool cached = false;
-    uint64_t routing = 0;  // cached: of the handle; with replicas: key of their placement
+    bool paranoid = false;  // of the buffer: rows are sealed by their source and checked here
+    uint64_t routing = 0;   // cached: of the handle; with replicas: key of their placement
 
     EP_HD constexpr DType wire_dtype() const {
         return quantize == Quantize::kNone ? dtype : DType::kE4M3;

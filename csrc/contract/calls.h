@@ -40,7 +40,7 @@ inline Descriptor describe(const CombineArgs& a) {
 
 EP_HD constexpr MetaLayout meta_layout(const DispatchArgs& a) {
     return MetaLayout(a.num_topk, !a.cached, a.with_weights, a.layout != RecvLayout::kCompact,
-                      a.scale_bytes);
+                      a.scale_bytes, a.paranoid);
 }
 
 }  // namespace ep

@@ -122,10 +122,11 @@ struct MetaLayout {
     Region weights;    // float [num_topk]
     Region rows;       // int32 [num_topk]: row of each slot (grouped, slab)
     Region scales;     // scale_bytes, verbatim
+    Region seal;       // paranoid: checksum, row, token; 8 bytes aligned
     int64_t bytes = 0;
 
     EP_HD constexpr MetaLayout(int num_topk, bool with_routing, bool with_weights, bool with_rows,
-                               int64_t scale_bytes) {
+                               int64_t scale_bytes, bool with_seal = false) {
         int64_t at = 0;
         const auto take = [&at](bool wanted, int64_t size) {
             const Region region{at, wanted ? size : 0};
@@ -137,6 +138,8 @@ struct MetaLayout {
         weights = take(with_weights, int64_t{4} * num_topk);
         rows = take(with_routing && with_rows, int64_t{4} * num_topk);
         scales = take(scale_bytes > 0, scale_bytes);
+        if (with_seal) at = (at + 7) / 8 * 8;
+        seal = take(with_seal, 16);
         bytes = (at + kRowAlign - 1) / kRowAlign * kRowAlign;
     }
 };

@@ -33,6 +33,9 @@ enum Code : int32_t {
     kClosed = 340,  // this rank closed while the call waited; never leaves the process
 };
 
+// `want` of a kBadEpoch that is no number: the row of token `have` does not fit its checksum.
+inline constexpr int64_t kBadSeal = -1;
+
 // Codes a rank may give its peers as the reason why a call will not happen; any other number in
 // these fields is damage.
 EP_HD constexpr bool may_poison_entry(int code) {

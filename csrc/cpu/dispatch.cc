@@ -13,6 +13,7 @@
 #include "cpu/operation.h"
 #include "cpu/push.h"
 #include "cpu/routing.h"
+#include "cpu/seal.h"
 
 namespace ep::cpu {
 namespace {
@@ -85,6 +86,7 @@ public:
         if (a.rank_ends != nullptr) read_rank_ends();
         if (!push()) return failed(outcome);
         if (!await_rows()) return failed(watch.outcome());
+        if (a.paranoid && !verify()) return failed(outcome);
         release_slot();
         return std::move(result);
     }
@@ -256,6 +258,9 @@ private:
             if (result.x) result.x_offset = result.x->extent().offset;
         }
         if (placed.ok() && meta_bytes > 0) result.meta = hold(meta_bytes);
+        if (placed.ok() && a.paranoid) {  // NaN and -1 where no row comes
+            std::memset(rank.arena_data() + result.x_offset, 0xff, x_bytes);
+        }
     }
 
     int64_t slabs() const { return a.layout == RecvLayout::kSlab ? experts.num_local(me) : 1; }
@@ -367,6 +372,48 @@ private:
             }
         }
         return true;
+    }
+
+    // Paranoid: every row and record is what its source sent, and every expert got what was
+    // announced for it.
+    bool verify() {
+        const std::byte* record =
+            rank.arena_data() + (result.meta ? result.meta->extent().offset : 0);
+        for (int src = 0; src < num_ranks; ++src) {
+            std::vector<int64_t> got(experts.num_local(me), 0);
+            for (int64_t j = 0; j < entry_of(src).num_rows; ++j, record += meta.bytes) {
+                if (!fits_seal(src, record)) return false;
+                if (!a.cached) count_selections(record, got);
+            }
+            for (int e = 0; !a.cached && e < experts.num_local(me); ++e) {
+                if (got[e] == counts_from(src)[e]) continue;
+                outcome = outcome_of(kMiscount, src, counts_from(src)[e], got[e]);
+                outcome.detail[2] = 1 + e;
+                return false;
+            }
+        }
+        return true;
+    }
+
+    bool fits_seal(int src, const std::byte* record) {
+        Seal seal;
+        std::memcpy(&seal, record + meta.seal.offset, sizeof(seal));
+        if (seal.row >= 0 && seal.row < result.num_rows * slabs()) {
+            const std::byte* row = rank.arena_data() + result.x_offset + seal.row * a.row_bytes();
+            if (seal.sum == sum_of(seal, seq, src, row, a.row_bytes(), record, meta.seal.offset)) {
+                return true;
+            }
+        }
+        outcome = outcome_of(kBadEpoch, src, kBadSeal, seal.token);
+        return false;
+    }
+
+    void count_selections(const std::byte* record, std::vector<int64_t>& got) const {
+        for (int k = 0; k < a.num_topk; ++k) {
+            int32_t local;
+            std::memcpy(&local, record + meta.experts.offset + 4 * k, sizeof(local));
+            if (local >= 0 && local < static_cast<int32_t>(got.size())) ++got[local];
+        }
     }
 
     DispatchArgs a;

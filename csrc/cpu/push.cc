@@ -4,6 +4,8 @@
 #include <cstring>
 #include <new>
 
+#include "cpu/seal.h"
+
 namespace ep::cpu {
 namespace {
 
@@ -64,7 +66,7 @@ bool Push::token(int64_t t) {
               a_.row_bytes());
         ++next_compact_[dst];
         ++pushed_[dst];
-        if (meta_.bytes > 0) gather_record(t, dst, route, payload);
+        if (meta_.bytes > 0) gather_record(t, dst, row, route, payload);
     }
     return true;
 }
@@ -118,10 +120,11 @@ Push::Payload Push::load(int64_t t) {
 }
 
 // Slots of other ranks read as -1 (experts, rows) and 0 (weights).
-void Push::gather_record(int64_t t, int dst, const Route& route, const Payload& payload) {
+void Push::gather_record(int64_t t, int dst, int64_t row, const Route& route,
+                         const Payload& payload) {
     Gathered& gathered = gathered_[dst];
     if (!gathered.records) {
-        gathered.records.reset(new std::byte[most_gathered_ * meta_.bytes]);
+        gathered.records = std::make_unique<std::byte[]>(most_gathered_ * meta_.bytes);
     }
     std::byte* record = gathered.records.get() + gathered.count * meta_.bytes;
     const int num_topk = a_.num_topk;
@@ -131,8 +134,8 @@ void Push::gather_record(int64_t t, int dst, const Route& route, const Payload& 
         for (int k = 0; k < num_topk; ++k) local[k] = route.owner[k] == dst ? route.local[k] : -1;
     }
     if (meta_.rows.bytes > 0) {
-        int32_t* row = array_in<int32_t>(record, meta_.rows);
-        for (int k = 0; k < num_topk; ++k) row[k] = route.owner[k] == dst ? route.row[k] : -1;
+        int32_t* rows = array_in<int32_t>(record, meta_.rows);
+        for (int k = 0; k < num_topk; ++k) rows[k] = route.owner[k] == dst ? route.row[k] : -1;
     }
     if (meta_.weights.bytes > 0) {
         float* weights = array_in<float>(record, meta_.weights);
@@ -141,6 +144,13 @@ void Push::gather_record(int64_t t, int dst, const Route& route, const Payload& 
     }
     if (meta_.scales.bytes > 0) {
         std::memcpy(record + meta_.scales.offset, payload.scales, a_.scale_bytes);
+    }
+    if (meta_.seal.bytes > 0) {
+        Seal& seal = *array_in<Seal>(record, meta_.seal);
+        seal.row = static_cast<int32_t>(row);
+        seal.token = static_cast<int32_t>(t);
+        seal.sum =
+            sum_of(seal, op_.seq, op_.me, payload.row, a_.row_bytes(), record, meta_.seal.offset);
     }
     if (++gathered.count == most_gathered_) write_gathered(dst);
 }

@@ -52,7 +52,7 @@ private:
     void find_owners(int64_t t, const int64_t* ids, Route& route);
     void assign_rows(int64_t t, const int64_t* ids, Route& route);
     Payload load(int64_t t);
-    void gather_record(int64_t t, int dst, const Route& route, const Payload& payload);
+    void gather_record(int64_t t, int dst, int64_t row, const Route& route, const Payload& payload);
     void write_gathered(int dst);
 
     Operation& op_;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "contract/calls.h"
 #include "cpu/rank.h"
 #include "cpu/simd.h"
 
@@ -17,8 +18,7 @@ public:
           result(d),
           a(args),
           out(o),
-          meta(args.num_topk, !args.cached, args.with_weights, args.layout != RecvLayout::kCompact,
-               args.scale_bytes),
+          meta(meta_layout(args)),
           num_local(r.experts().num_local(r.rank())),
           compact(args.layout == RecvLayout::kCompact),
           total_rows(args.layout == RecvLayout::kSlab ? d.num_rows * num_local : d.num_rows),

@@ -54,6 +54,7 @@ class CpuBackend:
     ) -> None:
         self.spec = spec
         self.generation = generation
+        self.paranoid = config.paranoid
         self._memory = memory
         self._arena = _core.Arena(memory.own.arena)
         self._most_in_use = calls.WATERMARK * memory.own.arena.bytes
@@ -220,6 +221,8 @@ class _Dispatch(calls.Dispatch):
 
     def __init__(self, backend: CpuBackend, call: DispatchCall) -> None:
         super().__init__(backend.spec, call)
+        if backend.paranoid:
+            self.args.paranoid = True
         self.backend = backend
         self.reported = False  # a failure of this static call has been remembered
 
