@@ -1,10 +1,32 @@
 # Decides whether kernels are built, and says why not.
 #
-# Sets EP_HAS_CUDA, EP_CUDA_VERSION and EP_CUDA_MISSING (a reason for people).
+# Sets EP_HAS_CUDA, EP_CUDA_VERSION, EP_CUDA_ARCHS ("90" is code for sm_90, "90+PTX" what later ones
+# compile) and EP_CUDA_MISSING (a reason for people).
 set(EP_HAS_CUDA FALSE)
 set(EP_CUDA_VERSION "")
+set(EP_CUDA_ARCHS "")
 set(EP_CUDA_MISSING "")
 set(oldest_cuda 12.0)  # the first nvcc with C++20
+
+# Architectures as CMake has them ("90-real", "90-virtual", or "90" for both) in our words; one without
+# a number ("native", "all") is left out, as nobody knows here what nvcc makes of it.
+function(ep_name_archs result)
+    set(names "")
+    foreach(arch IN LISTS ARGN)
+        if(arch MATCHES "^([0-9]+[af]?)(-real|-virtual)?$")
+            set(number ${CMAKE_MATCH_1})
+            set(only "${CMAKE_MATCH_2}")
+            if(NOT only STREQUAL "-virtual")
+                list(APPEND names ${number})
+            endif()
+            if(NOT only STREQUAL "-real")
+                list(APPEND names ${number}+PTX)
+            endif()
+        endif()
+    endforeach()
+    list(JOIN names " " names)
+    set(${result} "${names}" PARENT_SCOPE)
+endfunction()
 
 if(NOT EP_CUDA MATCHES "^(AUTO|ON|OFF)$")
     message(FATAL_ERROR "EP_CUDA=${EP_CUDA}: want AUTO, ON or OFF")
@@ -42,6 +64,7 @@ else()
         else()
             set(EP_HAS_CUDA TRUE)
             set(EP_CUDA_VERSION ${CMAKE_CUDA_COMPILER_VERSION})
+            ep_name_archs(EP_CUDA_ARCHS ${CMAKE_CUDA_ARCHITECTURES})
         endif()
     endif()
 endif()

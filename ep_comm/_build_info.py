@@ -11,6 +11,7 @@ class BuildInfo(TypedDict):
     compiler: str
     simd: tuple[str, ...]
     cuda: str | None
+    cuda_archs: tuple[str, ...]  # "90": code for sm_90; "90+PTX": later ones compile it
     cuda_missing: str | None
     nvshmem: str | None
     nvshmem_missing: str | None
@@ -23,7 +24,7 @@ def build_info() -> BuildInfo:
 
     Returns:
         BuildInfo: for example `{"version": "0.1.0", "simd": ("portable", "avx2", "avx512"),
-        "cuda": None, "cuda_missing": "nvcc was not found", ...}`.
+        "cuda": None, "cuda_archs": (), "cuda_missing": "nvcc was not found", ...}`.
     Raises:
         ImportError: the native core is missing; the message says how to build it.
     """
@@ -41,6 +42,7 @@ def build_info() -> BuildInfo:
         "compiler": made["compiler"],
         "simd": tuple(made["simd"].split()),
         "cuda": made["cuda"] or None,
+        "cuda_archs": tuple(made["cuda_archs"].split()),
         "cuda_missing": made["cuda_missing"] or None,
         "nvshmem": made["nvshmem"] or None,
         "nvshmem_missing": made["nvshmem_missing"] or None,

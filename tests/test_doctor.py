@@ -23,7 +23,8 @@ from ep_comm.errors import CODES
 LINE = re.compile(r"^\[(ok|warn|skip|fail)\] D(1[01]|[1-9]) [^:]+: .+$")
 BUILD = {
     "version": "0.1.0", "build_type": "Release", "compiler": "GNU 12", "simd": ("portable",),
-    "cuda": None, "cuda_missing": "nvcc was not found", "nvshmem": None, "nvshmem_missing": "no",
+    "cuda": None, "cuda_archs": (), "cuda_missing": "nvcc was not found", "nvshmem": None,
+    "nvshmem_missing": "no",
 }  # fmt: skip
 
 
@@ -211,18 +212,28 @@ def test_fabric_that_should_work_warns(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("built", "status"),
-    [("80 90a", "fail"), ("80 90", "ok"), ("80 90a 80+PTX", "warn"), ("90", "ok"), ("100", "fail")],
+    ("built", "capability", "status"),
+    [
+        ("90 90+PTX", (9, 0), "ok"),  # what CMake makes of its default, 90
+        ("90 90+PTX", (12, 0), "warn"),
+        ("90 90+PTX", (8, 9), "fail"),
+        ("90+PTX", (9, 0), "warn"),
+        ("80 90", (8, 6), "ok"),
+        ("90a", (9, 0), "ok"),
+        ("80 90a", (9, 1), "fail"),  # code for sm_90a runs on sm_90 and nowhere else
+        ("90a+PTX", (12, 0), "fail"),
+        ("100f", (10, 3), "ok"),
+        ("100", (9, 0), "fail"),
+        ("", (9, 0), "skip"),
+    ],
 )
-def test_kernels_are_compared_with_the_gpu(tmp_path: Path, built: str, status: str) -> None:
-    build = {**BUILD, "cuda": "13.0", "cuda_archs": built}
+def test_kernels_are_compared_with_the_gpu(
+    tmp_path: Path, built: str, capability: tuple[int, int], status: str
+) -> None:
+    build = {**BUILD, "cuda": "13.0", "cuda_archs": tuple(built.split())}
     facts = two_gpus()
-    if status == "fail" and "a" in built:  # an sm_90a binary runs on sm_90 and nowhere else
-        for gpu in facts["cuda"]["gpus"]:
-            gpu["capability"] = [9, 1]
-    if "PTX" in built:
-        for gpu in facts["cuda"]["gpus"]:
-            gpu["capability"] = [12, 0]
+    for gpu in facts["cuda"]["gpus"]:
+        gpu["capability"] = list(capability)
     machine = fake(tmp_path, driver=lambda: facts, build=lambda: build)
     assert {f.status for f in gpu_checks.d2(machine)} == {status}
 

@@ -97,6 +97,7 @@ def test_build_info_gives_a_reason_for_all_that_is_missing() -> None:
     assert info["simd"][0] == "portable"
     assert info["compiler"]
     assert (info["cuda"] is None) == bool(info["cuda_missing"])
+    assert info["cuda"] or not info["cuda_archs"]
     assert (info["nvshmem"] is None) == bool(info["nvshmem_missing"])
 
 

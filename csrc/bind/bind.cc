@@ -408,8 +408,8 @@ PYBIND11_MODULE(_core, m) {
     m.attr("BUILD") = py::dict(
         "version"_a = kBuildInfo.version, "build_type"_a = kBuildInfo.build_type,
         "compiler"_a = kBuildInfo.compiler, "simd"_a = kBuildInfo.simd, "cuda"_a = kBuildInfo.cuda,
-        "cuda_missing"_a = kBuildInfo.cuda_missing, "nvshmem"_a = kBuildInfo.nvshmem,
-        "nvshmem_missing"_a = kBuildInfo.nvshmem_missing);
+        "cuda_archs"_a = kBuildInfo.cuda_archs, "cuda_missing"_a = kBuildInfo.cuda_missing,
+        "nvshmem"_a = kBuildInfo.nvshmem, "nvshmem_missing"_a = kBuildInfo.nvshmem_missing);
     bind_contract(m);
     bind_status(m);
     bind_args(m);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 from ep_comm.doctor.machine import Machine, Unavailable
@@ -53,29 +54,43 @@ def d2(machine: Machine) -> list[Finding]:
         gpus = machine.cuda()["gpus"]
     except Unavailable as error:
         return [Finding("D2", "skip", "kernels", f"not compared, {error}")]
-    built = str(info.get("cuda_archs") or "").replace(",", " ").split()
+    built = info["cuda_archs"]
     if not built:
         why = f"built with CUDA {info['cuda']}, for architectures it does not name"
         return [Finding("D2", "skip", "kernels", why)]
     return [_kernel(gpu, built) for gpu in gpus]
 
 
-def _kernel(gpu: dict[str, Any], built: list[str]) -> Finding:
-    """A binary fits its major version from its minor on, "a" only exactly; PTX fits all later."""
+def _kernel(gpu: dict[str, Any], built: Sequence[str]) -> Finding:
     major, minor = gpu["capability"]
     have, subject = 10 * major + minor, f"kernels for GPU {gpu['ordinal']}"
     need = f"sm_{have}"
     for arch in built:
-        number = int(arch.rstrip("af+PTX") or 0)
-        exact_only = arch.rstrip("+PTX").endswith(("a", "f"))
-        if number == have or (not exact_only and number // 10 == major and number <= have):
+        if _runs(arch, major, minor):
             return Finding("D2", "ok", subject, f"sm_{arch}", need)
-    ptx = [int(arch.rstrip("af+PTX") or 0) for arch in built if arch.endswith("PTX")]
-    if ptx and min(ptx) <= have:
-        text, effect = f"PTX only, of {' '.join(built)}", "compiled by the driver at first use"
+    names = " ".join(built)
+    if any(arch.endswith("+PTX") and _number(arch) <= have for arch in built):
+        text, effect = f"PTX only, of {names}", "compiled by the driver at first use"
         return Finding("D2", "warn", subject, text, need, effect, "install a newer wheel")
     effect, fix = "no GPU backend", "install a matching wheel"
-    return Finding("D2", "fail", subject, f"built for {' '.join(built)}", need, effect, fix, "E403")
+    return Finding("D2", "fail", subject, f"built for {names}", need, effect, fix, "E403")
+
+
+def _runs(arch: str, major: int, minor: int) -> bool:
+    """Code fits its major version from its minor on, with an "a" its own version only."""
+    if arch.endswith("+PTX"):
+        return False
+    built_major, built_minor = divmod(_number(arch), 10)
+    fits = minor == built_minor if arch.endswith("a") else minor >= built_minor
+    return major == built_major and fits
+
+
+def _number(arch: str) -> int:
+    """90 of "90", "90a" or "90+PTX"; PTX with a letter is for no later GPU, so of none."""
+    plain = arch.removesuffix("+PTX")
+    if plain != arch and not plain.isdigit():
+        return 1 << 30
+    return int(plain.rstrip("af"))
 
 
 def d3(machine: Machine) -> list[Finding]:
