@@ -84,6 +84,10 @@ struct ControlLayout {
     EP_HD constexpr int64_t arrived_word(int slot, int src) const {
         return arrived.offset + pair(slot, src) * kWordStride;
     }
+    // Beside it, of the same writer: metadata records, which arrive before their rows (GPU only).
+    EP_HD constexpr int64_t described_word(int slot, int src) const {
+        return arrived_word(slot, src) + 8;
+    }
     EP_HD constexpr int64_t pulled_word(int slot, int src) const {
         return pulled.offset + pair(slot, src) * kWordStride;
     }
@@ -121,7 +125,7 @@ struct MetaLayout {
     Region experts;    // int32 [num_topk]: local expert of each slot, -1 = not here
     Region weights;    // float [num_topk]
     Region rows;       // int32 [num_topk]: row of each slot (grouped, slab)
-    Region scales;     // scale_bytes, verbatim
+    Region scales;     // scale_bytes, verbatim, on a unit of 16 bytes
     Region seal;       // paranoid: checksum, row, token; 8 bytes aligned
     int64_t bytes = 0;
 
@@ -137,6 +141,7 @@ struct MetaLayout {
         experts = take(with_routing, int64_t{4} * num_topk);
         weights = take(with_weights, int64_t{4} * num_topk);
         rows = take(with_routing && with_rows, int64_t{4} * num_topk);
+        at = (at + kRowAlign - 1) / kRowAlign * kRowAlign;
         scales = take(scale_bytes > 0, scale_bytes);
         if (with_seal) at = (at + 7) / 8 * 8;
         seal = take(with_seal, 16);

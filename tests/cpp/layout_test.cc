@@ -92,7 +92,7 @@ int main() {
 
     ep::test("metadata holds what was asked for, in whole 16-byte units", [] {
         const ep::MetaLayout full(8, true, true, true, 224);
-        ep::expect_eq(full.scales.offset, 4 + 3 * 4 * 8);
+        ep::expect_eq(full.scales.offset, 112);
         ep::expect_eq(full.bytes % ep::kRowAlign, 0);
         ep::expect(full.scales.offset + full.scales.bytes <= full.bytes, "scales pass the end");
         ep::expect_eq(ep::MetaLayout(8, false, false, false, 0).bytes, 0);
