@@ -1,5 +1,5 @@
 // PTX, one instruction each; the only file with asm. In order: lanes and clocks, flags, fences and
-// proxies, mbarrier, bulk copies, arithmetic.
+// proxies, barriers and dependent grids, mbarrier, bulk copies, arithmetic.
 //
 // A name is the instruction with its order and scope. Above it: the ISA's form, the ISA version and
 // SM that first had it, and what it orders. No loops, no timeouts, no policy.
@@ -118,6 +118,28 @@ __device__ __forceinline__ void fence_proxy_async_shared() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// ---- Barriers of some warps, dependent grids: "barrier", "griddepcontrol" ----
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-griddepcontrol
+
+// barrier.sync.aligned a, b;  b threads, whole warps                   PTX ISA 6.0, sm_30
+// Orders: accesses of the threads that meet, before it and after it.
+__device__ __forceinline__ void barrier_sync_aligned(int barrier, int threads) {
+    asm volatile("barrier.sync.aligned %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// griddepcontrol.wait;                                                 PTX ISA 7.8, sm_90
+// Orders: all that the kernel before us in the stream wrote, before our accesses. Returns at once in a
+// kernel that was launched without the attribute.
+__device__ __forceinline__ void griddepcontrol_wait() {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+// griddepcontrol.launch_dependents;                                    PTX ISA 7.8, sm_90
+// Orders nothing: the next kernel's blocks may start and run up to their griddepcontrol_wait.
+__device__ __forceinline__ void griddepcontrol_launch_dependents() {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
 // ---- mbarrier: "Parallel Synchronization and Communication Instructions: mbarrier" ----
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-mbarrier
 
@@ -130,6 +152,12 @@ __device__ __forceinline__ void mbarrier_init(uint64_t* bar, uint32_t count) {
 // Orders: our mbarrier.init before bulk copies that complete on it.
 __device__ __forceinline__ void fence_mbarrier_init_release_cluster() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// mbarrier.arrive.shared.b64 _, [a];                                   PTX ISA 7.0, sm_80
+// Orders: our earlier accesses, before those of whoever finds the phase complete.
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* bar) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(smem_addr(bar)) : "memory");
 }
 
 // mbarrier.arrive.expect_tx.shared.b64 _, [a], bytes;                  PTX ISA 8.0, sm_90

@@ -1,7 +1,9 @@
 // One row of shared memory to e4m3, in place, by one warp: one scale per block of 128 or 32 elements.
 //
-// A step takes 512 elements, four times four a lane, and writes behind what it has read, so source
-// and result share their memory. The arithmetic is that of ep_comm/reference/fp8.py, bit for bit.
+// A step takes kAtOnce vectors of 16 bytes a lane and writes behind what it has read, so source and
+// result share their memory. The largest magnitudes are brought together so that every lane ends
+// with one block: divisions are done once a block. The arithmetic is that of
+// ep_comm/reference/fp8.py, bit for bit.
 #pragma once
 
 #include <cstdint>
@@ -11,22 +13,66 @@
 
 namespace ep::device {
 
+// 16 bytes of a row that is quantized.
 template <DType kSource>
-__device__ __forceinline__ void load4(const std::byte* src, float (&value)[4]) {
-    if constexpr (kSource == DType::kF32) {
-        const float4 v = *reinterpret_cast<const float4*>(src);
-        value[0] = v.x, value[1] = v.y, value[2] = v.z, value[3] = v.w;
-    } else {
-        const uint2 v = *reinterpret_cast<const uint2*>(src);
-        const uint32_t words[2] = {v.x, v.y};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const uint32_t bits = words[i / 2] >> (i % 2 * 16) & 0xffffu;
-            value[i] = kSource == DType::kBF16 ? __uint_as_float(bits << 16)
-                                               : ptx::cvt_f32_f16(static_cast<uint16_t>(bits));
+struct Vector {
+    static constexpr int kElements = 16 / dtype_bytes(kSource);
+    uint32_t word[4] = {0, 0, 0, 0};
+
+    __device__ __forceinline__ void load(const std::byte* src) {
+        const uint4 v = *reinterpret_cast<const uint4*>(src);
+        word[0] = v.x, word[1] = v.y, word[2] = v.z, word[3] = v.w;
+    }
+
+    __device__ __forceinline__ float element(int i) const {
+        if constexpr (kSource == DType::kF32) {
+            return __uint_as_float(word[i]);
+        } else {
+            const uint32_t bits = i % 2 == 0 ? word[i / 2] & 0xffffu : word[i / 2] >> 16;
+            if constexpr (kSource == DType::kF16) return ptx::cvt_f32_f16(uint16_t(bits));
+            return __uint_as_float(i % 2 == 0 ? bits << 16 : word[i / 2] & 0xffff0000u);
         }
     }
-}
+
+    // Bits of the largest magnitude, in the type of the source. As integers: their order is that of
+    // the magnitudes, NaN is above everything.
+    __device__ __forceinline__ uint32_t most() const {
+        if constexpr (kSource == DType::kF32) {
+            uint32_t most = 0;
+#pragma unroll
+            for (const uint32_t w : word) most = max(most, w & 0x7fffffffu);
+            return most;
+        } else {
+            uint32_t pair = 0;
+#pragma unroll
+            for (const uint32_t w : word) pair = __vmaxu2(pair, w & 0x7fff7fffu);
+            return max(pair & 0xffffu, pair >> 16);
+        }
+    }
+
+    __device__ __forceinline__ static float magnitude(uint32_t most) {
+        if constexpr (kSource == DType::kF32) return __uint_as_float(most);
+        if constexpr (kSource == DType::kF16) return ptx::cvt_f32_f16(uint16_t(most));
+        return __uint_as_float(most << 16);
+    }
+
+    __device__ __forceinline__ uint32_t quantized4(int first, float multiplier) const {
+        const uint32_t low = ptx::cvt_rn_satfinite_e4m3x2(element(first + 1) * multiplier,
+                                                          element(first) * multiplier);
+        const uint32_t high = ptx::cvt_rn_satfinite_e4m3x2(element(first + 3) * multiplier,
+                                                           element(first + 2) * multiplier);
+        return high << 16 | low;
+    }
+
+    __device__ __forceinline__ void store(std::byte* out, float multiplier) const {
+        if constexpr (kElements == 4) {
+            *reinterpret_cast<uint32_t*>(out) = quantized4(0, multiplier);
+        } else {
+            *reinterpret_cast<uint2*>(out) =
+                make_uint2(quantized4(0, multiplier), quantized4(4, multiplier));
+        }
+    }
+};
 
 // Biased exponent of the smallest power of two that is not below `scale`.
 __device__ __forceinline__ uint32_t ceil_exponent(float scale) {
@@ -34,60 +80,91 @@ __device__ __forceinline__ uint32_t ceil_exponent(float scale) {
     return exponent == 255 ? 255 : exponent + ((u & 0x7fffffu) != 0 ? 1 : 0);
 }
 
-// Four elements of a lane on their way, and the largest magnitude of their block, as bits.
-struct Quad {
-    float value[4];
-    uint32_t most;
+// What a block of this largest magnitude is multiplied with; writes its scale.
+__device__ __forceinline__ float scale_block(float amax, bool ue8m0, std::byte* scales, int block,
+                                             bool writes) {
+    if (amax < 1e-4f) amax = 1e-4f;  // false for NaN, which stays
+    const float scale = __fdiv_rn(amax, 448.0f);
+    if (!ue8m0) {
+        if (writes) reinterpret_cast<float*>(scales)[block] = scale;
+        return __fdiv_rn(448.0f, amax);
+    }
+    const uint32_t exponent = ceil_exponent(scale);
+    if (writes) scales[block] = static_cast<std::byte>(exponent);
+    // Inf or NaN: all NaN.
+    return __uint_as_float(exponent == 255 ? 0x7fc00000u : (254u - exponent) << 23);
+}
+
+// The kValues maxima of every group of kLanes lanes: halves are exchanged until each lane holds one,
+// that of value owned_value(lane).
+template <int kValues, int kLanes>
+struct Gathered {
+    // The lane of a group that ends with value v: the first step decides its highest bit.
+    __device__ __forceinline__ static constexpr int owner(int v) {
+        int lane = 0;
+        for (int half = kValues / 2, bit = 1; half > 0; half /= 2, bit *= 2) {
+            if (v & half) lane |= bit;
+        }
+        return lane;
+    }
+    __device__ __forceinline__ static int value_of(int lane) {
+        int v = 0;
+#pragma unroll
+        for (int half = kValues / 2, bit = 1; half > 0; half /= 2, bit *= 2) {
+            if (lane & bit) v |= half;
+        }
+        return v;
+    }
+
+    __device__ __forceinline__ static uint32_t run(uint32_t (&most)[kValues]) {
+        const int lane = ptx::lane_id();
+        int bit = 1;
+#pragma unroll
+        for (int half = kValues / 2; half > 0; half /= 2, bit *= 2) {
+            const bool upper = (lane & bit) != 0;
+#pragma unroll
+            for (int i = 0; i < half; ++i) {
+                const uint32_t sent = upper ? most[i] : most[i + half];
+                const uint32_t kept = upper ? most[i + half] : most[i];
+                most[i] = max(kept, __shfl_xor_sync(~0u, sent, bit));
+            }
+        }
+#pragma unroll
+        for (; bit < kLanes; bit *= 2) most[0] = max(most[0], __shfl_xor_sync(~0u, most[0], bit));
+        return most[0];
+    }
 };
 
 // `row` holds `hidden` elements, afterwards as many bytes; `scales` one word, or one byte, a block.
 template <DType kSource, int kBlock>
 __device__ __forceinline__ void quantize_blocks(std::byte* row, std::byte* scales, int hidden,
                                                 bool ue8m0) {
-    constexpr int kAtOnce = 4, kLanes = kBlock / 4;
-    const int lane = ptx::lane_id();
-    for (int column = 0; column < hidden; column += kAtOnce * 128) {
-        Quad quad[kAtOnce];
+    using Source = Vector<kSource>;
+    constexpr int kLanes = kBlock / Source::kElements;  // of a block
+    constexpr int kAtOnce = kLanes < 8 ? kLanes : 8, kGroups = 32 / kLanes;
+    constexpr int kWidth = 32 * Source::kElements;  // elements of a vector of the warp
+    const int lane = ptx::lane_id(), group = lane / kLanes;
+    for (int column = 0; column < hidden; column += kAtOnce * kWidth) {
+        Source source[kAtOnce];
+        uint32_t most[kAtOnce];
 #pragma unroll
-        for (int u = 0; u < kAtOnce; ++u) {
-            const int mine = column + 128 * u + 4 * lane;
-            for (float& v : quad[u].value) v = 0.0f;
-            if (mine < hidden) load4<kSource>(row + mine * dtype_bytes(kSource), quad[u].value);
-            // As integers: order of magnitude bits is order of magnitudes, NaN is above everything.
-            quad[u].most = 0;
-            for (const float v : quad[u].value) {
-                quad[u].most = max(quad[u].most, __float_as_uint(v) & 0x7fffffffu);
-            }
+        for (int v = 0; v < kAtOnce; ++v) {
+            const int mine = column + v * kWidth + Source::kElements * lane;
+            if (mine < hidden) source[v].load(row + mine * dtype_bytes(kSource));
+            most[v] = source[v].most();
         }
-#pragma unroll
-        for (int step = kLanes / 2; step > 0; step /= 2) {
-#pragma unroll
-            for (Quad& q : quad) q.most = max(q.most, __shfl_xor_sync(~0u, q.most, step));
-        }
+        using Maxima = Gathered<kAtOnce, kLanes>;
+        const uint32_t own = Maxima::run(most);
+        const int value = Maxima::value_of(lane % kLanes);
+        const int block = column / kBlock + value * kGroups + group;
+        const bool writes = lane % kLanes < kAtOnce && block * kBlock < hidden;
+        const float multiplier = scale_block(Source::magnitude(own), ue8m0, scales, block, writes);
         __syncwarp();  // everybody has read this step
 #pragma unroll
-        for (int u = 0; u < kAtOnce; ++u) {
-            const int mine = column + 128 * u + 4 * lane;
-            float amax = __uint_as_float(quad[u].most);
-            if (amax < 1e-4f) amax = 1e-4f;  // false for NaN, which stays
-            const float scale = __fdiv_rn(amax, 448.0f);
-            const uint32_t exponent = ceil_exponent(scale);
-            const float multiplier =
-                ue8m0 ? __uint_as_float(exponent == 255 ? 0x7fc00000u  // Inf or NaN: all NaN
-                                                        : (254u - exponent) << 23)
-                      : __fdiv_rn(448.0f, amax);
-            if (mine >= hidden) continue;
-            const float* v = quad[u].value;
-            const uint32_t low = ptx::cvt_rn_satfinite_e4m3x2(v[1] * multiplier, v[0] * multiplier);
-            const uint32_t high =
-                ptx::cvt_rn_satfinite_e4m3x2(v[3] * multiplier, v[2] * multiplier);
-            *reinterpret_cast<uint32_t*>(row + mine) = high << 16 | low;
-            if (lane % kLanes != 0) continue;
-            if (ue8m0) {
-                scales[mine / kBlock] = static_cast<std::byte>(exponent);
-            } else {
-                reinterpret_cast<float*>(scales)[mine / kBlock] = scale;
-            }
+        for (int v = 0; v < kAtOnce; ++v) {
+            const int mine = column + v * kWidth + Source::kElements * lane;
+            const float theirs = __shfl_sync(~0u, multiplier, group * kLanes + Maxima::owner(v));
+            if (mine < hidden) source[v].store(row + mine, theirs);
         }
     }
     __syncwarp();
