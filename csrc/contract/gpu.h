@@ -23,12 +23,13 @@ inline constexpr int kMaxChunks = 16;  // token ranges that are counted side by 
 
 // What the first kernel of an operation decided, for its later ones.
 struct OpState {
-    uint64_t seq;       // of the operation; lives here because a graph replays its arguments
-    int32_t code;       // kOk once every rank has placed every row; else nothing is moved
-    int32_t slot;       // seq % num_slots
-    int64_t num_recv;   // unique tokens that arrive here
-    int64_t num_rows;   // rows of x in use: compact num_recv, grouped with padding
-    uint32_t finished;  // blocks that are through; atom.inc wraps it back to 0
+    uint64_t seq;        // of the operation; lives here because a graph replays its arguments
+    int32_t code;        // kOk once every rank has placed every row; else nothing is moved
+    int32_t slot;        // seq % num_slots
+    int64_t num_recv;    // unique tokens that arrive here
+    int64_t num_rows;    // rows of x in use: compact num_recv, grouped with padding
+    int64_t index_rows;  // entries of a row index
+    uint32_t finished;   // blocks that are through; atom.inc wraps it back to 0
 };
 
 // Ids of a chunk that name no expert: how many, and the lowest t * num_topk + k.
@@ -54,18 +55,23 @@ struct State {
     int32_t* counts;          // lane: [max_local_experts] selections of each local expert
     int32_t* chunk_row;       // [kMaxChunks][num_ranks] compact row at the owner of a chunk's first
     int32_t* chunk_slot;      // [kMaxChunks][num_experts] row of its first selection, by position
-    int32_t* turn;          // [num_tokens][num_topk] a token's turn in its chunk, at slot k's rank
+    int32_t* turn;  // [2][num_tokens][num_topk] in its chunk: a token's turn at slot k's rank,
+                    // then the selection's at its expert
     int32_t* chunk_counts;  // [kMaxChunks][num_ranks + num_experts] tokens, then selections
-    BadIds* bad_ids;        // [kMaxChunks]
+    int32_t* sent;    // [num_ranks + 1] what a cached call found in its handle; all zero again
+    BadIds* bad_ids;  // [kMaxChunks]
 };
 
 inline constexpr int kMaxLanes = kMaxSlots + 1;
 // Tokens whose turns fit the state; a call with more brings memory of its own.
 inline constexpr int64_t kMostTurns = int64_t{1} << 16;
+constexpr int64_t turns_bytes(int64_t num_tokens, int64_t num_topk) {
+    return 2 * 4 * num_tokens * num_topk;
+}
 
 struct StateLayout {
     Region seq, abort, owner, local, position, first, expected, chunk_row, chunk_slot, turn,
-        chunk_counts, bad_ids, control, arena, arena_bytes;
+        chunk_counts, bad_ids, sent, control, arena, arena_bytes;
     Region op, first_row, group_start, counts;  // of lane 0; the others follow lane_bytes apart
     int64_t tables_end = 0, lane_bytes = 0, end = 0;
 
@@ -85,9 +91,11 @@ struct StateLayout {
         expected = at.take(8 * s.num_slots * ranks);
         chunk_row = at.take(4 * kMaxChunks * ranks);
         chunk_slot = at.take(4 * kMaxChunks * experts);
-        turn = at.take(4 * (s.max_tokens < kMostTurns ? s.max_tokens : kMostTurns) * s.num_topk);
+        const int64_t tokens = s.max_tokens < kMostTurns ? s.max_tokens : kMostTurns;
+        turn = at.take(turns_bytes(tokens, s.num_topk));
         chunk_counts = at.take(4 * kMaxChunks * (ranks + experts));
         bad_ids = at.take(kMaxChunks * int64_t{sizeof(BadIds)});
+        sent = at.take(4 * (ranks + 1));
         const int64_t lanes = at.end();
         op = at.take(sizeof(OpState));
         first_row = at.take(4 * (ranks + 1));
@@ -203,9 +211,11 @@ static_assert(std::is_trivially_copyable_v<CombineJob> && sizeof(CombineJob) <= 
 // Where and how wide a kernel runs.
 struct LaunchPlan {
     int32_t num_blocks = 1;
-    int32_t num_warps = 1;
+    int32_t num_warps = 1;    // that move rows
     int32_t stage_bytes = 0;  // shared memory of one warp for rows in flight
     int32_t all_blocks = 1;   // of the short steps that wait for nobody, or for rows only
+    int32_t num_stages = 1, num_groups = 1;  // of pull: stages of a group, groups of a block
+    bool beside = false;  // unpack starts while push runs, on SMs that push left it
 };
 
 }  // namespace ep

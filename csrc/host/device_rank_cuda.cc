@@ -81,6 +81,7 @@ DeviceRank::DeviceRank(const Shape& shape, int rank, uint64_t generation,
     }
     state_ = std::make_shared<DeviceState>(shape, rank, expert_owner, control, arenas, arena_bytes);
     page_ = state_->page();
+    copies_ = std::make_unique<CopyPush>(rank, std::move(arenas), smem_bytes_);
     const double post_s = std::min(clocks.arrival_warn_s, clocks.progress_s);
     view_.peers = state_->peers(rank);
     view_.state = state_->view(0);
@@ -150,7 +151,7 @@ Begin DeviceRank::begin(OpKind kind) {
 
 std::shared_ptr<Flight> DeviceRank::begin_dispatch(const DispatchArgs& args, bool waits, bool apart,
                                                    int32_t* status, int32_t* num_recv, int num_sms,
-                                                   Stream stream) {
+                                                   Stream stream, bool by_copies) {
     enter(stream);
     auto flight = std::make_shared<Flight>(
         DispatchJob{view_, begin(OpKind::kDispatch), args, Grant{}, 1, 0, status, num_recv});
@@ -168,13 +169,26 @@ std::shared_ptr<Flight> DeviceRank::begin_dispatch(const DispatchArgs& args, boo
         return flight;
     }
     grant(*flight);
+    flight->num_blocks = blocks(OpKind::kDispatch, num_sms);
     const LaunchPlan plan =
-        kernels::push_plan(args, shape_.num_ranks, blocks(OpKind::kDispatch, num_sms), smem_bytes_);
-    flight->num_blocks = plan.num_blocks;
+        kernels::push_plan(args, shape_.num_ranks, flight->num_blocks, smem_bytes_);
     kernels::divide_tokens(job, max_blocks_);
     EP_CUDA(kernels::launch_notify(job, stream));
-    EP_CUDA(kernels::launch_push(job, plan, stream));
+    if (by_copies) {
+        copies_->begin(job, stream);
+    } else {
+        EP_CUDA(kernels::launch_push(job, plan, stream));
+    }
     return flight;
+}
+
+void DeviceRank::push_copies(Flight& flight) {
+    EP_CUDA(cudaSetDevice(arena_->device()));
+    const DispatchJob& job = flight.job;
+    if (copies_->run(job, *arena_, max_blocks_, flight.stream)) return;
+    const LaunchPlan plan =
+        kernels::push_plan(job.args, shape_.num_ranks, flight.num_blocks, smem_bytes_);
+    EP_CUDA(kernels::launch_push(job, plan, flight.stream));
 }
 
 // Turns of more tokens than the state has room for. False: refuse the call, the report says why.
@@ -184,7 +198,7 @@ bool DeviceRank::grant_turns(Flight& flight) {
     if (tokens * job.args.num_topk <= std::min(shape_.max_tokens, kMostTurns) * shape_.num_topk) {
         return true;
     }
-    const int64_t bytes = tokens * job.args.num_topk * int64_t{sizeof(int32_t)};
+    const int64_t bytes = turns_bytes(tokens, job.args.num_topk);
     flight.turns = arena_->grant(bytes, flight.stream);
     if (flight.turns) {
         job.view.state.turn = reinterpret_cast<int32_t*>(flight.turns->data());
@@ -350,8 +364,8 @@ void DeviceRank::combine(const CombineArgs& args, int num_sms, Stream stream) {
         }
         if (weights) entry.weights_offset = weights->extent().offset;
     }
-    LaunchPlan plan =
-        kernels::combine_plan(shape_.num_ranks, blocks(OpKind::kCombine, num_sms), smem_bytes_);
+    LaunchPlan plan = kernels::combine_plan(args, shape_.num_ranks,
+                                            blocks(OpKind::kCombine, num_sms), smem_bytes_);
     plan.all_blocks = max_blocks_;
     EP_CUDA(kernels::launch_combine(job, plan, stream));
 }
@@ -389,6 +403,7 @@ void DeviceRank::leave() {
         watch_->stop();
         watch_.release();
         new std::shared_ptr<DeviceState>(std::move(state_));
+        copies_.release();
         return;
     }
     cudaSetDevice(arena_->device());
@@ -407,6 +422,7 @@ void DeviceRank::leave() {
     last_words_ = incident().value_or(Outcome{});
     cudaEventDestroy(static_cast<cudaEvent_t>(order_));
     page_ = nullptr;
+    copies_.reset();
     state_.reset();
 }
 

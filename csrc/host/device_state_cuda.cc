@@ -68,6 +68,7 @@ State DeviceState::view(int lane) const {
             ints(at(layout_.chunk_slot)),
             ints(at(layout_.turn)),
             ints(at(layout_.chunk_counts)),
+            ints(at(layout_.sent)),
             reinterpret_cast<BadIds*>(at(layout_.bad_ids))};
 }
 

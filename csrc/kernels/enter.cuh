@@ -82,10 +82,16 @@ __device__ inline bool acquire_slot(const RankView& view, const Begin& begin, En
     return ok;
 }
 
-// One warp for each peer. `totals` is what we bring: rows for every rank, then selections of every
-// expert by position; null = the entry says all.
+// What a dispatch brings, in shared memory.
+struct Bringing {
+    const int32_t* totals = nullptr;  // rows for every rank, then selections by position; or null
+    const int32_t* first = nullptr;   // [num_ranks + 1] position of each rank's first expert
+    bool counts = false;              // selections are told
+};
+
+// One warp for each peer.
 __device__ inline void publish_entries(const RankView& view, const Entering& in,
-                                       const int32_t* totals) {
+                                       const Bringing& what) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, num_warps = blockDim.x / 32;
     const int slot = static_cast<int>(in.seq % view.shape.num_slots);
     const auto* words = reinterpret_cast<const uint64_t*>(&in.entry);
@@ -93,12 +99,13 @@ __device__ inline void publish_entries(const RankView& view, const Entering& in,
     for (int p = warp; p < view.shape.num_ranks; p += num_warps) {
         auto* theirs = at<uint64_t>(view, p, view.layout.entry(slot, view.peers.rank));
         for (int i = lane + 1; i < int{sizeof(EntryRecord) / 8}; i += 32) {
-            theirs[i] = i == kNumRows && totals != nullptr ? uint64_t(totals[p]) : words[i];
+            theirs[i] =
+                i == kNumRows && what.totals != nullptr ? uint64_t(what.totals[p]) : words[i];
         }
-        if (totals != nullptr) {
-            const int first = view.state.first[p], num_local = view.state.first[p + 1] - first;
+        if (what.counts) {
+            const int first = what.first[p], num_local = what.first[p + 1] - first;
             auto* counts = at<int32_t>(view, p, view.layout.count_row(slot, view.peers.rank));
-            const int32_t* selections = totals + view.shape.num_ranks + first;
+            const int32_t* selections = what.totals + view.shape.num_ranks + first;
             for (int e = lane; e < num_local; e += 32) counts[e] = selections[e];
         }
         __syncwarp();
@@ -173,8 +180,10 @@ __device__ __noinline__ inline void explain(const RankView& view, Entering& in) 
     }
 }
 
-// Waits for everybody's entry; afterwards in.outcome holds the verdict on them.
-__device__ inline bool await_entries(const RankView& view, Entering& in) {
+// Waits for everybody's entry; afterwards in.outcome holds the verdict on them. A warp calls read(p)
+// once it has p's.
+template <class Read>
+__device__ bool await_entries(const RankView& view, Entering& in, Read read) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, num_warps = blockDim.x / 32;
     const int slot = static_cast<int>(in.seq % view.shape.num_slots);
     const Operation op{static_cast<OpKind>(in.entry.kind), in.seq};
@@ -186,6 +195,7 @@ __device__ inline bool await_entries(const RankView& view, Entering& in) {
             ok = ok && device::wait_word(view.watch, op, {Site::kEntry, p, in.seq}, word);
         ok = __shfl_sync(~0u, ok, 0);
         if (!ok) break;
+        read(p);
         const uint32_t objected = judge(view, in, p);
         if (lane == 0 && objected != kNoObjection) atomicMin(&in.first_bad, objected);
     }
@@ -207,22 +217,21 @@ __device__ inline void release_slot(const RankView& view, uint64_t seq) {
 }
 
 // One thread. Tells our host what came of the call.
-__device__ inline void report(const RankView& view, const Begin& begin, const Entering& in,
-                              int64_t num_recv, int64_t num_rows, int64_t index_rows) {
-    const bool failed = in.outcome.incident.code != kOk;
-    const bool later = begin.call == 0 && begin.report_later && failed;
+__device__ inline void report(const RankView& view, const Begin& begin, uint64_t seq,
+                              const Outcome* failure, const OpState& state) {
+    const bool later = begin.call == 0 && begin.report_later && failure != nullptr;
     if (begin.call == 0 && !later) return;
     HostPage& page = *view.watch.page;
     HostPage::Report& out = later ? page.deferred : page.sync[begin.lane];
     if (later && ptx::ld_acquire_sys(&page.deferred_seen) != out.call)
         return;  // the first one stays
-    out.seq = in.seq;
+    out.seq = seq;
     out.outcome.incident.code = kOk;
-    if (failed) out.outcome = in.outcome;
-    out.num_recv = num_recv;
-    out.num_rows = num_rows;
-    out.index_rows = index_rows;
-    ptx::st_release_sys(&out.call, later ? in.seq : begin.call);  // the host acquires it
+    if (failure != nullptr) out.outcome = *failure;
+    out.num_recv = state.num_recv;
+    out.num_rows = state.num_rows;
+    out.index_rows = state.index_rows;
+    ptx::st_release_sys(&out.call, later ? seq : begin.call);  // the host acquires it
 }
 
 // One thread. The call fails here as it does everywhere; the next one works, unless the ranks are
@@ -234,7 +243,9 @@ __device__ inline void fail_call(const RankView& view, const Begin& begin, Enter
     incident.rank = static_cast<int16_t>(view.peers.rank);
     incident.epoch = static_cast<uint32_t>(in.seq);
     incident.seq = in.seq;
-    view.state.op->code = incident.code;
+    OpState& state = *view.state.op;
+    state.code = incident.code;
+    state.num_recv = state.num_rows = state.index_rows = 0;
     if (ends_communicator(incident.code)) {
         const Operation op{static_cast<OpKind>(in.entry.kind), in.seq};
         device::give_up(view.watch, op, incident.code,
@@ -243,7 +254,7 @@ __device__ inline void fail_call(const RankView& view, const Begin& begin, Enter
         return;
     }
     release_slot(view, in.seq);
-    report(view, begin, in, 0, 0, 0);
+    report(view, begin, in.seq, &in.outcome, state);
 }
 
 }  // namespace ep::kernels

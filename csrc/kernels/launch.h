@@ -33,9 +33,11 @@ void divide_tokens(DispatchJob& job, int max_blocks);
 // Shared memory that notify needs for an expert count and a rank count; its warps get fewer when it
 // is more than the block may have.
 int notify_warps(const Shape& shape, int smem_bytes);
+// Of the SMs of a call, those that unpack while the others push; 0 = all do one after the other.
+int unpack_share(const DispatchArgs& args, int num_blocks);
 // How push and combine spread over `num_blocks` SMs for rows of `row_bytes`.
 LaunchPlan push_plan(const DispatchArgs& args, int num_ranks, int num_blocks, int smem_bytes);
 LaunchPlan unpack_plan(const DispatchArgs& args, int num_blocks, int all_blocks, int smem_bytes);
-LaunchPlan combine_plan(int num_ranks, int num_blocks, int smem_bytes);
+LaunchPlan combine_plan(const CombineArgs& args, int num_ranks, int num_blocks, int smem_bytes);
 
 }  // namespace ep::kernels

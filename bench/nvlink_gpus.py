@@ -1,0 +1,216 @@
+"""Whole calls of the nvlink backend, one GPU a rank: every kernel and copy of a call counts.
+
+Before each iteration the L2 cache is overwritten, and an all-reduce makes the ranks start together;
+events around the call then time it on its stream. The slower rank of each iteration counts. A device
+that sleeps first lets the host queue the call, as it does behind any layer of a model.
+
+    torchrun --nproc-per-node 2 bench/nvlink_gpus.py COMMIT >> bench/results/nvlink_gpus.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ep_comm import Buffer, build_info
+from ep_comm.bench.cases import Case, Inputs, make_inputs, traffic
+
+ROUNDS = 20
+STANDARD = Case(ranks=2, tokens=4096, hidden=7168, topk=8, experts=256, backend="nvlink")
+Work = Callable[[], Any]
+
+
+def on_gpu(inputs: Inputs) -> Inputs:
+    return Inputs(*(None if t is None else t.cuda() for t in inputs))  # type: ignore[arg-type]
+
+
+class Bench:
+    """One rank's buffer and inputs for one case."""
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.rank = case, dist.get_rank()
+        self.inputs = on_gpu(make_inputs(case, self.rank))
+        self.flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+        self.one = torch.zeros(1, device="cuda")
+        self.buffer = Buffer(
+            dist.group.WORLD,
+            num_experts=case.experts,
+            num_topk=case.topk,
+            hidden=case.hidden,
+            max_tokens=case.tokens,
+            backend="nvlink",
+            arena_bytes=8 << 30,
+        )
+
+    def dispatch(self, **options: Any) -> Any:
+        i = self.inputs
+        return self.buffer.dispatch(i.x, i.topk_idx, i.topk_weights, scales=i.scales, **options)
+
+    def check(self) -> Any:
+        """A dispatch and a combine of what it brought, against the rows they must return."""
+        recv = self.dispatch()
+        want = []
+        for src in range(self.case.ranks):
+            inputs = on_gpu(make_inputs(self.case, src))
+            here = (inputs.topk_idx // (self.case.experts // self.case.ranks) == self.rank).any(1)
+            want.append(inputs.x.view(torch.uint8)[here])
+        assert torch.equal(recv.x.view(torch.uint8), torch.cat(want)), "dispatch"
+        if recv.x.dtype == torch.bfloat16:
+            owners = self.inputs.topk_idx // (self.case.experts // self.case.ranks)
+            ways = sum((owners == r).any(1).float() for r in range(self.case.ranks))
+            assert isinstance(ways, Tensor)
+            total = (self.inputs.x.float() * ways[:, None]).to(torch.bfloat16)
+            for y in (recv.x, recv.x.clone()):
+                assert torch.equal(self.buffer.combine(y, recv.handle), total), "combine"
+        return recv
+
+    def once(self, work: Work) -> tuple[float, float]:
+        """GPU and host time of one call, in microseconds."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        torch.cuda._sleep(3_000_000)
+        self.flush.zero_()
+        dist.all_reduce(self.one)
+        start.record()
+        entered = time.perf_counter()
+        result = work()
+        call_us = (time.perf_counter() - entered) * 1e6
+        end.record()
+        end.synchronize()
+        del result
+        return start.elapsed_time(end) * 1e3, call_us
+
+    def measure(self, op: str, work: Work, sms: int, **more: Any) -> None:
+        for _ in range(3):
+            self.once(work)
+        samples = torch.tensor([self.once(work) for _ in range(ROUNDS)], device="cuda")
+        dist.all_reduce(samples, dist.ReduceOp.MAX)
+        self.report(op, samples[:, 0].tolist(), samples[:, 1].tolist(), sms, **more)
+
+    def report(self, op: str, gpu: list[float], host: list[float], sms: int, **more: Any) -> None:
+        if self.rank != 0:
+            return
+        gpu = sorted(gpu)
+        p50 = statistics.median(gpu)
+        moved = traffic(self.case, "combine" if "combine" in op else op.partition(" ")[0])
+        line = {
+            "case": self.case.name,
+            "op": op,
+            "sms": sms,
+            "time_us": {
+                "p10": round(gpu[len(gpu) // 10], 1),
+                "p50": round(p50, 1),
+                "p90": round(gpu[len(gpu) * 9 // 10], 1),
+                "min": round(gpu[0], 1),
+                "n": len(gpu),
+            },
+            "call_us": round(statistics.median(host), 1),
+            "payload_bytes": moved.payload_bytes,
+            "scaleup_recv_bytes": moved.recv_bytes,
+            "scaleup_gbps": round(moved.recv_bytes / p50 / 1e3, 1),
+            "correct": True,
+            "gpu": torch.cuda.get_device_name(),
+            "commit": sys.argv[1] if len(sys.argv) > 1 else "",
+            "nvcc": build_info()["cuda"],
+            **more,
+        }
+        print(json.dumps(line), flush=True)
+
+    def graphed(self, op: str, work: Work, sms: int, calls: int = 10) -> None:
+        """The same inside a captured graph of several calls; times are per call."""
+        work()
+        torch.cuda.synchronize()
+        dist.barrier()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(calls):
+                work()
+        dist.barrier()
+        for _ in range(3):
+            self.once(graph.replay)
+        samples = torch.tensor([self.once(graph.replay) for _ in range(ROUNDS)], device="cuda")
+        dist.all_reduce(samples, dist.ReduceOp.MAX)
+        self.report(f"{op} in a graph", (samples[:, 0] / calls).tolist(), [0.0], sms)
+
+
+def peer_copy(bench: Bench) -> None:
+    """The bytes of x to the next GPU by copy engine, all ranks at once."""
+    there = torch.empty_like(
+        bench.inputs.x, device=f"cuda:{(bench.rank + 1) % torch.cuda.device_count()}"
+    )
+    bench.measure("dispatch as a peer copy", lambda: there.copy_(bench.inputs.x), 0)
+
+
+def throughput() -> None:
+    bench = Bench(STANDARD)
+    recv = bench.check()
+    peer_copy(bench)
+    handle = recv.handle
+    for sms in (8, 12, 14, 15, 16, 18, 20):
+        bench.measure("dispatch", lambda n=sms: bench.dispatch(num_sms=n), sms)
+        i = bench.inputs
+        cached = lambda n=sms: bench.buffer.dispatch(i.x, handle=handle, num_sms=n)  # noqa: E731
+        bench.measure("dispatch_cached", cached, sms)
+    quantized = lambda: bench.dispatch(num_sms=16, quantize="fp8")  # noqa: E731
+    bench.measure("dispatch quantizing to fp8", quantized, 16)
+    y = bench.buffer.empty(recv.x.shape, recv.x.dtype)
+    y.copy_(recv.x)
+    plain = recv.x.clone()
+    for sms in (8, 12, 16, 20, 24):
+        bench.measure("combine", lambda n=sms: bench.buffer.combine(y, handle, num_sms=n), sms)
+    for sms in (16, 20):
+        bench.measure(
+            "combine_tensor", lambda n=sms: bench.buffer.combine(plain, handle, num_sms=n), sms
+        )
+    bench.buffer.close()
+
+
+def throughput_fp8() -> None:
+    bench = Bench(replace(STANDARD, dtype="fp8"))
+    handle = bench.check().handle
+    i = bench.inputs
+    for sms in (8, 12, 14, 15, 16, 20):
+        bench.measure("dispatch", lambda n=sms: bench.dispatch(num_sms=n), sms)
+        cached = lambda n=sms: bench.buffer.dispatch(  # noqa: E731
+            i.x, scales=i.scales, handle=handle, num_sms=n
+        )
+        bench.measure("dispatch_cached", cached, sms)
+    bench.buffer.close()
+
+
+def few_tokens(tokens: int) -> None:
+    bench = Bench(replace(STANDARD, tokens=tokens, static=True))
+    recv = bench.check()
+    y = bench.buffer.empty((tokens * 2, STANDARD.hidden), recv.x.dtype)
+    static = bench.dispatch(sync=False)
+    for sms in (16, 32, 64):
+        dispatch = lambda n=sms: bench.dispatch(sync=False, num_sms=n)  # noqa: E731
+        combine = lambda n=sms: bench.buffer.combine(y, static.handle, num_sms=n)  # noqa: E731
+        bench.measure("dispatch", dispatch, sms)
+        bench.measure("combine", combine, sms)
+        bench.graphed("dispatch", dispatch, sms)
+        bench.graphed("combine", combine, sms)
+    bench.buffer.close()
+
+
+def main() -> None:
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl")
+    throughput()
+    throughput_fp8()
+    few_tokens(128)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+// Which rows a token is the sum of, and in which order they are added.
+//
+// defines: Source, Selection, Plan, Planner
+#pragma once
+
+#include <cstdint>
+
+#include "contract/gpu.h"
+#include "device/ptx.cuh"
+#include "device/wait.cuh"
+#include "kernels/enter.cuh"
+
+namespace ep::kernels {
+
+// Where the rows of an owner lie; one for each rank, in shared memory.
+struct Source {
+    const std::byte* y;
+    int64_t num_rows;
+};
+
+// What a lane knows of its slot of a token, read ahead.
+struct Selection {
+    int64_t id = -1;
+    int32_t row = -1;
+};
+
+// The rows of a lane's token; each held by the lane of its slot.
+struct Plan {
+    bool ok = true;  // false: leave
+    int count = 0;   // of all
+    int place = -1;  // of this lane's row in the order they are added, -1 = it adds none
+    const std::byte* row = nullptr;
+    float weight = 1.0f;
+};
+
+// Of one warp, which plans several tokens at once: as many as it has lanes for.
+struct Planner {
+    const CombineJob& job;
+    Operation op;
+    const Source* sources;
+    int per_turn;     // tokens at once
+    int token, slot;  // of this lane
+    uint32_t mates;   // lanes of its token
+
+    __device__ Planner(const CombineJob& j, uint64_t seq, const Source* s)
+        : job(j), op{OpKind::kCombine, seq}, sources(s), per_turn(32 / j.args.num_topk) {
+        const int lane = ptx::lane_id(), num_topk = j.args.num_topk;
+        token = lane / num_topk;
+        slot = lane % num_topk;
+        mates = static_cast<uint32_t>(((uint64_t{1} << num_topk) - 1) << (token * num_topk));
+    }
+
+    // Tokens first, first + step, ...
+    __device__ int64_t token_at(int64_t first, int64_t step) const { return first + token * step; }
+
+    __device__ Selection select(int64_t first, int64_t step) const {
+        const CombineArgs& a = job.args;
+        const int64_t t = token_at(first, step);
+        Selection s;
+        if (token < per_turn && t < a.num_tokens) {
+            s.id = a.topk_idx[t * a.num_topk + slot];
+            s.row = a.send_row[t * a.num_topk + slot];
+        }
+        return s;
+    }
+
+    __device__ Plan plan(int64_t first, int64_t step, const Selection& choice) const {
+        const CombineArgs& a = job.args;
+        const RankView& view = job.view;
+        const int64_t at = token_at(first, step) * a.num_topk + slot;
+        const bool chosen = choice.id >= 0 && choice.id < view.shape.num_experts && choice.row >= 0;
+        const int owner = chosen ? __ldg(view.state.owner + choice.id) : -1;
+        const uint32_t same = __match_any_sync(~0u, owner) & mates;
+        bool adds = chosen;
+        if (a.layout == RecvLayout::kCompact) adds = chosen && (same & ptx::lanemask_lt()) == 0;
+        Plan plan;
+        plan.ok = in_bounds(adds, owner, choice.row);
+        if (!plan.ok) return plan;
+        plan.count = __popc(__ballot_sync(~0u, adds) & mates);
+        const int place = place_of(adds, owner);
+        if (adds) {
+            plan.place = place;
+            plan.row = sources[owner].y + choice.row * a.row_bytes();
+            if (a.weighted) plan.weight = a.topk_weights[at];
+        }
+        if (a.out_weights != nullptr) {
+            float weight = chosen ? weight_back(owner, choice.row, slot) : 0.0f;
+            if (a.sum_weights) weight = sum_weights(plan, owner, choice.row);
+            if (token < per_turn && token_at(first, step) < a.num_tokens)
+                a.out_weights[at] = weight;
+        }
+        return plan;
+    }
+
+private:
+    // A handle's rows are a tensor that anybody may have changed.
+    __device__ bool in_bounds(bool adds, int owner, int64_t row) const {
+        const bool stale = adds && row >= sources[owner].num_rows;
+        if (stale) {
+            device::give_up(job.view.watch, op, kMiscount,
+                            {Site::kPulled, owner, uint64_t(sources[owner].num_rows)},
+                            uint64_t(row), 0);
+        }
+        return !__any_sync(~0u, stale);
+    }
+
+    // Lower owners first, lower slots first; or by slots alone.
+    __device__ int place_of(bool adds, int owner) const {
+        const int start = ptx::lane_id() - slot;
+        int place = 0;
+        for (int k = 0; k < job.args.num_topk; ++k) {
+            const int other = __shfl_sync(~0u, adds ? owner : -1, start + k);
+            const bool earlier =
+                job.args.topk_order ? k < slot : other < owner || (other == owner && k < slot);
+            if (other >= 0 && earlier) ++place;
+        }
+        return place;
+    }
+
+    __device__ float weight_back(int owner, int64_t row, int k) const {
+        const RankView& view = job.view;
+        const int64_t index =
+            job.args.layout == RecvLayout::kCompact ? row * job.args.num_topk + k : row;
+        if (owner == view.peers.rank) {
+            return job.args.y_weights != nullptr ? job.args.y_weights[index] : 0.0f;
+        }
+        const int64_t offset = entry_of(view, op.seq, owner).weights_offset;
+        if (offset < 0) return 0.0f;
+        return reinterpret_cast<const float*>(view.peers.arena[owner] + offset)[index];
+    }
+
+    // Compact: every rank of the token holds a value for every slot, also of experts elsewhere.
+    __device__ float sum_weights(const Plan& plan, int owner, int64_t row) const {
+        float sum = 0.0f;
+        const int most = __reduce_max_sync(~0u, plan.count);
+        for (int i = 0; i < most; ++i) {
+            const uint32_t holder = __ballot_sync(~0u, plan.place == i) & mates;
+            const int from = max(__ffs(holder) - 1, 0);
+            const int their = __shfl_sync(~0u, owner, from);
+            const int64_t their_row = __shfl_sync(~0u, row, from);
+            if (holder != 0) sum = __fadd_rn(sum, weight_back(their, their_row, slot));
+        }
+        return sum;
+    }
+};
+
+}  // namespace ep::kernels
