@@ -12,6 +12,8 @@ import itertools
 import torch
 from torch import Tensor
 
+from ep_comm.testing.skew import zipf_load
+
 
 def pack(weight: Tensor, num_packs: int, noise: Tensor | None = None) -> Tensor:
     """Longest-processing-time first: int64 [B, n] pack of each item; n / num_packs to a pack.
@@ -116,3 +118,25 @@ def optimum(weight: list[float], num_slots: int, num_ranks: int) -> float:
         heaviest = max(sum(weight[e] / count[e] for e in held) for held in ranks)
         best = min(best, heaviest)
     return best
+
+
+def generated_cases() -> list[tuple[str, Tensor, tuple[int, int, int, int]]]:
+    """200 cases: five kinds of load, shapes from 2 to 32 ranks, both policies."""
+    cases = []
+    for i in range(200):
+        seed = torch.Generator().manual_seed(i)
+        nodes = (1, 2, 4)[i % 3]
+        ranks = nodes * (2, 4, 8)[i // 3 % 3]
+        experts = ranks * (2, 4, 8)[i // 9 % 3]
+        groups = (1, nodes, 2 * nodes, experts)[i // 2 % 4]
+        slots = experts + ranks * (1 + i % 2)
+        kind = ("zipf", "uniform", "exponential", "lognormal", "integers")[i % 5]
+        load = {
+            "zipf": zipf_load(2, experts, 0.4 + i % 7 / 6, seed=i),
+            "uniform": torch.rand((2, experts), generator=seed),
+            "exponential": -torch.rand((2, experts), generator=seed).log(),
+            "lognormal": (1.5 * torch.randn((2, experts), generator=seed)).exp(),
+            "integers": torch.randint(1, 50, (2, experts), generator=seed).float(),
+        }[kind].to(torch.float64)
+        cases.append((f"{i}-{kind}", load, (ranks, nodes, slots, groups)))
+    return cases

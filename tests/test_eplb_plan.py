@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from eplb_yardsticks import best_of_randomized, greedy, optimum
+from eplb_yardsticks import best_of_randomized, generated_cases, greedy, optimum
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -123,28 +123,6 @@ def test_equal_loads_are_even() -> None:
 
 
 # ---- yardsticks ----
-
-
-def generated_cases() -> list[tuple[str, torch.Tensor, tuple[int, ...]]]:
-    """200 cases: five kinds of load, shapes from 2 to 32 ranks, both policies."""
-    cases = []
-    for i in range(200):
-        seed = torch.Generator().manual_seed(i)
-        nodes = (1, 2, 4)[i % 3]
-        ranks = nodes * (2, 4, 8)[i // 3 % 3]
-        experts = ranks * (2, 4, 8)[i // 9 % 3]
-        groups = (1, nodes, 2 * nodes, experts)[i // 2 % 4]
-        slots = experts + ranks * (1 + i % 2)
-        kind = ("zipf", "uniform", "exponential", "lognormal", "integers")[i % 5]
-        load = {
-            "zipf": zipf_load(2, experts, 0.4 + i % 7 / 6, seed=i),
-            "uniform": torch.rand((2, experts), generator=seed),
-            "exponential": -torch.rand((2, experts), generator=seed).log(),
-            "lognormal": (1.5 * torch.randn((2, experts), generator=seed)).exp(),
-            "integers": torch.randint(1, 50, (2, experts), generator=seed).float(),
-        }[kind].to(torch.float64)
-        cases.append((f"{i}-{kind}", load, (ranks, nodes, slots, groups)))
-    return cases
 
 
 def test_no_plan_is_worse_than_the_public_greedy_and_the_mean_is_better() -> None:

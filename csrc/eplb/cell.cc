@@ -188,6 +188,12 @@ void Cell::consider(Step step, double before, double target, Step& best) const {
     if (better) best = step;
 }
 
+// What a step of so many moves must stay below to be better than the best one so far.
+double Cell::worth(double before, double target, int moves, const Step& best) {
+    if (best.slot < 0) return before;
+    return target == 0 && moves == best.moves() ? best.result : before - best.gain_per_move * moves;
+}
+
 // A replica of `rank` changes places with a lighter one of another rank.
 void Cell::find_swap(int rank, double target, Step& best) {
     const double before = rank_load_[rank];
@@ -203,8 +209,8 @@ void Cell::find_swap(int rank, double target, Step& best) {
                 const int theirs = slot_[r * slots_per_rank_ + j];
                 const double less = weight - unit(theirs, count_[theirs]);
                 const double result = std::max(before - less, rank_load_[r] + less);
-                if (less <= 0 || (best.slot >= 0 && target == 0 && result >= best.result)) continue;
-                if (result >= before || clashes(theirs, rank)) continue;
+                if (less <= 0 || result >= worth(before, target, 2, best)) continue;
+                if (clashes(theirs, rank)) continue;
                 consider({first + i, r * slots_per_rank_ + j, -1, result, 0}, before, target, best);
             }
         }
@@ -242,7 +248,7 @@ void Cell::find_replacement(int rank, double target, Step& best) {
     const auto try_one = [&](int slot, int expert) {
         if (expert == slot_[slot] || clashes(expert, rank_of(slot))) return;
         --budget_;
-        const double limit = best.slot >= 0 && target == 0 ? best.result : before;
+        const double limit = worth(before, target, 1, best);
         const double result = result_of_replacement(slot, expert, limit);
         if (result < limit) consider({slot, -1, expert, result, 0}, before, target, best);
     };
@@ -355,17 +361,19 @@ bool Cell::adopt(std::span<const int32_t> slots) {
     return true;
 }
 
-bool Cell::repair(double target) {
+bool Cell::repair(double target, int64_t budget) {
     budget_ = std::numeric_limits<int64_t>::max() / 2;
     while (true) {
         const int rank = heaviest_rank();
         if (rank_load_[rank] <= target) return true;
         Step best;
-        find_swap(rank, target, best);
         find_replacement(rank, target, best);
-        if (best.slot < 0) return false;
+        find_swap(rank, target, best);
+        if (best.slot < 0) break;
         apply(best);
     }
+    search(budget, target / bound_ - 1);
+    return max_load() <= target;
 }
 
 }  // namespace ep::eplb

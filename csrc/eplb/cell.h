@@ -30,8 +30,9 @@ public:
     // Takes over an assignment, -1 = free; free slots get the experts that are missing, then
     // further replicas. False: experts are missing and there is no room.
     bool adopt(std::span<const int32_t> slots);
-    // Lowers the heaviest rank to `target` with few moves. False: it got stuck before.
-    bool repair(double target);
+    // Lowers the heaviest rank to `target` with few moves; where it gets stuck, by a search. False:
+    // that did not get there either.
+    bool repair(double target, int64_t budget);
 
     double max_load() const;
     // No assignment is below: the mean, and the heaviest replica if replicas are given best.
@@ -64,6 +65,7 @@ private:
     double result_of_replacement(int slot, int expert, double limit);
     void find_swap(int rank, double target, Step& best);
     void find_replacement(int rank, double target, Step& best);
+    static double worth(double before, double target, int moves, const Step& best);
     void consider(Step step, double before, double target, Step& best) const;
     void apply(const Step& step);
     void assign(std::span<const int32_t> slots, std::span<const int32_t> count);

@@ -78,6 +78,8 @@ public:
         const double target = fresh.heaviest * (1 + a_.slack);
         Slots repaired(current_.begin(), current_.end());
         if (a_.hierarchical ? repair_nodes(target, repaired) : repair_all(target, repaired)) {
+            const Slots plan = repaired;  // where an expert left its rank and came back
+            for (int r = 0; r < a_.num_ranks; ++r) keep_slots(plan, r, repaired, r);
             return repaired;
         }
         relabel(fresh.slots);
@@ -157,7 +159,8 @@ private:
     bool repair_all(double target, Slots& slots) const {
         const Part part(everybody(), load_);
         Cell cell(part.load, a_.num_ranks, slots_per_rank_, a_.distinct);
-        if (!cell.adopt(part.to_local(slots, num_all_)) || !cell.repair(target)) return false;
+        if (!cell.adopt(part.to_local(slots, num_all_)) || !cell.repair(target, kSearchRanks))
+            return false;
         part.to_layer(cell.slots(), slots);
         return true;
     }
@@ -258,7 +261,8 @@ private:
         Cell groups(group_load_, a_.num_nodes, per_node, true);
         double shared = 0;  // of every node alike
         for (int s = a_.num_experts; s < num_all_; ++s) shared += load_[s] / a_.num_nodes;
-        if (!groups.adopt(group_slots) || !groups.repair(target * ranks_per_node_ - shared)) {
+        if (!groups.adopt(group_slots) ||
+            !groups.repair(target * ranks_per_node_ - shared, kSearchNodes)) {
             return false;
         }
         const std::vector<int> node_of_group = nodes_of(groups, per_node);
@@ -266,7 +270,8 @@ private:
             const Part part = part_of(n, node_of_group);
             const std::span<int32_t> mine = of_node(slots, n);
             Cell cell(part.load, ranks_per_node_, slots_per_rank_, a_.distinct);
-            if (!cell.adopt(part.to_local(mine, num_all_)) || !cell.repair(target)) return false;
+            if (!cell.adopt(part.to_local(mine, num_all_)) || !cell.repair(target, kSearchRanks))
+                return false;
             part.to_layer(cell.slots(), mine);
         }
         return true;

@@ -34,8 +34,8 @@ class Report:
         """The numbers, ready for JSON.
 
         imbalance: heaviest rank over the mean; mean and worst of the layers. cross_node: rows that
-        a token sends to other nodes in a layer, predicted, at most nodes - 1. moved: experts that change
-        ranks, over all layers.
+        a token sends to other nodes in a layer, predicted, at most nodes - 1. moved: experts that
+        change ranks, over all layers.
         """
         numbers: dict[str, Any] = {
             "layers": self.after.num_layers,
