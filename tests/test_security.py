@@ -420,7 +420,7 @@ def test_s7_5_memory_is_accessible_to_devices_of_the_group_only() -> None: ...
 
 # ---- 7.6 numbers of peers ----
 
-ENTRY = struct.Struct("<Qii11q4q4q112s")  # EntryRecord
+ENTRY = struct.Struct("<Qii11q6q4q112s")  # EntryRecord
 BASE = struct.Struct("<Qii4q2q")  # BaseRecord
 ENTRY_STRIDE, WORD_STRIDE = _core.STRUCT_SIZES[4], _core.STRUCT_SIZES[5]
 
@@ -455,7 +455,8 @@ class HostilePeer:
         """Everything rank 0 waits for in operation 2, slot 0."""
         e: dict[str, Any] = {
             "seq": 2, "kind": 1, "code": 0, "num_tokens": 4, "num_rows": 3, "y_offset": 0,
-            "weights_offset": -1, "detail": (0, 0, 0, 0), "reason": b"", **entry,
+            "streamed_rows": -1, "ring_rows": 0, "weights_offset": -1, "detail": (0, 0, 0, 0),
+            "reason": b"", **entry,
         }  # fmt: skip
         b: dict[str, Any] = {
             "seq": 2, "code": 0, "x_offset": 0, "meta_offset": 4096, "row": 0, "num_rows": 8,
@@ -464,7 +465,8 @@ class HostilePeer:
         self.write(self.victim + self.regions["counts"] + 1 * 2 * 4, struct.pack("<2i", *counts))
         record = ENTRY.pack(
             e["seq"], e["kind"], e["code"], *e.get("descriptor", self.descriptor), e["num_tokens"],
-            e["num_rows"], e["y_offset"], e["weights_offset"], *e["detail"], e["reason"],
+            e["num_rows"], e["y_offset"], e["streamed_rows"], e["ring_rows"],
+            e["weights_offset"], *e["detail"], e["reason"],
         )  # fmt: skip
         self.write(self.victim + self.regions["entries"] + ENTRY_STRIDE, record)
         record = BASE.pack(

@@ -167,8 +167,7 @@ private:
             if (staged || next_token > before) continue;
             const int peer = added ? stage.blocked_on() : awaited;
             const auto ready = [&] {
-                return stage.can_advance() ||
-                       (!added && staged_by(awaited) > incoming[awaited].next);
+                return stage.can_advance() || (!added && staged_by(awaited) > awaited_row);
             };
             const auto progress = [&] {
                 return stage.progress() + (added ? 0 : staged_by(awaited));
@@ -229,6 +228,7 @@ private:
             in.come = staged_by(c.owner);
             if (at >= in.come) {
                 awaited = c.owner;
+                awaited_row = at;
                 return false;
             }
         }
@@ -327,7 +327,8 @@ private:
     Stage stage;
     std::vector<Incoming> incoming;  // [num_ranks]
     int64_t next_token = 0;
-    int awaited = 0;  // the owner whose row `next_token` lacks
+    int awaited = 0;          // the owner whose row `next_token` lacks
+    int64_t awaited_row = 0;  // which of the rows it streams
     std::shared_ptr<ExtentHold> rings, staged_weights;
 };
 

@@ -157,9 +157,10 @@ void Push::gather_record(int64_t t, int dst, int64_t row, const Route& route,
 
 void Push::write_gathered(int dst) {
     Gathered& gathered = gathered_[dst];
+    if (gathered.count == 0) return;
     const int64_t first = next_compact_[dst] - gathered.count, bytes = gathered.count * meta_.bytes;
     std::byte* records = op_.arena_of(dst) + op_.base_of(dst).meta_offset;
-    if (bytes > 0) copy_(records + first * meta_.bytes, gathered.records.get(), bytes);
+    copy_(records + first * meta_.bytes, gathered.records.get(), bytes);
     gathered.count = 0;
 }
 

@@ -170,13 +170,15 @@ void play_peer(Random& random, World& w, uint64_t seq, OpKind kind, const Descri
     entry.num_tokens = kMaxTokens;
     entry.num_rows = rows < 0 ? pick(random, kMaxTokens + 1) : rows;
     entry.y_offset = pick(random, 8) * 4096;
+    entry.streamed_rows = unlucky(2) ? pick(random, kMaxTokens * num_topk + 1) : -1;
+    entry.ring_rows = pick(random, 16);
     entry.weights_offset = pick(random, 8) * 4096;
     int32_t counts[3] = {};
     for (int64_t i = 0; i < entry.num_rows * num_topk; ++i) {
         const int64_t e = pick(random, 4);
         if (e < 3) ++counts[e];
     }
-    if (unlucky(3)) scramble(random, &entry.num_tokens, 8 * 8 + kReasonBytes, 1 + pick(random, 2));
+    if (unlucky(3)) scramble(random, &entry.num_tokens, 10 * 8 + kReasonBytes, 1 + pick(random, 2));
     if (unlucky(8)) scramble(random, &entry.code, 4, 1);
     if (unlucky(16)) scramble(random, &entry, sizeof(entry), 1 + pick(random, 3));
     if (unlucky(6)) scramble(random, counts, sizeof(counts), 1);
@@ -202,6 +204,8 @@ void play_peer(Random& random, World& w, uint64_t seq, OpKind kind, const Descri
     };
     *w.at<uint64_t>(0, w.layout.arrived_word(slot, 1)) += word(kMaxTokens);
     *w.at<uint64_t>(0, w.layout.pulled_word(slot, 1)) = word(seq);
+    *w.at<uint64_t>(0, w.layout.staged_word(1)) += word(pick(random, 16));
+    *w.at<uint64_t>(0, w.layout.taken_word(1)) += word(pick(random, 16));
     *w.at<uint64_t>(0, w.layout.released_word(slot, 1)) = word(seq);
 
     if (unlucky(12)) {

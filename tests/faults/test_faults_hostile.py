@@ -21,7 +21,9 @@ from ep_comm.testing import Cluster
 _FIXED = 16 + 8 * len(_core.DESCRIPTOR_FIELDS)
 ENTRY = {"seq": 0} | {
     name: _FIXED + 8 * i
-    for i, name in enumerate(("num_tokens", "num_rows", "y_offset", "weights_offset"))
+    for i, name in enumerate(
+        ("num_tokens", "num_rows", "y_offset", "streamed_rows", "ring_rows", "weights_offset")
+    )
 }
 BASE = {"seq": 0, "x_offset": 16, "meta_offset": 24, "row": 32, "num_rows": 40}
 ODD = [-1, -(2**63), 2**31, 2**60, 2**63 - 1, 1 << 20, 9, 4096]
