@@ -1,8 +1,8 @@
 """Whole calls of the nvlink backend, one GPU a rank: every kernel and copy of a call counts.
 
 Before each iteration the L2 cache is overwritten, and an all-reduce makes the ranks start together;
-events around the call then time it on its stream. The slower rank of each iteration counts. A device
-that sleeps first lets the host queue the call, as it does behind any layer of a model.
+events around the call then time it on its stream. The slower rank of each iteration counts. The
+device sleeps first, so that the host has queued the call, as it has behind any layer of a model.
 
     torchrun --nproc-per-node 2 bench/nvlink_gpus.py COMMIT >> bench/results/nvlink_gpus.jsonl
 """
@@ -155,11 +155,10 @@ def throughput() -> None:
     bench = Bench(STANDARD)
     recv = bench.check()
     peer_copy(bench)
-    handle = recv.handle
+    handle, x = recv.handle, bench.inputs.x
     for sms in (8, 12, 14, 15, 16, 18, 20):
         bench.measure("dispatch", lambda n=sms: bench.dispatch(num_sms=n), sms)
-        i = bench.inputs
-        cached = lambda n=sms: bench.buffer.dispatch(i.x, handle=handle, num_sms=n)  # noqa: E731
+        cached = lambda n=sms: bench.buffer.dispatch(x, handle=handle, num_sms=n)  # noqa: E731
         bench.measure("dispatch_cached", cached, sms)
     quantized = lambda: bench.dispatch(num_sms=16, quantize="fp8")  # noqa: E731
     bench.measure("dispatch quantizing to fp8", quantized, 16)

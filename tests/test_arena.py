@@ -253,8 +253,9 @@ def test_metadata_record_is_as_long_as_what_it_holds(
     num_topk: int, routing: bool, weights: bool, rows: bool, words: int
 ) -> None:
     layout = _core.MetaLayout(num_topk, routing, weights, rows, 4 * words)
-    ints = routing * (1 + num_topk) + weights * num_topk + (routing and rows) * num_topk + words
-    assert layout.bytes == -(-4 * ints // 16) * 16
+    ints = routing * (1 + num_topk) + weights * num_topk + (routing and rows) * num_topk
+    units = -(-4 * ints // 16) + -(-4 * words // 16)  # scales start on a unit of their own
+    assert layout.bytes == 16 * units
 
 
 # ---- what operations hold ----
