@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(1024, 1)
     // Everybody has entered by now, so pull may take its SMs.
     ptx::griddepcontrol_launch_dependents();
     for (int p = threadIdx.x; in.outcome.ok() && p < view.shape.num_ranks; p += blockDim.x) {
-        if (!is_sane(job, entry_of(view, in.seq, p), p)) {
+        if (!is_sane(job, entry_of(view, in.slot, p), p)) {
             atomicMin(&in.first_bad, objection(kEpochObjection, p));
         }
     }
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(1024, 1)
     if (in.outcome.ok() && in.first_bad != kNoObjection) {
         const int p = static_cast<int>(in.first_bad & 0xffff);
         set_outcome(in.outcome, kBadCount, p, view.peers.arena_bytes[p],
-                    entry_of(view, in.seq, p).y_offset);
+                    entry_of(view, in.slot, p).y_offset);
     }
     if (!in.outcome.ok()) return fail_call(view, job.begin, in);
     view.state.op->code = kOk;

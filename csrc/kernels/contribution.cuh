@@ -37,13 +37,18 @@ struct Plan {
 struct Planner {
     const CombineJob& job;
     Operation op;
+    int32_t entries;  // slot of the operation
     const Source* sources;
     int per_turn;     // tokens at once
     int token, slot;  // of this lane
     uint32_t mates;   // lanes of its token
 
-    __device__ Planner(const CombineJob& j, uint64_t seq, const Source* s)
-        : job(j), op{OpKind::kCombine, seq}, sources(s), per_turn(32 / j.args.num_topk) {
+    __device__ Planner(const CombineJob& j, const OpState& state, const Source* s)
+        : job(j),
+          op{OpKind::kCombine, state.seq},
+          entries(state.slot),
+          sources(s),
+          per_turn(32 / j.args.num_topk) {
         const int lane = ptx::lane_id(), num_topk = j.args.num_topk;
         token = lane / num_topk;
         slot = lane % num_topk;
@@ -124,7 +129,7 @@ private:
         if (owner == view.peers.rank) {
             return job.args.y_weights != nullptr ? job.args.y_weights[index] : 0.0f;
         }
-        const int64_t offset = entry_of(view, op.seq, owner).weights_offset;
+        const int64_t offset = entry_of(view, entries, owner).weights_offset;
         if (offset < 0) return 0.0f;
         return reinterpret_cast<const float*>(view.peers.arena[owner] + offset)[index];
     }

@@ -90,6 +90,7 @@ struct Walk {
     __device__ int first_at(int dst) const {
         const int own = ptx::lane_id(), start = own - slot;
         int leader = own;
+#pragma unroll 1
         for (int k = job.args.num_topk - 1; k >= 0; --k) {
             const int other = __shfl_sync(~0u, dst, start + k);
             if (other == dst && k < slot) leader = start + k;
@@ -103,6 +104,7 @@ struct Walk {
         const int num_ranks = job.view.shape.num_ranks;
         if (num_ranks > kFewRanks) return __match_any_sync(~0u, dst);
         uint32_t mine = 0;
+#pragma unroll 1
         for (int r = 0; r < num_ranks; ++r) {
             const uint32_t lanes = __ballot_sync(~0u, dst == r);
             if (dst == r) mine = lanes;
@@ -135,26 +137,32 @@ __device__ void walk_chunk(const DispatchJob& job, const Counters& counters, int
     const int64_t chunk_end = min(first + job.tokens_per_chunk, job.args.num_tokens);
     const int64_t begin = first + int64_t{warp} * share, end = min(begin + share, chunk_end);
     const bool active = lane < per_turn * num_topk;
-    for (int64_t t0 = begin; t0 < end; t0 += kAhead * per_turn) {
-        int64_t ids[kAhead];
+    // Ids are loaded some turns ahead. One copy of a turn: code that is not in the caches yet is
+    // what this kernel waits for.
+    const auto load = [&](int64_t t0) {
+        const int64_t t = t0 + walk.token;
+        return active && t < end ? job.args.topk_idx[t * num_topk + walk.slot] : -1;
+    };
+    int64_t ahead[kAhead];
 #pragma unroll
-        for (int u = 0; u < kAhead; ++u) {
-            const int64_t t = t0 + u * per_turn + walk.token;
-            ids[u] = active && t < end ? job.args.topk_idx[t * num_topk + walk.slot] : -1;
-        }
+    for (int u = 0; u < kAhead; ++u) ahead[u] = load(begin + u * per_turn);
+#pragma unroll 1
+    for (int64_t t0 = begin; t0 < end; t0 += per_turn) {
+        const int64_t id = ahead[0];
 #pragma unroll
-        for (int u = 0; u < kAhead; ++u) {
-            const int64_t t = t0 + u * per_turn + walk.token;
-            if (t0 + u * per_turn < end) walk.turn(t, active && t < end, ids[u]);
-        }
+        for (int u = 0; u + 1 < kAhead; ++u) ahead[u] = ahead[u + 1];
+        ahead[kAhead - 1] = load(t0 + kAhead * per_turn);
+        walk.turn(t0 + walk.token, active && t0 + walk.token < end, id);
     }
 }
 
 // Down every column that has rows: counts become exclusive sums, and a total.
 __device__ inline void sum_columns(const Counters& counters) {
     constexpr int kAtOnce = 8;
+#pragma unroll 1
     for (int c = threadIdx.x; c < counters.width; c += blockDim.x) {
         int sum = 0;
+#pragma unroll 1
         for (int r0 = 0; r0 < counters.num_rows; r0 += kAtOnce) {
             int count[kAtOnce];
 #pragma unroll
@@ -175,6 +183,7 @@ __device__ inline void sum_columns(const Counters& counters) {
 __device__ inline void count_chunk(const DispatchJob& job, const Counters& counters, int chunk,
                                    BadIds& bad) {
     const int cells = counters.num_columns + counters.num_rows * counters.stride;
+#pragma unroll 1
     for (int i = threadIdx.x; i < cells; i += blockDim.x) counters.totals[i] = 0;
     if (threadIdx.x == 0) bad = {0, ~0ull};
     __syncthreads();
@@ -183,6 +192,7 @@ __device__ inline void count_chunk(const DispatchJob& job, const Counters& count
     sum_columns(counters);
     __syncthreads();
     int32_t* counts = job.view.state.chunk_counts + chunk * counters.num_columns;
+#pragma unroll 1
     for (int i = threadIdx.x; i < counters.num_columns; i += blockDim.x) {
         counts[i] = counters.totals[i];
     }

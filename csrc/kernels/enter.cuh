@@ -31,6 +31,7 @@ struct Entering {
     Outcome outcome;     // what went wrong, if it did
     uint32_t first_bad;  // the lowest objection, see judge
     uint64_t seq;
+    int32_t slot;  // seq % num_slots; a division is a page of code, so once
 };
 
 enum Objection : uint32_t { kEpochObjection, kKindObjection, kPoisonObjection, kFieldObjection };
@@ -45,10 +46,12 @@ __device__ __forceinline__ uint32_t objection(Objection kind, int peer) {
 __device__ inline bool acquire_slot(const RankView& view, const Begin& begin, Entering& in) {
     static_assert(sizeof(EntryRecord) % 8 == 0);
     const int tid = threadIdx.x;
+#pragma unroll 1
     for (int i = tid; i < int{sizeof(EntryRecord) / 8}; i += blockDim.x) {
         reinterpret_cast<uint64_t*>(&in.entry)[i] =
             reinterpret_cast<const uint64_t*>(&begin.entry)[i];
     }
+#pragma unroll 1
     for (int i = tid; i < int{sizeof(Outcome) / 8}; i += blockDim.x) {
         reinterpret_cast<uint64_t*>(&in.outcome)[i] = 0;
     }
@@ -58,6 +61,7 @@ __device__ inline bool acquire_slot(const RankView& view, const Begin& begin, En
     const Operation op{static_cast<OpKind>(begin.entry.kind), seq};
     bool ok = true;
     if (seq > num_slots) {
+#pragma unroll 1
         for (int p = tid; p < view.shape.num_ranks; p += blockDim.x) {
             // pairs with the release in release_slot
             const auto* word =
@@ -68,6 +72,7 @@ __device__ inline bool acquire_slot(const RankView& view, const Begin& begin, En
     ok = __syncthreads_and(ok);
     if (tid == 0) {
         in.seq = seq;
+        in.slot = slot;
         in.first_bad = kNoObjection;
         *view.state.seq = seq;
         OpState& state = *view.state.op;
@@ -93,11 +98,13 @@ struct Bringing {
 __device__ inline void publish_entries(const RankView& view, const Entering& in,
                                        const Bringing& what) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, num_warps = blockDim.x / 32;
-    const int slot = static_cast<int>(in.seq % view.shape.num_slots);
+    const int slot = in.slot;
     const auto* words = reinterpret_cast<const uint64_t*>(&in.entry);
     constexpr int kNumRows = offsetof(EntryRecord, num_rows) / 8;
+#pragma unroll 1
     for (int p = warp; p < view.shape.num_ranks; p += num_warps) {
         auto* theirs = at<uint64_t>(view, p, view.layout.entry(slot, view.peers.rank));
+#pragma unroll 1
         for (int i = lane + 1; i < int{sizeof(EntryRecord) / 8}; i += 32) {
             theirs[i] =
                 i == kNumRows && what.totals != nullptr ? uint64_t(what.totals[p]) : words[i];
@@ -106,6 +113,7 @@ __device__ inline void publish_entries(const RankView& view, const Entering& in,
             const int first = what.first[p], num_local = what.first[p + 1] - first;
             auto* counts = at<int32_t>(view, p, view.layout.count_row(slot, view.peers.rank));
             const int32_t* selections = what.totals + view.shape.num_ranks + first;
+#pragma unroll 1
             for (int e = lane; e < num_local; e += 32) counts[e] = selections[e];
         }
         __syncwarp();
@@ -113,15 +121,13 @@ __device__ inline void publish_entries(const RankView& view, const Entering& in,
     }
 }
 
-__device__ __forceinline__ const EntryRecord& entry_of(const RankView& view, uint64_t seq,
-                                                       int src) {
-    const int slot = static_cast<int>(seq % view.shape.num_slots);
+__device__ __forceinline__ const EntryRecord& entry_of(const RankView& view, int slot, int src) {
     return *at<const EntryRecord>(view, view.peers.rank, view.layout.entry(slot, src));
 }
 
 // A warp looks at one peer's entry; returns its objection.
 __device__ inline uint32_t judge(const RankView& view, const Entering& in, int p) {
-    const EntryRecord& entry = entry_of(view, in.seq, p);
+    const EntryRecord& entry = entry_of(view, in.slot, p);
     const int lane = threadIdx.x % 32;
     static_assert(kNumFields <= 32);
     const bool same =
@@ -153,7 +159,7 @@ __device__ inline bool lies_in_arena(const RankView& view, int peer, int64_t off
 // One thread turns the lowest objection into an outcome.
 __device__ __noinline__ inline void explain(const RankView& view, Entering& in) {
     const int p = static_cast<int>(in.first_bad & 0xffff);
-    const EntryRecord& entry = entry_of(view, in.seq, p);
+    const EntryRecord& entry = entry_of(view, in.slot, p);
     Outcome& outcome = in.outcome;
     switch (in.first_bad >> 16) {
         case kEpochObjection:
@@ -164,11 +170,14 @@ __device__ __noinline__ inline void explain(const RankView& view, Entering& in) 
             if (!may_poison_entry(entry.code))
                 return set_outcome(outcome, kBadCount, p, 0, entry.code);
             set_outcome(outcome, entry.code, p, 0, 0);
+#pragma unroll 1
             for (int i = 0; i < 4; ++i) outcome.detail[i] = entry.detail[i];
+#pragma unroll 1
             for (int i = 0; i < kReasonBytes; ++i) outcome.reason[i] = entry.reason[i];
             outcome.reason[kReasonBytes - 1] = '\0';
             return;
         default:
+#pragma unroll 1
             for (int f = 0; f < kNumFields; ++f) {
                 const int64_t mine = in.entry.descriptor.value[f];
                 const int64_t theirs = entry.descriptor.value[f];
@@ -185,9 +194,10 @@ __device__ __noinline__ inline void explain(const RankView& view, Entering& in) 
 template <class Read>
 __device__ bool await_entries(const RankView& view, Entering& in, Read read) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, num_warps = blockDim.x / 32;
-    const int slot = static_cast<int>(in.seq % view.shape.num_slots);
+    const int slot = in.slot;
     const Operation op{static_cast<OpKind>(in.entry.kind), in.seq};
     bool ok = true;
+#pragma unroll 1
     for (int p = warp; p < view.shape.num_ranks; p += num_warps) {
         const auto* word = at<uint64_t>(view, view.peers.rank, view.layout.entry(slot, p));
         // pairs with the release in publish_entries
@@ -206,8 +216,8 @@ __device__ bool await_entries(const RankView& view, Entering& in, Read read) {
 }
 
 // One thread. We have read all there is in this slot.
-__device__ inline void release_slot(const RankView& view, uint64_t seq) {
-    const int slot = static_cast<int>(seq % view.shape.num_slots);
+__device__ inline void release_slot(const RankView& view, uint64_t seq, int slot) {
+#pragma unroll 1
     for (int p = 0; p < view.shape.num_ranks; ++p) {
         // pairs with the acquire in acquire_slot
         ptx::st_release_sys(at<uint64_t>(view, p, view.layout.released_word(slot, view.peers.rank)),
@@ -236,7 +246,8 @@ __device__ inline void report(const RankView& view, const Begin& begin, uint64_t
 
 // One thread. The call fails here as it does everywhere; the next one works, unless the ranks are
 // out of step.
-__device__ inline void fail_call(const RankView& view, const Begin& begin, Entering& in) {
+__device__ __noinline__ inline void fail_call(const RankView& view, const Begin& begin,
+                                              Entering& in) {
     Incident& incident = in.outcome.incident;
     incident.magic = Incident::kMagic;
     incident.op = static_cast<uint8_t>(in.entry.kind);
@@ -253,7 +264,7 @@ __device__ inline void fail_call(const RankView& view, const Begin& begin, Enter
                         uint64_t(incident.have), 0);
         return;
     }
-    release_slot(view, in.seq);
+    release_slot(view, in.seq, in.slot);
     report(view, begin, in.seq, &in.outcome, state);
 }
 

@@ -29,8 +29,10 @@ __host__ __device__ bool counts_tokens(const DispatchArgs& a) {
 __device__ void gather_columns(const DispatchJob& job, const Counters& counters) {
     constexpr int kAtOnce = 8;
     const int32_t* found = job.view.state.chunk_counts;
+#pragma unroll 1
     for (int c = threadIdx.x; c < counters.num_columns; c += blockDim.x) {
         int sum = 0;
+#pragma unroll 1
         for (int r0 = 0; r0 < counters.num_rows; r0 += kAtOnce) {
             int count[kAtOnce];
 #pragma unroll
@@ -71,6 +73,7 @@ __device__ void gather(const DispatchJob& job, const Counters& counters, Enterin
     const DispatchArgs& a = job.args;
     const int num_ranks = job.view.shape.num_ranks;
     if (!counts_tokens(a)) {
+#pragma unroll 1
         for (int p = threadIdx.x; p < num_ranks; p += blockDim.x) {
             counters.totals[p] = static_cast<int>(a.rank_counts[p]);
         }
@@ -79,6 +82,7 @@ __device__ void gather(const DispatchJob& job, const Counters& counters, Enterin
     gather_columns(job, counters);
     if (threadIdx.x / 32 == blockDim.x / 32 - 1) gather_bad_ids(job, in, counters.num_rows);
     __syncthreads();
+#pragma unroll 1
     for (int p = threadIdx.x; p < num_ranks; p += blockDim.x) {
         if (!a.cached) {
             a.rank_counts[p] = counters.totals[p];
@@ -90,17 +94,19 @@ __device__ void gather(const DispatchJob& job, const Counters& counters, Enterin
 }
 
 // From turns in a chunk to rows at the owner: push adds what is left here.
-__device__ void fold_bases(const DispatchJob& job, uint64_t seq, const Counters& counters,
+__device__ void fold_bases(const DispatchJob& job, int slot, const Counters& counters,
                            const Placing& placing) {
     const RankView& view = job.view;
     const int num_ranks = view.shape.num_ranks, num_experts = view.shape.num_experts;
-    const int me = view.peers.rank, slot = static_cast<int>(seq % view.shape.num_slots);
+    const int me = view.peers.rank;
     if (!counts_tokens(job.args)) return;
+#pragma unroll 1
     for (int i = threadIdx.x; i < counters.num_rows * num_ranks; i += blockDim.x) {
         const int chunk = i / num_ranks, dst = i % num_ranks;
         view.state.chunk_row[i] = placing.base_row[dst] + counters.row(chunk)[dst];
     }
     if (counters.width <= num_ranks) return;
+#pragma unroll 1
     for (int i = threadIdx.x; i < counters.num_rows * num_experts; i += blockDim.x) {
         const int chunk = i / num_experts, position = i % num_experts;
         const int row = *at<int32_t>(view, me, view.layout.expert_row(slot, position));
@@ -111,8 +117,9 @@ __device__ void fold_bases(const DispatchJob& job, uint64_t seq, const Counters&
 // What kernels behind this one, and the host, need to know; push tells the host.
 __device__ void conclude(const DispatchJob& job, const Entering& in, const Placing& placing) {
     const RankView& view = job.view;
-    const int slot = static_cast<int>(in.seq % view.shape.num_slots);
+    const int slot = in.slot;
     auto* expected = reinterpret_cast<unsigned long long*>(view.state.expected);
+#pragma unroll 1
     for (int src = threadIdx.x; src < view.shape.num_ranks; src += blockDim.x) {
         // Nobody else adds: no load to wait for.
         atomicAdd(&expected[slot * view.shape.num_ranks + src],
@@ -127,11 +134,14 @@ __device__ void conclude(const DispatchJob& job, const Entering& in, const Placi
 }
 
 // A call that failed everywhere leaves a valid, empty result.
-__device__ void conclude_failed(const DispatchJob& job, Entering& in, const Placing& placing) {
+__device__ __noinline__ void conclude_failed(const DispatchJob& job, Entering& in,
+                                             const Placing& placing) {
     const RankView& view = job.view;
     const DispatchArgs& a = job.args;
     if (!a.cached) {
+#pragma unroll 1
         for (int e = threadIdx.x; e < placing.num_local; e += blockDim.x) a.expert_counts[e] = 0;
+#pragma unroll 1
         for (int i = threadIdx.x; i < 2 * view.shape.num_ranks; i += blockDim.x) {
             a.rank_counts[i] = 0;
         }
@@ -161,6 +171,7 @@ __global__ void __launch_bounds__(kMaxNotifyWarps * 32, 1)
     if (threadIdx.x == 0) init_placing(view, placing, shared_counters);
     if (__syncthreads_or(device::gave_up(view.watch))) return;
     int32_t* shared = shared_counters + placing_bytes(view.shape) / 4;
+#pragma unroll 1
     for (int i = threadIdx.x; i <= view.shape.num_ranks; i += blockDim.x) {
         placing.first[i] = view.state.first[i];
     }
@@ -176,7 +187,7 @@ __global__ void __launch_bounds__(kMaxNotifyWarps * 32, 1)
     const Counters counters = counters_of(job, shared, job.num_chunks);
     gather(job, counters, in);
     publish_entries(view, in, {counters.totals, placing.first, !a.cached});
-    if (!await_entries(view, in, CountsReader{job, in.seq, placing})) return;
+    if (!await_entries(view, in, CountsReader{job, in.slot, placing})) return;
     // Everybody's notify is resident by now, so push may take its SMs.
     ptx::griddepcontrol_launch_dependents();
     if (in.outcome.ok()) judge_counts(job, in, placing);
@@ -187,11 +198,11 @@ __global__ void __launch_bounds__(kMaxNotifyWarps * 32, 1)
         if (threadIdx.x == 0) judge_size(job, placing, meta_bytes);
         __syncthreads();
     }
-    publish_bases(job, in.seq, placing);
+    publish_bases(job, in.seq, in.slot, placing);
     if (!needs_groups(a) && threadIdx.x < 32) place_groups(job, placing);
     if (!await_bases(job, in, placing, counters.totals, meta_bytes)) return;
     if (!in.outcome.ok()) return conclude_failed(job, in, placing);
-    fold_bases(job, in.seq, counters, placing);
+    fold_bases(job, in.slot, counters, placing);
     conclude(job, in, placing);
 }
 
@@ -201,7 +212,7 @@ __global__ void __launch_bounds__(128, 1)
     if (__syncthreads_or(device::gave_up(view.watch))) return;
     if (!acquire_slot(view, begin, in)) return;
     publish_entries(view, in, {});
-    if (threadIdx.x == 0) release_slot(view, in.seq);  // we read nothing there
+    if (threadIdx.x == 0) release_slot(view, in.seq, in.slot);  // we read nothing there
 }
 
 __global__ void leave_kernel(const __grid_constant__ RankView view) {
@@ -256,6 +267,7 @@ int launch_leave(const RankView& view, Stream stream) {
 
 int load_notify(int smem_bytes) {
     smem_limit = smem_bytes;
+#pragma unroll 1
     for (const void* kernel : {reinterpret_cast<const void*>(&refuse_kernel),
                                reinterpret_cast<const void*>(&leave_kernel),
                                reinterpret_cast<const void*>(&count_kernel),

@@ -57,15 +57,15 @@ __device__ __forceinline__ int64_t limit_of(const RankView& view, const EntryRec
 // a number that cannot be.
 struct CountsReader {
     const DispatchJob& job;
-    uint64_t seq;
+    int slot;
     Placing& placing;
 
     __device__ void operator()(int src) const {
         const RankView& view = job.view;
-        const int lane = threadIdx.x % 32, slot = static_cast<int>(seq % view.shape.num_slots);
+        const int lane = threadIdx.x % 32;
         const auto* counts =
             at<const int32_t>(view, view.peers.rank, view.layout.count_row(slot, src));
-        const EntryRecord& entry = entry_of(view, seq, src);
+        const EntryRecord& entry = entry_of(view, slot, src);
         const int64_t limit = limit_of(view, entry);
         bool bad = entry.num_rows < 0 || entry.num_rows > limit;
 #pragma unroll 4
@@ -84,6 +84,7 @@ __device__ inline void judge_counts(const DispatchJob& job, Entering& in, Placin
     const RankView& view = job.view;
     const int num_ranks = view.shape.num_ranks;
     // Our own handle is not the one the peers use: refuse, as a receiver.
+#pragma unroll 1
     for (int src = threadIdx.x; job.args.cached && src < num_ranks; src += blockDim.x) {
         if (placing.arriving[src] != job.args.rank_counts[num_ranks + src]) {
             placing.code = kStaleHandle;
@@ -91,7 +92,7 @@ __device__ inline void judge_counts(const DispatchJob& job, Entering& in, Placin
     }
     if (threadIdx.x == 0 && placing.bad_source != kNoObjection) {
         const int src = static_cast<int>(placing.bad_source);
-        const EntryRecord& entry = entry_of(view, in.seq, src);
+        const EntryRecord& entry = entry_of(view, in.slot, src);
         set_outcome(in.outcome, kBadCount, src, limit_of(view, entry), entry.num_rows);
     }
     __syncthreads();
@@ -102,6 +103,7 @@ template <class Get>
 __device__ int warp_prefix(int n, int32_t* out, Get get) {
     const int lane = threadIdx.x % 32;
     int total = 0;
+#pragma unroll 1
     for (int i0 = 0; i0 < n; i0 += 32) {
         const int mine = i0 + lane < n ? get(i0 + lane) : 0;
         int sum = mine;
@@ -121,11 +123,13 @@ __device__ int warp_prefix(int n, int32_t* out, Get get) {
 // Selections of every local expert, over all sources.
 __device__ inline void sum_selections(const DispatchJob& job, Placing& placing) {
     const RankView& view = job.view;
+#pragma unroll 1
     for (int e = threadIdx.x; e < placing.num_local; e += blockDim.x) {
         int sum = 0;
         if (job.args.cached) {
             sum = job.args.expert_counts[e];
         } else {
+#pragma unroll 1
             for (int src = 0; src < view.shape.num_ranks; ++src) {
                 sum += placing.selections[src * placing.num_local + e];
             }
@@ -142,6 +146,7 @@ __device__ inline void place_sources(const DispatchJob& job, Placing& placing) {
     const int num_ranks = view.shape.num_ranks, lane = threadIdx.x % 32;
     const int total =
         warp_prefix(num_ranks, placing.first_row, [&](int src) { return placing.arriving[src]; });
+#pragma unroll 1
     for (int src = lane; src <= num_ranks; src += 32) {
         view.state.first_row[src] = placing.first_row[src];
         if (src < num_ranks && !job.args.cached) {
@@ -159,6 +164,7 @@ __device__ inline void place_groups(const DispatchJob& job, Placing& placing) {
         if (a.layout == RecvLayout::kSlab) return static_cast<int>(a.capacity);
         return (placing.counts[e] + a.alignment - 1) / a.alignment * a.alignment;
     });
+#pragma unroll 1
     for (int e = lane; e <= placing.num_local; e += 32) {
         job.view.state.group_start[e] = placing.group_start[e];
     }
@@ -203,13 +209,15 @@ __device__ inline void judge_size(const DispatchJob& job, Placing& placing, int6
 }
 
 // "You may write here." The last release of every source's base is the credit.
-__device__ inline void publish_bases(const DispatchJob& job, uint64_t seq, const Placing& placing) {
+__device__ inline void publish_bases(const DispatchJob& job, uint64_t seq, int slot,
+                                     const Placing& placing) {
     const RankView& view = job.view;
     const int num_ranks = view.shape.num_ranks, me = view.peers.rank;
-    const int slot = static_cast<int>(seq % view.shape.num_slots);
     if (placing.code == kOk && !job.args.cached && job.args.layout != RecvLayout::kCompact) {
+#pragma unroll 1
         for (int e = threadIdx.x; e < placing.num_local; e += blockDim.x) {
             int next = placing.group_start[e];
+#pragma unroll 1
             for (int src = 0; src < num_ranks; ++src) {
                 *at<int32_t>(view, src, view.layout.expert_row(slot, placing.first[me] + e)) = next;
                 next += placing.selections[src * placing.num_local + e];
@@ -217,6 +225,7 @@ __device__ inline void publish_bases(const DispatchJob& job, uint64_t seq, const
         }
         __syncthreads();
     }
+#pragma unroll 1
     for (int src = threadIdx.x; src < num_ranks; src += blockDim.x) {
         BaseRecord& base = *at<BaseRecord>(view, src, view.layout.base(slot, me));
         base.code = placing.code;
@@ -246,9 +255,10 @@ __device__ __noinline__ inline bool is_sane(const DispatchJob& job, const BaseRe
 __device__ inline bool await_bases(const DispatchJob& job, Entering& in, Placing& placing,
                                    const int32_t* sent, int64_t meta_bytes) {
     const RankView& view = job.view;
-    const int slot = static_cast<int>(in.seq % view.shape.num_slots);
+    const int slot = in.slot;
     const Operation op{OpKind::kDispatch, in.seq};
     bool ok = true;
+#pragma unroll 1
     for (int p = threadIdx.x; p < view.shape.num_ranks; p += blockDim.x) {
         const auto* word = at<BaseRecord>(view, view.peers.rank, view.layout.base(slot, p));
         ok = ok && device::wait_word(view.watch, op, {Site::kBase, p, in.seq}, &word->seq);

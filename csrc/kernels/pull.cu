@@ -243,9 +243,8 @@ __device__ __noinline__ bool owners_are_healthy(const RankView& view, const Oper
 }
 
 // The last block tells every owner that we have read its y, and waits until everybody has read ours.
-__device__ void leave(const RankView& view, const Operation& op) {
+__device__ void leave(const RankView& view, const Operation& op, int slot) {
     const int num_ranks = view.shape.num_ranks, me = view.peers.rank;
-    const int slot = static_cast<int>(op.seq % view.shape.num_slots);
     bool ok = true;
     if (!__syncthreads_and(owners_are_healthy(view, op))) return;
     for (int p = threadIdx.x; p < num_ranks; p += blockDim.x) {
@@ -256,7 +255,7 @@ __device__ void leave(const RankView& view, const Operation& op) {
         const auto* word = at<uint64_t>(view, me, view.layout.pulled_word(slot, p));
         ok = ok && device::wait_word(view.watch, op, {Site::kPulled, p, op.seq}, word);
     }
-    if (__syncthreads_and(ok) && threadIdx.x == 0) release_slot(view, op.seq);
+    if (__syncthreads_and(ok) && threadIdx.x == 0) release_slot(view, op.seq, slot);
 }
 
 // How the shared memory and the warps of a block are divided.
@@ -288,9 +287,9 @@ __global__ void __launch_bounds__(kMaxPullWarps * 32, 1)
     ptx::griddepcontrol_wait();
     const OpState& state = *view.state.op;
     const bool leaves = device::gave_up(view.watch) || state.code != kOk;
-    const Planner planner(job, state.seq, sources);
+    const Planner planner(job, state, sources);
     for (int p = threadIdx.x; p < view.shape.num_ranks; p += blockDim.x) {
-        const EntryRecord& entry = entry_of(view, planner.op.seq, p);
+        const EntryRecord& entry = entry_of(view, planner.entries, p);
         const bool own = p == view.peers.rank;
         sources[p] = {own ? job.args.x : view.peers.arena[p] + entry.y_offset, entry.num_rows};
     }
@@ -312,7 +311,7 @@ __global__ void __launch_bounds__(kMaxPullWarps * 32, 1)
         is_last = ptx::atom_acq_rel_gpu_inc(&view.state.op->finished, last) == last;
     }
     __syncthreads();
-    if (is_last) leave(view, planner.op);
+    if (is_last) leave(view, planner.op, planner.entries);
 }
 
 using PullKernel = void (*)(CombineJob, Groups);

@@ -132,14 +132,13 @@ __device__ bool move_rows(Mover& m) {
 // Every rank's share of what these warps of the block have done becomes visible there.
 __device__ void announce_records(const Router& router, const int32_t* described) {
     const RankView& view = router.job.view;
-    const int slot = static_cast<int>(router.op.seq % view.shape.num_slots);
     ptx::barrier_sync_aligned(1, 32 * kRecordWarps);
     if (threadIdx.x / 32 != blockDim.x / 32 - 1) return;
     for (int p = ptx::lane_id(); p < view.shape.num_ranks; p += 32) {
         if (described[p] == 0) continue;
         // Releases the records of this block; pairs with the acquire in await_records.
         ptx::red_release_sys_add(
-            at<uint64_t>(view, p, view.layout.described_word(slot, view.peers.rank)),
+            at<uint64_t>(view, p, view.layout.described_word(router.slot, view.peers.rank)),
             uint64_t(described[p]));
     }
 }
@@ -201,7 +200,7 @@ __global__ void __launch_bounds__((kMaxMovers + kRecordWarps) * 32, 1)
     auto* pushed = reinterpret_cast<int32_t*>(targets + num_ranks);
     auto* described = pushed + num_ranks;
 
-    Router router{job, {OpKind::kDispatch, 0}, targets};
+    Router router{job, {OpKind::kDispatch, 0}, 0, targets};
     Mover mover{router,
                 {shared + int64_t{warp} * stage_bytes, &loaded[moves ? warp : 0]},
                 stage_bytes,
@@ -218,9 +217,10 @@ __global__ void __launch_bounds__((kMaxMovers + kRecordWarps) * 32, 1)
     ptx::griddepcontrol_launch_dependents();
     const OpState& state = *view.state.op;
     router.op.seq = state.seq;
+    router.slot = state.slot;
     const bool leaves = device::gave_up(view.watch) || state.code != kOk;
     for (int p = threadIdx.x; p < num_ranks; p += blockDim.x) {
-        targets[p] = router.target(p, state.slot);
+        targets[p] = router.target(p);
         pushed[p] = described[p] = 0;
     }
     if (__syncthreads_or(leaves)) {

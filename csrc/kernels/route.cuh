@@ -38,9 +38,10 @@ struct Route {
 struct Router {
     const DispatchJob& job;
     Operation op;
+    int32_t slot;
     const Target* targets;
 
-    __device__ Target target(int dst, int slot) const {
+    __device__ Target target(int dst) const {
         const RankView& view = job.view;
         const auto& base =
             *at<const BaseRecord>(view, view.peers.rank, view.layout.base(slot, dst));

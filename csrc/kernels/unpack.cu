@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(kUnpackThreads, 1)
     __syncwarp();
     const bool releases = unpack_and_await(unpack, stage, first_row);
     ptx::griddepcontrol_wait();  // what follows us may overwrite x: our push has read it
-    if (releases && threadIdx.x == 0) release_slot(view, view.state.op->seq);
+    if (releases && threadIdx.x == 0) release_slot(view, view.state.op->seq, view.state.op->slot);
 }
 
 // ---- duplicates: grouped and slab have a row for every slot, but only the first one was sent ----
