@@ -40,6 +40,7 @@ from ep_comm.checks import (
     check_dispatch,
     check_memory,
     check_options,
+    check_transfer,
     flag,
     one_of,
     positive,
@@ -261,7 +262,8 @@ class Buffer:
         scale_block: int | None = ..., quantize: str | None = ..., handle: Any = ...,
         layout: str = ..., alignment: int = ..., row_index: bool = ..., origins: bool = ...,
         layer: int | None = ..., capacity: int | None = ..., sync: bool = ...,
-        wait: Literal[True] = ..., output: str = ..., num_sms: int | None = ..., tag: str = ...,
+        wait: Literal[True] = ..., output: str = ..., transfer: str = ...,
+        num_sms: int | None = ..., tag: str = ...,
     ) -> Received: ...
     @overload
     def dispatch(
@@ -269,7 +271,8 @@ class Buffer:
         scale_block: int | None = ..., quantize: str | None = ..., handle: Any = ...,
         layout: str = ..., alignment: int = ..., row_index: bool = ..., origins: bool = ...,
         layer: int | None = ..., capacity: int | None = ..., sync: bool = ...,
-        wait: Literal[False], output: str = ..., num_sms: int | None = ..., tag: str = ...,
+        wait: Literal[False], output: str = ..., transfer: str = ...,
+        num_sms: int | None = ..., tag: str = ...,
     ) -> Begun[Received]: ...
     # fmt: on
 
@@ -292,6 +295,7 @@ class Buffer:
         sync: bool = True,
         wait: bool = True,
         output: str = "auto",
+        transfer: str = "sm",
         num_sms: int | None = None,
         tag: str = "",
     ) -> Any:
@@ -329,6 +333,9 @@ class Buffer:
             wait: False: return a `Begun` at once.
             output: where x lies: "arena", "torch" (copied out), or "auto" (copied out when the
                 arena runs short).
+            transfer: how rows travel, nvlink. "sm": pushed by SMs. "copy_engine": packed by
+                destination in a short step on all SMs, then copied, which holds no SM; compact,
+                sync=True, not quantized; takes arena memory for the rows that leave.
             num_sms: SMs for this call, GPU backends.
             tag: your name for the call, quoted in errors.
         Returns:
@@ -340,9 +347,9 @@ class Buffer:
             EPTimeout, EPPeerDied, EPPeerLeft: E101, E102, E110, E111; EPCorruption: E240 to E242;
                 EPUsageError: E330. After these the buffer can only be closed.
 
-        Stream: CPU tensors: none, the call returns when its rows are there. GPU tensors with the
-            collective backend: the current stream; a begun one runs on a stream of its own, behind
-            what was launched before it.
+        Stream: CPU tensors: none, the call returns when its rows are there. GPU tensors: the
+            current stream; a begun one runs on a stream of the buffer's, behind what was launched
+            before it, and `wait()` puts the current stream behind it.
         Collective: every rank calls it, in the same order.
         Cost: payload bytes * unique (token, rank) pairs, written once; grouped and slab copy a row
             again, locally, for each further selection of it.
@@ -362,6 +369,7 @@ class Buffer:
                 )  # fmt: skip
                 waits = flag("wait", wait)
                 call.replicas = self._replicas_of(layer, call)
+                call.transfer = check_transfer(transfer, call, self._backend.name)
                 work = self._backend.prepare_dispatch(call)
             except EPError as error:
                 raise self._refused("dispatch", error, tag) from None
@@ -423,7 +431,7 @@ class Buffer:
             x: expert output in the rows of the dispatch, shape of its `recv.x`; bfloat16, float16
                 or float32, contiguous, 16 bytes aligned. Where it lies in the arena (`recv.x`,
                 `buffer.empty()`) peers read it in place; otherwise rows of remote tokens are copied
-                there first.
+                into the arena: piece by piece on the CPU, all at once on GPUs.
             handle: `recv.handle`, or a tuple or list of the same tensors.
             weighted: multiply each row by the top-k weight given at dispatch, in float32, product
                 rounded; grouped, slab.
@@ -572,7 +580,7 @@ class Buffer:
         """Give the arena's memory back to the system, as far as no tensor holds it.
 
         cpu: local; the next operation takes it again. nvlink: collective, all of it, for processes
-        that share a GPU in turns; no operation until `resume()`, whose memory has the old addresses.
+        that share a GPU in turns; no operation until `resume()`, which keeps all addresses.
 
         Raises:
             EPUsageError: E310, nvlink, on all ranks: a tensor of some rank lies in its arena.

@@ -19,6 +19,7 @@ from ep_comm.replicas import LayerReplicas
 Layout = Literal["compact", "grouped", "slab"]
 Quantize = Literal["fp8", "fp8_ue8m0"]
 Output = Literal["auto", "arena", "torch"]
+Transfer = Literal["sm", "copy_engine"]
 Order = Literal["rank", "topk"]
 
 MAX_TOPK: Final = _core.MAX_TOPK
@@ -38,6 +39,7 @@ WEIGHTS: Final = (torch.float32, torch.bfloat16, torch.float16)
 SCALE_BLOCKS: Final = (128, 32)
 QUANTIZE: Final = get_args(Quantize)
 OUTPUTS: Final = get_args(Output)
+TRANSFERS: Final = get_args(Transfer)
 ORDERS: Final = get_args(Order)
 
 
@@ -90,6 +92,7 @@ class DispatchCall:
     num_sms: int | None
     tag: str
     replicas: LayerReplicas | None = None  # then topk_idx names logical experts
+    transfer: Transfer = "sm"
 
     @property
     def num_topk(self) -> int:
@@ -116,6 +119,22 @@ class CombineCall:
     out: Tensor | None  # [T, H]
     num_sms: int | None
     tag: str
+
+
+def check_transfer(transfer: Any, call: DispatchCall, backend: str) -> Transfer:
+    """E203 unless this call can be moved so."""
+    one_of("transfer", transfer, TRANSFERS)
+    if transfer == "sm":
+        return "sm"
+    wants = {
+        "backend 'nvlink'": backend == "nvlink",
+        "sync=True": call.sync,
+        "layout='compact'": call.layout == "compact",
+        "quantize=None": call.quantize is None,
+    }
+    if missing := [want for want, given in wants.items() if not given]:
+        raise make_error("E203", f"rejected transfer={transfer!r}: want {missing[0]} with it")
+    return "copy_engine"
 
 
 def as_tensor(name: str, value: Any) -> Tensor:

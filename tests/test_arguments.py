@@ -158,6 +158,8 @@ DISPATCH: dict[str, Bad] = {
     "row-index-array": Bad("E203", ("row_index",), {"row_index": torch.ones(2)}),
     "sync-array": Bad("E203", ("sync",), {"sync": torch.ones(2)}),
     "origins-array": Bad("E203", ("origins",), {"origins": torch.ones(2)}),
+    "transfer": Bad("E203", ("transfer='dma'", "'copy_engine'"), {"transfer": "dma"}),
+    "transfer-cpu": Bad("E203", ("'copy_engine'", "nvlink"), {"transfer": "copy_engine"}),
     "num-sms-0": Bad("E203", ("num_sms=0",), {"num_sms": 0}),
     # scales and quantization
     "quantize": Bad("E203", ("quantize='int4'", "fp8_ue8m0"), {"quantize": "int4"}),

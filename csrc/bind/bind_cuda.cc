@@ -184,13 +184,16 @@ void bind_rank(py::module_& m) {
         .def(
             "begin_dispatch",
             [](DeviceRank& self, const DispatchArgs& args, bool waits, bool apart, uintptr_t status,
-               uintptr_t num_recv, int num_sms, uintptr_t stream) {
+               uintptr_t num_recv, int num_sms, uintptr_t stream, bool by_copies) {
                 py::gil_scoped_release nogil;
                 return self.begin_dispatch(args, waits, apart, reinterpret_cast<int32_t*>(status),
                                            reinterpret_cast<int32_t*>(num_recv), num_sms,
-                                           as_stream(stream));
+                                           as_stream(stream), by_copies);
             },
-            "args"_a, "waits"_a, "apart"_a, "status"_a, "num_recv"_a, "num_sms"_a, "stream"_a)
+            "args"_a, "waits"_a, "apart"_a, "status"_a, "num_recv"_a, "num_sms"_a, "stream"_a,
+            "by_copies"_a)
+        .def("push_copies", &DeviceRank::push_copies, "flight"_a,
+             py::call_guard<py::gil_scoped_release>())
         .def("has_report", &DeviceRank::has_report, "flight"_a)
         .def("await_report", &await_report, "flight"_a)
         .def(

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "contract/gpu.h"
+#include "host/copy_push.h"
 #include "host/device_arena.h"
 #include "host/device_state.h"
 #include "host/peer_watch.h"
@@ -55,7 +56,10 @@ public:
     // later it must have been queued.
     std::shared_ptr<Flight> begin_dispatch(const DispatchArgs& args, bool waits, bool apart,
                                            int32_t* status, int32_t* num_recv, int num_sms,
-                                           Stream stream);
+                                           Stream stream, bool by_copies = false);
+    // Moves the rows of a dispatch begun by copies, once its report is there and good. Compact, not
+    // quantized. By SMs after all when the arena has no room to pack them.
+    void push_copies(Flight& flight);
     // Whether the report of a begun call is there.
     bool has_report(Flight& flight);
     // Waits for it; false when it is not there within `limit`. Then nothing is lost: ask again.
@@ -96,7 +100,9 @@ private:
     std::vector<DevicePeer> peers_;
     std::shared_ptr<DeviceArena> arena_;
     std::shared_ptr<DeviceState> state_;
+    std::shared_ptr<void> kept_;  // all that a captured graph may touch
     std::unique_ptr<PeerWatch> watch_;
+    std::unique_ptr<CopyPush> copies_;
     RankView view_;  // lane 0
     HostPage* page_ = nullptr;
     Stream last_stream_ = nullptr;

@@ -80,6 +80,8 @@ DeviceRank::DeviceRank(const Shape& shape, int rank, uint64_t generation,
         processes.push_back(peer.process);
     }
     state_ = std::make_shared<DeviceState>(shape, rank, expert_owner, control, arenas, arena_bytes);
+    kept_ = std::make_shared<std::pair<std::shared_ptr<DeviceState>, std::vector<DevicePeer>>>(
+        state_, peers_);
     page_ = state_->page();
     copies_ = std::make_unique<CopyPush>(rank, std::move(arenas), smem_bytes_);
     const double post_s = std::min(clocks.arrival_warn_s, clocks.progress_s);
@@ -132,7 +134,7 @@ int DeviceRank::blocks(OpKind kind, int num_sms) const {
 // Operations of one buffer run in the order they are begun, whatever their streams.
 void DeviceRank::enter(Stream stream) {
     EP_CUDA(cudaSetDevice(arena_->device()));
-    keep_in_graph(stream, state_);
+    keep_in_graph(stream, kept_);
     if (has_stream_ && last_stream_ != stream && in_same_graph(stream, last_stream_)) {
         EP_CUDA(cudaEventRecord(static_cast<cudaEvent_t>(order_), last_stream_));
         EP_CUDA(cudaStreamWaitEvent(stream, static_cast<cudaEvent_t>(order_), 0));
@@ -402,6 +404,7 @@ void DeviceRank::leave() {
     if (getpid() != pid_) {  // a fork is not the rank, and has no context
         watch_->stop();
         watch_.release();
+        kept_.reset();
         new std::shared_ptr<DeviceState>(std::move(state_));
         copies_.release();
         return;
@@ -423,6 +426,7 @@ void DeviceRank::leave() {
     cudaEventDestroy(static_cast<cudaEvent_t>(order_));
     page_ = nullptr;
     copies_.reset();
+    kept_.reset();
     state_.reset();
 }
 

@@ -24,13 +24,41 @@ __device__ const BaseRecord& base_of(const RankView& view, int slot, int dst) {
     return *at<const BaseRecord>(view, view.peers.rank, view.layout.base(slot, dst));
 }
 
+// How many rows the tokens before `t` have at a rank, of a handle; nobody counted them. Rows follow the
+// tokens, so the next token that goes there knows. One warp.
+__device__ int rows_before(const Router& router, int t, int dst, int64_t base_row, int num_rows) {
+    const DispatchArgs& a = router.job.args;
+    const int lane = ptx::lane_id();
+    for (int t0 = t; t0 < a.num_tokens; t0 += 32) {
+        int row = -1;
+        for (int k = 0; t0 + lane < a.num_tokens && row < 0 && k < a.num_topk; ++k) {
+            const int64_t at = int64_t{t0 + lane} * a.num_topk + k, id = a.topk_idx[at];
+            const bool there = id >= 0 && id < router.job.view.shape.num_experts &&
+                               __ldg(router.job.view.state.owner + id) == dst;
+            if (there) row = max(0, static_cast<int>(a.send_row[at] - base_row));
+        }
+        const uint32_t found = __ballot_sync(~0u, row >= 0);
+        if (found != 0) return min(__shfl_sync(~0u, row, __ffs(found) - 1), num_rows);
+    }
+    return num_rows;
+}
+
 // Tells the host where rows go, and the verdict with it. One block.
 __global__ void places_kernel(const __grid_constant__ PackJob pack) {
     const DispatchJob& job = pack.dispatch;
     const RankView& view = job.view;
     const OpState& state = *view.state.op;
     if (__syncthreads_or(device::gave_up(view.watch) || state.code != kOk)) return;
-    const int num_ranks = view.shape.num_ranks;
+    const int num_ranks = view.shape.num_ranks, num_warps = blockDim.x / 32;
+    const Router router{job, {OpKind::kDispatch, state.seq}, nullptr};
+    for (int i = threadIdx.x / 32; job.args.cached && i < num_ranks * (job.num_chunks - 1);
+         i += num_warps) {
+        const int p = i % num_ranks, chunk = i / num_ranks;
+        const int until = rows_before(router, (chunk + 1) * job.tokens_per_chunk, p,
+                                      base_of(view, state.slot, p).row,
+                                      static_cast<int>(job.args.rank_counts[p]));
+        if (ptx::lane_id() == 0) pack.places[p].until[chunk] = until;
+    }
     for (int p = threadIdx.x; p < num_ranks; p += blockDim.x) {
         const BaseRecord& base = base_of(view, state.slot, p);
         Place& place = pack.places[p];
@@ -38,10 +66,9 @@ __global__ void places_kernel(const __grid_constant__ PackJob pack) {
         place.meta_offset = base.meta_offset;
         place.row = base.row;
         place.num_rows = job.args.rank_counts[p];
-        for (int c = 0; c + 1 < job.num_chunks; ++c) {
-            // Nobody counted the chunks of a handle: its rows go in one piece.
+        for (int c = 0; !job.args.cached && c + 1 < job.num_chunks; ++c) {
             const int next = (c + 1) * num_ranks + p;
-            place.until[c] = job.args.cached ? 0 : int(view.state.chunk_row[next] - base.row);
+            place.until[c] = static_cast<int>(view.state.chunk_row[next] - base.row);
         }
         place.until[job.num_chunks - 1] = static_cast<int>(place.num_rows);
     }

@@ -104,17 +104,22 @@ class Dispatch(calls.Dispatch):
         self._start(apart=False)
         if self.call.sync:
             self._await_sizes()
+        self._copy()
         return self._finish()
 
     def begin(self) -> Begun:
-        """Never waits for a peer, but num_slots operations after one whose sizes are wanted: that
-        one has to leave its slot first."""
+        """Waits for no peer, but num_slots operations after one whose sizes are wanted: that one
+        leaves its slot first. With transfer="copy_engine" it waits for sizes."""
         backend = self.backend
         backend.enter()
         with backend.on_own_stream(self):
             if self.call.layout == "slab":
                 self._promise()
-            self._start(apart=self.call.sync)
+            by_copies = self.call.transfer == "copy_engine"
+            self._start(apart=self.call.sync and not by_copies)
+            if by_copies:  # the host queues the copies, and peers count on them
+                self._settle()
+                return Begun(backend, self._take, backend.when_over())
             if not self.call.sync:
                 self._settle()
                 return Begun(backend, self._take, backend.when_over(), self.promised)
@@ -142,6 +147,7 @@ class Dispatch(calls.Dispatch):
         try:
             if self.call.sync:
                 self._await_sizes()
+            self._copy()
             self._result = self._finish()
         except EPError as error:
             self._error = error
@@ -153,7 +159,7 @@ class Dispatch(calls.Dispatch):
         with backend.cuda_faults():
             self.flight = backend.rank.begin_dispatch(
                 self.args, call.sync, apart, self.status.data_ptr(), self.num_recv.data_ptr(),
-                backend.blocks(call.num_sms), backend.stream(),
+                backend.blocks(call.num_sms), backend.stream(), call.transfer == "copy_engine",
             )  # fmt: skip
         self.number = backend.seq()
         if self.flight.outcome.code != 0:  # refused before it was queued
@@ -165,6 +171,12 @@ class Dispatch(calls.Dispatch):
             self.backend.rank.await_report(self.flight)
         if self.flight.outcome.code != 0:
             raise self.backend.error(self.flight.outcome, self.call.tag)
+
+    def _copy(self) -> None:
+        """Queue the copies of a call that moves its rows so, once sizes are known."""
+        if self.call.transfer == "copy_engine":
+            with self.backend.cuda_faults():
+                self.backend.rank.push_copies(self.flight)
 
     def _finish(self) -> Received:
         backend, call, flight = self.backend, self.call, self.flight

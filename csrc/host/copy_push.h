@@ -1,0 +1,40 @@
+// Moves the rows of a dispatch by copy engine: a short step on all SMs packs them by destination, piece
+// by piece; copies bring them to their final rows, which overlaps the packing of what follows.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "contract/pack.h"
+#include "host/device_arena.h"
+#include "transport/device_memory.h"
+
+namespace ep {
+
+class CopyPush {
+public:
+    // `arenas`: of every rank, as mapped here.
+    CopyPush(int rank, std::vector<std::byte*> arenas, int smem_bytes);
+    ~CopyPush();
+    CopyPush(const CopyPush&) = delete;
+    CopyPush& operator=(const CopyPush&) = delete;
+
+    // Behind notify: the report that its host waits for comes with the places.
+    void begin(DispatchJob& job, Stream stream);
+    // Once that report is there and good: `stream` continues when the copies are done. False when the
+    // arena has no room for the packed rows: nothing happened.
+    bool run(const DispatchJob& job, DeviceArena& arena, int num_blocks, Stream stream);
+
+private:
+    void copy_piece(const PackJob& pack, const std::vector<int64_t>& start);
+
+    int rank_;
+    std::vector<std::byte*> arenas_;
+    Place *places_ = nullptr, *mapped_places_ = nullptr;  // [num_ranks] pinned
+    int32_t* start_ = nullptr;                            // device
+    Stream copies_ = nullptr;
+    void* event_ = nullptr;  // cudaEvent_t
+};
+
+}  // namespace ep
