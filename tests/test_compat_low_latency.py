@@ -194,6 +194,37 @@ def test_slots_masked_before_combine_are_left_out(ranks: Ranks) -> None:
     ranks.run(work)
 
 
+@pytest.mark.parametrize("mode", ["plain", "inference", "int32", "hook"])
+def test_ids_may_change_after_dispatch(ranks: Ranks, mode: str) -> None:
+    data = _inputs((4, 4, 4, 4))
+
+    def work(rank: int, buffer: deep_ep.Buffer) -> None:
+        kept, weights = data.idx[rank].clone(), data.weights[rank]
+        idx = kept.to(torch.int32) if mode == "int32" else kept.clone()
+        recv_x, _, handle, _, hook = buffer.low_latency_dispatch(
+            data.x[rank], idx, M, E, use_fp8=False, return_recv_hook=mode == "hook"
+        )
+        if hook is not None:
+            hook()
+        want, _, _ = buffer.low_latency_combine(recv_x, idx, weights, handle)
+        idx.fill_(-1)
+        got, _, _ = buffer.low_latency_combine(recv_x, kept, weights, handle)
+        same_bits(got, want)
+        none, _, _ = buffer.low_latency_combine(recv_x, idx, weights, handle)
+        same_bits(none, torch.zeros_like(want))
+        for wrong in ((kept + 1) % E, torch.full_like(kept, E), torch.full_like(kept, -2)):
+            with pytest.raises(EPArgumentError, match="other experts"):
+                buffer.low_latency_combine(recv_x, wrong, weights, handle)
+        with pytest.raises(EPArgumentError, match="rejected topk_idx"):
+            buffer.low_latency_combine(recv_x, kept[:, :1], weights, handle)
+
+    def inferring(rank: int, buffer: deep_ep.Buffer) -> None:
+        with torch.inference_mode(mode == "inference"):
+            work(rank, buffer)
+
+    ranks.run(inferring)
+
+
 def test_zero_copy_combines_what_was_written_to_the_buffer(ranks: Ranks) -> None:
     data = _inputs()
     want = _expected(data, "bf16")

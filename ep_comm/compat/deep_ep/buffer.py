@@ -138,7 +138,8 @@ class Buffer(LowLatencyCalls):
         Collective. Rows are ordered by (source rank, source token). The calls of ranks without
         topk_idx cost a second, small dispatch, which carries num_tokens_per_expert.
         """
-        wait_for(previous_event)
+        if previous_event is not None:
+            wait_for(previous_event)
         given, scales = x if isinstance(x, tuple) else (x, None)
         rows = given if given.dtype in _TRAVEL else given.view(torch.uint8)
         options = {
@@ -165,7 +166,8 @@ class Buffer(LowLatencyCalls):
         if num_worst_tokens > 0:
             options |= {"sync": False, "capacity": num_worst_tokens}
         recv = native.dispatch(rows, ids, topk_weights, origins=True, **options)
-        _raise_static(native, recv)
+        if num_worst_tokens > 0:
+            _raise_static(native, recv)
         given_back = pack(recv, ids, is_token_in_rank, self.rank)
         counts: list[int] = []
         if num_worst_tokens <= 0:

@@ -86,11 +86,11 @@ class LowLatencyCalls:
         stats = cumulative_local_expert_recv_stats
         if return_recv_hook:
             form = _form(x.shape[1], use_fp8, use_ue8m0)
-            pending = _PendingDispatch(native, work, sizes, form, stats)
+            pending = _PendingDispatch(native, work, sizes, form, stats, topk_idx)
             return (*pending.results, EventOverlap(), pending.finish)
         _count(stats, work.num_tokens_per_expert)
         received = work.x if work.scales is None else (work.x, work.scales)
-        origins, routing = work.origins, _Routing(native, work.handle)
+        origins, routing = work.origins, _Routing(native, topk_idx, work.handle)
         handle = _handle(origins.row_token, origins.source_range, sizes, routing)
         return received, work.num_tokens_per_expert, handle, finished(async_finish), None
 
@@ -111,7 +111,7 @@ class LowLatencyCalls:
 
         Args:
             x: bfloat16 [El, R * M, H], contiguous; with zero_copy only its shape counts.
-            topk_idx: [T, K] of the dispatch; slots may have become -1 and are then left out.
+            topk_idx: [T, K] of the dispatch; slots may have become -1: their weight is 0 then.
             topk_weights: float32 [T, K].
             use_logfmt: rows stay as they are.
             zero_copy: the rows are those of `get_next_low_latency_combine_buffer(handle)`.
@@ -199,17 +199,17 @@ class LowLatencyCalls:
 class _Routing:
     """What combine needs that the documented handle does not hold."""
 
-    def __init__(self, native: Any, handle: Handle | None, finish: Hook | None = None) -> None:
+    def __init__(
+        self, native: Any, given: Tensor, handle: Handle | None, finish: Hook | None = None
+    ) -> None:
         self.native = native
         self.handle = handle  # None until the receiving half is over
         self.combine_buffer: Tensor | None = None
         self._finish = finish
-
-        if handle is not None:
-            self.arrived(handle)
+        self._has_weights = False  # as the handle's meta says
+        self._given, self._version = given, _version(given)  # of its ids the handle has a copy
 
     def arrived(self, handle: Handle) -> None:
-        handle.meta.add_(_WEIGHTS_COME_LATER)
         self.handle, self._finish = handle, None  # `finish` holds what holds us
 
     def weighted(self, topk_idx: Tensor, topk_weights: Tensor) -> Handle:
@@ -218,33 +218,41 @@ class _Routing:
             self._finish()
         handle = self.handle
         assert handle is not None
-        ids = handle.topk_idx
-        given = topk_idx if topk_idx.dtype == torch.int64 else topk_idx.long()
-        if not torch.equal(given, ids):
-            ids = self._masked(given.contiguous(), ids)
-        if topk_weights.shape != ids.shape:
-            got, want = list(topk_weights.shape), list(ids.shape)
-            refuse(self.native, "combine", "E201", f"rejected topk_weights: got {got}, want {want}")
-        weights = topk_weights
+        if not self._has_weights:
+            handle.meta.add_(_WEIGHTS_COME_LATER)
+            self._has_weights = True
+        weights, want = topk_weights, handle.topk_idx.shape
+        if weights.shape != want:
+            what = f"rejected topk_weights: got {list(weights.shape)}, want {list(want)}"
+            refuse(self.native, "combine", "E201", what)
+        unchanged = topk_idx is self._given and 0 <= self._version == _version(topk_idx)
+        if not unchanged and not torch.equal(topk_idx.to(torch.int64), handle.topk_idx):
+            weights = weights.masked_fill(self._left_out(topk_idx, handle.topk_idx), 0.0)
         if weights.dtype != torch.float32 or not weights.is_contiguous():
             weights = weights.to(torch.float32).contiguous()
-        return handle._replace(topk_idx=ids, topk_weights=weights)
+        return handle._replace(topk_weights=weights)
 
-    def _masked(self, ids: Tensor, sent: Tensor) -> Tensor:
-        """Ids of which some became -1 since dispatch, and nothing else changed."""
+    def _left_out(self, ids: Tensor, sent: Tensor) -> Tensor:
+        """Which slots became -1 since dispatch; nothing else may have changed."""
         if ids.shape != sent.shape:
             got, want = list(ids.shape), list(sent.shape)
             refuse(self.native, "combine", "E201", f"rejected topk_idx: got {got}, want {want}")
-        if ((ids != -1) & (ids != sent)).any():
+        left_out = ids == -1
+        if (~left_out & (ids != sent)).any():
             what = "rejected topk_idx: got other experts than at dispatch, want the same or -1"
             refuse(self.native, "combine", "E203", what)
-        return ids
+        return left_out
 
     def taken_buffer(self) -> Tensor:
         if self.combine_buffer is None:
             want = "want get_next_low_latency_combine_buffer(handle) before it"
             refuse(self.native, "combine", "E203", f"rejected zero_copy=True: {want}")
         return self.combine_buffer
+
+
+def _version(ids: Tensor) -> int:
+    """A number that changes when somebody changes them; inference tensors have none: -1."""
+    return -1 if ids.is_inference() else ids._version
 
 
 class _PendingDispatch:
@@ -257,6 +265,7 @@ class _PendingDispatch:
         sizes: tuple[int, int, int],
         form: tuple[torch.dtype, torch.dtype | None, int],
         stats: Tensor | None,
+        topk_idx: Tensor,
     ) -> None:
         self._begun, self._stats = begun, stats
         self._promised: Promised | None = begun.promised
@@ -264,7 +273,7 @@ class _PendingDispatch:
         origins = self._out.origins
         assert origins is not None
         assert origins.source_range is not None
-        self._routing = _Routing(native, None, self.finish)
+        self._routing = _Routing(native, topk_idx, None, self.finish)
         self._handle = _handle(origins.row_token, origins.source_range, sizes, self._routing)
 
     @property
