@@ -43,6 +43,7 @@ class Case:
     routing: str = "uniform"
     seed: int = 0
     backend: str = "auto"
+    transfer: str = "sm"
 
     @property
     def name(self) -> str:
@@ -53,9 +54,14 @@ class Case:
             *([self.layout] if self.layout != "compact" else []),
             *([f"align{self.alignment}"] if self.alignment != 1 else []),
             *(["static"] if self.static else []),
+            *([self.transfer] if self.transfer != "sm" else []),
             *([self.routing] if self.routing != "uniform" else []),
         ]
         return "-".join(parts)
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.backend == "nvlink" else "cpu"
 
     @property
     def torch_dtype(self) -> torch.dtype:

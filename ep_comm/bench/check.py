@@ -29,7 +29,7 @@ class Mismatch(AssertionError):
 
 def expert_output(x: Tensor, rank: int, case: Case) -> Tensor:
     """An answer of the experts that differs from row to row and rank to rank, in x's shape."""
-    rows = torch.arange(x.shape[:-1].numel()).view(*x.shape[:-1], 1)
+    rows = torch.arange(x.shape[:-1].numel(), device=x.device).view(*x.shape[:-1], 1)
     factor = ((rows * 37 + rank * 11) % 64 + 32).to(torch.float32) / 64
     return (x.to(torch.float32) * factor).to(case.result_dtype)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ep_comm.bench import memory
+from ep_comm.bench import gpu, memory
 from ep_comm.bench.cases import Case
 from ep_comm.bench.measure import Options, measure_case, steps
 from ep_comm.testing import run_processes
@@ -53,11 +53,12 @@ def _rank_main(
     torch.set_num_threads(1)
     if options.malloc == "keep" and not memory.keep_freed_memory():
         raise RuntimeError("this malloc cannot keep freed memory; run with --malloc default")
+    measure = gpu.measure_case if cases[0].device == "cuda" else measure_case
     records = []
     hidden = rank != 0 or not sys.stderr.isatty()
     with Progress(console=Console(stderr=True), transient=True, disable=hidden) as progress:
         for case in cases:
             task = progress.add_task(case.name, total=steps(options))
-            records += measure_case(case, rank, options, partial(progress.advance, task))
+            records += measure(case, rank, options, partial(progress.advance, task))
             progress.remove_task(task)
     return records

@@ -34,7 +34,8 @@ class Options:
     ops: tuple[str, ...] = ("dispatch", "combine")
     iterations: int = 30
     warmup: int = 3
-    baseline: str | None = None  # "gloo"
+    baseline: str | None = None  # "gloo"; on GPUs "nccl"
+    sms: tuple[int | None, ...] = (None,)  # GPUs: SM counts to sweep; None = the buffer's choice
     malloc: str = "keep"  # "default": freed memory goes back to the system
     command: str = ""
 
@@ -50,8 +51,8 @@ class Samples:
 
 def steps(options: Options) -> int:
     """Steps of progress one case makes."""
-    contestants = 2 if options.baseline else 1
-    return contestants * len(options.ops) * options.iterations
+    contestants = 1 if options.baseline in (None, "nccl") else 2
+    return contestants * len(options.ops) * len(options.sms) * options.iterations
 
 
 def measure_case(case: Case, rank: int, options: Options, advance: Advance) -> list[dict[str, Any]]:
@@ -110,6 +111,7 @@ class Ours:
 
     def __init__(self, case: Case, rank: int, buffer: Buffer, inputs: Inputs) -> None:
         self.case, self.rank, self.buffer, self.inputs = case, rank, buffer, inputs
+        self.sms: int | None = None
         received = self.dispatch()
         self.handle = received.handle
         answer = check.expert_output(received.x, rank, case)
@@ -121,29 +123,32 @@ class Ours:
         received: Received = self.buffer.dispatch(
             i.x, i.topk_idx, i.topk_weights, scales=i.scales, quantize=c.quantize,
             layout=c.layout, alignment=c.alignment, capacity=c.capacity, sync=not c.static,
+            num_sms=self.sms, transfer=c.transfer,
         )  # fmt: skip
         return received
 
     def dispatch_cached(self) -> Received:
         i, c = self.inputs, self.case
         received: Received = self.buffer.dispatch(
-            i.x, handle=self.handle, scales=i.scales, quantize=c.quantize
-        )
+            i.x, handle=self.handle, scales=i.scales, quantize=c.quantize, num_sms=self.sms,
+            transfer=c.transfer,
+        )  # fmt: skip
         return received
 
     def combine(self) -> Tensor:
-        out: Tensor = self.buffer.combine(self.in_arena, self.handle)
+        out: Tensor = self.buffer.combine(self.in_arena, self.handle, num_sms=self.sms)
         return out
 
     def combine_tensor(self) -> Tensor:
-        out: Tensor = self.buffer.combine(self.ordinary, self.handle)
+        out: Tensor = self.buffer.combine(self.ordinary, self.handle, num_sms=self.sms)
         return out
 
     def pair(self) -> Tensor:
         """Dispatch, experts that do nothing (or are done already, where dtypes differ), combine."""
         received = self.dispatch()
         same = received.x.dtype == self.case.result_dtype
-        out: Tensor = self.buffer.combine(received.x if same else self.in_arena, received.handle)
+        y = received.x if same else self.in_arena
+        out: Tensor = self.buffer.combine(y, received.handle, num_sms=self.sms)
         return out
 
     def call(self, op: str) -> Call:

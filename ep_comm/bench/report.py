@@ -49,7 +49,7 @@ def _table(case: str, records: Sequence[Record]) -> Table:
 def _cells(r: Record) -> list[str]:
     t, rival = r["time_us"], r.get("baseline_time_us")
     return [
-        r["op"],
+        _op(r),
         us(t["p50"]),
         f"{us(t['p10'])}–{us(t['p90'])}",
         us(t["min"]),
@@ -62,6 +62,12 @@ def _cells(r: Record) -> list[str]:
         "–" if r["peak_ratio"] is None else f"{r['peak_ratio']:.2f}",
         "yes" if r["correct"] else "NO",
     ]
+
+
+def _op(record: Record) -> str:
+    """The operation, with its SMs on a GPU."""
+    sms = record.get("sms")
+    return str(record["op"]) if sms is None else f"{record['op']}, {sms} SMs"
 
 
 def us(value: float) -> str:
@@ -78,6 +84,14 @@ def caption(records: Sequence[Record]) -> str:
         "no commit" if git is None else git["commit"][:10] + (" + changes" if git["dirty"] else "")
     )
     others = max(x["others_cpu_share"] for x in records)
+    if "gpu" in r:
+        return (
+            f"{r['gpus']} x {r['gpu']}, torch {r['torch']}, {commit}.\n"
+            "Times: events around the whole call, L2 flushed, ranks aligned by "
+            f"{r['aligned_by']}, slowest rank, p50 of {r['time_us']['n']}.\n"
+            "GB/s: bytes from other ranks at the busiest rank / p50. of copy: a copy of as many "
+            "bytes to the next GPU by copy engine, all ranks at once / p50."
+        )
     return (
         f"{r['cpu']}, {r['cores']} cores, {r['simd']}, torch {r['torch']}, "
         f"backend {r['backend']}, malloc {r['malloc']}, {commit}; "
@@ -122,9 +136,13 @@ def plot(records: Sequence[Record], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     tokens = sorted({r["tokens"] for r in records})
-    panels = 2 if len(tokens) > 1 else 1
+    sweep = len({r.get("sms") for r in records}) > 1
+    panels = 2 if len(tokens) > 1 and not sweep else 1
     figure, axes = plt.subplots(1, panels, figsize=(6.5 * panels, 4.5), squeeze=False)
-    _bars(axes[0][0], [r for r in records if r["tokens"] == tokens[-1]])
+    if sweep:
+        _over_sms(axes[0][0], [r for r in records if r["tokens"] == tokens[-1]])
+    else:
+        _bars(axes[0][0], [r for r in records if r["tokens"] == tokens[-1]])
     if panels == 2:
         _over_tokens(axes[0][1], records)
     figure.tight_layout()
@@ -162,6 +180,22 @@ def _bars(axes: Any, records: Sequence[Record]) -> None:
     axes.margins(y=0.15)
     axes.set_ylabel("ms, slowest rank, p50 (p10–p90)")
     axes.set_title(records[0]["case"] if not several else "time per operation", fontsize=10)
+    axes.legend(fontsize=8)
+
+
+def _over_sms(axes: Any, records: Sequence[Record]) -> None:
+    """A line per operation, and its plain copy and baseline, which use the SMs they like."""
+    for number, op in enumerate(dict.fromkeys(r["op"] for r in records)):
+        mine = sorted((r for r in records if r["op"] == op), key=lambda r: int(r["sms"]))
+        times = [r["time_us"]["p50"] for r in mine]
+        axes.plot([r["sms"] for r in mine], times, color=f"C{number}", marker=".", label=op)
+        axes.axhline(mine[0]["copy_us"], color=f"C{number}", linestyle=":", linewidth=1)
+        if rival := mine[0].get("baseline_time_us"):
+            axes.axhline(rival["p50"], color=f"C{number}", linestyle="--", linewidth=1)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("SMs")
+    axes.set_ylabel("µs, slowest rank, p50 (dotted: plain copy; dashed: baseline)")
+    axes.set_title(records[0]["case"], fontsize=10)
     axes.legend(fontsize=8)
 
 

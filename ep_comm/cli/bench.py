@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 class Backend(StrEnum):
     auto = "auto"
     cpu = "cpu"
+    nvlink = "nvlink"
     collective = "collective"
 
 
@@ -45,6 +46,11 @@ class Routing(StrEnum):
     onehot = "onehot"
 
 
+class Transfer(StrEnum):
+    sm = "sm"
+    copy_engine = "copy_engine"
+
+
 class Malloc(StrEnum):
     keep = "keep"
     default = "default"
@@ -53,6 +59,7 @@ class Malloc(StrEnum):
 class Baseline(StrEnum):
     none = "none"
     gloo = "gloo"
+    nccl = "nccl"
 
 
 def bench(
@@ -82,7 +89,13 @@ def bench(
     ] = "dispatch,combine",
     iterations: Annotated[int, typer.Option(min=1, help="Timed calls of each.")] = 30,
     warmup: Annotated[int, typer.Option(min=0, help="Calls before them.")] = 3,
-    backend: Annotated[Backend, typer.Option(help="Of the Buffer.")] = Backend.auto,
+    backend: Annotated[
+        Backend, typer.Option(help="Of the Buffer; nvlink: on GPUs.")
+    ] = Backend.auto,
+    transfer: Annotated[Transfer, typer.Option(help="GPUs: who moves the rows.")] = Transfer.sm,
+    sms: Annotated[
+        str, typer.Option(help="GPUs: SMs to measure with; several: 8,12,16. Default: computed.")
+    ] = "",
     baseline: Annotated[Baseline, typer.Option(help="Measured in the same run.")] = Baseline.none,
     json: Annotated[Path | None, typer.Option(help="Write one JSON line per result.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a picture, .png, .svg or .pdf.")] = None,
@@ -112,16 +125,24 @@ def bench(
         Case(
             num_ranks, count, hidden, topk, experts, dtype.value, layout.value,
             None if quantize is Quantize.none else quantize.value, alignment, capacity, static,
-            routing.value, seed, backend.value,
+            routing.value, seed, backend.value, transfer.value,
         )
         for count in _numbers(tokens)
     ]  # fmt: skip
+    on_gpus = backend is Backend.nvlink
+    if (baseline is Baseline.gloo and on_gpus) or (baseline is Baseline.nccl and not on_gpus):
+        raise typer.BadParameter(f"no baseline {baseline.value} with backend {backend.value}")
+    if transfer is not Transfer.sm and not on_gpus:
+        raise typer.BadParameter("--transfer needs --backend nvlink")
+    if sms and not on_gpus:
+        raise typer.BadParameter("--sms needs --backend nvlink")
     options = Options(
         ops=tuple(op for op in OPS if op in chosen),
         iterations=iterations,
         warmup=warmup,
         baseline=None if baseline is Baseline.none else baseline.value,
         malloc=malloc.value,
+        sms=tuple(_numbers(sms)) if sms else (None,),
         command=shlex.join(["ep-comm", *sys.argv[1:]]),
     )
     try:
@@ -138,7 +159,7 @@ def _numbers(text: str) -> list[int]:
     except ValueError:
         raise typer.BadParameter(f"want numbers between commas, got {text!r}") from None
     if min(numbers) < 1:
-        raise typer.BadParameter("want at least one token")
+        raise typer.BadParameter(f"want numbers from 1, got {text!r}")
     return numbers
 
 
