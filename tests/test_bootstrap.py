@@ -77,8 +77,8 @@ def test_b1_b2_b3_a_differing_field_is_named_with_rank_and_both_values(
     code, value = DISAGREE[name]
     real, common = ep_comm.buffer._hello, []
 
-    def hello(spec: Any, *args: Any) -> Hello:
-        mine = real(spec, *args)
+    def hello(spec: Any, *args: Any, **options: Any) -> Hello:
+        mine = real(spec, *args, **options)
         common.append(getattr(mine, name))
         return replace(mine, **{name: value}) if spec.rank == 1 else mine
 

@@ -49,6 +49,16 @@ void Rank::wake_all() const {
     for (int p = 0; p < shape_.num_ranks; ++p) ring(header(p), kAnyRank);
 }
 
+void Rank::give_up(const Outcome& why) {
+    verdict_ = why;
+    ControlHeader& own = header(rank_);
+    own.verdict = why.incident;
+    store_release(own.verdict_valid, 1);
+    std::atomic_ref(own.life).store(static_cast<uint32_t>(Life::kFailed),
+                                    std::memory_order_release);
+    wake_all();
+}
+
 void Rank::seed_seq(uint64_t seq) {
     last_seq_ = seq;
     // Every slot counts as released up to here; each rank writes the words its peers wait for.
@@ -208,13 +218,7 @@ Outcome Operation::fail(const Outcome& why) {
         release_slot();  // everybody fails this call; the next one works
         return outcome;
     }
-    rank.verdict_ = outcome;
-    ControlHeader& own = rank.header(me);
-    own.verdict = incident;
-    store_release(own.verdict_valid, 1);
-    std::atomic_ref(own.life).store(static_cast<uint32_t>(Life::kFailed),
-                                    std::memory_order_release);
-    rank.wake_all();
+    rank.give_up(outcome);
     return outcome;
 }
 

@@ -66,9 +66,9 @@ public:
 
     Dispatched dispatch(uint64_t seq, const DispatchArgs& args, const WaitHooks& hooks);
     // Turns what lies beside the rows into the tensors a user sees, and duplicates rows where a
-    // layout wants it. False when a peer's metadata names an expert or a row that does not exist;
-    // that entry is skipped.
-    bool unpack(const Dispatched& result, const DispatchArgs& args, const UnpackArgs& out) const;
+    // layout wants it. False when metadata names an expert or a row that does not exist; that entry
+    // is skipped, and a peer's ends the communicator.
+    bool unpack(const Dispatched& result, const DispatchArgs& args, const UnpackArgs& out);
     Outcome combine(uint64_t seq, const CombineArgs& args, const WaitHooks& hooks);
     // Tells every peer that this rank refused its call, so that they raise instead of waiting.
     // Waits only for the slot.
@@ -96,6 +96,7 @@ private:
         uint64_t staged = 0, taken = 0;
     };
 
+    void give_up(const Outcome& why);  // the communicator has failed; tells every peer
     void wake_all() const;
 
     Shape shape_;

@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "contract/calls.h"
-#include "cpu/rank.h"
+#include "cpu/operation.h"
 #include "cpu/simd.h"
 
 namespace ep::cpu {
@@ -25,16 +25,19 @@ public:
           x(r.arena_data() + std::max<int64_t>(d.x_offset, 0)),
           records(r.arena_data() + (d.meta ? d.meta->extent().offset : 0)) {}
 
-    bool run() {
+    // The first source whose records cannot be, -1 = none.
+    int run() {
         blank();
         int64_t i = 0;
         for (int src = 0; src < rank.shape().num_ranks; ++src) {
             const int64_t rows = a.rank_counts[rank.shape().num_ranks + src];
             for (int64_t j = 0; j < rows; ++j, ++i) token(i, src);
+            if (!sane && culprit < 0) culprit = src;
         }
         if (!compact) zero_padding();
         if (out.row_index != nullptr) index_rows();
-        return sane;
+        if (!sane && culprit < 0) culprit = rank.rank();
+        return culprit;
     }
 
 private:
@@ -227,12 +230,23 @@ private:
     std::byte* x;
     const std::byte* records;
     bool sane = true;
+    int culprit = -1;
 };
 
 }  // namespace
 
-bool Rank::unpack(const Dispatched& result, const DispatchArgs& args, const UnpackArgs& out) const {
-    return Unpack(*this, result, args, out).run();
+bool Rank::unpack(const Dispatched& result, const DispatchArgs& args, const UnpackArgs& out) {
+    const int culprit = Unpack(*this, result, args, out).run();
+    if (culprit < 0) return true;
+    if (args.cached) return false;  // of the caller's own handle
+    std::lock_guard lock(running_);
+    if (!verdict_.ok()) return false;
+    Outcome why = Operation::outcome_of(kBadCount, culprit);
+    why.incident.op = static_cast<uint8_t>(OpKind::kDispatch);
+    why.incident.rank = static_cast<int16_t>(rank_);
+    why.incident.seq = result.seq;
+    give_up(why);
+    return false;
 }
 
 }  // namespace ep::cpu

@@ -284,8 +284,9 @@ class _Dispatch(calls.Dispatch):
             if self.call.handle is not None:  # then the rows are ours, not a peer's
                 what = "rejected handle: damaged, a row of recv_row does not exist"
                 raise make_error("E320", what, tag=self.call.tag, **facts)
-            what = "refused metadata of a peer: an expert or row that does not exist"
-            raise make_error("E240", what, tag=self.call.tag, **facts)
+            peer = self.backend.comm.verdict().peer
+            what = f"refused metadata of rank {peer}: an expert or row that does not exist"
+            raise make_error("E240", what, peer=peer, tag=self.call.tag, **facts)
         result.drop()  # from here on the extents belong to the tensors
         if self.promised is None and self.backend.wants_copy(self.call.output):
             x = x.clone()
