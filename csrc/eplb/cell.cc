@@ -177,6 +177,10 @@ int Cell::heaviest_rank() const {
 
 double Cell::max_load() const { return rank_load_[heaviest_rank()]; }
 
+bool Cell::repeats() const {
+    return std::any_of(held_.begin(), held_.end(), [](uint16_t n) { return n > 1; });
+}
+
 // ---- steps ----
 
 // Steps to or below the target are equally good; then few moves count, then the result.

@@ -35,6 +35,7 @@ public:
     bool repair(double target, int64_t budget);
 
     double max_load() const;
+    bool repeats() const;  // some rank holds an expert twice
     // No assignment is below: the mean, and the heaviest replica if replicas are given best.
     double bound() const { return bound_; }
     // [num_slots] expert of each slot, rank by rank.

@@ -3,6 +3,7 @@
 #include "eplb/plan.h"
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
 #include <span>
 #include <vector>
@@ -13,11 +14,12 @@
 namespace ep::eplb {
 namespace {
 
-// Evaluations of a search; a few hundred microseconds.
-constexpr int64_t kSearchRanks = 80'000;
+// Evaluations of the searches of a layer; some hundred microseconds.
+constexpr int64_t kSearchRanks = 100'000;
 constexpr int64_t kSearchNodes = 10'000;
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
 // Above the bound, relative: good enough to stop the search.
-constexpr double kEvenRanks = 5e-5;
+constexpr double kEvenRanks = 1e-6;
 constexpr double kEvenNodes = 2e-4;
 
 using Slots = std::vector<int32_t>;
@@ -52,6 +54,10 @@ struct Solved {
     Slots slots;
     double heaviest = 0;
 };
+
+Solved lighter(Solved first, Solved second) {
+    return second.heaviest < first.heaviest ? std::move(second) : std::move(first);
+}
 
 class LayerPlan {
 public:
@@ -106,11 +112,13 @@ private:
             return x.max_load() < y.max_load();
         };
         std::vector<bool> searched(cells.size(), false);
+        int64_t budget = kSearchRanks;  // each next cell gets half of what is left
         while (true) {
             const auto heaviest = std::max_element(cells.begin(), cells.end(), heavier);
             const size_t i = heaviest - cells.begin();
             if (searched[i]) break;
-            heaviest->search(kSearchRanks, kEvenRanks);
+            if (cells.size() > 1) budget /= 2;
+            heaviest->search(budget, kEvenRanks);
             searched[i] = true;
         }
         Solved all{Slots(a_.num_slots), 0};
@@ -122,10 +130,27 @@ private:
         return all;
     }
 
+    // What the public greedy makes of the cells; infinitely heavy where it puts replicas of an
+    // expert on one rank and may not.
+    Solved public_greedy(const std::vector<Part>& parts) const {
+        const int num_ranks = a_.num_ranks / static_cast<int>(parts.size());
+        Solved all{Slots(a_.num_slots), 0};
+        for (size_t i = 0; i < parts.size(); ++i) {
+            Cell cell(parts[i].load, num_ranks, slots_per_rank_, false);
+            cell.place();
+            const size_t per_part = size_t(num_ranks) * slots_per_rank_;
+            parts[i].to_layer(cell.slots(), {all.slots.data() + i * per_part, per_part});
+            const bool forbidden = a_.distinct && cell.repeats();
+            all.heaviest = std::max(all.heaviest, forbidden ? kInfinity : cell.max_load());
+        }
+        return all;
+    }
+
     // ---- global ----
 
     Solved global() const {
-        Solved all = solve({Part(everybody(), load_)});
+        const std::vector<Part> one{Part(everybody(), load_)};
+        Solved all = lighter(solve(one), public_greedy(one));
         if (together_ != nullptr && a_.num_nodes > 1) gather_ranks(all.slots);
         return all;
     }
@@ -221,22 +246,22 @@ private:
         if (together_ != nullptr) {
             gather(affinity_of_groups(), group_load_, cell.max_load() * (1 + a_.node_slack),
                    a_.num_nodes, improved);
-            return on_nodes(improved);
+            return solve(parts_of(improved));
         }
         // Lighter nodes are mostly lighter ranks; where one expert outweighs a rank, not always.
-        Solved best = on_nodes(improved);
+        Solved best = solve(parts_of(improved));
+        const std::vector<Part> parts = parts_of(greedy);
         const double mean = std::accumulate(load_.begin(), load_.end(), 0.0) / a_.num_ranks;
         if (improved != greedy && best.heaviest > mean * (1 + kEvenNodes)) {
-            Solved other = on_nodes(greedy);
-            if (other.heaviest < best.heaviest) return other;
+            best = lighter(std::move(best), solve(parts));
         }
-        return best;
+        return lighter(std::move(best), public_greedy(parts));
     }
 
-    Solved on_nodes(const std::vector<int>& node_of_group) const {
+    std::vector<Part> parts_of(const std::vector<int>& node_of_group) const {
         std::vector<Part> parts;
         for (int n = 0; n < a_.num_nodes; ++n) parts.push_back(part_of(n, node_of_group));
-        return solve(parts);
+        return parts;
     }
 
     Affinity affinity_of_groups() const {
