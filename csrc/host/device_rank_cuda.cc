@@ -16,8 +16,6 @@
 namespace ep {
 namespace {
 
-constexpr double kSmGBps = 50;                    // what one SM stores, wherever it goes
-constexpr double kLinkGBps = 370;                 // what NVLink carries one way
 constexpr auto kGrace = std::chrono::seconds(2);  // of close() for operations under way
 
 int64_t nanoseconds(double seconds) {
@@ -117,14 +115,10 @@ RankView DeviceRank::view_of(int lane) const {
     return view;
 }
 
-int DeviceRank::default_sms(OpKind kind) const {
-    // As many SMs as move a rank's rows, its own included, while the link carries the others'. Pulls
-    // also write their sums.
-    const int ranks = shape_.num_ranks;
-    const double local_share = ranks > 1 ? double(ranks) / (ranks - 1) : 2.0;
-    const double moves = kind == OpKind::kDispatch ? local_share : local_share + 0.5;
-    const int sms = static_cast<int>(std::ceil(kLinkGBps / kSmGBps * moves));
-    return std::clamp(sms, 1, max_blocks_);
+int DeviceRank::default_sms(OpKind) const {
+    // Those that fill the link, and two: they unpack while the others push, and keep pulls in step
+    // with their sums.
+    return std::clamp(kernels::link_sms(shape_.num_ranks) + 2, 1, max_blocks_);
 }
 
 int DeviceRank::blocks(OpKind kind, int num_sms) const {

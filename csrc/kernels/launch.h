@@ -33,6 +33,9 @@ void divide_tokens(DispatchJob& job, int max_blocks);
 // Shared memory that notify needs for an expert count and a rank count; its warps get fewer when it
 // is more than the block may have.
 int notify_warps(const Shape& shape, int smem_bytes);
+// As many SMs as fill the link while they also store a rank's own rows; with more, stores of both
+// directions get in each other's way (bench/results/nvlink_gpus.jsonl).
+int link_sms(int num_ranks);
 // Of the SMs of a call, those that unpack while the others push; 0 = all do one after the other.
 int unpack_share(const DispatchArgs& args, int num_blocks);
 // How push and combine spread over `num_blocks` SMs for rows of `row_bytes`.

@@ -50,7 +50,7 @@ __global__ void places_kernel(const __grid_constant__ PackJob pack) {
     const OpState& state = *view.state.op;
     if (__syncthreads_or(device::gave_up(view.watch) || state.code != kOk)) return;
     const int num_ranks = view.shape.num_ranks, num_warps = blockDim.x / 32;
-    const Router router{job, {OpKind::kDispatch, state.seq}, nullptr};
+    const Router router{job, {OpKind::kDispatch, state.seq}, state.slot, nullptr};
     for (int i = threadIdx.x / 32; job.args.cached && i < num_ranks * (job.num_chunks - 1);
          i += num_warps) {
         const int p = i % num_ranks, chunk = i / num_ranks;
@@ -85,7 +85,7 @@ __global__ void places_kernel(const __grid_constant__ PackJob pack) {
 // Where row `base.row` of ours would lie: packed, or in place when the rank is our own.
 __device__ Target packed_target(const PackJob& pack, const Router& router, int slot, int dst) {
     const RankView& view = pack.dispatch.view;
-    if (dst == view.peers.rank) return router.target(dst, slot);
+    if (dst == view.peers.rank) return router.target(dst);
     const BaseRecord& base = base_of(view, slot, dst);
     const int64_t row = pack.start[dst] - base.row;
     const DispatchArgs& a = pack.dispatch.args;
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kPackWarps * 32, 1)
     const OpState& state = *view.state.op;
     if (__syncthreads_or(device::gave_up(view.watch) || state.code != kOk)) return;
     auto* targets = reinterpret_cast<Target*>(shared);
-    const Router router{job, {OpKind::kDispatch, state.seq}, targets};
+    const Router router{job, {OpKind::kDispatch, state.seq}, state.slot, targets};
     for (int p = threadIdx.x; p < view.shape.num_ranks; p += blockDim.x) {
         targets[p] = packed_target(pack, router, state.slot, p);
     }

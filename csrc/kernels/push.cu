@@ -8,7 +8,6 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
-#include <climits>
 #include <cmath>
 
 #include "contract/calls.h"
@@ -265,17 +264,15 @@ PushKernel push_kernel_for(Quantize quantize, DType dtype) {
 // Of a batch that keeps the link busy for long.
 constexpr int64_t kManyBytes = int64_t{16} << 20;
 
-// As many SMs as fill the link while they also store our own rows; with more, stores of both
-// directions get in each other's way (bench/results/nvlink_gpus.jsonl).
-int link_blocks(int num_ranks) {
-    constexpr double kLinkGBps = 345, kSmGBps = 50;  // both directions at once; stores of one SM
-    if (num_ranks == 1) return INT_MAX;
-    return static_cast<int>(std::ceil(kLinkGBps / kSmGBps * num_ranks / (num_ranks - 1)));
-}
-
 int tables_bytes(int num_ranks) { return num_ranks * static_cast<int>(sizeof(Target) + 8); }
 
 }  // namespace
+
+int link_sms(int num_ranks) {
+    constexpr double kLinkGBps = 345, kSmGBps = 50;  // both directions at once; stores of one SM
+    const int others = std::max(num_ranks - 1, 1);
+    return static_cast<int>(std::ceil(kLinkGBps / kSmGBps * (others + 1) / others));
+}
 
 LaunchPlan push_plan(const DispatchArgs& args, int num_ranks, int num_blocks, int smem_bytes) {
     // Large rows go in pieces; quantized ones stay whole, their scales behind them.
@@ -288,7 +285,9 @@ LaunchPlan push_plan(const DispatchArgs& args, int num_ranks, int num_blocks, in
         int64_t{sizeof(Slots)} * kRecordWarps + 8 * kMaxMovers + tables_bytes(num_ranks);
     const int64_t movers = std::clamp<int64_t>((smem_bytes - fixed - 1024) / stage, 0, kMaxMovers);
     int blocks = num_blocks - unpack_share(args, num_blocks);
-    if (args.num_tokens * source > kManyBytes) blocks = std::min(blocks, link_blocks(num_ranks));
+    if (num_ranks > 1 && args.num_tokens * source > kManyBytes) {
+        blocks = std::min(blocks, link_sms(num_ranks));
+    }
     return {blocks, static_cast<int>(movers), static_cast<int>(stage)};
 }
 
