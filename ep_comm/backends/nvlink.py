@@ -100,8 +100,12 @@ class NvlinkBackend:
         return int(torch.cuda.current_stream(self.spec.device).cuda_stream)
 
     def enter(self) -> None:
-        """Before an operation; after a failure there is none."""
+        """Before an operation."""
         self.make_room()
+        self.check_usable()
+
+    def check_usable(self) -> None:
+        """After a failure, and without an arena, nothing works."""
         if self.rank.failed():
             raise self.error(self.rank.verdict(), "")
         if self._lease.released:
@@ -205,7 +209,7 @@ class NvlinkBackend:
 
         After a failure the error that ended the communicator: late peers may still write there.
         """
-        self.enter()
+        self.check_usable()
         num_bytes = dtype.itemsize * math.prod(shape)
         if num_bytes == 0:
             return torch.empty(tuple(shape), dtype=dtype, device=self.spec.device)

@@ -45,8 +45,9 @@ class Buffer(LowLatencyCalls):
 
     Collective: every rank makes it, and makes the same calls in the same order. A native buffer is
     made by the first call with a shape, see `natives`. Threads may share it; calls are serialized.
-    Events are complete when a call returns, so `previous_event`, `async_finish` and
-    `allocate_on_comm_stream` change nothing but whether an event is returned.
+    On CPU tensors events are complete when a call returns. CUDA calls are queued on the current
+    stream, behind `previous_event`; `async_finish` returns an event of it, and
+    `allocate_on_comm_stream` changes nothing, since outputs belong to that stream anyway.
     """
 
     num_sms: ClassVar[int] = 20
