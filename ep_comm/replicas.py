@@ -11,7 +11,7 @@ part of that range in proportion to its capacity.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args
 
 import torch
@@ -86,16 +86,21 @@ class Replicas:
     load: Tensor  # int64 [L, E] selections of this rank's tokens since the tables were made
     most: tuple[int, ...]  # of each layer, candidates of an expert
     digest: int  # of what is where, 45 bits
+    _views: dict[int, LayerReplicas] = field(init=False, default_factory=dict)
 
     @property
     def num_layers(self) -> int:
         return self.first.shape[0]
 
     def of_layer(self, layer: int) -> LayerReplicas:
-        """Views of one layer's tables."""
+        """Views of one layer's tables; made once, they are asked for in every dispatch."""
+        if (made := self._views.get(layer)) is not None:
+            return made
         key = KEY_MARK | self.digest << 16 | layer
         first, slot, until = self.first[layer], self.slot[layer], self.until[layer]
-        return LayerReplicas(first, slot, until, key, self.load[layer], self.most[layer])
+        made = LayerReplicas(first, slot, until, key, self.load[layer], self.most[layer])
+        self._views[layer] = made
+        return made
 
 
 def make_replicas(

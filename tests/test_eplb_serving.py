@@ -14,7 +14,7 @@ from torch import Tensor
 from ep_comm import Buffer, EPError
 from ep_comm.eplb import Balancer, LoadStats, Placement, initial_placement, migrate, plan, transfers
 from ep_comm.eplb.transport import gather_bytes, reduce_sum
-from ep_comm.testing import Cluster
+from ep_comm.testing import Cluster, run_processes
 from ep_comm.testing.skew import bursty_load, drifted, shifting_load, zipf_load
 
 RANKS, NODES, LOGICAL, SLOTS, LAYERS, TOPK, HIDDEN = 4, 2, 10, 16, 2, 3, 16
@@ -244,6 +244,27 @@ def test_rank_that_fails_midway_leaves_the_old_placement_in_force(
         assert "E203" in told[rank]
         assert "abandoned migration" in told[rank]
         assert "rank 2" in told[rank]
+
+
+def collective_rank(rank: int, num_ranks: int) -> int:
+    before = zipf_load(LAYERS, LOGICAL, seed=1)
+    old = plan(before, num_ranks, 1, SLOTS)
+    new = plan(drifted(before, 0.5, seed=2), num_ranks, 1, SLOTS)
+    with Buffer(None, **OPTIONS, backend="collective", device="cpu") as buffer:
+        buffer.set_placement(old)
+        weights = weights_of(logical_weights(), old, rank)
+        moving = migrate(buffer, old, new, weights, piece_bytes=500)
+        while not moving.step():
+            pass
+        for mine, after in zip(weights, weights_of(logical_weights(), new, rank), strict=True):
+            for got, want in zip(mine, after, strict=True):
+                same_bits(got, want)
+        return len(transfers(old, new))
+
+
+def test_migration_works_over_the_collective_backend() -> None:
+    moved = run_processes(collective_rank, 2)
+    assert moved[0] == moved[1] > 0
 
 
 def dies_midway(me: Me) -> str:
