@@ -400,6 +400,7 @@ void DeviceRank::leave() {
         watch_.release();
         kept_.reset();
         new std::shared_ptr<DeviceState>(std::move(state_));
+        new std::vector<DevicePeer>(std::move(peers_));
         copies_.release();
         return;
     }
