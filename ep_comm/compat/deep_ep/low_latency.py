@@ -7,6 +7,7 @@ for it, so any number of them may be outstanding, and be called in any order.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -301,19 +302,20 @@ def _make_outputs(
 ) -> Promised:
     (most, hidden, _), (dtype, scale_dtype, words) = sizes, form
     local, capacity = native.num_local_experts, native.num_ranks * most
+    empty = partial(torch.empty, device=native._spec.device)
     scales = None
     if scale_dtype is not None:
-        scales = torch.empty((local, words, capacity), dtype=scale_dtype).transpose(1, 2)
+        scales = empty((local, words, capacity), dtype=scale_dtype).transpose(1, 2)
     return Promised(
-        x=torch.empty((local, capacity, hidden), dtype=dtype),
+        x=empty((local, capacity, hidden), dtype=dtype),
         topk_idx=None,
         topk_weights=None,
         scales=scales,
-        num_tokens_per_expert=torch.empty(local, dtype=torch.int32),
+        num_tokens_per_expert=empty(local, dtype=torch.int32),
         origins=Origins(
             rank_ends=None,
-            row_token=torch.empty((local, capacity), dtype=torch.int32),
-            source_range=torch.empty((local, native.num_ranks), dtype=torch.int64),
+            row_token=empty((local, capacity), dtype=torch.int32),
+            source_range=empty((local, native.num_ranks), dtype=torch.int64),
         ),
     )
 

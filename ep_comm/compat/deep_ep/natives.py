@@ -24,6 +24,10 @@ from ep_comm.errors import EPError, make_error
 _ADDRESS_SPACE: Final = 1 << 46
 _MOST_BUFFERS: Final = 64
 _SMALLEST_ARENA: Final = 1 << 30
+# On a GPU memory is taken, not touched: room for an output and an expert output of so many rows of
+# two bytes an element. What does not fit beside others leaves the arena (output="auto").
+_GPU_ROWS: Final = 1 << 17
+_GPU_SHARE: Final = 4  # of what is free, at most one part in so many
 
 
 class Natives:
@@ -62,12 +66,15 @@ class Natives:
                     hidden=hidden,
                     max_tokens=MAX_COUNT // self.resolved.size,
                     device=device,
-                    arena_bytes=self._arena_bytes() if device.type == "cpu" else None,
+                    arena_bytes=self._arena_bytes(hidden, device),
                 )
             return self._buffers[key]
 
-    def _arena_bytes(self) -> int:
-        """As much as there is, as long as many buffers find room in the address space."""
+    def _arena_bytes(self, hidden: int, device: torch.device) -> int:
+        """On the CPU as much as there is, as long as many buffers fit into the address space."""
+        if device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            return min(2 * _GPU_ROWS * 2 * hidden + (64 << 20), free // _GPU_SHARE)
         from ep_comm.backends.cpu import default_arena_bytes
 
         most = _ADDRESS_SPACE // (_MOST_BUFFERS * self.resolved.size)
