@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from ep_comm import Begun, reference
 from ep_comm.compat import deep_ep
-from ep_comm.errors import EPArgumentError, EPCapacityError
+from ep_comm.errors import EPArgumentError, EPCapacityError, EPError
+from ep_comm.testing import run_processes
 
 H = 512
 CAPACITY = R * M
@@ -443,17 +445,107 @@ def test_options_that_exclude_each_other_are_refused(ranks: Ranks) -> None:
         buffer.low_latency_combine(x, idx, weights, None, overlap=True)  # type: ignore[call-arg]
 
 
-def test_masks_are_empty_and_masking_says_why_it_cannot(ranks: Ranks) -> None:
+def test_masks_are_told_and_need_enable_shrink(ranks: Ranks) -> None:
     buffer = ranks.new(0, enable_shrink=True)
     status = torch.full((R,), 5, dtype=torch.int32)
-    buffer.low_latency_query_mask_buffer(status)
-    assert status.tolist() == [0] * R
+
+    def masked() -> list[int]:
+        buffer.low_latency_query_mask_buffer(status)
+        return status.tolist()
+
+    assert masked() == [0, 0, 0, 0]
+    for rank in (3, 1, 3):
+        buffer.low_latency_update_mask_buffer(rank, True)
+    assert masked() == [0, 1, 0, 1]
+    buffer.low_latency_update_mask_buffer(3)
+    assert masked() == [0, 1, 0, 0]
     buffer.low_latency_clean_mask_buffer()
-    buffer.low_latency_update_mask_buffer(1)
-    with pytest.raises(NotImplementedError, match=r"cannot mask rank 2: .*every rank"):
-        buffer.low_latency_update_mask_buffer(2, True)
+    assert masked() == [0, 0, 0, 0]
+    for nobody in (0, -1, R):  # 0 is the rank that asks
+        with pytest.raises(ValueError, match=f"rank_to_mask: got {nobody}"):
+            buffer.low_latency_update_mask_buffer(nobody, True)
     with pytest.raises(RuntimeError, match="enable_shrink"):
         ranks.buffers[0].low_latency_query_mask_buffer(status)
+
+
+@pytest.mark.parametrize("hooked", [False, True], ids=["whole", "hook"])
+@pytest.mark.parametrize("masked", [(2,), (0, 3)], ids=["one", "two"])
+def test_masked_ranks_are_left_out(masked: tuple[int, ...], hooked: bool) -> None:
+    """As if nobody chose their experts and they had no tokens; they do not take part at all."""
+    four = Ranks()
+    data = _inputs(tuple(0 if r in masked else t for r, t in enumerate((5, 2, 8, 3))))
+    gone = torch.tensor(masked)
+
+    def both_halves(buffer: deep_ep.Buffer, rank: int, idx: torch.Tensor) -> Any:
+        recv, counts, handle, _, hook = buffer.low_latency_dispatch(
+            data.x[rank], idx, M, E, use_fp8=True, return_recv_hook=hooked
+        )
+        assert (hook is not None) == hooked
+        if hook is not None:
+            hook()
+        y = recv[0].bfloat16() * recv[1].repeat_interleave(128, -1)[..., :H].bfloat16()
+        total, _, hook = buffer.low_latency_combine(
+            y, idx, data.weights[rank], handle, return_recv_hook=hooked
+        )
+        if hook is not None:
+            hook()
+        rows = [(recv[0][e, :n], recv[1][e, :n], handle[0][e, :n]) for e, n in enumerate(counts)]
+        return rows, counts.clone(), handle[1].clone(), total
+
+    def work(rank: int, _: deep_ep.Buffer) -> None:
+        buffer = four.new(rank, enable_shrink=True)
+        idx = data.idx[rank]
+        chosen = torch.where(torch.isin(idx // EL, gone), -1, idx)
+        want = both_halves(buffer, rank, chosen)
+        if rank in masked:
+            return
+        for other in masked:
+            buffer.low_latency_update_mask_buffer(other, True)
+        got = both_halves(buffer, rank, idx)
+        for mine, theirs in zip(got[0], want[0], strict=True):
+            for a, b in zip(mine, theirs, strict=True):
+                same_bits(a, b)
+        for a, b in zip(got[1:], want[1:], strict=True):
+            same_bits(a, b)
+        with pytest.raises(EPArgumentError, match="E213"):
+            both_halves(buffer, rank, torch.full_like(idx, E) if rank == 1 else idx)
+        again = both_halves(buffer, rank, idx)
+        same_bits(again[3], want[3])
+        assert buffer.low_latency_dispatch(data.x[rank], idx, M, E)[0][0].shape[1] == R * M
+        buffer.destroy()
+
+    four.run(work)
+    four.close()
+
+
+def _go_on_without_the_dead(rank: int, num_ranks: int) -> tuple[str, bool]:
+    """The code of the call with a dead rank, and whether calls without it work."""
+    buffer = deep_ep.Buffer(torch.distributed.group.WORLD, enable_shrink=True)
+    num_experts = 2 * num_ranks
+    x = torch.full((2, 128), rank + 1.0).bfloat16()
+    idx = torch.arange(2 * num_ranks).view(2, num_ranks)  # all experts
+    weights = torch.ones(2, num_ranks)
+
+    def both_halves() -> torch.Tensor:
+        sent = buffer.low_latency_dispatch(x, idx, 2, num_experts, use_fp8=False)
+        return buffer.low_latency_combine(sent[0], idx, weights, sent[2])[0]
+
+    whole = torch.equal(both_halves(), num_ranks * x)
+    if rank == 1:
+        os._exit(3)
+    code = ""
+    try:
+        both_halves()
+    except EPError as error:
+        code = error.code
+    buffer.low_latency_update_mask_buffer(1, True)
+    lost = (idx // 2 == 1).sum(1, keepdim=True)  # choices of the dead rank's experts
+    return code, whole and torch.equal(both_halves(), (num_ranks - lost) * x)
+
+
+def test_a_dead_rank_is_told_and_masked() -> None:
+    results = run_processes(_go_on_without_the_dead, 3, may_die=True)
+    assert results == [("E110", True), 3, ("E110", True)]
 
 
 def test_top_k_may_be_32() -> None:

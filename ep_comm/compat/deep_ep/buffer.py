@@ -13,6 +13,7 @@ from ep_comm.compat.deep_ep.events import EventHandle, EventOverlap, finished, w
 from ep_comm.compat.deep_ep.handles import pack, restore
 from ep_comm.compat.deep_ep.layout import dispatch_layout, experts_of_ranks
 from ep_comm.compat.deep_ep.low_latency import LowLatencyCalls
+from ep_comm.compat.deep_ep.masks import Masks
 from ep_comm.compat.deep_ep.natives import Natives
 
 topk_idx_t: Final = torch.int64
@@ -35,8 +36,9 @@ class Buffer(LowLatencyCalls):
     Args:
         group: a `torch.distributed` process group of any backend, or an `ep_comm.StoreGroup`.
         num_nvl_bytes, num_rdma_bytes: echoed; memory is taken as calls need it.
-        low_latency_mode, explicitly_destroy, enable_shrink: echoed. Every buffer serves both kinds
-            of calls, and may always be destroyed.
+        low_latency_mode, explicitly_destroy: echoed. Every buffer serves both kinds of calls, and
+            may always be destroyed.
+        enable_shrink: allow the mask calls.
         num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl, use_fabric: no meaning.
         comm: an mpi4py communicator; not supported.
     Raises:
@@ -80,6 +82,7 @@ class Buffer(LowLatencyCalls):
         self._natives = Natives(group)
         self.rank = self._natives.resolved.rank
         self.group_size = self._natives.resolved.size
+        self._masks = Masks(self.rank, self.group_size)
         self._scratch: dict[bool, Tensor] = {}
 
     @property

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ep_comm.compat.deep_ep.events import EventOverlap, finished
+from ep_comm.compat.deep_ep.masks import Masks, Rest
 from ep_comm.compat.deep_ep.natives import Natives, refuse
 from ep_comm.handle import META_SIZE, Handle, edit_meta
 from ep_comm.received import Origins, Promised, Received
@@ -32,6 +33,7 @@ class LowLatencyCalls:
     """What `Buffer` inherits; it provides these."""
 
     _natives: Natives
+    _masks: Masks
     group_size: int
     enable_shrink: bool
 
@@ -70,7 +72,8 @@ class LowLatencyCalls:
         _exclusive(async_finish, return_recv_hook)
         if use_ue8m0 and not round_scale:
             raise ValueError("use_ue8m0=True: want round_scale=True with it")
-        native = self._natives.get(x.shape[-1], num_experts, x.device)
+        rest = self._masks.rest
+        native = self._natives.get(x.shape[-1], num_experts, x.device, rest)
         most = num_max_dispatch_tokens_per_rank
         if x.shape[0] > most:
             what = f"has too many tokens: got {x.shape[0]}, want <= {most}"
@@ -78,22 +81,29 @@ class LowLatencyCalls:
         rows, options = x, _quantization(use_fp8, round_scale, use_ue8m0)
         if use_fp8 and round_scale and not use_ue8m0:
             rows, options["scales"] = quantize_rounded(x)
-        ids = topk_idx.clone()  # a caller may change it before combine
+        # A copy: a caller may change it before combine.
+        ids = topk_idx.clone() if rest is None else rest.renumber(topk_idx, num_experts)
+        splits = return_recv_hook and rest is None
         work = native.dispatch(
             rows, ids, layout="slab", capacity=self.group_size * most, origins=True,
-            wait=not return_recv_hook, **options,
+            wait=not splits, **options,
         )  # fmt: skip
         sizes = (most, x.shape[1], num_experts)
         stats = cumulative_local_expert_recv_stats
-        if return_recv_hook:
+        if splits:
             form = _form(x.shape[1], use_fp8, use_ue8m0)
             pending = _PendingDispatch(native, work, sizes, form, stats, topk_idx)
             return (*pending.results, EventOverlap(), pending.finish)
         _count(stats, work.num_tokens_per_expert)
         received = work.x if work.scales is None else (work.x, work.scales)
         origins, routing = work.origins, _Routing(native, topk_idx, work.handle)
-        handle = _handle(origins.row_token, origins.source_range, sizes, routing)
-        return received, work.num_tokens_per_expert, handle, finished(async_finish), None
+        source_range = origins.source_range
+        if rest is not None:
+            source_range = rest.spread(source_range)
+            routing.rest, routing.num_experts = rest, num_experts
+        handle = _handle(origins.row_token, source_range, sizes, routing)
+        hook = _nothing if return_recv_hook else None
+        return received, work.num_tokens_per_expert, handle, finished(async_finish), hook
 
     def low_latency_combine(
         self,
@@ -170,27 +180,31 @@ class LowLatencyCalls:
     ) -> None:
         """Nothing to clean: numbers in shared memory only ever grow."""
 
-    # ---- masks: every rank takes part in every call here, so none can be left out ----
+    # ---- masks ----
 
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
-        """Unmasking changes nothing, since no rank is masked.
+        """Leave a rank out of the low-latency calls from now on, or take it in again.
+
+        All ranks that are left do so before the same call; the next one makes a native buffer, in
+        milliseconds. Dispatch then sends nothing to the rank's experts and receives nothing from
+        it, also with a hook, which has nothing left to do. A call that had begun with a rank that
+        died raises, and so do later ones with it: nobody is masked but here.
 
         Raises:
-            NotImplementedError: mask=True.
+            ValueError: there is no such rank, or it is this one.
         """
         self._needs_shrink()
-        if mask:
-            why = "calls on CPU tensors need every rank, so a missing one is an error, not a mask"
-            raise NotImplementedError(f"cannot mask rank {rank_to_mask}: {why}")
+        self._masks.update(rank_to_mask, mask)
 
     def low_latency_query_mask_buffer(self, mask_status: Tensor) -> None:
-        """Write which ranks are masked into int32 [R]: none."""
+        """Write which ranks are masked into int32 [R]: 1 = masked."""
         self._needs_shrink()
-        mask_status.zero_()
+        self._masks.query(mask_status)
 
     def low_latency_clean_mask_buffer(self) -> None:
-        """No rank is masked."""
+        """Unmask all ranks."""
         self._needs_shrink()
+        self._masks.clear()
 
     def _needs_shrink(self) -> None:
         if not self.enable_shrink:
@@ -209,6 +223,9 @@ class _Routing:
         self._finish = finish
         self._has_weights = False  # as the handle's meta says
         self._given, self._version = given, _version(given)  # of its ids the handle has a copy
+        # The ranks left, when some are masked: the handle's ids are among their experts.
+        self.rest: Rest | None = None
+        self.num_experts = 0
 
     def arrived(self, handle: Handle) -> None:
         self.handle, self._finish = handle, None  # `finish` holds what holds us
@@ -227,8 +244,12 @@ class _Routing:
             what = f"rejected topk_weights: got {list(weights.shape)}, want {list(want)}"
             refuse(self.native, "combine", "E201", what)
         unchanged = topk_idx is self._given and 0 <= self._version == _version(topk_idx)
-        if not unchanged and not torch.equal(topk_idx.to(torch.int64), handle.topk_idx):
-            weights = weights.masked_fill(self._left_out(topk_idx, handle.topk_idx), 0.0)
+        if not unchanged:
+            ids = topk_idx.to(torch.int64)
+            if self.rest is not None:
+                ids = self.rest.renumber(ids, self.num_experts)
+            if not torch.equal(ids, handle.topk_idx):
+                weights = weights.masked_fill(self._left_out(ids, handle.topk_idx), 0.0)
         if weights.dtype != torch.float32 or not weights.is_contiguous():
             weights = weights.to(torch.float32).contiguous()
         return handle._replace(topk_weights=weights)
@@ -249,6 +270,10 @@ class _Routing:
             want = "want get_next_low_latency_combine_buffer(handle) before it"
             refuse(self.native, "combine", "E203", f"rejected zero_copy=True: {want}")
         return self.combine_buffer
+
+
+def _nothing() -> None:
+    """The hook of a call that is over already."""
 
 
 def _version(ids: Tensor) -> int:

@@ -17,7 +17,8 @@ from typing import Any, Final, NoReturn
 
 import torch
 
-from ep_comm.bootstrap import Group, resolve_group
+from ep_comm.bootstrap import Group, StoreGroup, resolve_group
+from ep_comm.compat.deep_ep.masks import Rest
 from ep_comm.errors import EPError, make_error
 
 # A process maps one arena of every rank for each native buffer, and an address has 47 bits.
@@ -29,6 +30,8 @@ _SMALLEST_ARENA: Final = 1 << 30
 _GPU_ROWS: Final = 1 << 17
 _GPU_SHARE: Final = 4  # of what is free, at most one part in so many
 
+_Key = tuple[int, int, torch.device] | tuple[int, int, torch.device, Rest]
+
 
 class Natives:
     """Native buffers by (hidden, number of experts, device), made when first needed.
@@ -39,32 +42,43 @@ class Natives:
     def __init__(self, group: Any) -> None:
         self.group = group
         self.resolved: Group = resolve_group(group)
-        self._buffers: dict[tuple[int, int, torch.device], Any] = {}
+        self._buffers: dict[_Key, Any] = {}
         self._lock = threading.Lock()
         self._closed = False
 
-    def get(self, hidden: int, num_experts: int, device: torch.device) -> Any:
-        """The ep_comm.Buffer for rows of `hidden` elements and so many experts."""
-        key = (hidden, num_experts, device)
+    def get(
+        self, hidden: int, num_experts: int, device: torch.device, rest: Rest | None = None
+    ) -> Any:
+        """The ep_comm.Buffer for rows of `hidden` elements and so many experts.
+
+        With `rest` it is that of the ranks that are left, and of their experts.
+        """
+        key = (hidden, num_experts, device) if rest is None else (hidden, num_experts, device, rest)
         buffer = self._buffers.get(key)
         return self._make(key) if buffer is None else buffer
 
-    def _make(self, key: tuple[int, int, torch.device]) -> Any:
+    def _make(self, key: _Key) -> Any:
         from ep_comm.buffer import Buffer  # loads native code; importing deep_ep must not
         from ep_comm.checks import MAX_COUNT, MAX_TOPK
 
-        hidden, num_experts, device = key
+        hidden, num_experts, device, *left = key
+        group, size = self.group, self.resolved.size
+        for rest in left:
+            num_experts, size = rest.experts(num_experts), len(rest.ranks)
+            name = f"only {rest.ranks}"
+            place = rest.ranks.index(self.resolved.rank)
+            group = StoreGroup(self.resolved.store, place, size, name)
         with self._lock:
             if self._closed:
                 what = "is closed: at destroy()"
                 raise make_error("E340", what, rank=self.resolved.rank, fix="make another Buffer")
             if key not in self._buffers:
                 self._buffers[key] = Buffer(
-                    self.group,
+                    group,
                     num_experts=num_experts,
                     num_topk=MAX_TOPK,
                     hidden=hidden,
-                    max_tokens=MAX_COUNT // self.resolved.size,
+                    max_tokens=MAX_COUNT // size,
                     device=device,
                     arena_bytes=self._arena_bytes(hidden, device),
                 )
