@@ -15,6 +15,7 @@ from compare import same_bits, same_values
 from test_nvlink_loopback import Case, check_received, make_cluster, on_gpu, on_streams
 
 from ep_comm import Received, reference
+from ep_comm.errors import EPError
 from ep_comm.testing import Cluster
 
 pytestmark = pytest.mark.gpu
@@ -199,6 +200,18 @@ def test_a_slab_is_promised_and_filled(make_cluster: MakeCluster, sync: bool) ->
         assert promised.x.data_ptr() == recv.x.data_ptr()
         same_bits(promised.topk_idx.cpu(), recv.topk_idx.cpu())
         same_bits(promised.origins.row_token.cpu(), recv.origins.row_token.cpu())
+
+
+def test_begun_operation_of_a_closed_buffer_says_so(make_cluster: MakeCluster) -> None:
+    case = Case(num_ranks=2)
+    cluster = make_cluster(2, **case.buffer_options())
+    rounds = rounds_of(case, 1)
+    begun = on_streams(cluster, lambda r: rounds.begin(cluster, r, 0))
+    cluster.run(lambda r: cluster.buffers[r].close())
+    for operation in begun:
+        assert operation.done()
+        with pytest.raises(EPError, match="E340"):
+            operation.wait()
 
 
 def test_inputs_may_be_dropped_once_begun(make_cluster: MakeCluster) -> None:

@@ -272,8 +272,16 @@ std::optional<Outcome> DeviceRank::incident() const {
 }
 
 bool DeviceRank::has_report(Flight& flight) {
-    HostPage::Report& report = page_->sync[flight.job.begin.lane];
     if (!flight.report.outcome.ok()) return true;
+    if (page_ == nullptr) {  // closed meanwhile
+        flight.report.outcome = last_words_;
+        if (last_words_.ok()) {
+            flight.report.outcome.incident.code = kClosed;
+            flight.report.outcome.incident.rank = static_cast<int16_t>(rank_);
+        }
+        return true;
+    }
+    HostPage::Report& report = page_->sync[flight.job.begin.lane];
     if (load_acquire(report.call) == flight.job.begin.call) {
         flight.report = report;
         return true;
