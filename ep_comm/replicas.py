@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Prefer = Literal["node", "rank", "none"]
 PREFER: Final = get_args(Prefer)
 MAX_LAYERS: Final = (1 << 16) - 1
+BAD_ID: Final = 1 << 40
 KEY_MARK: Final = 1 << 62  # of a key in the `routing` of a call's signature
 _RANGE: Final = 1 << 32
 _STEP: Final = 2654435769  # 2^32 / golden ratio
@@ -66,9 +67,10 @@ class LayerReplicas(NamedTuple):
             chosen += (spread > until[chosen]) & (chosen < last)
         return torch.where(valid, self.slot[chosen].to(torch.int64), -1)
 
-    def bad(self, ids: Tensor) -> Tensor:
-        """bool, shape of ids: neither a logical expert nor -1."""
-        return (ids < -1) | (ids >= self.num_logical)
+    def route_for_notify(self, ids: Tensor, source: int) -> Tensor:
+        """As `route`, for a notify that checks ids: bad ones become BAD_ID, no physical expert."""
+        bad = (ids < -1) | (ids >= self.num_logical)
+        return torch.where(bad, BAD_ID, self.route(ids, source))
 
     def add_load(self, ids: Tensor) -> None:
         """Add valid ids, int64 [T, K], to `load`."""

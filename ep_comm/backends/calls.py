@@ -124,12 +124,7 @@ class Dispatch:
         a.routing = replicas.key
         if self.spec.device.type != "cpu":  # the notify of GPUs does not know replicas
             replicas.add_load(self.call.topk_idx)
-            torch.add(
-                replicas.route(self.call.topk_idx, self.spec.rank),
-                # What is no logical expert must not be a physical one either: E213, as it should.
-                replicas.bad(self.call.topk_idx) * (1 << 40),
-                out=self.routed_idx,
-            )
+            self.routed_idx = replicas.route_for_notify(self.call.topk_idx, self.spec.rank)
             a.topk_idx = self.routed_idx.data_ptr()
             return
         tables = _core.Replicas()
