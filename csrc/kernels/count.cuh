@@ -5,6 +5,8 @@
 //
 // A chunk is walked twice, once to count and once to give every token its turn at each rank, in the
 // order of the tokens: no atomics decide an order, so the same routing gives the same rows.
+//
+// Loops stay loops: this runs once, out of cold caches, and waits for nothing as long as for its code.
 #pragma once
 
 #include <cstdint>

@@ -5,6 +5,8 @@
 //
 // Every rank reads the same entries, so every rank comes to the same verdict. All functions are for
 // all threads of a block; `false` means that this rank has given up: return.
+//
+// Loops stay loops: this runs once, out of cold caches, and waits for nothing as long as for its code.
 #pragma once
 
 #include <cstddef>

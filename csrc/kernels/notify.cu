@@ -3,6 +3,8 @@
 // Blocks count ranges of tokens side by side (count.cuh); one block adds them up, tells every peer
 // what it brings, places what arrives (place.cuh), and folds the bases it gets into its counts. Prefix
 // sums over chunks, then over sources, make rows of turns.
+//
+// Loops stay loops: this runs once, out of cold caches, and waits for nothing as long as for its code.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>

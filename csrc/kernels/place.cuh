@@ -4,6 +4,8 @@
 // defines: Placing, CountsReader, judge_counts, place, judge_size, publish_bases, await_bases
 //
 // All functions are for all threads of the one block, unless they say otherwise.
+//
+// Loops stay loops: this runs once, out of cold caches, and waits for nothing as long as for its code.
 #pragma once
 
 #include <cstdint>
