@@ -20,6 +20,18 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run tests marked slow")
+    parser.addoption(
+        "--fault-matrix",
+        action="store_true",
+        help="run the fault matrix, record it, write the table in docs/reliability.md",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.fault_matrix:
+        from fault_matrix import Recorder
+
+        config.pluginmanager.register(Recorder())
 
 
 def _missing(key: Literal["cuda_missing", "nvshmem_missing"]) -> str | None:

@@ -183,7 +183,7 @@ def test_layer_agrees_with_autograd_through_the_reference(
     equal(got, [(outs[r].detach(), *(i[r].grad for i in inputs)) for r in range(NUM_RANKS)])
 
 
-def test_second_derivative_agrees_with_the_reference(cluster: Cluster) -> None:
+def test_e6_second_derivative_agrees_with_the_reference(cluster: Cluster) -> None:
     numbers = Numbers(integers=True)
     x, ids, weights = numbers.per_rank(HIDDEN), numbers.ids(), numbers.per_rank(NUM_TOPK)
 

@@ -288,7 +288,7 @@ def check_alive(cluster: Cluster) -> None:
     assert got == [2 * NUM_RANKS, 0, 0]
 
 
-def test_bad_id_on_one_rank_fails_the_call_everywhere(cluster: Cluster) -> None:
+def test_a10_bad_id_on_one_rank_fails_the_call_everywhere(cluster: Cluster) -> None:
     make(cluster)
     found = errors(cluster, lambda rank, b: b.dispatch(*tokens(2, 6 if rank == 1 else 0), tag="L3"))
     assert [(e.code, e.rank, e.peer, e.seq, e.tag) for e in found] == [
@@ -307,7 +307,7 @@ def test_refused_call_raises_on_its_peers(cluster: Cluster) -> None:
     check_alive(cluster)
 
 
-def test_capacity_exceeded_on_one_rank_raises_everywhere(cluster: Cluster) -> None:
+def test_a8_capacity_exceeded_on_one_rank_raises_everywhere(cluster: Cluster) -> None:
     make(cluster)
     found = errors(cluster, lambda rank, b: b.dispatch(*tokens(), capacity=5))
     assert [(e.code, e.peer) for e in found] == [("E230", 0)] * NUM_RANKS
@@ -325,7 +325,7 @@ def test_capacity_exceeded_on_one_rank_raises_everywhere(cluster: Cluster) -> No
         ("flags", {"topk_weights": torch.ones(2, 2)}),
     ],
 )
-def test_differing_argument_is_named_with_both_values(
+def test_b5_differing_argument_is_named_with_both_values(
     cluster: Cluster, name: str, options: dict[str, Any]
 ) -> None:
     make(cluster)
@@ -336,7 +336,7 @@ def test_differing_argument_is_named_with_both_values(
     check_alive(cluster)
 
 
-def test_differing_dtype_is_named(cluster: Cluster) -> None:
+def test_b5_differing_dtype_is_named(cluster: Cluster) -> None:
     make(cluster)
     dtypes = [torch.float32, torch.bfloat16, torch.float32]
     found = errors(cluster, lambda rank, b: b.dispatch(tokens()[0].to(dtypes[rank]), tokens()[1]))
@@ -344,7 +344,7 @@ def test_differing_dtype_is_named(cluster: Cluster) -> None:
     check_alive(cluster)
 
 
-def test_ranks_out_of_step_are_named_and_the_buffer_ends(cluster: Cluster) -> None:
+def test_b6_ranks_out_of_step_are_named_and_the_buffer_ends(cluster: Cluster) -> None:
     make(cluster)
 
     def work(rank: int, buffer: Buffer) -> None:
@@ -361,7 +361,7 @@ def test_ranks_out_of_step_are_named_and_the_buffer_ends(cluster: Cluster) -> No
     assert [e.code for e in again] == ["E330"] * NUM_RANKS
 
 
-def test_edited_handle_is_refused_everywhere(cluster: Cluster) -> None:
+def test_a17_edited_handle_is_refused_everywhere(cluster: Cluster) -> None:
     make(cluster)
 
     def work(rank: int, buffer: Buffer) -> None:
@@ -435,7 +435,9 @@ def test_begun_operation_raises_when_waited_for(cluster: Cluster) -> None:
 QUICK = EPConfig(arrival_warn_s=0.2, arrival_s=1.0, progress_s=1.0)
 
 
-def test_rank_that_never_calls_is_named(cluster: Cluster, caplog: pytest.LogCaptureFixture) -> None:
+def test_b7_rank_that_never_calls_is_named(
+    cluster: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
     make(cluster, config=QUICK)
 
     def work(rank: int, buffer: Buffer) -> None:
@@ -454,7 +456,7 @@ def test_rank_that_never_calls_is_named(cluster: Cluster, caplog: pytest.LogCapt
     assert errors(cluster, lambda rank, b: b.dispatch(*tokens()))[1].code in ("E101", "E111")
 
 
-def test_rank_that_closes_is_named(cluster: Cluster) -> None:
+def test_c11_rank_that_closes_is_named(cluster: Cluster) -> None:
     make(cluster)
 
     def work(rank: int, buffer: Buffer) -> None:
@@ -470,7 +472,7 @@ def test_rank_that_closes_is_named(cluster: Cluster) -> None:
     assert found[2].code == "E340"
 
 
-def test_close_ends_a_begun_operation_that_waits(cluster: Cluster) -> None:
+def test_c11_close_ends_a_begun_operation_that_waits(cluster: Cluster) -> None:
     make(cluster)
 
     def work(rank: int, buffer: Buffer) -> None:
@@ -504,7 +506,7 @@ def test_peers_learn_why_a_rank_refused_that_closed_at_once(cluster: Cluster) ->
     assert "rank 0 rejected x" in found[1].what
 
 
-def test_exception_inside_an_operation_ends_it_for_the_peers(
+def test_c6_exception_inside_an_operation_ends_it_for_the_peers(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     buffers = make(cluster)
@@ -542,7 +544,7 @@ def die(rank: int, num_ranks: int, how: str) -> Any:
     return caught.value.code, caught.value.peer, str(caught.value), time.monotonic() - start
 
 
-def test_killed_rank_is_named_at_once() -> None:
+def test_c2_killed_rank_is_named_at_once() -> None:
     results = run_processes(die, NUM_RANKS, "kill", may_die=True)
     assert results[1] == -signal.SIGKILL
     for code, peer, text, seconds in (results[0], results[2]):
@@ -551,7 +553,7 @@ def test_killed_rank_is_named_at_once() -> None:
         assert seconds < 2.0
 
 
-def test_stopped_rank_is_given_up_after_the_progress_clock() -> None:
+def test_c5_stopped_rank_is_given_up_after_the_progress_clock() -> None:
     results = run_processes(die, NUM_RANKS, "stop")
     for code, peer, text, seconds in (results[0], results[2]):
         assert (code, peer) == ("E101", 1)

@@ -122,7 +122,7 @@ def test_sizes_are_symbols_with_sync_and_numbers_without(buffer: Buffer) -> None
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
-def test_native_calls_refuse_fake_tensors(buffer: Buffer) -> None:
+def test_e6_native_calls_refuse_fake_tensors(buffer: Buffer) -> None:
     x, idx, _ = make_inputs()
     real = x.detach()
     with torch._subclasses.FakeTensorMode() as mode:
@@ -414,7 +414,7 @@ CHECKS = [
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_compiled_layer_agrees_with_eager(compiled: list[dict[str, bool]], check: str) -> None:
+def test_e6_compiled_layer_agrees_with_eager(compiled: list[dict[str, bool]], check: str) -> None:
     assert [found[check] for found in compiled] == [True, True]
 
 

@@ -212,11 +212,11 @@ def soak_threads(num_ranks: int, num_slots: int, steps: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize(("num_ranks", "num_slots"), [(2, 2), (3, 2), (4, 3)])
-def test_random_program_on_threads(num_ranks: int, num_slots: int) -> None:
+def test_d9_random_program_on_threads(num_ranks: int, num_slots: int) -> None:
     soak_threads(num_ranks, num_slots, 1000, seed=num_ranks)
 
 
-def test_random_program_on_processes() -> None:
+def test_d9_random_program_on_processes() -> None:
     ranks.run(_soak_process, 3, 800, 48, limit_s=120)
 
 
@@ -238,11 +238,11 @@ def _private_kib() -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
-def test_random_program_on_threads_for_long(seed: int) -> None:
+def test_d9_random_program_on_threads_for_long(seed: int) -> None:
     soak_threads(2 + seed % 4, 2 + seed % 3, 3000, seed=100 + seed)
 
 
 @pytest.mark.slow
-def test_random_program_on_processes_for_long_keeps_memory_flat() -> None:
+def test_d9_random_program_on_processes_for_long_keeps_memory_flat() -> None:
     for first, last in ranks.run(_soak_process, 4, 6000, 2048, limit_s=280):
         assert last - first < 32 << 10, f"private memory grew from {first} to {last} KiB"
