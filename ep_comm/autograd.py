@@ -59,6 +59,7 @@ def dispatch(
     sync: bool = True,
     wait: bool = True,
     output: str = "auto",
+    transfer: str = "sm",
     num_sms: int | None = None,
     tag: str = "",
 ) -> Received:
@@ -73,8 +74,8 @@ def dispatch(
             its layout, its sync and, for a slab, its capacity, too, as far as they are no defaults.
         quantize: only for x without gradients.
         wait: True; a begun dispatch has no result to differentiate.
-        scales, scale_block, layout, alignment, row_index, layer, capacity, sync, output, num_sms,
-            tag: as `Buffer.dispatch`.
+        scales, scale_block, layout, alignment, row_index, layer, capacity, sync, output, transfer,
+            num_sms, tag: as `Buffer.dispatch`.
     Returns:
         Received. Rows of x without a token are zero in every layout, so that they add nothing to
         the gradients of expert weights. The handle carries topk_weights with their graph. Inside of
@@ -94,9 +95,10 @@ def dispatch(
         return buffer.dispatch(  # which says what is wrong, to all ranks
             x, topk_idx, topk_weights, scales=scales, scale_block=scale_block, quantize=quantize,
             handle=handle, layout=layout, alignment=alignment, row_index=row_index, layer=layer,
-            capacity=capacity, sync=sync, output=output, num_sms=num_sms, tag=tag,
+            capacity=capacity, sync=sync, output=output, transfer=transfer, num_sms=num_sms,
+            tag=tag,
         )  # fmt: skip
-    options = (scale_block, quantize, output, num_sms, tag)
+    options = (scale_block, quantize, output, transfer, num_sms, tag)
     arrived: Arrived | Rearrived
     if topk_idx is not None:
         arrived = Arrived(

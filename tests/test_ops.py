@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import inspect
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -66,7 +67,7 @@ def dispatch_args(buffer: Buffer, x: Tensor, idx: Tensor, w: Tensor | None, **o:
     return (
         x, idx, w, o.get("scales"), buffer.number, *buffer.sizes, o.get("layout", "compact"),
         o.get("alignment", 1), o.get("row_index", False), 0, o.get("capacity"), o.get("sync", True),
-        o.get("scale_block", 128), o.get("quantize"), "auto", None, "",
+        o.get("scale_block", 128), o.get("quantize"), "auto", "sm", None, "",
     )  # fmt: skip
 
 
@@ -91,7 +92,7 @@ def test_combine_and_redispatch_pass_opcheck(buffer: Buffer, way: str) -> None:
     tail = (*received.handle, buffer.number)
     torch.library.opcheck(OPS.combine.default, (y, values, x, None, *tail, False, "rank", None, ""))
     shape = list(received.x.shape)
-    last = (*tail, shape, received.layout, 128, None, "auto", None, "")
+    last = (*tail, shape, received.layout, 128, None, "auto", "sm", None, "")
     torch.library.opcheck(OPS.redispatch.default, (x, w, None, *last))
 
 
@@ -143,6 +144,14 @@ def test_native_calls_do_not_go_through_ops() -> None:
         "assert not [m for m in sys.modules if m.startswith('ep_comm.ops')]\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+def test_differentiable_calls_have_the_options_of_native_ones() -> None:
+    def lacks(ours: Any, native: Any) -> set[str]:
+        return {*inspect.signature(native).parameters} - {*inspect.signature(ours).parameters}
+
+    assert lacks(dispatch, Buffer.dispatch) == {"self", "origins"}
+    assert lacks(combine, Buffer.combine) == {"self", "sum_weights", "out", "wait"}
 
 
 # ---- gradients of what compilers and views hand in ----

@@ -136,8 +136,8 @@ def _weighted(
 def _send(ctx: Any, handle: Handle, grad: Tensor, values: Tensor | None) -> Rearrived:
     """The gradient of a combine's result, and of what it took home, in the rows of x."""
     sent = torch.ops.ep_comm.redispatch(
-        grad, values, None, *handle, ctx.buffer, ctx.x_shape, ctx.layout, 128, None, "auto", None,
-        ctx.tag,
+        grad, values, None, *handle, ctx.buffer, ctx.x_shape, ctx.layout, 128, None, "auto", "sm",
+        None, ctx.tag,
     )  # fmt: skip
     return Rearrived(*sent)
 

@@ -26,7 +26,7 @@ SCHEMA = (
     "dispatch(Tensor x, Tensor topk_idx, Tensor? topk_weights, Tensor? scales, int buffer, "
     "int num_ranks, int num_local_experts, int max_tokens, str layout, int alignment, "
     "bool row_index, int? layer, SymInt? capacity, bool sync, int? scale_block, str? quantize, "
-    "str output, int? num_sms, str tag) -> "
+    "str output, str transfer, int? num_sms, str tag) -> "
     "(Tensor x, Tensor topk_idx, Tensor topk_weights, Tensor scales, Tensor num_recv, "
     "Tensor offsets, Tensor row_index, Tensor status, Tensor meta, Tensor idx, Tensor send_row, "
     "Tensor recv_src, Tensor recv_row, Tensor rank_counts, Tensor num_tokens_per_expert)"
@@ -94,13 +94,15 @@ def run(
     scale_block: int | None,
     quantize: str | None,
     output: str,
+    transfer: str,
     num_sms: int | None,
     tag: str,
 ) -> Arrived:
     received = find_buffer(buffer).dispatch(
         dense_rows(x), topk_idx, topk_weights, scales=scales, scale_block=scale_block,
         quantize=quantize, layout=layout, alignment=alignment, row_index=row_index,
-        layer=layer, capacity=capacity, sync=sync, output=output, num_sms=num_sms, tag=tag,
+        layer=layer, capacity=capacity, sync=sync, output=output, transfer=transfer,
+        num_sms=num_sms, tag=tag,
     )  # fmt: skip
     clear_rows_without_token(received)
     pass_on_hold(received)
@@ -168,6 +170,7 @@ def fake(
     scale_block: int | None,
     quantize: Any,
     output: Any,
+    transfer: str,
     num_sms: int | None,
     tag: str,
 ) -> Arrived:

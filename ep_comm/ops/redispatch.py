@@ -25,9 +25,9 @@ from ep_comm.ops.library import HANDLE, count, define, dense_rows, new_size, or_
 # grouped, nobody asks which. Both are there for tracing, where a handle has no numbers.
 SCHEMA = (
     "redispatch(Tensor x, Tensor? topk_weights, Tensor? scales, " + HANDLE + ", int buffer, "
-    "SymInt[] shape, str layout, int? scale_block, str? quantize, str output, int? num_sms, "
-    "str tag) -> (Tensor x, Tensor topk_weights, Tensor scales, Tensor num_recv, Tensor offsets, "
-    "Tensor status, Tensor meta, Tensor num_tokens_per_expert)"
+    "SymInt[] shape, str layout, int? scale_block, str? quantize, str output, str transfer, "
+    "int? num_sms, str tag) -> (Tensor x, Tensor topk_weights, Tensor scales, Tensor num_recv, "
+    "Tensor offsets, Tensor status, Tensor meta, Tensor num_tokens_per_expert)"
 )
 
 
@@ -69,6 +69,7 @@ def run(
     scale_block: int | None,
     quantize: str | None,
     output: str,
+    transfer: str,
     num_sms: int | None,
     tag: str,
 ) -> Rearrived:
@@ -77,7 +78,7 @@ def run(
     )
     received = find_buffer(buffer).dispatch(
         dense_rows(x), None, topk_weights, handle=handle, scales=scales, scale_block=scale_block,
-        quantize=quantize, output=output, num_sms=num_sms, tag=tag,
+        quantize=quantize, output=output, transfer=transfer, num_sms=num_sms, tag=tag,
     )  # fmt: skip
     got = received.x.shape
     fits = len(got) == len(shape) and all(w in (-1, g) for g, w in zip(got, shape, strict=True))
@@ -118,6 +119,7 @@ def fake(
     scale_block: int | None,
     quantize: str | None,
     output: str,
+    transfer: str,
     num_sms: int | None,
     tag: str,
 ) -> Rearrived:
