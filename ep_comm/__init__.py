@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ep_comm._build_info import BuildInfo, build_info
     from ep_comm._capabilities import Capabilities, capabilities
+    from ep_comm.begun import Begun
     from ep_comm.bootstrap import StoreGroup
-    from ep_comm.buffer import Begun, Buffer
+    from ep_comm.buffer import Buffer
     from ep_comm.config import EPConfig
     from ep_comm.doctor import env_report
     from ep_comm.errors import EPError
@@ -26,7 +27,7 @@ _HOME = {
     "build_info": "_build_info",
     "Capabilities": "_capabilities",
     "capabilities": "_capabilities",
-    "Begun": "buffer",
+    "Begun": "begun",
     "Buffer": "buffer",
     "EPConfig": "config",
     "env_report": "doctor",

@@ -6,40 +6,27 @@ before its backend begins is refused: the peers raise its error, too, instead of
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import itertools
 import os
-import struct
 import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, cast, overload
 
 import torch
 from torch import Tensor
 
 from ep_comm import _core
-from ep_comm.backends.base import Backend, BegunOp, Combined
-from ep_comm.backends.choose import BACKENDS, choose, instead_of_nvlink
-from ep_comm.bootstrap import (
-    Exchange,
-    Hello,
-    Listener,
-    check_agreement,
-    group_token,
-    host_identity,
-    resolve_group,
-)
+from ep_comm.backends.base import Backend, Combined
+from ep_comm.begun import Begun
+from ep_comm.bootstrap import resolve_group
 from ep_comm.checks import (
-    BufferSpec,
     DispatchCall,
     check_combine,
     check_dispatch,
     check_memory,
-    check_options,
     check_transfer,
     flag,
     one_of,
@@ -47,9 +34,10 @@ from ep_comm.checks import (
     rejected,
 )
 from ep_comm.config import EPConfig
-from ep_comm.errors import EPError, EPTimeout, make_error, shown
+from ep_comm.construct import construct
+from ep_comm.errors import EPError, make_error, shown
 from ep_comm.handle import LAYOUTS
-from ep_comm.received import Promised, Received
+from ep_comm.received import Received
 from ep_comm.replicas import (
     PREFER,
     LayerReplicas,
@@ -62,52 +50,7 @@ from ep_comm.replicas import (
 if TYPE_CHECKING:
     from ep_comm.eplb.placement import Placement
 
-T = TypeVar("T")
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
-
-
-class Begun(Generic[T]):
-    """An operation begun with `wait=False`: `wait()` returns what the call would have returned.
-
-    The operation goes on whether or not anybody waits, and holds its tensors until it is over; do
-    not change them before. Dropping a Begun drops the result, not the operation.
-    """
-
-    def __init__(self, op: BegunOp) -> None:
-        self._op = op
-        self._result: list[T] = []
-        self._error: EPError | None = None
-
-    def done(self) -> bool:
-        """Whether `wait()` would return at once."""
-        return bool(self._result) or self._error is not None or self._op.done()
-
-    @property
-    def promised(self) -> Promised | None:
-        """The tensors `wait()` fills, already there: a slab on the cpu backend, else None.
-
-        They are the ones it returns; until then their contents are undefined.
-        """
-        promised: Promised | None = getattr(self._op, "promised", None)
-        return promised
-
-    def wait(self) -> T:
-        """Finish the operation and return its result.
-
-        Begun operations may be waited for in any order, and again: the result is the same object.
-
-        Raises:
-            EPError: whatever the operation raised; again on every later call.
-        """
-        if self._error is not None:
-            raise self._error
-        if not self._result:
-            try:
-                self._result.append(self._op.finish())
-            except EPError as error:
-                self._error = error
-                raise
-        return self._result[0]
 
 
 class Buffer:
@@ -161,49 +104,12 @@ class Buffer:
     ) -> None:
         self.config = config if isinstance(config, EPConfig) else EPConfig()
         self.group = group
-        self._group = resolve_group(group)
-        self._exchange = Exchange(self._group, self.config.arrival_s)
-        me = self._group.rank
-        try:
-            if not isinstance(config, EPConfig | None):
-                raise make_error("E203", f"rejected config={shown(config)}: want an EPConfig")
-            target = _device(device)
-            one_of("backend", backend, BACKENDS)
-            self._spec = check_options(
-                me,
-                self._group.size,
-                num_experts=num_experts,
-                num_topk=num_topk,
-                hidden=hidden,
-                max_tokens=max_tokens,
-                num_slots=num_slots,
-                expert_map=expert_map,
-                device=target,
-                arena_bytes=arena_bytes,
-                num_sms=num_sms,
-            )
-            host = host_identity()
-            listener = Listener()
-        except EPError as error:
-            refusal = f"{error.code} {error.what}"
-            self._exchange.publish("hello", Hello(rank=me, refusal=refusal).pack())
-            raise make_error(error.code, error.what, rank=me, fix=error.fix) from None
-        except Exception as error:
-            self._exchange.publish("hello", Hello(rank=me, refusal=f"E203 {shown(error)}").pack())
-            raise
-        self._num_sms = num_sms
+        self._spec, self._backend, self.backend_reason = construct(
+            resolve_group(group), config, backend=backend, device=device, arena_bytes=arena_bytes,
+            num_sms=num_sms, num_experts=num_experts, num_topk=num_topk, hidden=hidden,
+            max_tokens=max_tokens, num_slots=num_slots, expert_map=expert_map,
+        )  # fmt: skip
         self._replicas: Replicas | None = None
-        try:
-            with contextlib.closing(listener):
-                hello = _hello(
-                    self._spec, backend, self._group.members, host, listener.token,
-                    paranoid=self.config.paranoid,
-                )  # fmt: skip
-                self._backend, self.backend_reason = self._construct(hello, listener, arena_bytes)
-        except EPTimeout:
-            self._exchange.abandon()
-            raise
-        self._exchange.finish()
         self._lock = threading.RLock()
         self._pid = os.getpid()
         self._closed: str | None = None
@@ -213,44 +119,6 @@ class Buffer:
         self.number = next(_numbers)
         self.sizes = (self._spec.num_ranks, self._spec.num_local_experts, self._spec.max_tokens)
         _alive[self.number] = self
-
-    def _construct(
-        self, hello: Hello, listener: Listener, arena_bytes: int | None
-    ) -> tuple[Backend, str]:
-        """The backend all ranks agree on, ready to use, and why it is this one."""
-        me, spec = self._group.rank, self._spec
-        answers = self._exchange.gather("hello", hello.pack())
-        hellos = [Hello.unpack(data, rank) for rank, data in enumerate(answers)]
-        check_agreement(me, hellos)
-        name, reason = choose(hello.backend, spec.device.type, self._group, hellos)
-        if self.config.paranoid and name != "cpu":
-            raise make_error(
-                "E404", f"cannot use backend {name!r}: it has no paranoid mode", rank=me
-            )
-        generation = int.from_bytes(group_token(hellos)[:8], "little") >> 1
-        shape = _shape(spec)
-        if name == "nvlink":
-            from ep_comm.backends import nvlink
-
-            try:
-                gpu = nvlink.open_backend(
-                    self._group, hellos, listener, self._exchange, shape, spec, generation,
-                    self.config, arena_bytes, self._num_sms,
-                )  # fmt: skip
-                return gpu, reason
-            except EPError as error:  # on all ranks alike
-                name, reason = instead_of_nvlink(hello.backend, self._group, error)
-        if name == "collective":
-            from ep_comm.backends.collective import CollectiveBackend
-
-            return CollectiveBackend(spec, generation, self.config, self._group), reason
-        from ep_comm.backends import cpu
-
-        host = cpu.open_backend(
-            self._group, hellos, listener, self._exchange, shape, spec, generation,
-            self.config, arena_bytes,
-        )  # fmt: skip
-        return host, reason
 
     # ---- the two verbs ----
 
@@ -753,71 +621,3 @@ def _unexpected(error: Exception) -> EPError:
 def _close_backend(backend: Backend, pid: int) -> None:
     if os.getpid() == pid:  # a fork shares the memory, but it is not the rank
         backend.close()
-
-
-def _device(asked: torch.device | str | None) -> torch.device:
-    if asked is None and torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    if asked is None:
-        return torch.device("cpu")
-    try:
-        device = torch.device(asked)
-    except Exception as error:  # RuntimeError, TypeError, for bytes UnicodeDecodeError
-        what = f"rejected device={shown(asked)}: want a device, {error}"
-        raise make_error("E203", what) from None
-    if device.type != "cuda":
-        return device
-    if not torch.cuda.is_available():
-        built = bool(torch.version.cuda)
-        reason = "torch finds no GPU" if built else f"torch {torch.__version__} has no CUDA"
-        raise make_error("E401", f"has no GPU: {reason}, device={shown(asked)}")
-    # Tensors always have an index.
-    return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
-
-
-def _hash(data: bytes) -> int:
-    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
-
-
-def _hello(
-    spec: BufferSpec,
-    backend: str,
-    members: tuple[int, ...],
-    host: tuple[bytes, int],
-    token: bytes,
-    *,
-    paranoid: bool,
-) -> Hello:
-    boot_id, namespace = host
-    return Hello(
-        protocol=_core.PROTOCOL_VERSION,
-        version=_core.BUILD["version"],
-        structs=_hash(struct.pack(f"<{len(_core.STRUCT_SIZES)}q", *_core.STRUCT_SIZES)),
-        world_size=spec.num_ranks,
-        members=_hash(struct.pack(f"<{len(members)}q", *members)),
-        num_experts=spec.num_experts,
-        expert_map=_hash(struct.pack(f"<{len(spec.owner)}i", *spec.owner)),
-        hidden=spec.hidden,
-        num_topk=spec.num_topk,
-        max_tokens=spec.max_tokens,
-        num_slots=spec.num_slots,
-        paranoid=int(paranoid),
-        backend=backend,
-        device=spec.device.type,
-        rank=spec.rank,
-        pid=os.getpid(),
-        boot_id=boot_id,
-        pid_namespace=namespace,
-        token=token,
-    )
-
-
-def _shape(spec: BufferSpec) -> _core.Shape:
-    shape = _core.Shape()
-    shape.num_ranks = spec.num_ranks
-    shape.num_slots = spec.num_slots
-    shape.num_experts = spec.num_experts
-    shape.max_local_experts = max(spec.owner.count(r) for r in range(spec.num_ranks))
-    shape.num_topk = spec.num_topk
-    shape.max_tokens = spec.max_tokens
-    return shape

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import ep_comm.buffer
+import ep_comm.construct
 from ep_comm import Buffer, EPConfig, StoreGroup, _core, bootstrap
 from ep_comm.bootstrap import Exchange, Group, Hello, Listener, check_agreement, group_token
 from ep_comm.errors import CODES, EPEnvironmentError, EPError, EPMemoryError, EPTimeout
@@ -75,14 +75,14 @@ def test_b1_b2_b3_a_differing_field_is_named_with_rank_and_both_values(
     monkeypatch: pytest.MonkeyPatch, name: str, size: int
 ) -> None:
     code, value = DISAGREE[name]
-    real, common = ep_comm.buffer._hello, []
+    real, common = ep_comm.construct._hello, []
 
     def hello(spec: Any, *args: Any, **options: Any) -> Hello:
         mine = real(spec, *args, **options)
         common.append(getattr(mine, name))
         return replace(mine, **{name: value}) if spec.rank == 1 else mine
 
-    monkeypatch.setattr(ep_comm.buffer, "_hello", hello)
+    monkeypatch.setattr(ep_comm.construct, "_hello", hello)
     with Cluster(1, size) as cluster:
         errors = cluster.run_catching(
             lambda r: Buffer(cluster.group(r), **SHAPE, device="cpu"), limit_s=10
@@ -157,7 +157,7 @@ def _with_junk_variables(me: Any) -> None:
 
 def _on_a_host_of_its_own(me: Any) -> str:
     boot = bytes([me.rank]) * 16
-    ep_comm.buffer.host_identity = lambda: (boot, 0)
+    ep_comm.construct.host_identity = lambda: (boot, 0)
     buffer = me.buffer(**SHAPE)
     x = torch.ones(2, 32)
     recv = buffer.dispatch(x, torch.tensor([[0, 5], [1, 4]]))

@@ -39,9 +39,9 @@ def _without_pidfd(me: Any) -> Any:
 
     os.pidfd_open = refuse  # type: ignore[assignment]
     boot, _ = bootstrap.host_identity()
-    import ep_comm.buffer
+    import ep_comm.construct
 
-    ep_comm.buffer.host_identity = lambda: (boot, 1000 + me.rank)  # type: ignore[assignment]
+    ep_comm.construct.host_identity = lambda: (boot, 1000 + me.rank)  # type: ignore[assignment]
     return _busy(me)
 
 

@@ -1,0 +1,202 @@
+"""Construction of a Buffer: options are checked, ranks agree on everything that must be equal, and
+the backend they choose connects them. All ranks succeed, or all raise and keep nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import struct
+from typing import Any, NamedTuple
+
+import torch
+
+from ep_comm import _core
+from ep_comm.backends.base import Backend
+from ep_comm.backends.choose import BACKENDS, choose, instead_of_nvlink
+from ep_comm.bootstrap import (
+    Exchange,
+    Group,
+    Hello,
+    Listener,
+    check_agreement,
+    group_token,
+    host_identity,
+)
+from ep_comm.checks import BufferSpec, check_options, one_of
+from ep_comm.config import EPConfig
+from ep_comm.errors import EPError, EPTimeout, make_error, shown
+
+
+class Constructed(NamedTuple):
+    spec: BufferSpec
+    backend: Backend
+    reason: str  # why it is this backend
+
+
+def construct(
+    group: Group,
+    config: object,
+    *,
+    backend: Any,
+    device: Any,
+    arena_bytes: Any,
+    num_sms: Any,
+    **sizes: Any,
+) -> Constructed:
+    """What `Buffer(...)` does; its arguments as they were given.
+
+    Args:
+        sizes: num_experts, num_topk, hidden, max_tokens, num_slots, expert_map.
+    Raises:
+        EPError: E203, E210 to E212, E221, E222, E232 or E4xx, the same on all ranks; a rank whose
+            own arguments are bad tells the others. EPTimeout: E120. EPPeerDied: E110.
+
+    Collective.
+    """
+    me = group.rank
+    usable = config if isinstance(config, EPConfig) else EPConfig()
+    exchange = Exchange(group, usable.arrival_s)
+    try:
+        if not isinstance(config, EPConfig | None):
+            raise make_error("E203", f"rejected config={shown(config)}: want an EPConfig")
+        target = _device(device)
+        one_of("backend", backend, BACKENDS)
+        spec = check_options(
+            me, group.size, device=target, arena_bytes=arena_bytes, num_sms=num_sms, **sizes
+        )
+        host = host_identity()
+        listener = Listener()
+    except EPError as error:
+        refusal = f"{error.code} {error.what}"
+        exchange.publish("hello", Hello(rank=me, refusal=refusal).pack())
+        raise make_error(error.code, error.what, rank=me, fix=error.fix) from None
+    except Exception as error:
+        exchange.publish("hello", Hello(rank=me, refusal=f"E203 {shown(error)}").pack())
+        raise
+    try:
+        with contextlib.closing(listener):
+            hello = _hello(
+                spec, backend, group.members, host, listener.token, paranoid=usable.paranoid
+            )
+            opened, reason = _open_backend(
+                group, exchange, listener, hello, spec, usable, arena_bytes, num_sms
+            )
+    except EPTimeout:
+        exchange.abandon()
+        raise
+    exchange.finish()
+    return Constructed(spec, opened, reason)
+
+
+def _open_backend(
+    group: Group,
+    exchange: Exchange,
+    listener: Listener,
+    hello: Hello,
+    spec: BufferSpec,
+    config: EPConfig,
+    arena_bytes: int | None,
+    num_sms: int | None,
+) -> tuple[Backend, str]:
+    """The backend all ranks agree on, ready to use, and why it is this one."""
+    me = group.rank
+    answers = exchange.gather("hello", hello.pack())
+    hellos = [Hello.unpack(data, rank) for rank, data in enumerate(answers)]
+    check_agreement(me, hellos)
+    name, reason = choose(hello.backend, spec.device.type, group, hellos)
+    if config.paranoid and name != "cpu":
+        raise make_error("E404", f"cannot use backend {name!r}: it has no paranoid mode", rank=me)
+    generation = int.from_bytes(group_token(hellos)[:8], "little") >> 1
+    shape = _shape(spec)
+    if name == "nvlink":
+        from ep_comm.backends import nvlink
+
+        try:
+            gpu = nvlink.open_backend(
+                group, hellos, listener, exchange, shape, spec, generation,
+                config, arena_bytes, num_sms,
+            )  # fmt: skip
+            return gpu, reason
+        except EPError as error:  # on all ranks alike
+            name, reason = instead_of_nvlink(hello.backend, group, error)
+    if name == "collective":
+        from ep_comm.backends.collective import CollectiveBackend
+
+        return CollectiveBackend(spec, generation, config, group), reason
+    from ep_comm.backends import cpu
+
+    host = cpu.open_backend(
+        group, hellos, listener, exchange, shape, spec, generation,
+        config, arena_bytes,
+    )  # fmt: skip
+    return host, reason
+
+
+def _device(asked: torch.device | str | None) -> torch.device:
+    if asked is None and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    if asked is None:
+        return torch.device("cpu")
+    try:
+        device = torch.device(asked)
+    except Exception as error:  # RuntimeError, TypeError, for bytes UnicodeDecodeError
+        what = f"rejected device={shown(asked)}: want a device, {error}"
+        raise make_error("E203", what) from None
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        built = bool(torch.version.cuda)
+        reason = "torch finds no GPU" if built else f"torch {torch.__version__} has no CUDA"
+        raise make_error("E401", f"has no GPU: {reason}, device={shown(asked)}")
+    # Tensors always have an index.
+    return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
+
+
+def _hash(data: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
+
+
+def _hello(
+    spec: BufferSpec,
+    backend: str,
+    members: tuple[int, ...],
+    host: tuple[bytes, int],
+    token: bytes,
+    *,
+    paranoid: bool,
+) -> Hello:
+    boot_id, namespace = host
+    return Hello(
+        protocol=_core.PROTOCOL_VERSION,
+        version=_core.BUILD["version"],
+        structs=_hash(struct.pack(f"<{len(_core.STRUCT_SIZES)}q", *_core.STRUCT_SIZES)),
+        world_size=spec.num_ranks,
+        members=_hash(struct.pack(f"<{len(members)}q", *members)),
+        num_experts=spec.num_experts,
+        expert_map=_hash(struct.pack(f"<{len(spec.owner)}i", *spec.owner)),
+        hidden=spec.hidden,
+        num_topk=spec.num_topk,
+        max_tokens=spec.max_tokens,
+        num_slots=spec.num_slots,
+        paranoid=int(paranoid),
+        backend=backend,
+        device=spec.device.type,
+        rank=spec.rank,
+        pid=os.getpid(),
+        boot_id=boot_id,
+        pid_namespace=namespace,
+        token=token,
+    )
+
+
+def _shape(spec: BufferSpec) -> _core.Shape:
+    shape = _core.Shape()
+    shape.num_ranks = spec.num_ranks
+    shape.num_slots = spec.num_slots
+    shape.num_experts = spec.num_experts
+    shape.max_local_experts = max(spec.owner.count(r) for r in range(spec.num_ranks))
+    shape.num_topk = spec.num_topk
+    shape.max_tokens = spec.max_tokens
+    return shape
