@@ -1,13 +1,10 @@
 #include "cpu/watch.h"
 
 #include <linux/futex.h>
-#include <poll.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <climits>
-#include <cstdio>
-#include <cstring>
 #include <ctime>
 
 namespace ep::cpu {
@@ -36,32 +33,6 @@ void pause_briefly() {
 
 Life life_of(ControlHeader& header) {
     return static_cast<Life>(std::atomic_ref(header.life).load(std::memory_order_acquire));
-}
-
-// A stopped process (SIGSTOP, debugger) is alive but its heart does not beat.
-bool is_stopped(int64_t pid) {
-    if (pid <= 0) return false;
-    char path[48];
-    std::snprintf(path, sizeof(path), "/proc/%lld/stat", static_cast<long long>(pid));
-    std::FILE* file = std::fopen(path, "re");
-    if (file == nullptr) return false;
-    char line[512] = {0};
-    const size_t got = std::fread(line, 1, sizeof(line) - 1, file);
-    std::fclose(file);
-    const char* name_end = got > 0 ? std::strrchr(line, ')') : nullptr;
-    return name_end != nullptr && (name_end[2] == 'T' || name_end[2] == 't');
-}
-
-bool is_gone(const PeerProcess& process) {
-    pollfd fds[2];
-    nfds_t count = 0;
-    if (process.pidfd >= 0) fds[count++] = {process.pidfd, POLLIN, 0};
-    if (process.socket >= 0) fds[count++] = {process.socket, POLLRDHUP, 0};
-    if (count == 0 || poll(fds, count, 0) <= 0) return false;
-    for (nfds_t i = 0; i < count; ++i) {
-        if ((fds[i].revents & (POLLIN | POLLRDHUP | POLLHUP | POLLERR)) != 0) return true;
-    }
-    return false;
 }
 
 }  // namespace
@@ -178,7 +149,7 @@ bool Watch::expired(Wait& wait, Clock::time_point now) {
         return true;
     }
     const bool late = clocks_.arrival_s >= 0 && waited >= clocks_.arrival_s;
-    const bool silent = waited >= clocks_.progress_s && is_stopped(processes_[wait.peer].pid);
+    const bool silent = waited >= clocks_.progress_s && is_stopped(processes_[wait.peer]);
     if (!late && !silent) return false;
     blame(kPeerAbsent, wait, wait.peer);
     return true;

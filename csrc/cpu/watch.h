@@ -15,6 +15,7 @@
 
 #include "contract/records.h"
 #include "contract/status.h"
+#include "host/peer_process.h"
 
 namespace ep::cpu {
 
@@ -22,13 +23,6 @@ struct Clocks {
     double arrival_warn_s = 5.0;
     double arrival_s = 600.0;  // < 0: never
     double progress_s = 30.0;
-};
-
-// What a waiter knows about a peer besides its shared memory.
-struct PeerProcess {
-    int pidfd = -1;   // readable once the process is gone; -1 = same process, or unknown
-    int socket = -1;  // the bootstrap connection, readable (EOF) once the process is gone
-    int64_t pid = 0;  // 0 = not visible from here
 };
 
 // Called now and then from a waiting thread. `interrupted` is asked often and ends the wait when

@@ -31,7 +31,9 @@ Stat stat_of(int64_t pid) {
     return stat;
 }
 
-bool is_closed(const PeerProcess& process) {
+}  // namespace
+
+bool is_gone(const PeerProcess& process) {
     pollfd fds[2];
     nfds_t count = 0;
     if (process.pidfd >= 0) fds[count++] = {process.pidfd, POLLIN, 0};
@@ -43,11 +45,9 @@ bool is_closed(const PeerProcess& process) {
     return false;
 }
 
-}  // namespace
-
-bool is_gone(const PeerProcess& process) {
+bool is_ending(const PeerProcess& process) {
     constexpr unsigned kExiting = 0x4;  // PF_EXITING, include/linux/sched.h
-    return is_closed(process) || (stat_of(process.pid).flags & kExiting) != 0;
+    return (stat_of(process.pid).flags & kExiting) != 0;
 }
 
 bool is_stopped(const PeerProcess& process) {

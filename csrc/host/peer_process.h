@@ -11,11 +11,12 @@ struct PeerProcess {
     int64_t pid = 0;  // 0 = not visible from here
 };
 
-// Its process ended or is ending, or closed its end of the connection. False when nothing is known.
-//
-// A killed process takes its time: a second passes while the driver frees GPU memory, and only then
-// do its descriptors close. So we also ask whether it has begun to end.
+// Its process ended, or closed its end of the connection. False when nothing is known.
 bool is_gone(const PeerProcess& process);
+
+// Its process has begun to end. With a GPU that takes its time: a second passes while the driver frees
+// memory, and only then do its descriptors close.
+bool is_ending(const PeerProcess& process);
 
 // Alive, but its heart does not beat (SIGSTOP, debugger).
 bool is_stopped(const PeerProcess& process);

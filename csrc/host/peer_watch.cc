@@ -98,7 +98,8 @@ void PeerWatch::look() {
 void PeerWatch::listen(int p) {
     Peer& peer = peers_[p];
     if (peer.over) return;
-    const bool gone = is_gone(peer.process);  // before we read: its last word may be under way
+    // Asked before we read: its last word may be under way.
+    const bool gone = is_gone(peer.process) || is_ending(peer.process);
     Message message;
     const ssize_t got = peer.process.socket < 0
                             ? -1
