@@ -308,10 +308,11 @@ def _shrinks(me: Any, rounds: int) -> list[tuple[int, int]]:
     return footprints
 
 
-def test_c10_survivors_rebuild_again_and_again_without_a_leak() -> None:
-    with ranks.Ranks(_shrinks, 6, 5) as six:
-        results = six.results(30)
-    assert results[1:] == [-signal.SIGKILL] * 5
+@pytest.mark.parametrize("rounds", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_c10_survivors_rebuild_again_and_again_without_a_leak(rounds: int) -> None:
+    with ranks.Ranks(_shrinks, rounds + 1, rounds) as group:
+        results = group.results(30.0 * rounds / 5)
+    assert results[1:] == [-signal.SIGKILL] * rounds
     footprints = results[0]
-    assert [mapped for mapped, _ in footprints] == [0] * 5
+    assert [mapped for mapped, _ in footprints] == [0] * rounds
     assert len({fds for _, fds in footprints}) == 1, footprints
