@@ -222,8 +222,20 @@ class Cuda:
         finally:
             self._library.cuDevicePrimaryCtxRelease_v2(device)
 
-    def allocation(self, device: int, handle_type: int) -> tuple[_AllocationProp, int, int]:
-        """Physical memory that can leave this process: its properties, handle and size."""
+    @contextmanager
+    def memory(self, size: int) -> Iterator[ctypes.c_ulonglong]:
+        """Ordinary memory of the current context."""
+        address = ctypes.c_ulonglong(
+            self.number("cuMemAlloc_v2", ctypes.c_size_t(size), kind=ctypes.c_ulonglong)
+        )
+        try:
+            yield address
+        finally:
+            self.call("cuMemFree_v2", address)
+
+    @contextmanager
+    def allocation(self, device: int, handle_type: int) -> Iterator[tuple[int, int]]:
+        """Physical memory that can leave this process: its handle and size."""
         prop = _AllocationProp(1, handle_type, _Location(1, device), None)
         size = self.number(
             "cuMemGetAllocationGranularity", ctypes.byref(prop), 0, kind=ctypes.c_size_t
@@ -232,7 +244,10 @@ class Cuda:
             "cuMemCreate", ctypes.c_size_t(size), ctypes.byref(prop), ctypes.c_ulonglong(0),
             kind=ctypes.c_ulonglong,
         )  # fmt: skip
-        return prop, handle, size
+        try:
+            yield handle, size
+        finally:
+            self.release(handle)
 
     @contextmanager
     def mapped(self, device: int, handle: int, size: int) -> Iterator[ctypes.c_ulonglong]:
@@ -303,19 +318,16 @@ def _pair(cuda: Cuda, a: int, b: int) -> dict[str, Any]:
 def _write_and_read_back(cuda: Cuda, a: int, b: int) -> str:
     """GPU a writes into memory of GPU b, which reads it."""
     size = ctypes.c_size_t(PROBE_BYTES)
-    with cuda.context(b) as peer:
-        theirs = ctypes.c_ulonglong(cuda.number("cuMemAlloc_v2", size, kind=ctypes.c_ulonglong))
+    found = ctypes.create_string_buffer(PROBE_BYTES)
+    with cuda.context(b) as peer, cuda.memory(PROBE_BYTES) as theirs:
         with cuda.context(a):
             cuda.call("cuCtxEnablePeerAccess", peer, 0)
-            ours = ctypes.c_ulonglong(cuda.number("cuMemAlloc_v2", size, kind=ctypes.c_ulonglong))
-            cuda.call("cuMemcpyHtoD_v2", ours, _PATTERN, size)
-            cuda.call("cuMemcpyDtoD_v2", theirs, ours, size)
-            cuda.call("cuCtxSynchronize")
-            cuda.call("cuMemFree_v2", ours)
+            with cuda.memory(PROBE_BYTES) as ours:
+                cuda.call("cuMemcpyHtoD_v2", ours, _PATTERN, size)
+                cuda.call("cuMemcpyDtoD_v2", theirs, ours, size)
+                cuda.call("cuCtxSynchronize")
             cuda.call("cuCtxDisablePeerAccess", peer)
-        found = ctypes.create_string_buffer(PROBE_BYTES)
         cuda.call("cuMemcpyDtoH_v2", found, theirs, size)
-        cuda.call("cuMemFree_v2", theirs)
     if found.raw != _PATTERN:
         raise DriverError("other bytes came back")
     return f"{PROBE_BYTES} B"
@@ -363,22 +375,23 @@ def _import_memory(cuda: Cuda, sock: socket.socket) -> None:
 
 def _share_memory(cuda: Cuda, ordinal: int, helper: socket.socket) -> str:
     """Memory made here, written by another process through a descriptor, read here."""
-    with cuda.context(ordinal):
-        _, handle, size = cuda.allocation(ordinal, _POSIX_FD)
-        with cuda.mapped(ordinal, handle, size) as address:
-            fd = ctypes.c_int(-1)
-            cuda.call("cuMemExportToShareableHandle", ctypes.byref(fd), ctypes.c_ulonglong(handle),
-                      _POSIX_FD, ctypes.c_ulonglong(0))  # fmt: skip
-            try:
-                socket.send_fds(helper, [f"{ordinal} {size}".encode()], [fd.value])
-            finally:
-                os.close(fd.value)
-            answer = helper.recv(256)
-            if answer != b"ok":
-                raise DriverError(answer.decode(errors="replace") or "the other process ended")
-            found = ctypes.create_string_buffer(PROBE_BYTES)
-            cuda.call("cuMemcpyDtoH_v2", found, address, ctypes.c_size_t(PROBE_BYTES))
-        cuda.release(handle)
+    found = ctypes.create_string_buffer(PROBE_BYTES)
+    with (
+        cuda.context(ordinal),
+        cuda.allocation(ordinal, _POSIX_FD) as (handle, size),
+        cuda.mapped(ordinal, handle, size) as address,
+    ):
+        fd = ctypes.c_int(-1)
+        cuda.call("cuMemExportToShareableHandle", ctypes.byref(fd), ctypes.c_ulonglong(handle),
+                  _POSIX_FD, ctypes.c_ulonglong(0))  # fmt: skip
+        try:
+            socket.send_fds(helper, [f"{ordinal} {size}".encode()], [fd.value])
+        finally:
+            os.close(fd.value)
+        answer = helper.recv(256)
+        if answer != b"ok":
+            raise DriverError(answer.decode(errors="replace") or "the other process ended")
+        cuda.call("cuMemcpyDtoH_v2", found, address, ctypes.c_size_t(PROBE_BYTES))
     if found.raw != _PATTERN:
         raise DriverError("other bytes came back")
     return f"{size >> 20} MiB"
@@ -386,14 +399,10 @@ def _share_memory(cuda: Cuda, ordinal: int, helper: socket.socket) -> str:
 
 def _export_fabric(cuda: Cuda, ordinal: int) -> str:
     """A real allocation and export; the handle itself is a credential and is dropped."""
-    with cuda.context(ordinal):
-        _, handle, size = cuda.allocation(ordinal, _FABRIC)
-        try:
-            exported = (ctypes.c_ubyte * 64)()
-            cuda.call("cuMemExportToShareableHandle", ctypes.byref(exported),
-                      ctypes.c_ulonglong(handle), _FABRIC, ctypes.c_ulonglong(0))  # fmt: skip
-        finally:
-            cuda.release(handle)
+    with cuda.context(ordinal), cuda.allocation(ordinal, _FABRIC) as (handle, size):
+        exported = (ctypes.c_ubyte * 64)()
+        cuda.call("cuMemExportToShareableHandle", ctypes.byref(exported),
+                  ctypes.c_ulonglong(handle), _FABRIC, ctypes.c_ulonglong(0))  # fmt: skip
     return f"{size >> 20} MiB"
 
 
