@@ -121,7 +121,9 @@ DISPATCH: dict[str, Bad] = {
     ),
     # topk_idx
     "ids-none": Bad("E201", ("topk_idx", "None"), {"topk_idx": None}),
-    "a4-ids-int16": Bad("E200", ("topk_idx", "int16", "int64 or int32"), {"topk_idx": ids().short()}),
+    "a4-ids-int16": Bad(
+        "E200", ("topk_idx", "int16", "int64 or int32"), {"topk_idx": ids().short()}
+    ),
     "a4-ids-uint8": Bad("E200", ("topk_idx", "uint8"), {"topk_idx": ids().to(torch.uint8)}),
     "ids-float": Bad("E200", ("topk_idx", "float32"), {"topk_idx": ids().float()}),
     "ids-rows": Bad("E201", ("topk_idx", "[3, 2]", "[4, num_topk]"), {"topk_idx": ids(3)}),
