@@ -42,7 +42,7 @@ def _differentiable(
     gradient: Callable[..., tuple[Tensor | None, ...]],
 ) -> Callable[..., Any]:
     """What torch.library.register_autograd makes, too, with the same arguments. That one reads the
-    schema again on every call: 220 us for 17 arguments (torch 2.13), this 40 us."""
+    schema again on every call: 222 us to record 17 arguments (torch 2.13), with this 48."""
 
     def below(*args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
