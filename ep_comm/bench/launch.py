@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ep_comm.bench import gpu, memory
+from ep_comm.bench import gpu, machine, memory
 from ep_comm.bench.cases import Case
 from ep_comm.bench.measure import Options, measure_case, steps
 from ep_comm.testing import run_processes
@@ -51,6 +51,8 @@ def _rank_main(
     from rich.progress import Progress
 
     torch.set_num_threads(1)
+    if options.bind:
+        machine.keep_to_core(rank)
     if options.malloc == "keep" and not memory.keep_freed_memory():
         raise RuntimeError("this malloc cannot keep freed memory; run with --malloc default")
     measure = gpu.measure_case if cases[0].device == "cuda" else measure_case

@@ -7,19 +7,31 @@ import platform
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy
 import torch
 
 from ep_comm import _core, build_info
 
+# Those this process may use, before it keeps to one of them.
+CORES: Final = tuple(sorted(os.sched_getaffinity(0)))
+
+
+def keep_to_core(rank: int) -> None:
+    """Bind this process to one core, ranks in turn, as mpirun does; threads made later follow.
+
+    Left alone, a scheduler that moves ranks every few milliseconds decides how many of them share a
+    core during a call of a few milliseconds.
+    """
+    os.sched_setaffinity(0, {CORES[rank % len(CORES)]})
+
 
 def facts() -> dict[str, Any]:
     """Machine and software; the parts of a record that are the same for the whole run."""
     return {
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": len(CORES),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "simd": _core.simd(),
         "kernel": platform.release(),

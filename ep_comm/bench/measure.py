@@ -37,6 +37,7 @@ class Options:
     baseline: str | None = None  # "gloo"; on GPUs "nccl"
     sms: tuple[int | None, ...] = (None,)  # GPUs: SM counts to sweep; None = the buffer's choice
     malloc: str = "keep"  # "default": freed memory goes back to the system
+    bind: bool = True  # ranks we start on this host keep to a core each
     command: str = ""
 
 
@@ -98,6 +99,7 @@ def measure_case(case: Case, rank: int, options: Options, advance: Advance) -> l
             "warmup": options.warmup,
             "rounds": ROUNDS,
             "malloc": options.malloc,
+            "bound": options.bind,
             **load,
             **where,
             "command": options.command,

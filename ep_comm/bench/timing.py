@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any, Final, NamedTuple, Protocol
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from ep_comm.bench.machine import CORES
 
 _LEAD_NS: Final = 1_000_000  # from the barrier to the common start: all ranks are through by then
 _SPIN_NS: Final = 300_000  # the end of it is not slept where every rank has a core: sleeps end late
@@ -69,7 +70,7 @@ class Stopwatch:
         hosts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(hosts, Path("/proc/sys/kernel/random/boot_id").read_text())
         self.one_host = len(set(hosts)) == 1
-        self._spin_ns = _SPIN_NS if len(hosts) <= len(os.sched_getaffinity(0)) else 0
+        self._spin_ns = _SPIN_NS if len(hosts) <= len(CORES) else 0
 
     def run(
         self,

@@ -102,6 +102,9 @@ def bench(
     malloc: Annotated[
         Malloc, typer.Option(help="keep: freed memory stays with the process, without page faults.")
     ] = Malloc.keep,
+    bind: Annotated[
+        bool, typer.Option(help="Each rank keeps to one core; not under torchrun, not on GPUs.")
+    ] = True,
     limit_s: Annotated[float, typer.Option(help="End ranks that run longer.")] = 1800.0,
 ) -> None:
     """Time dispatch and combine; first check every result against the oracle, bit by bit.
@@ -142,6 +145,7 @@ def bench(
         warmup=warmup,
         baseline=None if baseline is Baseline.none else baseline.value,
         malloc=malloc.value,
+        bind=bind and world is None and not on_gpus,
         sms=tuple(_numbers(sms)) if sms else (None,),
         command=shlex.join(["ep-comm", *sys.argv[1:]]),
     )
