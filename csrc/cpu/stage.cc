@@ -109,10 +109,9 @@ bool Stage::advance() {
         const int64_t until = std::min(source.num_rows, taken(src) + ring_rows_);
         std::byte* rows = rings_ + ring_of(op_.me, src) * ring_rows_ * a_.row_bytes();
         for (; source.staged < until; ++source.staged, --left_, step(source)) {
-            simd().copy_stream(rows + source.staged % ring_rows_ * a_.row_bytes(),
-                               a_.x + row_at(source) * a_.row_bytes(), a_.row_bytes());
+            simd().copy(rows + source.staged % ring_rows_ * a_.row_bytes(),
+                        a_.x + row_at(source) * a_.row_bytes(), a_.row_bytes());
         }
-        simd().drain();
         // Releases the rows; pairs with the acquire in Combine's rows_from.
         store_release(op_.at<uint64_t>(src, op_.layout.staged_word(op_.me)),
                       op_.flow(src).staged + static_cast<uint64_t>(source.staged));
