@@ -68,7 +68,7 @@ void Stage::skip_none(Source& source) const {
 }
 
 int64_t Stage::taken(int src) const {
-    // Pairs with the release in Combine's publish_taken.
+    // Pairs with the release in CombineOp::publish_taken.
     const uint64_t ever = load_acquire(op_.at<uint64_t>(op_.me, op_.layout.taken_word(src)));
     return static_cast<int64_t>(ever - op_.flow(src).staged);
 }
@@ -112,7 +112,7 @@ bool Stage::advance() {
             simd().copy(rows + source.staged % ring_rows_ * a_.row_bytes(),
                         a_.x + row_at(source) * a_.row_bytes(), a_.row_bytes());
         }
-        // Releases the rows; pairs with the acquire in Combine's rows_from.
+        // Releases the rows; pairs with the acquire in CombineOp::staged_by.
         store_release(op_.at<uint64_t>(src, op_.layout.staged_word(op_.me)),
                       op_.flow(src).staged + static_cast<uint64_t>(source.staged));
         ring(op_.rank.header(src), op_.me);
