@@ -145,12 +145,14 @@ int main() {
 
     ep::test("a paused watch leaves the connection alone", [] {
         Pair pair([](int socket) {
-            const char byte = 'x';
+            char byte = 0;
+            (void)!read(socket, &byte, 1);  // until the watch is paused
             (void)!write(socket, &byte, 1);
             sleep(60);
         });
         ep::PeerWatch watch(0, pair.page.get(), pair.peers, {}, 1.0, {});
         watch.pause(true);
+        (void)!write(pair.socket, "x", 1);
         char byte = 0;
         ep::expect(soon([&] { return recv(pair.socket, &byte, 1, MSG_DONTWAIT) == 1; }) || byte,
                    "somebody else read it");
