@@ -20,7 +20,8 @@ Stage::Stage(Operation& op, const CombineArgs& args) : op_(op), a_(args), source
     for (int src = 0; src < op.num_ranks; ++src) {
         Source& source = sources_[src];
         source.token = token;
-        token = std::min(token + args.rank_counts[op.num_ranks + src], args.num_recv);
+        const int64_t received = std::max<int64_t>(args.rank_counts[op.num_ranks + src], 0);
+        token = std::min(token + received, args.num_recv);
         source.end = token;
         if (src == op.me) continue;
         Source walk = source;
