@@ -45,7 +45,8 @@ class Me:
 
         from ep_comm import StoreGroup
 
-        return StoreGroup(dist.FileStore(self.store, self.size), self.rank, self.size, name)
+        # Without a number of users: with one, a store removes its file once so many have closed it.
+        return StoreGroup(dist.FileStore(self.store), self.rank, self.size, name)
 
     def buffer(self, name: str = "default", **options: Any) -> Any:
         """A Buffer of all ranks; kept alive until the process ends."""

@@ -224,6 +224,7 @@ def _leaves(me: Any, how: str) -> Any:
             buffer.close()
             return time.monotonic()
         if how == "interrupt":
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in jobs
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(5)
     return survive(buffer, lambda i: round_trip(buffer, i))
