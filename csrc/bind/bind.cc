@@ -12,6 +12,7 @@
 #endif
 #include "bind/bind_eplb.h"
 #include "bind/dlpack.h"
+#include "bind/fields.h"
 #include "contract/args.h"
 #include "contract/build_info.h"
 #include "contract/config.h"
@@ -30,15 +31,6 @@ using namespace py::literals;
 
 namespace ep {
 namespace {
-
-// Struct fields reach Python under their own names; addresses travel as integers.
-#define EP_FIELD(type, field) .def_readwrite(#field, &type::field)
-#define EP_ADDRESS(type, field)                                                     \
-    .def_property(                                                                  \
-        #field, [](const type& s) { return reinterpret_cast<uintptr_t>(s.field); }, \
-        [](type& s, uintptr_t address) {                                            \
-            s.field = reinterpret_cast<decltype(s.field)>(address);                 \
-        })
 
 // A signal handler that raised while a call waited, thrown once the call has come home.
 struct Interrupt {

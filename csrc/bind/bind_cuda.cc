@@ -7,8 +7,11 @@
 #include <functional>
 #include <memory>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "bind/dlpack.h"
+#include "bind/fields.h"
 #include "contract/args.h"
 #include "host/device_arena.h"
 #include "host/device_rank.h"
@@ -23,20 +26,22 @@ namespace {
 
 Stream as_stream(uintptr_t address) { return reinterpret_cast<Stream>(address); }
 
-// Bytes of an extent as a DLPack capsule; the extent retires when the last tensor over it dies.
+// The start of an extent as a DLPack capsule, dense; the extent retires when the last tensor over it
+// dies.
 struct HeldTensor {
     dlpack::ManagedTensor managed;
-    int64_t shape[1];
+    std::vector<int64_t> shape;
     std::shared_ptr<StreamHold> hold;
 };
 
-py::capsule to_dlpack(std::shared_ptr<StreamHold> hold, int64_t bytes) {
-    auto* held = new HeldTensor{{}, {bytes}, std::move(hold)};
+py::capsule to_dlpack(std::shared_ptr<StreamHold> hold, std::vector<int64_t> shape, int code,
+                      int bits) {
+    auto* held = new HeldTensor{{}, std::move(shape), std::move(hold)};
     held->managed.tensor = {held->hold->data(),
                             {dlpack::kCuda, held->hold->device()},
-                            1,
-                            {dlpack::kUInt, 8, 1},
-                            held->shape,
+                            static_cast<int32_t>(held->shape.size()),
+                            {static_cast<uint8_t>(code), static_cast<uint8_t>(bits), 1},
+                            held->shape.data(),
                             nullptr,
                             0};
     held->managed.context = held;
@@ -101,6 +106,10 @@ void bind_memory(py::module_& m) {
         .def(
             "use_on", [](StreamHold& self, uintptr_t stream) { self.use_on(as_stream(stream)); },
             "stream"_a);
+    m.attr("DLPACK_INT") = int{dlpack::kInt};
+    m.attr("DLPACK_UINT") = int{dlpack::kUInt};
+    m.attr("DLPACK_FLOAT") = int{dlpack::kFloat};
+    m.attr("DLPACK_BFLOAT") = int{dlpack::kBfloat};
     py::class_<DeviceArena, std::shared_ptr<DeviceArena>>(m, "DeviceArena")
         .def(py::init<std::shared_ptr<DeviceMemory>>(), "memory"_a)
         .def(
@@ -111,10 +120,11 @@ void bind_memory(py::module_& m) {
             "bytes"_a, "stream"_a)
         .def(
             "array",
-            [](DeviceArena&, std::shared_ptr<StreamHold> hold, int64_t bytes) {
-                return to_dlpack(std::move(hold), bytes);
+            [](DeviceArena&, std::shared_ptr<StreamHold> hold, std::vector<int64_t> shape,
+               std::pair<int, int> type) {
+                return to_dlpack(std::move(hold), std::move(shape), type.first, type.second);
             },
-            "hold"_a, "bytes"_a)
+            "hold"_a, "shape"_a, "type"_a)
         .def("offset_of", &DeviceArena::offset_of, "address"_a, "bytes"_a)
         .def(
             "reclaim",
@@ -170,46 +180,55 @@ RankPtr make_rank(const Shape& shape, int rank, uint64_t generation,
                                   std::move(hook)));
 }
 
-void bind_rank(py::module_& m) {
+void bind_flight(py::module_& m) {
+    using W = DispatchWants;
+    py::class_<W>(m, "DispatchWants")
+        .def(py::init<>()) EP_ADDRESS(W, status) EP_ADDRESS(W, num_recv) EP_ADDRESS(W, offsets)
+            EP_ADDRESS(W, source_range) EP_ADDRESS(W, recv_row) EP_FIELD(W, max_recv)
+                EP_FIELD(W, max_rows) EP_FIELD(W, num_sms) EP_FIELD(W, num_warps)
+                    EP_FIELD(W, wide_ids) EP_FIELD(W, row_index) EP_FIELD(W, row_token)
+                        EP_FIELD(W, reports) EP_FIELD(W, by_copies);
     py::class_<Flight, std::shared_ptr<Flight>>(m, "Flight")
         .def_property_readonly("outcome", [](const Flight& f) { return f.report.outcome; })
-        .def_property_readonly("seq", [](const Flight& f) { return f.report.seq; })
         .def_property_readonly("num_recv", [](const Flight& f) { return f.report.num_recv; })
         .def_property_readonly("num_rows", [](const Flight& f) { return f.report.num_rows; })
         .def_property_readonly("index_rows", [](const Flight& f) { return f.report.index_rows; })
-        .def_property_readonly("x", [](const Flight& f) { return f.x; });
+        .def_readonly("x", &Flight::x)
+        .def_readonly("ids", &Flight::ids)
+        .def_readonly("weights", &Flight::weights)
+        .def_readonly("src", &Flight::src)
+        .def_readonly("rows", &Flight::rows)
+        .def_readonly("scales", &Flight::scales)
+        .def_readonly("row_index", &Flight::row_index)
+        .def_readonly("row_token", &Flight::row_token);
+}
+
+void bind_rank(py::module_& m) {
+    m.attr("MAX_REPORTS") = kMaxReports;
     py::class_<DeviceRank, RankPtr>(m, "DeviceRank")
         .def(py::init(&make_rank), "shape"_a, "rank"_a, "generation"_a, "expert_owner"_a, "peers"_a,
              "arena"_a, "clocks"_a, "max_blocks"_a, "late"_a)
         .def(
-            "begin_dispatch",
-            [](DeviceRank& self, const DispatchArgs& args, bool waits, bool apart, uintptr_t status,
-               uintptr_t num_recv, int num_sms, uintptr_t stream, bool by_copies) {
+            "dispatch",
+            [](DeviceRank& self, const DispatchArgs& args, const DispatchWants& wants,
+               uintptr_t stream) {
                 py::gil_scoped_release nogil;
-                return self.begin_dispatch(args, waits, apart, reinterpret_cast<int32_t*>(status),
-                                           reinterpret_cast<int32_t*>(num_recv), num_sms,
-                                           as_stream(stream), by_copies);
+                return self.dispatch(args, wants, as_stream(stream));
             },
-            "args"_a, "waits"_a, "apart"_a, "status"_a, "num_recv"_a, "num_sms"_a, "stream"_a,
-            "by_copies"_a)
+            "args"_a, "wants"_a, "stream"_a)
         .def("push_copies", &DeviceRank::push_copies, "flight"_a,
              py::call_guard<py::gil_scoped_release>())
         .def("has_report", &DeviceRank::has_report, "flight"_a)
         .def("await_report", &await_report, "flight"_a)
-        .def(
-            "finish_dispatch",
-            [](DeviceRank& self, Flight& flight, const UnpackArgs& out) {
-                py::gil_scoped_release nogil;
-                self.finish_dispatch(flight, out);
-            },
-            "flight"_a, "out"_a)
+        .def("settle", &DeviceRank::settle, "flight"_a)
         .def(
             "combine",
-            [](DeviceRank& self, const CombineArgs& args, int num_sms, uintptr_t stream) {
+            [](DeviceRank& self, const CombineArgs& args, int num_sms, int num_stages,
+               uintptr_t stream) {
                 py::gil_scoped_release nogil;
-                self.combine(args, num_sms, as_stream(stream));
+                self.combine(args, num_sms, num_stages, as_stream(stream));
             },
-            "args"_a, "num_sms"_a, "stream"_a)
+            "args"_a, "num_sms"_a, "num_stages"_a, "stream"_a)
         .def(
             "refuse",
             [](DeviceRank& self, OpKind kind, const Outcome& why, uintptr_t stream) {
@@ -236,6 +255,7 @@ void bind_rank(py::module_& m) {
 
 void bind_cuda(py::module_& m) {
     bind_memory(m);
+    bind_flight(m);
     bind_rank(m);
 }
 

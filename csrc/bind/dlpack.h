@@ -7,7 +7,7 @@
 namespace ep::dlpack {
 
 enum DeviceType : int32_t { kCpu = 1, kCuda = 2 };
-enum TypeCode : uint8_t { kUInt = 1 };
+enum TypeCode : uint8_t { kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4 };
 
 struct Device {
     int32_t type, id;

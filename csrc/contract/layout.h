@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "contract/config.h"
+#include "contract/notice.h"
 #include "contract/records.h"
 #include "contract/shape.h"
 
@@ -41,14 +42,16 @@ struct NamedRegion {
 // Head of every rank's shared memory: same offsets on every rank. Indices are [slot][rank] unless
 // said otherwise.
 struct ControlLayout {
-    Region header, entries, counts, bases, expert_rows, arrived, pulled, released, staged, taken;
+    Region header, entries, counts, bases, expert_rows, arrived, pulled, released, staged, taken,
+        notices, lives;
     int64_t end = 0;
-    int32_t num_ranks, num_experts, max_local_experts;
+    int32_t num_ranks, num_experts, max_local_experts, notice_words;
 
     EP_HD constexpr explicit ControlLayout(const Shape& s)
         : num_ranks(s.num_ranks),
           num_experts(s.num_experts),
-          max_local_experts(s.max_local_experts) {
+          max_local_experts(s.max_local_experts),
+          notice_words(NoticeLayout(s).words) {
         const int64_t pairs = int64_t{s.num_slots} * s.num_ranks;
         Cursor at;
         header = at.take(sizeof(ControlHeader));
@@ -62,6 +65,8 @@ struct ControlLayout {
         released = at.take(pairs * kWordStride);                // uint64 per peer
         staged = at.take(s.num_ranks * kWordStride);            // [rank] uint64 per owner
         taken = at.take(s.num_ranks * kWordStride);             // [rank] uint64 per source
+        lives = at.take(s.num_ranks * 8);                       // GPU: uint64 Life per rank
+        notices = at.take(pairs * notice_words * 8);            // GPU: packed words per source
         end = at.end();
     }
 
@@ -84,10 +89,6 @@ struct ControlLayout {
     EP_HD constexpr int64_t arrived_word(int slot, int src) const {
         return arrived.offset + pair(slot, src) * kWordStride;
     }
-    // Beside it, of the same writer: metadata records, which arrive before their rows (GPU only).
-    EP_HD constexpr int64_t described_word(int slot, int src) const {
-        return arrived_word(slot, src) + 8;
-    }
     EP_HD constexpr int64_t pulled_word(int slot, int src) const {
         return pulled.offset + pair(slot, src) * kWordStride;
     }
@@ -98,8 +99,13 @@ struct ControlLayout {
         return staged.offset + owner * kWordStride;
     }
     EP_HD constexpr int64_t taken_word(int src) const { return taken.offset + src * kWordStride; }
+    EP_HD constexpr int64_t notice(int slot, int src) const {
+        return notices.offset + pair(slot, src) * notice_words * 8;
+    }
 
-    constexpr std::array<NamedRegion, 10> regions() const {
+    EP_HD constexpr int64_t life_word(int rank) const { return lives.offset + rank * 8; }
+
+    constexpr std::array<NamedRegion, 12> regions() const {
         return {{{"header", header},
                  {"entries", entries},
                  {"counts", counts},
@@ -109,7 +115,9 @@ struct ControlLayout {
                  {"pulled", pulled},
                  {"released", released},
                  {"staged", staged},
-                 {"taken", taken}}};
+                 {"taken", taken},
+                 {"notices", notices},
+                 {"lives", lives}}};
     }
 
 private:

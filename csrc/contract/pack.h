@@ -9,22 +9,26 @@
 
 namespace ep {
 
+// A copy more costs 2 us, a piece that is not overlapped its packing.
+inline constexpr int kPieces = 4;
+
 // Where our rows go at one rank. Pinned memory, for the host that queues the copies.
 struct Place {
-    int64_t x_offset, meta_offset;  // extents in its arena
-    int64_t row, num_rows;          // of ours there
-    int32_t until[kMaxChunks];      // rows of all chunks up to this one
+    int64_t x;               // extent in its arena
+    int64_t row, num_rows;   // of ours there
+    int32_t until[kPieces];  // rows of all pieces up to this one
 };
 
 // Rows are packed by destination, in the order of their tokens, and copied from there.
 struct PackJob {
     DispatchJob dispatch;
-    Place* places = nullptr;       // [num_ranks], mapped
-    int32_t* start = nullptr;      // [num_ranks] first packed row of each destination
-    std::byte* rows = nullptr;     // [packed rows][row_bytes]
-    std::byte* records = nullptr;  // [packed rows][record bytes]
+    Place* places = nullptr;    // [num_ranks], mapped
+    std::byte* rows = nullptr;  // [packed rows][row_bytes]
     int32_t first_chunk = 0, end_chunk = 0;
 };
 static_assert(std::is_trivially_copyable_v<PackJob> && sizeof(PackJob) <= 2048);
+
+// The first chunk of a piece.
+EP_HD constexpr int piece_begin(int piece, int num_chunks) { return piece * num_chunks / kPieces; }
 
 }  // namespace ep

@@ -1,6 +1,6 @@
 // Rows in flight: one piece of shared memory per warp or more, filled and emptied by bulk copies.
 //
-// defines: Stage, load_stage, await_stage, store_stage, drain_reads, drain_stores
+// defines: Stage, load_stage, await_stage, drain_stage, store_stage, drain_reads, drain_stores
 //
 // A stage may be refilled once its stores have been read (drain_reads). Its rows are there for the
 // receiver only once they are complete (drain_stores), and only a release after that may say so.
@@ -34,14 +34,27 @@ __device__ __forceinline__ void load_stage(const Stage& stage, const std::byte* 
 }
 
 // Every thread that reads the stage. False: leave.
-[[nodiscard]] __device__ __forceinline__ bool await_stage(const Watch& watch, const Operation& op,
+[[nodiscard]] __device__ __forceinline__ bool await_stage(const Watch& watch, Operation op,
                                                           Stage& stage, int from) {
     const uint32_t parity = stage.parity;
-    stage.parity ^= 1;
     uint64_t* loaded = stage.loaded;
-    if (ptx::mbarrier_try_wait_parity(loaded, parity)) return true;
-    return wait_own(watch, op, from,
-                    [loaded, parity] { return ptx::mbarrier_try_wait_parity(loaded, parity); });
+    if (!ptx::mbarrier_try_wait_parity(loaded, parity) &&
+        !wait_own(watch, op, from,
+                  [loaded, parity] { return ptx::mbarrier_try_wait_parity(loaded, parity); })) {
+        return false;
+    }
+    stage.parity ^= 1;
+    return true;
+}
+
+// Before a block leaves without its rows: a load of our own memory that is under way arrives soon,
+// whoever has given up.
+__device__ __forceinline__ void drain_stage(Stage& stage) {
+    constexpr int kTurns = 1 << 20;  // each may sleep a little
+    for (int turn = 0; turn < kTurns; ++turn) {
+        if (ptx::mbarrier_try_wait_parity(stage.loaded, stage.parity)) break;
+    }
+    stage.parity ^= 1;
 }
 
 // Any thread, after await_stage; each thread drains its own stores.

@@ -5,6 +5,7 @@
 // SM that first had it, and what it orders. No loops, no timeouts, no policy.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 namespace ep::ptx {
@@ -38,6 +39,12 @@ __device__ __forceinline__ uint32_t smem_addr(const void* shared) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
+// All of a block's shared memory that its launch asked for.
+__device__ __forceinline__ std::byte* dynamic_shared() {
+    extern __shared__ __align__(128) std::byte shared[];
+    return shared;
+}
+
 // ---- Flags between ranks: "Data Movement and Conversion Instructions: ld, st", "red", "atom" ----
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-ld
 
@@ -64,6 +71,25 @@ __device__ __forceinline__ uint32_t ld_relaxed_gpu(const uint32_t* addr) {
     return value;
 }
 
+// ld.relaxed.gpu.global.u64 d, [a];                                    PTX ISA 6.0, sm_70
+__device__ __forceinline__ uint64_t ld_relaxed_gpu(const uint64_t* addr) {
+    uint64_t value;
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(addr) : "memory");
+    return value;
+}
+
+// st.relaxed.gpu.global.u64 [a], b;                                    PTX ISA 6.0, sm_70
+// Orders nothing; the word is seen whole.
+__device__ __forceinline__ void st_relaxed_gpu(uint64_t* addr, uint64_t value) {
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(addr), "l"(value) : "memory");
+}
+
+// st.relaxed.sys.global.u64 [a], b;                                    PTX ISA 6.0, sm_70
+// Orders nothing; the word is seen whole, also by peers.
+__device__ __forceinline__ void st_relaxed_sys(uint64_t* addr, uint64_t value) {
+    asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(addr), "l"(value) : "memory");
+}
+
 // st.release.sys.global.u64 [a], b;                                    PTX ISA 6.0, sm_70
 // Orders: whoever acquires b sees our earlier writes, and those of threads we met at a barrier.
 __device__ __forceinline__ void st_release_sys(uint64_t* addr, uint64_t value) {
@@ -81,16 +107,17 @@ __device__ __forceinline__ void red_release_sys_add(uint64_t* addr, uint64_t val
     asm volatile("red.release.sys.global.add.u64 [%0], %1;" ::"l"(addr), "l"(value) : "memory");
 }
 
-// atom.acq_rel.gpu.global.inc.u32 d, [a], b;  d = old; [a] = old >= b ? 0 : old + 1
-//                                                                      PTX ISA 6.0, sm_70
-// Orders: the block that gets the last ticket sees what the blocks before it wrote.
-__device__ __forceinline__ uint32_t atom_acq_rel_gpu_inc(uint32_t* addr, uint32_t limit) {
-    uint32_t old;
-    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
-                 : "=r"(old)
-                 : "l"(addr), "r"(limit)
-                 : "memory");
-    return old;
+// red.release.gpu.global.add.u32 [a], b;                               PTX ISA 6.0, sm_70
+// Orders: our earlier accesses, and those of threads we met at a barrier, before those of who acquires it.
+__device__ __forceinline__ void red_release_gpu_add(uint32_t* addr, uint32_t value) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(addr), "r"(value) : "memory");
+}
+
+// ld.acquire.gpu.global.u32 d, [a];                                    PTX ISA 6.0, sm_70
+__device__ __forceinline__ uint32_t ld_acquire_gpu(const uint32_t* addr) {
+    uint32_t value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(addr) : "memory");
+    return value;
 }
 
 // atom.acq_rel.gpu.global.exch.b32 d, [a], b;                          PTX ISA 6.0, sm_70
@@ -101,6 +128,12 @@ __device__ __forceinline__ uint32_t atom_acq_rel_gpu_exch(uint32_t* addr, uint32
                  : "l"(addr), "r"(value)
                  : "memory");
     return old;
+}
+
+// prefetch.global.L2 [a];                                              PTX ISA 2.0, sm_20
+// Orders nothing: a later load of the line waits less.
+__device__ __forceinline__ void prefetch_global_l2(const void* addr) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(addr));
 }
 
 // ---- Fences and proxies: "Parallel Synchronization and Communication Instructions: membar, fence" ----

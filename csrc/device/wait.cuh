@@ -1,4 +1,4 @@
-// Bounded waits: every loop of a kernel that waits for somebody else is wait_until.
+// Bounded waits: every loop of a kernel that waits for somebody else is in here.
 //
 // A wait ends when the word it watches is there, when its clock runs out, or when this rank has
 // given up elsewhere. Who gives up first records the incident where the host reads it and where
@@ -34,14 +34,28 @@ __device__ __forceinline__ bool gave_up(const Watch& watch) {
     return ptx::ld_relaxed_gpu(watch.abort) != 0;
 }
 
+// What `peer` last told us of its life.
+__device__ __forceinline__ uint64_t life_of(const Watch& watch, int peer) {
+    const auto* lives = reinterpret_cast<const uint64_t*>(watch.control[watch.rank] + watch.lives);
+    return ptx::ld_acquire_sys(lives + peer);
+}
+
+// In our header, for who waits for us; and at every rank, for who must not wait for an answer.
+__device__ __forceinline__ void tell_life(const Watch& watch, Life life) {
+    ptx::st_release_sys(&header_of(watch, watch.rank)->life, static_cast<uint32_t>(life));
+    for (int p = 0; p < watch.num_ranks; ++p) {
+        auto* lives = reinterpret_cast<uint64_t*>(watch.control[p] + watch.lives);
+        ptx::st_release_sys(lives + watch.rank, static_cast<uint64_t>(life));
+    }
+}
+
 // Who found out, when it was another rank: 1 + rank, low half of the number of its operation.
 struct Informant {
     uint32_t rank = 0, epoch = 0;
 };
 
-__device__ __forceinline__ void record(const Watch& watch, const Operation& op, int code,
-                                       const Awaited& awaited, uint64_t have, uint64_t waited_ns,
-                                       const Informant& told) {
+__device__ __forceinline__ void record(const Watch& watch, Operation op, int code, Awaited awaited,
+                                       uint64_t have, uint64_t waited_ns, Informant told) {
     if (ptx::atom_acq_rel_gpu_exch(watch.abort, 1) != 0) return;
     Incident incident;
     incident.code = static_cast<uint16_t>(code);
@@ -63,13 +77,12 @@ __device__ __forceinline__ void record(const Watch& watch, const Operation& op, 
     ControlHeader* own = header_of(watch, watch.rank);
     own->verdict = incident;
     ptx::st_release_sys(&own->verdict_valid, 1);  // pairs with adopt_failure of a peer
-    ptx::st_release_sys(&own->life, static_cast<uint32_t>(Life::kFailed));
+    tell_life(watch, Life::kFailed);
 }
 
 // Ends the communicator. The first thread that comes here says why; the others were too late.
-__device__ __noinline__ inline void give_up(const Watch& watch, const Operation& op, int code,
-                                            const Awaited& awaited, uint64_t have,
-                                            uint64_t waited_ns) {
+__device__ __noinline__ inline void give_up(const Watch& watch, Operation op, int code,
+                                            Awaited awaited, uint64_t have, uint64_t waited_ns) {
     record(watch, op, code, awaited, have, waited_ns, {});
 }
 
@@ -80,9 +93,8 @@ __device__ __forceinline__ bool ends_communicator(int code) {
 }
 
 // A peer that failed has told why; one that closed, or cannot say, is simply gone.
-__device__ __noinline__ inline void adopt_failure(const Watch& watch, const Operation& op,
-                                                  const Awaited& awaited, uint64_t have,
-                                                  uint64_t waited_ns) {
+__device__ __noinline__ inline void adopt_failure(const Watch& watch, Operation op, Awaited awaited,
+                                                  uint64_t have, uint64_t waited_ns) {
     const ControlHeader* theirs = header_of(watch, awaited.peer);
     int code = kPeerLeft;
     Awaited blamed = awaited;
@@ -117,8 +129,8 @@ __device__ __forceinline__ bool is_gone(uint32_t life) {
 }
 
 // Tells the host of a wait that takes long, or that it is over. True, as its caller returns.
-__device__ __noinline__ inline bool post(const Watch& watch, const Operation& op,
-                                         const Awaited& awaited, uint64_t start, bool waits) {
+__device__ __noinline__ inline bool post(const Watch& watch, Operation op, Awaited awaited,
+                                         uint64_t start, bool waits) {
     if (ptx::globaltimer() - start > static_cast<uint64_t>(watch.post_ns)) {
         ptx::st_release_sys(&watch.page->waiting[awaited.peer],
                             waits ? waiting_word(op.seq, op.kind, awaited.site) : 0);
@@ -127,8 +139,8 @@ __device__ __noinline__ inline bool post(const Watch& watch, const Operation& op
 }
 
 // The host, or the peer itself, ends the wait for it.
-__device__ __noinline__ inline bool is_over(const Watch& watch, const Operation& op,
-                                            const Awaited& awaited, uint64_t start) {
+__device__ __noinline__ inline bool is_over(const Watch& watch, Operation op, Awaited awaited,
+                                            uint64_t start) {
     post(watch, op, awaited, start, true);
     if (ptx::ld_acquire_sys(&watch.page->abort) != 0) return true;
     return awaited.peer != watch.rank &&
@@ -136,9 +148,8 @@ __device__ __noinline__ inline bool is_over(const Watch& watch, const Operation&
 }
 
 // Why it is over. What is there by now counts all the same, unless our user wants to leave.
-__device__ __noinline__ inline bool still_counts(const Watch& watch, const Operation& op,
-                                                 const Awaited& awaited, uint64_t now,
-                                                 uint64_t waited_ns) {
+__device__ __noinline__ inline bool still_counts(const Watch& watch, Operation op, Awaited awaited,
+                                                 uint64_t now, uint64_t waited_ns) {
     const uint64_t abort = ptx::ld_acquire_sys(&watch.page->abort);
     if (abort_code(abort) != kInterrupted && now >= awaited.want) return true;
     if (abort == 0) {
@@ -151,9 +162,21 @@ __device__ __noinline__ inline bool still_counts(const Watch& watch, const Opera
     return false;
 }
 
-template <class Have>
-__device__ __noinline__ bool wait_long(const Watch& watch, const Operation& op,
-                                       const Awaited& awaited, Have have) {
+// How the number waited for stands in a word: by itself, or in the upper half of a packed one.
+enum class Word { kNumber, kPacked };
+
+// The number of the operation a packed word belongs to, which is near `seq`.
+__device__ __forceinline__ uint64_t number_of(uint64_t word, uint64_t seq) {
+    const auto ahead = static_cast<int32_t>(static_cast<uint32_t>(word >> 32) - uint32_t(seq));
+    return seq + static_cast<uint64_t>(int64_t{ahead});
+}
+
+__device__ __noinline__ inline bool wait_long(const Watch& watch, Operation op, Awaited awaited,
+                                              const uint64_t* addr, Word word) {
+    const auto have = [&] {
+        const uint64_t value = ptx::ld_acquire_sys(addr);
+        return word == Word::kNumber ? value : number_of(value, awaited.want);
+    };
     const uint64_t start = ptx::globaltimer();
     uint64_t seen = have(), progress = start;
     const int64_t limit = arriving(awaited.site) ? watch.arrival_ns : watch.progress_ns;
@@ -179,27 +202,18 @@ __device__ __noinline__ bool wait_long(const Watch& watch, const Operation& op,
     }
 }
 
-// True when have() has reached what is awaited. False when time ran out, here or elsewhere on this
+// True when the word has reached what is awaited. False when time ran out, here or elsewhere on this
 // rank: leave, touch nothing.
-template <class Have>
-[[nodiscard]] __device__ __forceinline__ bool wait_until(const Watch& watch, const Operation& op,
-                                                         const Awaited& awaited, Have have) {
-    if (have() >= awaited.want) return true;
-    return wait_long(watch, op, awaited, have);
-}
-
-// The same for a word that a peer releases.
-[[nodiscard]] __device__ __forceinline__ bool wait_word(const Watch& watch, const Operation& op,
-                                                        const Awaited& awaited,
-                                                        const uint64_t* word) {
-    return wait_until(watch, op, awaited, [word] { return ptx::ld_acquire_sys(word); });
+[[nodiscard]] __device__ __forceinline__ bool wait_word(const Watch& watch, Operation op,
+                                                        Awaited awaited, const uint64_t* word) {
+    return ptx::ld_acquire_sys(word) >= awaited.want ||
+           wait_long(watch, op, awaited, word, Word::kNumber);
 }
 
 // For a bulk load of our own, from memory of rank `from`: what stalls it has to end, but no rank has
 // to do anything for it.
 template <class Have>
-__device__ __noinline__ bool wait_own(const Watch& watch, const Operation& op, int from,
-                                      Have have) {
+__device__ __noinline__ bool wait_own(const Watch& watch, Operation op, int from, Have have) {
     const uint64_t start = ptx::globaltimer();
     for (int turn = 1; !have(); ++turn) {
         if (turn % kLookEvery != 0) continue;

@@ -20,19 +20,20 @@ public:
     CopyPush(const CopyPush&) = delete;
     CopyPush& operator=(const CopyPush&) = delete;
 
-    // Behind notify: the report that its host waits for comes with the places.
+    // Decides the call: the report that its host waits for comes with the places.
     void begin(DispatchJob& job, Stream stream);
-    // Once that report is there and good: `stream` continues when the copies are done. False when the
-    // arena has no room for the packed rows: nothing happened.
-    bool run(const DispatchJob& job, DeviceArena& arena, int num_blocks, Stream stream);
+    // Once that report is there and good: `stream` continues when the rows of all ranks are there. When
+    // the arena has no room to pack our rows, `few_blocks` SMs move them.
+    void run(const DispatchJob& job, DeviceArena& arena, int num_blocks, int few_blocks,
+             Stream stream);
 
 private:
-    void copy_piece(const PackJob& pack, const std::vector<int64_t>& start);
+    void copy_piece(const PackJob& pack, int piece, const std::vector<int64_t>& start);
 
     int rank_;
     std::vector<std::byte*> arenas_;
     Place *places_ = nullptr, *mapped_places_ = nullptr;  // [num_ranks] pinned
-    int32_t* start_ = nullptr;                            // device
+    int smem_bytes_;
     Stream copies_ = nullptr;
     void* event_ = nullptr;  // cudaEvent_t
 };

@@ -1,9 +1,8 @@
 // One GPU rank: its state on the device, the page its kernels report to, and the order of its
 // operations.
 //
-// A dispatch is launched in two halves. The first decides sizes on the device and moves the rows; a
-// caller that wants exact sizes waits for its report while they travel. The second unpacks what
-// arrived into tensors of the right size. Other operations may begin in between.
+// A dispatch is queued as a whole, before anybody knows its sizes: outputs are granted for the worst case,
+// and what is too much comes back once the kernel has reported them, which is while the rows travel.
 #pragma once
 
 #include <chrono>
@@ -28,12 +27,26 @@ struct DevicePeer {
     PeerProcess process;
 };
 
-// A dispatch between its two halves.
+struct Flight;
+
+// One extent a dispatch is granted, and what it needs of it.
+struct Part {
+    std::shared_ptr<StreamHold> Flight::* hold;
+    int64_t per_row, per_token, rest;  // bytes
+
+    int64_t bytes(int64_t rows, int64_t tokens) const {
+        return rows * per_row + tokens * per_token + rest;
+    }
+};
+
+// A dispatch that has been queued: the extents its outputs lie in, and what is known of their sizes.
 struct Flight {
     explicit Flight(const DispatchJob& j) : job(j) {}
 
     DispatchJob job;
-    std::shared_ptr<StreamHold> x, meta, turns;
+    std::vector<Part> parts;
+    std::shared_ptr<StreamHold> x, ids, weights, src, rows, scales, row_index, row_token;
+    std::shared_ptr<StreamHold> token_scales;  // grouped, slab: as they came
     Stream stream = nullptr;
     int32_t num_blocks = 1;
     HostPage::Report report{};  // once waited for
@@ -51,24 +64,22 @@ public:
     DeviceRank(const DeviceRank&) = delete;
     DeviceRank& operator=(const DeviceRank&) = delete;
 
-    // First half. `status` and `num_recv` are device words of a static call; `waits` asks for a
-    // report. `apart`: other operations may begin before the second half; num_slots operations
-    // later it must have been queued.
-    std::shared_ptr<Flight> begin_dispatch(const DispatchArgs& args, bool waits, bool apart,
-                                           int32_t* status, int32_t* num_recv, int num_sms,
-                                           Stream stream, bool by_copies = false);
-    // Moves the rows of a dispatch begun by copies, once its report is there and good. Compact, not
+    // Queues all of it. With `reports` sizes are known once the report is there; then, or at once when
+    // shapes are static, call settle.
+    std::shared_ptr<Flight> dispatch(const DispatchArgs& args, const DispatchWants& wants,
+                                     Stream stream);
+    // Moves the rows of a dispatch by copies, once its report is there and good. Compact, not
     // quantized. By SMs after all when the arena has no room to pack them.
     void push_copies(Flight& flight);
-    // Whether the report of a begun call is there.
+    // Whether the report of a call is there.
     bool has_report(Flight& flight);
     // Waits for it; false when it is not there within `limit`. Then nothing is lost: ask again.
     bool await_report(Flight& flight, std::chrono::milliseconds limit);
-    // Second half, on the stream of the first: extents shrink to what arrived, records become
-    // tensors.
-    void finish_dispatch(Flight& flight, const UnpackArgs& out);
+    // Extents shrink to what the report says.
+    void settle(Flight& flight);
 
-    void combine(const CombineArgs& args, int num_sms, Stream stream);
+    // 0: computed.
+    void combine(const CombineArgs& args, int num_sms, int num_stages, Stream stream);
     // Makes every peer fail this operation instead of waiting for us.
     void refuse(OpKind kind, const Outcome& why, Stream stream);
 
@@ -89,9 +100,10 @@ public:
 private:
     void enter(Stream stream);
     Begin begin(OpKind kind);
-    RankView view_of(int lane) const;
-    void grant(Flight& flight);
-    bool grant_turns(Flight& flight);
+    void grant(Flight& flight, const DispatchWants& wants);
+    bool take_extents(Flight& flight, int64_t rows, int64_t tokens);
+    void refuse_memory(Flight& flight, int64_t needed, int64_t free);
+    void expand(Flight& flight);
     int blocks(OpKind kind, int num_sms) const;
     std::optional<Outcome> incident() const;
 
@@ -103,7 +115,7 @@ private:
     std::shared_ptr<void> kept_;  // all that a captured graph may touch
     std::unique_ptr<PeerWatch> watch_;
     std::unique_ptr<CopyPush> copies_;
-    RankView view_;  // lane 0
+    RankView view_;
     HostPage* page_ = nullptr;
     Stream last_stream_ = nullptr;
     bool has_stream_ = false;

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <thread>
 
 #include "contract/calls.h"
@@ -41,6 +42,43 @@ int64_t slabs_of(const DispatchArgs& a, int num_local) {
     return a.layout == RecvLayout::kSlab ? num_local : 1;
 }
 
+// All that a dispatch is granted, x first.
+std::vector<Part> parts_of(const DispatchArgs& a, const DispatchWants& wants, int num_local) {
+    const bool compact = a.layout == RecvLayout::kCompact, slab = a.layout == RecvLayout::kSlab;
+    const int64_t slots = compact ? a.num_topk : 1;  // of a row
+    std::vector<Part> parts{{&Flight::x, a.row_bytes(), 0, 0}};
+    if (!a.cached) {
+        parts.push_back({&Flight::ids, slots * (wants.wide_ids ? 8 : 4), 0, 0});
+        parts.push_back({&Flight::src, 0, 8, 0});
+        if (!compact) parts.push_back({&Flight::rows, 0, int64_t{4} * a.num_topk, 0});
+    }
+    if (a.with_weights) parts.push_back({&Flight::weights, 4 * slots, 0, 0});
+    if (a.scale_bytes > 0) {
+        const int64_t apart = (a.capacity + 3) / 4 * 4;  // columns of a slab
+        parts.push_back({&Flight::scales, slab ? 0 : a.scale_bytes, 0,
+                         slab ? num_local * a.scale_bytes * apart : 0});
+        if (!compact) parts.push_back({&Flight::token_scales, 0, a.scale_bytes, 0});
+    }
+    if (wants.row_token) parts.push_back({&Flight::row_token, 4, 0, 0});
+    if (wants.row_index && a.index_capacity >= 0) {
+        parts.push_back({&Flight::row_index, 0, 0, 4 * a.index_capacity});
+    } else if (wants.row_index) {
+        const int64_t each = std::min(a.num_topk, num_local);
+        parts.push_back(
+            {&Flight::row_index, 0, 4 * each, int64_t{4} * num_local * (a.alignment - 1)});
+    }
+    return parts;
+}
+
+// Of extents that lie in one free piece.
+int64_t bytes_of(const std::vector<Part>& parts, int64_t rows, int64_t tokens) {
+    int64_t bytes = 0;
+    for (const Part& part : parts) {
+        bytes += (part.bytes(rows, tokens) + kExtentAlign - 1) / kExtentAlign * kExtentAlign;
+    }
+    return bytes;
+}
+
 }  // namespace
 
 DeviceRank::DeviceRank(const Shape& shape, int rank, uint64_t generation,
@@ -61,7 +99,7 @@ DeviceRank::DeviceRank(const Shape& shape, int rank, uint64_t generation,
     EP_CUDA(cudaDeviceGetAttribute(&smem_bytes_, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     max_blocks_ = std::clamp(max_blocks, 1, sms);
     EP_CUDA(kernels::load_kernels(smem_bytes_));
-    if (kernels::notify_warps(shape, smem_bytes_) < 1) {
+    if (!kernels::fits_shared(shape, smem_bytes_)) {
         throw DeviceError{"Buffer", "more experts than the shared memory of an SM can count"};
     }
     EP_CUDA(
@@ -84,8 +122,9 @@ DeviceRank::DeviceRank(const Shape& shape, int rank, uint64_t generation,
     copies_ = std::make_unique<CopyPush>(rank, std::move(arenas), smem_bytes_);
     const double post_s = std::min(clocks.arrival_warn_s, clocks.progress_s);
     view_.peers = state_->peers(rank);
-    view_.state = state_->view(0);
-    view_.watch = {state_->abort(),
+    view_.state = state_->view();
+    view_.watch = {view_.layout.lives.offset,
+                   state_->abort(),
                    state_->mapped_page(),
                    view_.peers.control,
                    nanoseconds(clocks.arrival_s),
@@ -109,15 +148,8 @@ DeviceRank::DeviceRank(const Shape& shape, int rank, uint64_t generation,
 
 DeviceRank::~DeviceRank() { leave(); }
 
-RankView DeviceRank::view_of(int lane) const {
-    RankView view = view_;
-    view.state = state_->view(lane);
-    return view;
-}
-
 int DeviceRank::default_sms(OpKind) const {
-    // Those that fill the link, and two: they unpack while the others push, and keep pulls in step
-    // with their sums.
+    // Those that fill the link, and two, which keep pulls in step with their sums.
     return std::clamp(kernels::link_sms(shape_.num_ranks) + 2, 1, max_blocks_);
 }
 
@@ -140,123 +172,163 @@ void DeviceRank::enter(Stream stream) {
 Begin DeviceRank::begin(OpKind kind) {
     ++begun_;
     Begin begin{};
-    begin.entry.kind = static_cast<int32_t>(kind);
-    begin.entry.weights_offset = -1;
+    begin.head.set(kind, kOk);
     return begin;
 }
 
-std::shared_ptr<Flight> DeviceRank::begin_dispatch(const DispatchArgs& args, bool waits, bool apart,
-                                                   int32_t* status, int32_t* num_recv, int num_sms,
-                                                   Stream stream, bool by_copies) {
+std::shared_ptr<Flight> DeviceRank::dispatch(const DispatchArgs& args, const DispatchWants& wants,
+                                             Stream stream) {
     enter(stream);
-    auto flight = std::make_shared<Flight>(
-        DispatchJob{view_, begin(OpKind::kDispatch), args, Grant{}, 1, 0, status, num_recv});
+    auto flight = std::make_shared<Flight>(DispatchJob{
+        view_, begin(OpKind::kDispatch), args, UnpackArgs{}, 1, 0, wants.status, wants.num_recv});
     DispatchJob& job = flight->job;
     flight->stream = stream;
-    // No two operations that are apart at once have the same lane: see num_slots.
-    if (apart) job.begin.lane = 1 + static_cast<int>(begun_ % uint64_t(shape_.num_slots));
-    job.view = view_of(job.begin.lane);
-    job.begin.entry.descriptor = describe(args);
-    job.begin.entry.num_tokens = args.num_tokens;
-    job.begin.call = waits ? begun_ : 0;
-    job.begin.report_later = !waits;
-    if (!grant_turns(*flight)) {
-        EP_CUDA(kernels::launch_refuse(view_, job.begin, stream));
+    job.begin.describe(describe(args), args.num_tokens);
+    job.begin.call = wants.reports ? begun_ : 0;
+    job.begin.report_later = !wants.reports;
+    job.begin.head.grant.wide_ids = wants.wide_ids;
+    job.out.offsets = wants.offsets;
+    job.out.source_range = wants.source_range;
+    job.out.recv_row = wants.recv_row;
+    job.out.idx_is_int64 = wants.wide_ids;
+    job.out.row_alignment = args.alignment;
+    grant(*flight, wants);
+    flight->num_blocks = blocks(OpKind::kDispatch, wants.num_sms);
+    if (wants.by_copies) {
+        copies_->begin(job, stream);
         return flight;
     }
-    grant(*flight);
-    flight->num_blocks = blocks(OpKind::kDispatch, num_sms);
-    const LaunchPlan plan =
-        kernels::push_plan(args, shape_.num_ranks, flight->num_blocks, smem_bytes_);
-    kernels::divide_tokens(job, max_blocks_);
-    EP_CUDA(kernels::launch_notify(job, stream));
-    if (by_copies) {
-        copies_->begin(job, stream);
-    } else {
-        EP_CUDA(kernels::launch_push(job, plan, stream));
+    if (wants.num_sms == 0) {
+        flight->num_blocks =
+            std::clamp(kernels::default_sms(job.args, shape_.num_ranks), 1, max_blocks_);
     }
+    LaunchPlan plan = kernels::dispatch_plan(job, flight->num_blocks, smem_bytes_);
+    if (wants.num_warps > 0) plan.num_warps = std::min(plan.num_warps, wants.num_warps);
+    kernels::divide_tokens(job, plan.num_blocks);
+    EP_CUDA(kernels::launch_dispatch(job, plan, stream));
+    expand(*flight);
     return flight;
+}
+
+// Behind the rows, for calls that need it.
+void DeviceRank::expand(Flight& flight) {
+    const DispatchJob& job = flight.job;
+    if (!kernels::needs_expansion(job)) return;
+    EP_CUDA(
+        kernels::launch_expand(job, state_->num_local(), max_blocks_, smem_bytes_, flight.stream));
+    flight.token_scales.reset();
 }
 
 void DeviceRank::push_copies(Flight& flight) {
     EP_CUDA(cudaSetDevice(arena_->device()));
-    const DispatchJob& job = flight.job;
-    if (copies_->run(job, *arena_, max_blocks_, flight.stream)) return;
-    const LaunchPlan plan =
-        kernels::push_plan(job.args, shape_.num_ranks, flight.num_blocks, smem_bytes_);
-    EP_CUDA(kernels::launch_push(job, plan, flight.stream));
-}
-
-// Turns of more tokens than the state has room for. False: refuse the call, the report says why.
-bool DeviceRank::grant_turns(Flight& flight) {
-    DispatchJob& job = flight.job;
-    const int64_t tokens = job.args.num_tokens;
-    if (tokens * job.args.num_topk <= std::min(shape_.max_tokens, kMostTurns) * shape_.num_topk) {
-        return true;
-    }
-    const int64_t bytes = turns_bytes(tokens, job.args.num_topk);
-    flight.turns = arena_->grant(bytes, flight.stream);
-    if (flight.turns) {
-        job.view.state.turn = reinterpret_cast<int32_t*>(flight.turns->data());
-        return true;
-    }
-    EntryRecord& entry = job.begin.entry;
-    entry.code = kOutOfArena;
-    entry.detail[0] = bytes;
-    entry.detail[1] = arena_->stats().largest_free;
-    Outcome& outcome = flight.report.outcome;
-    outcome.incident.code = kOutOfArena;
-    outcome.incident.op = static_cast<uint8_t>(OpKind::kDispatch);
-    outcome.incident.rank = outcome.incident.peer = static_cast<int16_t>(rank_);
-    outcome.incident.seq = begun_;
-    std::copy(std::begin(entry.detail), std::end(entry.detail), outcome.detail);
-    return false;
+    copies_->run(flight.job, *arena_, max_blocks_, flight.num_blocks, flight.stream);
+    expand(flight);
 }
 
 // Granted before the size is known: the worst case, or all there is of it. What is too much comes
-// back in finish_dispatch.
-void DeviceRank::grant(Flight& flight) {
-    DispatchJob& job = flight.job;
-    const DispatchArgs& args = job.args;
+// back in settle.
+void DeviceRank::grant(Flight& flight, const DispatchWants& wants) {
+    const DispatchArgs& args = flight.job.args;
     const int num_local = state_->num_local();
+    flight.parts = parts_of(args, wants, num_local);
     const int64_t worst = int64_t{shape_.num_ranks} * shape_.max_tokens;
     const bool compact = args.layout == RecvLayout::kCompact;
-    const int64_t rows_of_token =
-        args.layout == RecvLayout::kGrouped ? std::min(args.num_topk, num_local) : 1;
-    int64_t rows = args.capacity * slabs_of(args, num_local);
-    if (args.capacity < 0) {
-        rows = worst * rows_of_token;
-        if (!compact) rows += int64_t{num_local} * (args.alignment - 1);
+    const bool grouped = args.layout == RecvLayout::kGrouped;
+    const int64_t each = grouped ? std::min(args.num_topk, num_local) : 1;  // rows of a token
+    const int64_t padding = compact ? 0 : int64_t{num_local} * (args.alignment - 1);
+    int64_t tokens = worst, rows = worst * each + padding;
+    if (args.cached) {
+        tokens = wants.max_recv, rows = wants.max_rows;
+    } else if (args.capacity >= 0) {
+        rows = args.capacity * slabs_of(args, num_local);
+        if (compact) tokens = std::min(worst, args.capacity);
     }
-    int64_t records = compact && args.capacity >= 0 ? std::min(worst, args.capacity) : worst;
+    if (take_extents(flight, rows, tokens)) return;
 
-    const int64_t row_bytes = std::max<int64_t>(args.row_bytes(), 1);
-    const int64_t record_bytes = meta_layout(args).bytes;
-    const auto take = [&] {
-        if (record_bytes > 0) flight.meta = arena_->grant(records * record_bytes, flight.stream);
-        if (args.x_offset < 0) flight.x = arena_->grant(rows * row_bytes, flight.stream);
-        return (flight.meta || record_bytes == 0) && (flight.x || args.x_offset >= 0);
+    // As many tokens as one free piece holds with all that belongs to them.
+    const int64_t free = arena_->reclaim(flight.stream);
+    const bool has_size = args.cached || args.is_static;
+    const auto rows_for = [&](int64_t n) {
+        return args.layout == RecvLayout::kSlab ? rows : std::min(rows, n * each + padding);
     };
-    if (!take()) {
-        flight.x.reset();
-        flight.meta.reset();
-        const int64_t free = arena_->reclaim(flight.stream);
-        job.grant.free_bytes = free;
-        // In one free piece: x of a fixed shape and records with what is left, or as many records as
-        // rows they bring.
-        int64_t room = std::max<int64_t>(free - 2 * kExtentAlign, 0);
-        const bool fixed = args.is_static || args.x_offset >= 0;
-        if (fixed && args.x_offset < 0) room = std::max<int64_t>(room - rows * row_bytes, 0);
-        const int64_t bytes = record_bytes + (fixed ? 0 : rows_of_token * row_bytes);
-        if (bytes > 0) records = std::min(records, room / bytes);
-        if (!fixed) rows = std::min(rows, (room - records * record_bytes) / row_bytes);
-        if (rows > 0) take();
+    int64_t some = 0;
+    for (int64_t most = has_size ? 0 : tokens; some < most;) {
+        const int64_t middle = (some + most + 1) / 2;
+        if (bytes_of(flight.parts, rows_for(middle), middle) <= free) {
+            some = middle;
+        } else {
+            most = middle - 1;
+        }
     }
-    const bool has_x = flight.x || args.x_offset >= 0;
-    job.grant.max_rows = has_x ? rows : -1;
-    job.grant.max_recv = flight.meta ? records : -1;
-    job.grant.x_offset = flight.x ? flight.x->extent().offset : args.x_offset;
-    job.grant.meta_offset = flight.meta ? flight.meta->extent().offset : -1;
+    const bool fits = some > 0 && take_extents(flight, rows_for(some), some);
+    if (!fits) refuse_memory(flight, bytes_of(flight.parts, rows, tokens), free);
+    flight.job.begin.head.grant.free_pages = static_cast<uint32_t>(free / kExtentAlign);
+}
+
+// False: nothing is granted.
+bool DeviceRank::take_extents(Flight& flight, int64_t rows, int64_t tokens) {
+    for (const Part& part : flight.parts) {
+        const int64_t bytes = part.bytes(rows, tokens);
+        auto& hold = flight.*part.hold;
+        if (bytes > 0) hold = arena_->grant(bytes, flight.stream);
+        if (bytes == 0 || hold) continue;
+        for (const Part& taken : flight.parts) (flight.*taken.hold).reset();
+        return false;
+    }
+    const auto page = [](const std::shared_ptr<StreamHold>& hold) {
+        return hold ? static_cast<uint32_t>(hold->extent().offset / kExtentAlign) : Grant::kNone;
+    };
+    DispatchJob& job = flight.job;
+    const bool compact = job.args.layout == RecvLayout::kCompact;
+    Grant& grant = job.begin.head.grant;
+    grant.page[Grant::kX] = page(flight.x);
+    grant.page[Grant::kIds] = page(flight.ids);
+    grant.page[Grant::kWeights] = page(flight.weights);
+    grant.page[Grant::kSrc] = page(flight.src);
+    grant.page[Grant::kRows] = page(flight.rows);
+    grant.page[Grant::kScales] = page(compact ? flight.scales : flight.token_scales);
+    constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+    grant.max_rows = static_cast<int32_t>(std::min(rows, kMost));
+    grant.max_recv = static_cast<int32_t>(std::min(tokens, kMost));
+    const auto data = [](const std::shared_ptr<StreamHold>& hold) {
+        return hold ? hold->data() : nullptr;
+    };
+    UnpackArgs& out = job.out;
+    out.topk_idx = data(flight.ids);
+    out.topk_weights = reinterpret_cast<float*>(data(flight.weights));
+    out.recv_src = reinterpret_cast<int32_t*>(data(flight.src));
+    if (flight.rows) out.recv_row = reinterpret_cast<int32_t*>(data(flight.rows));
+    out.scales = data(flight.scales);
+    out.row_index = reinterpret_cast<int32_t*>(data(flight.row_index));
+    out.row_token = reinterpret_cast<int32_t*>(data(flight.row_token));
+    out.max_rows = rows;
+    out.max_recv = tokens;
+    out.max_index = job.args.index_capacity;
+    return true;
+}
+
+// Peers learn it from what we tell them: a fresh call when it does not fit, a cached one at once.
+void DeviceRank::refuse_memory(Flight& flight, int64_t needed, int64_t free) {
+    Begin& begin = flight.job.begin;
+    begin.head.grant.max_rows = begin.head.grant.max_recv = -1;
+    if (!flight.job.args.cached) return;
+    begin.head.set(OpKind::kDispatch, kOutOfArena);
+    begin.refusal.detail[0] = needed;
+    begin.refusal.detail[1] = free;
+}
+
+void DeviceRank::settle(Flight& flight) {
+    const DispatchArgs& args = flight.job.args;
+    flight.token_scales.reset();
+    if (args.is_static || args.cached) return;
+    const HostPage::Report& report = flight.report;
+    for (const Part& part : flight.parts) {
+        const auto& hold = flight.*part.hold;
+        if (hold == nullptr) continue;
+        const bool index = hold == flight.row_index;
+        arena_->trim(*hold,
+                     index ? 4 * report.index_rows : part.bytes(report.num_rows, report.num_recv));
+    }
 }
 
 std::optional<Outcome> DeviceRank::incident() const {
@@ -281,7 +353,7 @@ bool DeviceRank::has_report(Flight& flight) {
         }
         return true;
     }
-    HostPage::Report& report = page_->sync[flight.job.begin.lane];
+    HostPage::Report& report = page_->sync[flight.job.begin.call % kMaxReports];
     if (load_acquire(report.call) == flight.job.begin.call) {
         flight.report = report;
         return true;
@@ -310,45 +382,27 @@ bool DeviceRank::await_report(Flight& flight, std::chrono::milliseconds limit) {
     }
 }
 
-void DeviceRank::finish_dispatch(Flight& flight, const UnpackArgs& out) {
-    const DispatchArgs& args = flight.job.args;
-    if (!args.is_static) {
-        const HostPage::Report& report = flight.report;
-        if (flight.x) arena_->trim(*flight.x, report.num_rows * args.row_bytes());
-        if (flight.meta) arena_->trim(*flight.meta, report.num_recv * meta_layout(args).bytes);
-    }
-    const UnpackJob job{flight.job, out, state_->num_local()};
-    const LaunchPlan plan = kernels::unpack_plan(args, flight.num_blocks, max_blocks_, smem_bytes_);
-    EP_CUDA(cudaSetDevice(arena_->device()));
-    const Stream stream = flight.stream;
-    const bool ranges = args.rank_ends != nullptr || out.source_range != nullptr;
-    if (ranges) EP_CUDA(kernels::launch_ranges(job, stream));
-    EP_CUDA(kernels::launch_unpack(job, plan, stream));
-    if (out.row_token != nullptr) {
-        EP_CUDA(kernels::launch_row_tokens(job, flight.num_blocks, stream));
-    }
-    flight.meta.reset();
-    flight.turns.reset();
-}
-
-void DeviceRank::combine(const CombineArgs& args, int num_sms, Stream stream) {
+void DeviceRank::combine(const CombineArgs& args, int num_sms, int num_stages, Stream stream) {
     enter(stream);
     CombineJob job{view_, begin(OpKind::kCombine), args, nullptr};
-    EntryRecord& entry = job.begin.entry;
     job.begin.report_later = true;
-    entry.descriptor = describe(args);
-    entry.num_tokens = args.num_tokens;
-    entry.num_rows = args.num_rows;
-    entry.y_offset = args.arena_offset;
+    job.begin.describe(describe(args), args.num_tokens);
+    Output& output = job.begin.head.output;
+    output.num_rows = static_cast<int32_t>(args.num_rows);
+    const auto set = [](uint32_t (&words)[2], int64_t offset) {
+        words[0] = static_cast<uint32_t>(offset);
+        words[1] = static_cast<uint32_t>(static_cast<uint64_t>(offset) >> 32);
+    };
+    set(output.y, args.arena_offset);
 
     // Both return to the arena behind the kernels that read them.
     std::shared_ptr<StreamHold> rows, weights;
     const auto grant = [&](int64_t bytes) {
         auto hold = arena_->grant(bytes, stream);
-        if (!hold && entry.code == kOk) {
-            entry.code = kOutOfArena;
-            entry.detail[0] = bytes;
-            entry.detail[1] = arena_->stats().largest_free;
+        if (!hold) {
+            job.begin.head.set(OpKind::kCombine, kOutOfArena);
+            job.begin.refusal.detail[0] = bytes;
+            job.begin.refusal.detail[1] = arena_->stats().largest_free;
         }
         return hold;
     };
@@ -356,7 +410,7 @@ void DeviceRank::combine(const CombineArgs& args, int num_sms, Stream stream) {
     if (has_peers && args.arena_offset < 0) rows = grant(args.num_rows * args.row_bytes());
     if (rows) {
         job.staged = rows->data();
-        entry.y_offset = rows->extent().offset;
+        set(output.y, rows->extent().offset);
     }
     if (has_peers && args.with_weights) {
         const int64_t per_row = args.layout == RecvLayout::kCompact ? args.num_topk : 1;
@@ -366,20 +420,21 @@ void DeviceRank::combine(const CombineArgs& args, int num_sms, Stream stream) {
             EP_CUDA(cudaMemcpyAsync(weights->data(), args.y_weights, bytes,
                                     cudaMemcpyDeviceToDevice, stream));
         }
-        if (weights) entry.weights_offset = weights->extent().offset;
+        if (weights) set(output.weights, weights->extent().offset);
     }
     LaunchPlan plan = kernels::combine_plan(args, shape_.num_ranks,
                                             blocks(OpKind::kCombine, num_sms), smem_bytes_);
     plan.all_blocks = max_blocks_;
+    if (num_stages > 0) plan.num_stages = std::min(plan.num_stages, num_stages);
     EP_CUDA(kernels::launch_combine(job, plan, stream));
 }
 
 void DeviceRank::refuse(OpKind kind, const Outcome& why, Stream stream) {
     enter(stream);
     Begin refusal = begin(kind);
-    refusal.entry.code = why.incident.code;
-    std::memcpy(refusal.entry.detail, why.detail, sizeof(why.detail));
-    std::memcpy(refusal.entry.reason, why.reason, sizeof(why.reason));
+    refusal.head.set(kind, why.incident.code);
+    std::memcpy(refusal.refusal.detail, why.detail, sizeof(why.detail));
+    std::memcpy(refusal.refusal.reason, why.reason, sizeof(why.reason));
     EP_CUDA(kernels::launch_refuse(view_, refusal, stream));
 }
 

@@ -20,7 +20,7 @@ public:
     DeviceState(const DeviceState&) = delete;
     DeviceState& operator=(const DeviceState&) = delete;
 
-    State view(int lane) const;
+    State view() const;
     Peers peers(int rank) const;
     uint32_t* abort() const;  // device
     HostPage* page() const { return page_; }

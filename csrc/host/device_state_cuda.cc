@@ -40,6 +40,8 @@ DeviceState::DeviceState(const Shape& shape, int rank, const std::vector<int32_t
     EP_CUDA(cudaHostGetDevicePointer(reinterpret_cast<void**>(&mapped_), page_, 0));
     EP_CUDA(cudaMalloc(reinterpret_cast<void**>(&data_), layout_.end));
     EP_CUDA(cudaMemset(data_, 0, layout_.end));
+    const uint64_t slot = 1 % shape.num_slots;  // of operation 1
+    std::memcpy(image.data() + layout_.seq.offset + sizeof(uint64_t), &slot, sizeof(slot));
     EP_CUDA(cudaMemcpy(data_, image.data(), image.size(), cudaMemcpyHostToDevice));
 }
 
@@ -48,28 +50,17 @@ DeviceState::~DeviceState() {
     cudaFreeHost(page_);
 }
 
-State DeviceState::view(int lane) const {
+State DeviceState::view() const {
     const auto at = [this](const Region& region) { return data_ + region.offset; };
-    const auto of_lane = [&](const Region& region) {
-        return at(region) + lane * layout_.lane_bytes;
+    const auto ints = [&](const Region& region) { return reinterpret_cast<int32_t*>(at(region)); };
+    const auto words = [&](const Region& region) {
+        return reinterpret_cast<uint64_t*>(at(region));
     };
-    const auto ints = [](std::byte* address) { return reinterpret_cast<int32_t*>(address); };
-    return {reinterpret_cast<uint64_t*>(at(layout_.seq)),
-            reinterpret_cast<OpState*>(of_lane(layout_.op)),
-            ints(at(layout_.owner)),
-            ints(at(layout_.local)),
-            ints(at(layout_.position)),
-            ints(at(layout_.first)),
-            reinterpret_cast<uint64_t*>(at(layout_.expected)),
-            ints(of_lane(layout_.first_row)),
-            ints(of_lane(layout_.group_start)),
-            ints(of_lane(layout_.counts)),
-            ints(at(layout_.chunk_row)),
-            ints(at(layout_.chunk_slot)),
-            ints(at(layout_.turn)),
-            ints(at(layout_.chunk_counts)),
-            ints(at(layout_.sent)),
-            reinterpret_cast<BadIds*>(at(layout_.bad_ids))};
+    return {words(layout_.seq),      reinterpret_cast<OpState*>(at(layout_.op)),
+            ints(layout_.owner),     ints(layout_.local),
+            ints(layout_.position),  ints(layout_.first),
+            words(layout_.expected), words(layout_.chunks),
+            ints(layout_.sent),      reinterpret_cast<uint32_t*>(at(layout_.finished))};
 }
 
 Peers DeviceState::peers(int rank) const {

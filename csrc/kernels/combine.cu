@@ -1,20 +1,15 @@
 // Combine: every source pulls the rows of its tokens from the ranks that hold them and adds them in
-// fp32, in ascending (rank, slot) order, rounding once (pull.cu). Here is what comes before: rows of an
-// ordinary tensor are copied to where peers can read them, and the ranks meet.
+// fp32, in ascending (rank, slot) order, rounding once (pull.cu). Here is what may come before: rows of
+// an ordinary tensor are copied to where peers can read them.
 #include <cuda_runtime_api.h>
-
-#include <algorithm>
 
 #include "contract/gpu.h"
 #include "device/ptx.cuh"
 #include "device/wait.cuh"
-#include "kernels/enter.cuh"
 #include "kernels/launch.cuh"
 
 namespace ep::kernels {
 namespace {
-
-// ---- stage: rows of remote sources, out of an ordinary tensor into the arena ----
 
 constexpr int kStageThreads = 1024;
 constexpr int kUnitsAtOnce = 4;  // 16 bytes each, that a thread has in flight
@@ -38,7 +33,7 @@ __global__ void __launch_bounds__(kStageThreads, 1)
     stage_kernel(const __grid_constant__ CombineJob job) {
     const RankView& view = job.view;
     const CombineArgs& a = job.args;
-    ptx::griddepcontrol_launch_dependents();  // the next kernel acquires its slot meanwhile
+    ptx::griddepcontrol_launch_dependents();  // pull acquires its slot meanwhile
     if (__syncthreads_or(device::gave_up(view.watch))) return;
     const int num_ranks = view.shape.num_ranks, me = view.peers.rank;
     const int64_t units = a.row_bytes() / 16;  // of a row
@@ -69,73 +64,20 @@ __global__ void __launch_bounds__(kStageThreads, 1)
     }
 }
 
-// ---- enter ----
-
-// Whether all we may load of a peer lies in its arena.
-__device__ bool is_sane(const CombineJob& job, const EntryRecord& entry, int p) {
-    const CombineArgs& a = job.args;
-    if (entry.num_rows == 0 || p == job.view.peers.rank) return entry.num_rows >= 0;
-    const int64_t per_row = a.layout == RecvLayout::kCompact ? a.num_topk : 1;
-    return lies_in_arena(job.view, p, entry.y_offset, entry.num_rows, a.row_bytes()) &&
-           (entry.weights_offset == -1 ||
-            lies_in_arena(job.view, p, entry.weights_offset, entry.num_rows, 4 * per_row));
-}
-
-struct ReadNothing {
-    __device__ void operator()(int) const {}
-};
-
-__global__ void __launch_bounds__(1024, 1)
-    enter_combine_kernel(const __grid_constant__ CombineJob job) {
-    __shared__ Entering in;
-    const RankView& view = job.view;
-    if (__syncthreads_or(device::gave_up(view.watch))) return;
-    if (!acquire_slot(view, job.begin, in)) return;
-    ptx::griddepcontrol_wait();  // what stage has copied; the release of the entry publishes it
-    publish_entries(view, in, {});
-    if (!await_entries(view, in, ReadNothing{})) return;
-    // Everybody has entered by now, so pull may take its SMs.
-    ptx::griddepcontrol_launch_dependents();
-    for (int p = threadIdx.x; in.outcome.ok() && p < view.shape.num_ranks; p += blockDim.x) {
-        if (!is_sane(job, entry_of(view, in.slot, p), p)) {
-            atomicMin(&in.first_bad, objection(kEpochObjection, p));
-        }
-    }
-    __syncthreads();
-    if (threadIdx.x != 0) return;
-    if (in.outcome.ok() && in.first_bad != kNoObjection) {
-        const int p = static_cast<int>(in.first_bad & 0xffff);
-        set_outcome(in.outcome, kBadCount, p, view.peers.arena_bytes[p],
-                    entry_of(view, in.slot, p).y_offset);
-    }
-    if (!in.outcome.ok()) return fail_call(view, job.begin, in);
-    view.state.op->code = kOk;
-}
-
 }  // namespace
 
-int launch_pull(const CombineJob& job, const LaunchPlan& plan, Stream stream);
+int launch_pull(const CombineJob& job, const LaunchPlan& plan, bool early, Stream stream);
 int load_pull(int smem_bytes);
 
 int launch_combine(const CombineJob& job, const LaunchPlan& plan, Stream stream) {
-    const bool stages = job.staged != nullptr;
-    if (stages) {
-        stage_kernel<<<plan.all_blocks, kStageThreads, 0, stream>>>(job);
-        if (const int error = cudaGetLastError()) return error;
-    }
-    const int threads = 32 * std::clamp(job.view.shape.num_ranks, 4, 32);
-    if (const int error =
-            launch_dependent(enter_combine_kernel, {1, threads, 0}, stages, stream, job)) {
-        return error;
-    }
-    return launch_pull(job, plan, stream);
+    if (job.staged == nullptr) return launch_pull(job, plan, false, stream);
+    const int error = launch(stage_kernel, {plan.all_blocks, kStageThreads, 0}, stream, job);
+    return error != 0 ? error : launch_pull(job, plan, true, stream);
 }
 
 int load_combine(int smem_bytes) {
-    for (const void* kernel : {reinterpret_cast<const void*>(&stage_kernel),
-                               reinterpret_cast<const void*>(&enter_combine_kernel)}) {
-        if (const int error = load_kernel(kernel, smem_bytes)) return error;
-    }
+    const auto kernel = reinterpret_cast<const void*>(&stage_kernel);
+    if (const int error = load_kernel(kernel, smem_bytes)) return error;
     return load_pull(smem_bytes);
 }
 

@@ -16,6 +16,7 @@ namespace ep::kernels {
 struct Source {
     const std::byte* y;
     int64_t num_rows;
+    const float* weights;  // of y, or null
 };
 
 // What a lane knows of its slot of a token, read ahead.
@@ -37,18 +38,13 @@ struct Plan {
 struct Planner {
     const CombineJob& job;
     Operation op;
-    int32_t entries;  // slot of the operation
     const Source* sources;
     int per_turn;     // tokens at once
     int token, slot;  // of this lane
     uint32_t mates;   // lanes of its token
 
-    __device__ Planner(const CombineJob& j, const OpState& state, const Source* s)
-        : job(j),
-          op{OpKind::kCombine, state.seq},
-          entries(state.slot),
-          sources(s),
-          per_turn(32 / j.args.num_topk) {
+    __device__ Planner(const CombineJob& j, uint64_t seq, const Source* s)
+        : job(j), op{OpKind::kCombine, seq}, sources(s), per_turn(32 / j.args.num_topk) {
         const int lane = ptx::lane_id(), num_topk = j.args.num_topk;
         token = lane / num_topk;
         slot = lane % num_topk;
@@ -123,15 +119,10 @@ private:
     }
 
     __device__ float weight_back(int owner, int64_t row, int k) const {
-        const RankView& view = job.view;
         const int64_t index =
             job.args.layout == RecvLayout::kCompact ? row * job.args.num_topk + k : row;
-        if (owner == view.peers.rank) {
-            return job.args.y_weights != nullptr ? job.args.y_weights[index] : 0.0f;
-        }
-        const int64_t offset = entry_of(view, entries, owner).weights_offset;
-        if (offset < 0) return 0.0f;
-        return reinterpret_cast<const float*>(view.peers.arena[owner] + offset)[index];
+        const float* weights = sources[owner].weights;
+        return weights != nullptr ? weights[index] : 0.0f;
     }
 
     // Compact: every rank of the token holds a value for every slot, also of experts elsewhere.

@@ -1,18 +1,22 @@
-// What dispatch and combine share: one block enters an operation, reads everybody's entry, comes to
-// the verdict, leaves the slot.
+// What dispatch and combine share: an operation is entered, everybody's notice is read and judged, the
+// slot is left.
 //
-// defines: Entering, acquire_slot, publish_entries, await_entries, fail_call, report, release_slot
+// defines: Uninitialized, Entering, init_entering, acquire_slot, tell_entered, publish_words, NoticeWords,
+// await_notices, explain, fail_call, report, count_block, await_blocks, leave_slot
 //
-// Every rank reads the same entries, so every rank comes to the same verdict. All functions are for
-// all threads of a block; `false` means that this rank has given up: return.
+// One block tells the others' notices; every block reads all of them and comes to the verdict by
+// itself, as every rank does: the same words, the same function. Functions are for all threads of a
+// block unless they say otherwise; `false` means that this rank has given up: return.
 //
-// Loops stay loops: this runs once, out of cold caches, and waits for nothing as long as for its code.
+// All of this runs once, out of cold caches, and waits for nothing as long as for its code. So loops stay
+// loops, and what only failures need is out of line.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
 #include "contract/gpu.h"
+#include "device/packed.cuh"
 #include "device/ptx.cuh"
 #include "device/wait.cuh"
 
@@ -27,119 +31,121 @@ __device__ __forceinline__ T* at(const RankView& view, int owner, int64_t offset
     return reinterpret_cast<T*>(view.peers.control[owner] + offset);
 }
 
-// In shared memory of the block that enters.
-struct Entering {
-    EntryRecord entry;   // what we publish
-    Outcome outcome;     // what went wrong, if it did
-    uint32_t first_bad;  // the lowest objection, see judge
-    uint64_t seq;
-    int32_t slot;  // seq % num_slots; a division is a page of code, so once
+// Shared memory of a block for a T, which nothing initializes.
+template <class T>
+struct Uninitialized {
+    alignas(T) std::byte bytes[sizeof(T)];
+
+    __device__ T& get() { return *reinterpret_cast<T*>(bytes); }
 };
 
-enum Objection : uint32_t { kEpochObjection, kKindObjection, kPoisonObjection, kFieldObjection };
+// In shared memory of a block.
+struct Entering {
+    uint64_t seq;
+    int32_t slot;        // seq % num_slots
+    uint32_t first_bad;  // the lowest objection to a notice, see judge
+    uint32_t size_bad;   // and, should there be none, to what all of them come to
+    uint32_t routings;   // of a cached call: 0 when what is sent and what is expected agree
+    int32_t code;        // of our own refusal
+    int64_t detail[4];   // and its numbers
+    Outcome outcome;     // what went wrong; only with an objection
+};
+
+// In the order in which they count. What is wrong with the numbers of notices that agree comes last.
+enum Objection : uint32_t {
+    kEpochObjection,
+    kKindObjection,
+    kPoisonObjection,
+    kFieldObjection,
+    kNumberObjection,
+    kExtentObjection,
+    kSizeObjection,
+};
 constexpr uint32_t kNoObjection = 0xffffffffu;
 
 __device__ __forceinline__ uint32_t objection(Objection kind, int peer) {
     return uint32_t{kind} << 16 | static_cast<uint32_t>(peer);
 }
 
-// Takes the next sequence number, and the slot once every peer has left what it did there
-// num_slots operations ago.
-__device__ inline bool acquire_slot(const RankView& view, const Begin& begin, Entering& in) {
-    static_assert(sizeof(EntryRecord) % 8 == 0);
-    const int tid = threadIdx.x;
-#pragma unroll 1
-    for (int i = tid; i < int{sizeof(EntryRecord) / 8}; i += blockDim.x) {
-        reinterpret_cast<uint64_t*>(&in.entry)[i] =
-            reinterpret_cast<const uint64_t*>(&begin.entry)[i];
-    }
-#pragma unroll 1
-    for (int i = tid; i < int{sizeof(Outcome) / 8}; i += blockDim.x) {
-        reinterpret_cast<uint64_t*>(&in.outcome)[i] = 0;
-    }
-    const uint64_t seq = *view.state.seq + 1;
+// One thread; a barrier of the block must follow.
+__device__ __forceinline__ void init_entering(const RankView& view, const Begin& begin,
+                                              Entering& in) {
+    in.seq = view.state.seq[0] + 1;  // the block that ends an operation puts it there
+    in.slot = static_cast<int>(view.state.seq[1]);
+    in.first_bad = in.size_bad = kNoObjection;
+    in.routings = 0;
+    in.code = code_of(begin.head.what);
+}
+
+// The slot is ours once every peer has left what it did there num_slots operations ago. One warp of the
+// block that publishes; the others wait for what it publishes to ourselves.
+__device__ inline bool acquire_slot(const RankView& view, Operation op, int slot) {
     const uint64_t num_slots = view.shape.num_slots;
-    const int slot = static_cast<int>(seq % num_slots);
-    const Operation op{static_cast<OpKind>(begin.entry.kind), seq};
     bool ok = true;
-    if (seq > num_slots) {
 #pragma unroll 1
-        for (int p = tid; p < view.shape.num_ranks; p += blockDim.x) {
-            // pairs with the release in release_slot
-            const auto* word =
-                at<uint64_t>(view, view.peers.rank, view.layout.released_word(slot, p));
-            ok = ok && device::wait_word(view.watch, op, {Site::kSlot, p, seq - num_slots}, word);
-        }
+    for (int p = ptx::lane_id(); op.seq > num_slots && p < view.shape.num_ranks; p += 32) {
+        // pairs with the store in leave_slot
+        const auto* word = at<uint64_t>(view, view.peers.rank, view.layout.released_word(slot, p));
+        ok = ok && device::wait_word(view.watch, op, {Site::kSlot, p, op.seq - num_slots}, word);
     }
-    ok = __syncthreads_and(ok);
-    if (tid == 0) {
-        in.seq = seq;
-        in.slot = slot;
-        in.first_bad = kNoObjection;
-        *view.state.seq = seq;
-        OpState& state = *view.state.op;
-        state.seq = seq;
-        state.slot = slot;
-        state.code = kOutOfStep;  // until the verdict
+    if (ptx::lane_id() == 0) {  // for sentences only, orders nothing
         ControlHeader* own = at<ControlHeader>(view, view.peers.rank, 0);
-        own->entered_kind = begin.entry.kind;
-        own->entered_seq = seq;  // for sentences only, orders nothing
+        own->entered_kind = static_cast<uint32_t>(op.kind);
+        own->entered_seq = op.seq;
     }
-    __syncthreads();
     return ok;
 }
 
-// What a dispatch brings, in shared memory.
-struct Bringing {
-    const int32_t* totals = nullptr;  // rows for every rank, then selections by position; or null
-    const int32_t* first = nullptr;   // [num_ranks + 1] position of each rank's first expert
-    bool counts = false;              // selections are told
-};
-
-// One warp for each peer.
-__device__ inline void publish_entries(const RankView& view, const Entering& in,
-                                       const Bringing& what) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, num_warps = blockDim.x / 32;
-    const int slot = in.slot;
-    const auto* words = reinterpret_cast<const uint64_t*>(&in.entry);
-    constexpr int kNumRows = offsetof(EntryRecord, num_rows) / 8;
+// Words [begin, end) of our notice, to everybody, by half of the block: the warps that wait for notices
+// have no stores of their own to wait for at a fence. What the words give away has been done by kernels
+// before this one, so they need no release.
+template <class Bits>
+__device__ __forceinline__ void publish_words(const RankView& view, const Entering& in, int begin,
+                                              int end, Bits bits) {
+    const int64_t offset = view.layout.notice(in.slot, view.peers.rank);
+    const int half = blockDim.x / 64 * 32, first = static_cast<int>(threadIdx.x) - half;
 #pragma unroll 1
-    for (int p = warp; p < view.shape.num_ranks; p += num_warps) {
-        auto* theirs = at<uint64_t>(view, p, view.layout.entry(slot, view.peers.rank));
+    for (int i = begin + first; first >= 0 && i < end; i += blockDim.x - half) {
+        const uint64_t word = device::pack(bits(i), in.seq);
 #pragma unroll 1
-        for (int i = lane + 1; i < int{sizeof(EntryRecord) / 8}; i += 32) {
-            theirs[i] =
-                i == kNumRows && what.totals != nullptr ? uint64_t(what.totals[p]) : words[i];
+        for (int p = 0; p < view.shape.num_ranks; ++p) {
+            ptx::st_relaxed_sys(at<uint64_t>(view, p, offset) + i, word);
         }
-        if (what.counts) {
-            const int first = what.first[p], num_local = what.first[p + 1] - first;
-            auto* counts = at<int32_t>(view, p, view.layout.count_row(slot, view.peers.rank));
-            const int32_t* selections = what.totals + view.shape.num_ranks + first;
-#pragma unroll 1
-            for (int e = lane; e < num_local; e += 32) counts[e] = selections[e];
-        }
-        __syncwarp();
-        if (lane == 0) ptx::st_release_sys(theirs, in.seq);  // pairs with await_entries
     }
 }
 
-__device__ __forceinline__ const EntryRecord& entry_of(const RankView& view, int slot, int src) {
-    return *at<const EntryRecord>(view, view.peers.rank, view.layout.entry(slot, src));
+// Head, descriptor and, should we refuse, why.
+__device__ inline void publish_head(const RankView& view, const Begin& begin, const Entering& in) {
+    using L = NoticeLayout;
+    const auto* head = reinterpret_cast<const uint32_t*>(&begin.head);
+    const auto* descriptor = reinterpret_cast<const uint32_t*>(&begin.descriptor);
+    publish_words(view, in, 0, L::kRefusal, [&](int i) {
+        if (i == L::kWhat) return (head[i] & 0xffff0000u) | static_cast<uint32_t>(in.code);
+        return i < L::kHead ? head[i] : descriptor[i - L::kDescriptor];
+    });
+    if (in.code == kOk) return;
+    const auto* reason = reinterpret_cast<const uint32_t*>(&begin.refusal);
+    const auto* detail = reinterpret_cast<const uint32_t*>(in.detail);
+    constexpr int kDetail = sizeof(in.detail) / 4;
+    publish_words(view, in, L::kRefusal, L::kRows, [&](int i) {
+        const int at = i - L::kRefusal;
+        return at < kDetail ? detail[at] : reason[at];
+    });
 }
 
-// A warp looks at one peer's entry; returns its objection.
-__device__ inline uint32_t judge(const RankView& view, const Entering& in, int p) {
-    const EntryRecord& entry = entry_of(view, in.slot, p);
-    const int lane = threadIdx.x % 32;
-    static_assert(kNumFields <= 32);
-    const bool same =
-        lane >= kNumFields || entry.descriptor.value[lane] == in.entry.descriptor.value[lane];
-    const bool agree = __all_sync(~0u, same);
-    if (entry.seq != in.seq) return objection(kEpochObjection, p);
-    if (entry.kind != in.entry.kind) return objection(kKindObjection, p);
-    if (entry.code != kOk) return objection(kPoisonObjection, p);
-    return agree ? kNoObjection : objection(kFieldObjection, p);
-}
+// The notice of one rank, as it stands in our control block.
+struct NoticeWords {
+    const uint64_t* words;
+
+    __device__ NoticeWords(const RankView& view, int slot, int src)
+        : words(at<uint64_t>(view, view.peers.rank, view.layout.notice(slot, src))) {}
+
+    // Of a word we have waited for.
+    __device__ uint32_t get(int i) const { return device::bits_of(words[i]); }
+    __device__ int64_t get64(int i) const {
+        return static_cast<int64_t>(uint64_t{get(i + 1)} << 32 | get(i));
+    }
+};
 
 __device__ inline void set_outcome(Outcome& outcome, int code, int peer, int64_t want,
                                    int64_t have) {
@@ -151,81 +157,164 @@ __device__ inline void set_outcome(Outcome& outcome, int code, int peer, int64_t
 
 // What a peer published becomes an address only after it was found to lie in that peer's arena:
 // `count` items of `bytes` from `offset` on.
-__device__ inline bool lies_in_arena(const RankView& view, int peer, int64_t offset, int64_t count,
-                                     int64_t bytes) {
-    const int64_t limit = view.peers.arena_bytes[peer];
-    return offset >= 0 && offset <= limit && offset % kRowAlign == 0 && count >= 0 &&
-           (bytes == 0 || count <= (limit - offset) / bytes);
+__device__ __forceinline__ bool lies_in_arena(const RankView& view, int peer, int64_t offset,
+                                              int64_t count, int64_t bytes) {
+    return offset >= 0 && count >= 0 && offset + count * bytes <= view.peers.arena_bytes[peer];
 }
 
-// One thread turns the lowest objection into an outcome.
-__device__ __noinline__ inline void explain(const RankView& view, Entering& in) {
-    const int p = static_cast<int>(in.first_bad & 0xffff);
-    const EntryRecord& entry = entry_of(view, in.slot, p);
+// One thread: an empty outcome of this operation.
+__device__ inline void clear_outcome(const RankView& view, const Begin& begin, Entering& in) {
+#pragma unroll 1
+    for (int i = 0; i < int{sizeof(Outcome) / 8}; ++i) {
+        reinterpret_cast<uint64_t*>(&in.outcome)[i] = 0;
+    }
+    Incident& incident = in.outcome.incident;
+    incident.magic = Incident::kMagic;
+    incident.op = static_cast<uint8_t>(kind_of(begin.head.what));
+    incident.rank = static_cast<int16_t>(view.peers.rank);
+    incident.epoch = static_cast<uint32_t>(in.seq);
+    incident.seq = in.seq;
+}
+
+// One thread turns an objection to a notice itself into an outcome.
+__device__ __noinline__ inline void explain(const RankView& view, const Begin& begin,
+                                            Entering& in) {
+    using L = NoticeLayout;
+    const auto p = static_cast<int>(in.first_bad & 0xffff);
+    const NoticeWords theirs(view, in.slot, p);
+    const OpKind kind = kind_of(begin.head.what);
+    const Operation op{kind, in.seq};
+    clear_outcome(view, begin, in);
     Outcome& outcome = in.outcome;
+    // Words that only we look at; they were stored together with those we have waited for.
+    const auto get = [&](int i) {
+        uint64_t word;
+        return device::wait_packed(view.watch, op, p, theirs.words + i, word)
+                   ? device::bits_of(word)
+                   : 0;
+    };
     switch (in.first_bad >> 16) {
         case kEpochObjection:
-            return set_outcome(outcome, kBadEpoch, p, int64_t(in.seq), int64_t(entry.seq));
+            return set_outcome(outcome, kBadEpoch, p, int64_t(in.seq),
+                               int64_t(device::number_of(theirs.words[0], in.seq)));
         case kKindObjection:
-            return set_outcome(outcome, kOutOfStep, p, in.entry.kind, entry.kind);
-        case kPoisonObjection:
-            if (!may_poison_entry(entry.code))
-                return set_outcome(outcome, kBadCount, p, 0, entry.code);
-            set_outcome(outcome, entry.code, p, 0, 0);
+            return set_outcome(outcome, kOutOfStep, p, int64_t(kind),
+                               int64_t(kind_of(theirs.get(L::kWhat))));
+        case kPoisonObjection: {
+            const int code = code_of(theirs.get(L::kWhat));
+            if (!may_poison_entry(code)) return set_outcome(outcome, kBadCount, p, 0, code);
+            set_outcome(outcome, code, p, 0, 0);
+            auto* refusal = reinterpret_cast<uint32_t*>(outcome.detail);
+            static_assert(offsetof(Outcome, reason) - offsetof(Outcome, detail) ==
+                          offsetof(Refusal, reason));
 #pragma unroll 1
-            for (int i = 0; i < 4; ++i) outcome.detail[i] = entry.detail[i];
-#pragma unroll 1
-            for (int i = 0; i < kReasonBytes; ++i) outcome.reason[i] = entry.reason[i];
+            for (int i = 0; i < L::kRefusalWords; ++i) refusal[i] = get(L::kRefusal + i);
             outcome.reason[kReasonBytes - 1] = '\0';
             return;
+        }
         default:
 #pragma unroll 1
             for (int f = 0; f < kNumFields; ++f) {
-                const int64_t mine = in.entry.descriptor.value[f];
-                const int64_t theirs = entry.descriptor.value[f];
-                if (mine == theirs) continue;
-                set_outcome(outcome, kCallDiffers, p, mine, theirs);
+                const int64_t mine = begin.descriptor.value[f];
+                const uint64_t low = get(L::kDescriptor + 2 * f);
+                const auto other =
+                    static_cast<int64_t>(uint64_t{get(L::kDescriptor + 2 * f + 1)} << 32 | low);
+                if (mine == other) continue;
+                set_outcome(outcome, kCallDiffers, p, mine, other);
                 outcome.detail[0] = f;
                 return;
             }
+            set_outcome(outcome, kBadCount, p, 0, 0);  // a signature of nothing
     }
 }
 
-// Waits for everybody's entry; afterwards in.outcome holds the verdict on them. A warp calls read(p)
-// once it has p's.
+// A warp's view of the head of a notice: each lane holds its word.
+struct Head {
+    uint32_t own;
+
+    // Word i, which may differ between lanes.
+    __device__ uint32_t word(int i) const { return __shfl_sync(~0u, own, i); }
+    __device__ int64_t word64(int i) const {
+        const uint64_t lower = word(i);
+        return static_cast<int64_t>(uint64_t{word(i + 1)} << 32 | lower);
+    }
+};
+
+// A warp's objection to a head.
+__device__ __forceinline__ uint32_t judge(const Begin& begin, int p, const Head& head, bool newer) {
+    using L = NoticeLayout;
+    const int lane = ptx::lane_id();
+    const uint32_t mine = reinterpret_cast<const uint32_t*>(&begin.head)[lane];
+    const bool matters = lane == L::kWhat || lane == L::kSignature || lane == L::kSignature + 1;
+    // A refusal of our own is told as `what`, like that of a peer.
+    const bool fine =
+        !newer && (!matters || head.own == mine) && code_of(head.own) * (lane == 0) == kOk;
+    if (__all_sync(~0u, fine)) return kNoObjection;
+    if (__any_sync(~0u, newer)) return objection(kEpochObjection, p);
+    const uint32_t what = head.word(L::kWhat);
+    if (kind_of(what) != kind_of(begin.head.what)) return objection(kKindObjection, p);
+    if (code_of(what) != kOk) return objection(kPoisonObjection, p);
+    const bool signs = lane == L::kSignature || lane == L::kSignature + 1;
+    return __all_sync(~0u, !signs || head.own == mine) ? kNoObjection
+                                                       : objection(kFieldObjection, p);
+}
+
+// Waits for everybody's notice; in.first_bad is the verdict on them. A warp calls read(p, words, head)
+// for one it has found nothing wrong with; `false` from there: leave.
 template <class Read>
-__device__ bool await_entries(const RankView& view, Entering& in, Read read) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, num_warps = blockDim.x / 32;
-    const int slot = in.slot;
-    const Operation op{static_cast<OpKind>(in.entry.kind), in.seq};
+__device__ __forceinline__ bool await_notices(const RankView& view, const Begin& begin,
+                                              Entering& in, Read read) {
+    const int num_warps = blockDim.x / 32;
+    const Operation op{kind_of(begin.head.what), in.seq};
     bool ok = true;
 #pragma unroll 1
-    for (int p = warp; p < view.shape.num_ranks; p += num_warps) {
-        const auto* word = at<uint64_t>(view, view.peers.rank, view.layout.entry(slot, p));
-        // pairs with the release in publish_entries
-        if (lane == 0)
-            ok = ok && device::wait_word(view.watch, op, {Site::kEntry, p, in.seq}, word);
-        ok = __shfl_sync(~0u, ok, 0);
+    for (int p = threadIdx.x / 32; ok && p < view.shape.num_ranks; p += num_warps) {
+        const NoticeWords words(view, in.slot, p);
+        uint64_t word;
+        ok = device::wait_packed(view.watch, op, p, words.words + ptx::lane_id(), word);
+        ok = __all_sync(~0u, ok);
         if (!ok) break;
-        read(p);
-        const uint32_t objected = judge(view, in, p);
-        if (lane == 0 && objected != kNoObjection) atomicMin(&in.first_bad, objected);
+        const Head head{device::bits_of(word)};
+        const uint32_t objected = judge(begin, p, head, !device::is_of(word, in.seq));
+        if (objected == kNoObjection) {
+            ok = read(p, words, head);
+        } else if (ptx::lane_id() == 0) {
+            atomicMin(&in.first_bad, objected);
+        }
+        ptx::fence_proxy_async();  // what we have heard, before anybody's bulk copies
     }
-    ok = __syncthreads_and(ok);
-    if (ok && threadIdx.x == 0 && in.first_bad != kNoObjection) explain(view, in);
-    __syncthreads();
-    return ok;
+    return __syncthreads_and(ok);
 }
 
-// One thread. We have read all there is in this slot.
-__device__ inline void release_slot(const RankView& view, uint64_t seq, int slot) {
+// A block has read all it will of the notices; a barrier of the block came before. One thread.
+__device__ __forceinline__ void count_block(const RankView& view) {
+    ptx::red_release_gpu_add(view.state.finished, 1);  // pairs with await_blocks
+}
+
+// Until all blocks have. One warp of the block that ends the operation. False: leave.
+__device__ __forceinline__ bool await_blocks(const RankView& view, Operation op) {
+    const uint32_t* finished = view.state.finished;
+    const auto all = [finished] { return ptx::ld_acquire_gpu(finished) == gridDim.x; };
+    if (!all() && !device::wait_own(view.watch, op, view.peers.rank, all)) return false;
+    __syncwarp();
+    if (ptx::lane_id() == 0) *view.state.finished = 0;
+    return true;
+}
+
+// All blocks have read all there is in this slot, and the operation is over here. One warp. Nobody needs
+// more than the value: a rank that hears our next notice knows as much.
+__device__ __forceinline__ void leave_slot(const RankView& view, uint64_t seq, int slot) {
+    const int lane = ptx::lane_id();
 #pragma unroll 1
-    for (int p = 0; p < view.shape.num_ranks; ++p) {
-        // pairs with the acquire in acquire_slot
-        ptx::st_release_sys(at<uint64_t>(view, p, view.layout.released_word(slot, view.peers.rank)),
+    for (int p = lane; p < view.shape.num_ranks; p += 32) {
+        // pairs with the acquire in acquire_slot; what we have read there has come long ago
+        ptx::st_relaxed_sys(at<uint64_t>(view, p, view.layout.released_word(slot, view.peers.rank)),
                             seq);
     }
-    ptx::st_release_sys(&at<ControlHeader>(view, view.peers.rank, 0)->finished_seq, seq);
+    if (lane != 0) return;
+    at<ControlHeader>(view, view.peers.rank, 0)->finished_seq = seq;  // for sentences only
+    view.state.seq[0] = seq;
+    view.state.seq[1] = slot + 1 == view.shape.num_slots ? 0 : slot + 1;
 }
 
 // One thread. Tells our host what came of the call.
@@ -234,7 +323,7 @@ __device__ inline void report(const RankView& view, const Begin& begin, uint64_t
     const bool later = begin.call == 0 && begin.report_later && failure != nullptr;
     if (begin.call == 0 && !later) return;
     HostPage& page = *view.watch.page;
-    HostPage::Report& out = later ? page.deferred : page.sync[begin.lane];
+    HostPage::Report& out = later ? page.deferred : page.sync[begin.call % kMaxReports];
     if (later && ptx::ld_acquire_sys(&page.deferred_seen) != out.call)
         return;  // the first one stays
     out.seq = seq;
@@ -246,28 +335,20 @@ __device__ inline void report(const RankView& view, const Begin& begin, uint64_t
     ptx::st_release_sys(&out.call, later ? seq : begin.call);  // the host acquires it
 }
 
-// One thread. The call fails here as it does everywhere; the next one works, unless the ranks are
-// out of step.
+// The call fails here as it does everywhere; the next one works, unless the ranks are out of step. One
+// warp, once all blocks have read.
 __device__ __noinline__ inline void fail_call(const RankView& view, const Begin& begin,
                                               Entering& in) {
-    Incident& incident = in.outcome.incident;
-    incident.magic = Incident::kMagic;
-    incident.op = static_cast<uint8_t>(in.entry.kind);
-    incident.rank = static_cast<int16_t>(view.peers.rank);
-    incident.epoch = static_cast<uint32_t>(in.seq);
-    incident.seq = in.seq;
-    OpState& state = *view.state.op;
-    state.code = incident.code;
-    state.num_recv = state.num_rows = state.index_rows = 0;
+    const Incident& incident = in.outcome.incident;
+    if (!ends_communicator(incident.code)) leave_slot(view, in.seq, in.slot);
+    if (ptx::lane_id() != 0) return;
     if (ends_communicator(incident.code)) {
-        const Operation op{static_cast<OpKind>(in.entry.kind), in.seq};
-        device::give_up(view.watch, op, incident.code,
+        device::give_up(view.watch, {kind_of(begin.head.what), in.seq}, incident.code,
                         {incident.site, incident.peer, uint64_t(incident.want)},
                         uint64_t(incident.have), 0);
         return;
     }
-    release_slot(view, in.seq, in.slot);
-    report(view, begin, in.seq, &in.outcome, state);
+    report(view, begin, in.seq, &in.outcome, {});
 }
 
 }  // namespace ep::kernels

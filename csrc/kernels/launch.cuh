@@ -1,6 +1,6 @@
 // How launchers start and load kernels.
 //
-// defines: Grid, launch_dependent, load_kernel
+// defines: Grid, launch, launch_dependent, load_kernel
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -29,6 +29,11 @@ int launch_dependent(void (*kernel)(Params...), const Grid& grid, bool early, St
     config.attrs = &attribute;
     config.numAttrs = early ? 1 : 0;
     return cudaLaunchKernelEx(&config, kernel, Params(args)...);
+}
+
+template <class... Params, class... Args>
+int launch(void (*kernel)(Params...), const Grid& grid, Stream stream, const Args&... args) {
+    return launch_dependent(kernel, grid, false, stream, args...);
 }
 
 // Loads a kernel and lets it have all the shared memory of a block.

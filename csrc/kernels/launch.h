@@ -12,12 +12,11 @@ namespace ep::kernels {
 using Stream = CUstream_st*;
 
 // Each returns a cudaError_t as an int, 0 = launched. None waits, allocates or loads a module.
-int launch_notify(const DispatchJob& job, Stream stream);
-int launch_push(const DispatchJob& job, const LaunchPlan& plan, Stream stream);
-int launch_unpack(const UnpackJob& job, const LaunchPlan& plan, Stream stream);
-// Origins of a dispatch: ranges before unpack releases the slot, tokens of rows after it.
-int launch_ranges(const UnpackJob& job, Stream stream);
-int launch_row_tokens(const UnpackJob& job, int num_blocks, Stream stream);
+int launch_dispatch(const DispatchJob& job, const LaunchPlan& plan, Stream stream);
+// What a receiver makes of what came, on `num_blocks` SMs; for calls that need it.
+int launch_expand(const DispatchJob& job, int num_local, int num_blocks, int smem_bytes,
+                  Stream stream);
+bool needs_expansion(const DispatchJob& job);
 int launch_combine(const CombineJob& job, const LaunchPlan& plan, Stream stream);
 // Enters an operation only to make it fail on every rank.
 int launch_refuse(const RankView& view, const Begin& begin, Stream stream);
@@ -28,19 +27,17 @@ int launch_leave(const RankView& view, Stream stream);
 // is what one block may have.
 int load_kernels(int smem_bytes);
 
-// Into how many ranges of tokens a dispatch is counted, and how long they are.
-void divide_tokens(DispatchJob& job, int max_blocks);
-// Shared memory that notify needs for an expert count and a rank count; its warps get fewer when it
-// is more than the block may have.
-int notify_warps(const Shape& shape, int smem_bytes);
+// Whether a block's shared memory holds what a dispatch counts.
+bool fits_shared(const Shape& shape, int smem_bytes);
 // As many SMs as fill the link while they also store a rank's own rows; with more, stores of both
-// directions get in each other's way (bench/results/nvlink_gpus.jsonl).
+// directions get in each other's way (bench/results/ceilings.jsonl).
 int link_sms(int num_ranks);
-// Of the SMs of a call, those that unpack while the others push; 0 = all do one after the other.
-int unpack_share(const DispatchArgs& args, int num_blocks);
-// How push and combine spread over `num_blocks` SMs for rows of `row_bytes`.
-LaunchPlan push_plan(const DispatchArgs& args, int num_ranks, int num_blocks, int smem_bytes);
-LaunchPlan unpack_plan(const DispatchArgs& args, int num_blocks, int all_blocks, int smem_bytes);
+// SMs of a dispatch that names none: a small one is bound by latency, and spreads.
+int default_sms(const DispatchArgs& args, int num_ranks);
+// Into how many ranges of tokens a dispatch on so many blocks is counted.
+void divide_tokens(DispatchJob& job, int num_blocks);
+// How dispatch and combine spread over `num_blocks` SMs.
+LaunchPlan dispatch_plan(const DispatchJob& job, int num_blocks, int smem_bytes);
 LaunchPlan combine_plan(const CombineArgs& args, int num_ranks, int num_blocks, int smem_bytes);
 
 }  // namespace ep::kernels

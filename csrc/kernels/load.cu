@@ -5,14 +5,13 @@
 
 namespace ep::kernels {
 
-int load_notify(int smem_bytes);
-int load_push(int smem_bytes);
-int load_unpack(int smem_bytes);
+int load_dispatch(int smem_bytes);
+int load_expand(int smem_bytes);
 int load_combine(int smem_bytes);
-int load_origins(int smem_bytes);
+int load_leave(int smem_bytes);
 
 int load_kernels(int smem_bytes) {
-    for (const auto load : {load_notify, load_push, load_unpack, load_combine, load_origins}) {
+    for (const auto load : {load_dispatch, load_expand, load_combine, load_leave}) {
         if (const int error = load(smem_bytes)) return error;
     }
     return 0;

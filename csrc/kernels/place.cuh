@@ -1,292 +1,267 @@
-// The receiver's half of notify: what arrives is read and checked, every source gets its rows, and
-// the bases say where they are. The base a receiver publishes is the credit.
+// Every rank hears what every source brings to every rank, and what every rank has granted. So every
+// block works out by itself where its rows go at every rank, and comes to the verdict on all of them.
 //
-// defines: Placing, CountsReader, judge_counts, place, judge_size, publish_bases, await_bases
-//
-// All functions are for all threads of the one block, unless they say otherwise.
+// defines: Experts, CountsReader, place_groups, judge_sizes, explain_numbers
 //
 // Loops stay loops: this runs once, out of cold caches, and waits for nothing as long as for its code.
 #pragma once
 
 #include <cstdint>
 
+#include "contract/calls.h"
 #include "contract/gpu.h"
 #include "device/ptx.cuh"
 #include "device/wait.cuh"
 #include "kernels/enter.cuh"
+#include "kernels/tables.cuh"
 
 namespace ep::kernels {
 
-// In shared memory. The arrays lie behind the counters, see placing_bytes.
-struct Placing {
-    int64_t num_recv, num_rows, index_rows;
-    int64_t want, have;
-    int32_t num_local, max_count, code;
-    uint32_t bad_source;   // lowest rank whose counts cannot be
-    int32_t* first;        // [num_ranks + 1] position of each rank's first expert
-    int32_t* arriving;     // [num_ranks] rows of each source
-    int32_t* first_row;    // [num_ranks + 1] of each source
-    int32_t* base_row;     // [num_ranks] our first row at each rank
-    int32_t* selections;   // [num_ranks][num_local]
-    int32_t* counts;       // [num_local]
-    int32_t* group_start;  // [num_local + 1]
-};
+// Whose experts a block wants to know of.
+enum class Experts { kNone, kOwn, kAll };
 
-__host__ __device__ constexpr int placing_bytes(const Shape& s) {
-    return 4 * (4 * s.num_ranks + 2 + (s.num_ranks + 2) * s.max_local_experts + 1);
+// A number for "src sends dst so many rows": sums of different ones differ, or somebody wins a lottery.
+__device__ __forceinline__ uint32_t mixed(int src, int dst, uint32_t rows) {
+    uint32_t h =
+        (static_cast<uint32_t>(src) * 1024 + static_cast<uint32_t>(dst)) * 0x9e3779b1u ^ rows;
+    h = (h ^ h >> 16) * 0x85ebca6bu;
+    h = (h ^ h >> 13) * 0xc2b2ae35u;
+    return h ^ h >> 16;
 }
 
-// One thread.
-__device__ inline void init_placing(const RankView& view, Placing& p, int32_t* data) {
-    const int num_ranks = view.shape.num_ranks, most = view.shape.max_local_experts;
-    p = {};
-    p.code = kOk;
-    p.bad_source = kNoObjection;
-    p.first = data;
-    p.arriving = p.first + num_ranks + 1;
-    p.first_row = p.arriving + num_ranks;
-    p.base_row = p.first_row + num_ranks + 1;
-    p.counts = p.base_row + num_ranks;
-    p.group_start = p.counts + most;
-    p.selections = p.group_start + most + 1;
-}
-
-__device__ __forceinline__ int64_t limit_of(const RankView& view, const EntryRecord& entry) {
-    return min(entry.num_tokens, view.shape.max_tokens);
-}
-
-// A warp takes over what a source announced. Counts of peers are untrusted: nothing is computed from
-// a number that cannot be.
+// A warp takes over what a source announced. Numbers of peers are untrusted: nothing is computed from
+// one that cannot be.
 struct CountsReader {
     const DispatchJob& job;
-    int slot;
-    Placing& placing;
+    const Spread& spread;
+    Tables tables;
+    Entering& in;
+    Experts experts;
 
-    __device__ void operator()(int src) const {
+    __device__ bool operator()(int p, const NoticeWords& words, const Head& head) const {
+        const bool bad = !read_target(p, head);
+        if (bad && ptx::lane_id() == 0) atomicMin(&in.first_bad, objection(kExtentObjection, p));
+        const NoticeLayout layout(job.view.shape);
+        const int tokens =
+            min(static_cast<int64_t>(head.word(NoticeLayout::kTokens)), job.view.shape.max_tokens);
+        return read_rows(p, words, layout, tokens) &&
+               (experts == Experts::kNone || job.args.cached ||
+                read_selections(p, words, layout, tokens * job.args.num_topk));
+    }
+
+private:
+    // A lane takes an extent.
+    __device__ bool read_target(int p, const Head& head) const {
+        using L = NoticeLayout;
         const RankView& view = job.view;
-        const int lane = threadIdx.x % 32;
-        const auto* counts =
-            at<const int32_t>(view, view.peers.rank, view.layout.count_row(slot, src));
-        const EntryRecord& entry = entry_of(view, slot, src);
-        const int64_t limit = limit_of(view, entry);
-        bool bad = entry.num_rows < 0 || entry.num_rows > limit;
-#pragma unroll 4
-        for (int e = lane; e < placing.num_local && !job.args.cached; e += 32) {
-            const int count = counts[e];
-            bad = bad || count < 0 || count > limit * job.args.num_topk;
-            placing.selections[src * placing.num_local + e] = count;
+        const int lane = ptx::lane_id(), i = lane - L::kGrant;
+        const auto max_rows = static_cast<int32_t>(head.word(L::kMaxRows));
+        const auto max_recv = static_cast<int32_t>(head.word(L::kMaxRecv));
+        const uint32_t wide = head.word(L::kWideIds);
+        Target& target = tables.targets[p];
+        bool fine = true;
+        if (i >= 0 && i < Grant::kExtents) {
+            const int64_t offset = int64_t{head.own} * kExtentAlign;
+            const int64_t unit = spread.unit[i] << (i == Grant::kIds && wide != 0 ? 1 : 0);
+            const int count = (spread.of_recv >> i & 1) != 0 ? max_recv : max_rows;
+            const bool wanted = head.own != Grant::kNone;
+            fine = !wanted || lies_in_arena(view, p, offset, count, unit);
+            target.at[i] = wanted ? view.peers.arena[p] + offset : nullptr;
+        } else if (lane == L::kMaxRows) {
+            target.max_rows = max_rows, target.max_recv = max_recv, target.wide_ids = wide;
+        } else if (lane == L::kFreePages) {
+            target.free_pages = head.own;
         }
-        if (__any_sync(~0u, bad) && lane == 0) atomicMin(&placing.bad_source, uint32_t(src));
-        if (lane == 0) placing.arriving[src] = static_cast<int32_t>(entry.num_rows);
+        return __all_sync(~0u, fine);
+    }
+
+    __device__ bool read_rows(int p, const NoticeWords& words, const NoticeLayout& layout,
+                              int limit) const {
+        const RankView& view = job.view;
+        const int num_ranks = view.shape.num_ranks, me = view.peers.rank;
+        const Operation op{OpKind::kDispatch, in.seq};
+        bool ok = true, bad = false;
+#pragma unroll 1
+        for (int dst = ptx::lane_id(); ok && dst < num_ranks; dst += 32) {
+            uint64_t word, expected = 0;
+            ok = device::wait_packed(view.watch, op, p, words.words + layout.kRows + dst, word);
+            if (ok && job.args.cached) {
+                ok = device::wait_packed(view.watch, op, p, words.words + layout.expected + dst,
+                                         expected);
+            }
+            const auto rows = static_cast<int32_t>(device::bits_of(word));
+            bad = bad || rows < 0 || rows > limit;
+            if (job.args.cached) {
+                atomicAdd(&in.routings, mixed(p, dst, device::bits_of(word)) -
+                                            mixed(dst, p, device::bits_of(expected)));
+            }
+            atomicAdd(&tables.total[dst], rows);
+            if (p < me) atomicAdd(&tables.base[dst], rows);
+            if (dst == me) tables.arriving[p] = rows;
+        }
+        if (bad) atomicMin(&in.first_bad, objection(kNumberObjection, p));
+        return __all_sync(~0u, ok);
+    }
+
+    __device__ bool read_selections(int p, const NoticeWords& words, const NoticeLayout& layout,
+                                    int limit) const {
+        const RankView& view = job.view;
+        const int me = view.peers.rank;
+        const bool all = experts == Experts::kAll;
+        const int first = all ? 0 : view.state.first[me];
+        const int end = all ? view.shape.num_experts : view.state.first[me + 1];
+        const Operation op{OpKind::kDispatch, in.seq};
+        bool ok = true, bad = false;
+#pragma unroll 1
+        for (int e = first + ptx::lane_id(); ok && e < end; e += 32) {
+            uint64_t word;
+            ok = device::wait_packed(view.watch, op, p, words.words + layout.selections + e, word);
+            const auto count = static_cast<int32_t>(device::bits_of(word));
+            bad = bad || count < 0 || count > limit;
+            atomicAdd(&tables.experts[e], count);
+            if (gives_selections(job.args) && p < me) atomicAdd(&tables.first_row[e], count);
+        }
+        if (bad) atomicMin(&in.first_bad, objection(kNumberObjection, p));
+        return __all_sync(~0u, ok);
     }
 };
 
-// Of entries that agree with ours.
-__device__ inline void judge_counts(const DispatchJob& job, Entering& in, Placing& placing) {
-    const RankView& view = job.view;
-    const int num_ranks = view.shape.num_ranks;
-    // Our own handle is not the one the peers use: refuse, as a receiver.
-#pragma unroll 1
-    for (int src = threadIdx.x; job.args.cached && src < num_ranks; src += blockDim.x) {
-        if (placing.arriving[src] != job.args.rank_counts[num_ranks + src]) {
-            placing.code = kStaleHandle;
-        }
-    }
-    if (threadIdx.x == 0 && placing.bad_source != kNoObjection) {
-        const int src = static_cast<int>(placing.bad_source);
-        const EntryRecord& entry = entry_of(view, in.slot, src);
-        set_outcome(in.outcome, kBadCount, src, limit_of(view, entry), entry.num_rows);
-    }
-    __syncthreads();
+__device__ __forceinline__ int aligned_up(int count, int alignment) {
+    return (count + alignment - 1) / alignment * alignment;
 }
 
-// out[i] = in[0] + ... + in[i - 1] for i in [0, n]; one warp. `get` makes in[i].
-template <class Get>
-__device__ int warp_prefix(int n, int32_t* out, Get get) {
-    const int lane = threadIdx.x % 32;
-    int total = 0;
+// A warp: the groups of rank p's experts one after the other. Every expert's first row is added to what
+// comes before our own selections; returns the rows of all groups, and of the largest.
+struct GroupSizes {
+    int total, largest;
+};
+__device__ inline GroupSizes place_groups(const DispatchJob& job, const Tables& tables, int p) {
+    const DispatchArgs& a = job.args;
+    const RankView& view = job.view;
+    const int lane = ptx::lane_id(), begin = view.state.first[p], end = view.state.first[p + 1];
+    const bool own = p == view.peers.rank;
+    GroupSizes sizes{0, 0};
 #pragma unroll 1
-    for (int i0 = 0; i0 < n; i0 += 32) {
-        const int mine = i0 + lane < n ? get(i0 + lane) : 0;
-        int sum = mine;
+    for (int e0 = begin; e0 < end; e0 += 32) {
+        const int e = e0 + lane;
+        const int count = e < end ? tables.experts[e] : 0;
+        const int rows = e >= end                        ? 0
+                         : a.layout == RecvLayout::kSlab ? static_cast<int>(a.capacity)
+                                                         : aligned_up(count, a.alignment);
+        int sum = rows;
 #pragma unroll
         for (int step = 1; step < 32; step *= 2) {
             const int other = __shfl_up_sync(~0u, sum, step);
             if (lane >= step) sum += other;
         }
-        if (i0 + lane < n) out[i0 + lane] = total + sum - mine;
-        total += __shfl_sync(~0u, sum, 31);
+        const int before = sizes.total + sum - rows;
+        if (e < end && gives_selections(a)) tables.first_row[e] += before;
+        if (e < end && own) tables.groups[e - begin] = before;
+        sizes.total += __shfl_sync(~0u, sum, 31);
+        sizes.largest = max(sizes.largest, __reduce_max_sync(~0u, count));
     }
-    if (lane == 0) out[n] = total;
+    if (own && lane == 0) tables.groups[end - begin] = sizes.total;
     __syncwarp();
-    return total;
+    return sizes;
 }
 
-// Selections of every local expert, over all sources.
-__device__ inline void sum_selections(const DispatchJob& job, Placing& placing) {
-    const RankView& view = job.view;
-#pragma unroll 1
-    for (int e = threadIdx.x; e < placing.num_local; e += blockDim.x) {
-        int sum = 0;
-        if (job.args.cached) {
-            sum = job.args.expert_counts[e];
-        } else {
-#pragma unroll 1
-            for (int src = 0; src < view.shape.num_ranks; ++src) {
-                sum += placing.selections[src * placing.num_local + e];
-            }
-            job.args.expert_counts[e] = sum;
-        }
-        placing.counts[e] = view.state.counts[e] = sum;
-        atomicMax(&placing.max_count, sum);
-    }
-}
-
-// Warp 0: prefix sums over sources.
-__device__ inline void place_sources(const DispatchJob& job, Placing& placing) {
-    const RankView& view = job.view;
-    const int num_ranks = view.shape.num_ranks, lane = threadIdx.x % 32;
-    const int total =
-        warp_prefix(num_ranks, placing.first_row, [&](int src) { return placing.arriving[src]; });
-#pragma unroll 1
-    for (int src = lane; src <= num_ranks; src += 32) {
-        view.state.first_row[src] = placing.first_row[src];
-        if (src < num_ranks && !job.args.cached) {
-            job.args.rank_counts[num_ranks + src] = placing.arriving[src];
-        }
-    }
-    if (lane == 0) placing.num_recv = placing.num_rows = total;
-}
-
-// Warp 0: prefix sums over local experts, for rows of grouped and slab, or of the row index.
-__device__ inline void place_groups(const DispatchJob& job, Placing& placing) {
-    const DispatchArgs& a = job.args;
-    const int lane = threadIdx.x % 32;
-    const int total = warp_prefix(placing.num_local, placing.group_start, [&](int e) {
-        if (a.layout == RecvLayout::kSlab) return static_cast<int>(a.capacity);
-        return (placing.counts[e] + a.alignment - 1) / a.alignment * a.alignment;
-    });
-#pragma unroll 1
-    for (int e = lane; e <= placing.num_local; e += 32) {
-        job.view.state.group_start[e] = placing.group_start[e];
-    }
-    if (lane != 0) return;
-    placing.index_rows = total;
-    if (a.layout != RecvLayout::kCompact) placing.num_rows = total;
-}
-
-// Whether rows depend on the groups; if not, these are told later.
+// Whether the sizes depend on every rank's groups.
 __device__ __forceinline__ bool needs_groups(const DispatchArgs& a) {
     return a.layout != RecvLayout::kCompact || a.index_capacity >= 0;
 }
 
-__device__ inline void place(const DispatchJob& job, Placing& placing) {
-    sum_selections(job, placing);
-    if (threadIdx.x < 32) place_sources(job, placing);
-    __syncthreads();
-    if (!needs_groups(job.args)) return;
-    if (threadIdx.x < 32) place_groups(job, placing);
-    __syncthreads();
-}
-
-// One thread: does what arrives fit what was allowed, and what was granted?
-__device__ inline void judge_size(const DispatchJob& job, Placing& placing, int64_t meta_bytes) {
+// One thread: a rank that cannot take what comes to it. The sizes of a handle are known to their rank
+// before it begins.
+__device__ inline void judge_size(const DispatchJob& job, Entering& in, const Tables& tables, int p,
+                                  const GroupSizes& groups) {
     const DispatchArgs& a = job.args;
-    const bool slab = a.layout == RecvLayout::kSlab;
-    const int64_t arriving = slab ? placing.max_count : placing.num_rows;
-    if (a.capacity >= 0 && arriving > a.capacity) {
-        placing.code = kOverCapacity;
-        placing.want = a.capacity;
-        placing.have = arriving;
-    } else if (a.index_capacity >= 0 && placing.index_rows > a.index_capacity) {
-        placing.code = kOverCapacity;
-        placing.want = a.index_capacity;
-        placing.have = placing.index_rows;
-    } else if (placing.num_rows > job.grant.max_rows ||
-               (meta_bytes > 0 && placing.num_recv > job.grant.max_recv)) {
-        placing.code = kOutOfArena;
-        placing.want = placing.num_rows * a.row_bytes() + placing.num_recv * meta_bytes;
-        placing.have = job.grant.free_bytes;
+    Target& target = tables.targets[p];
+    const int64_t recv = tables.total[p];
+    const int64_t rows = a.layout == RecvLayout::kCompact ? recv : groups.total;
+    const int64_t arriving = a.layout == RecvLayout::kSlab ? groups.largest : rows;
+    int code = kOk;
+    if (a.cached) {
+        if (recv > target.max_recv) code = kStaleHandle;
+    } else if (a.capacity >= 0 && arriving > a.capacity) {
+        code = kOverCapacity, target.want = a.capacity, target.have = arriving;
+    } else if (a.index_capacity >= 0 && groups.total > a.index_capacity) {
+        code = kOverCapacity, target.want = a.index_capacity, target.have = groups.total;
+    } else if (rows > target.max_rows || recv > target.max_recv) {
+        code = kOutOfArena, target.have = int64_t{target.free_pages} * kExtentAlign;
+        target.want = rows * a.row_bytes() + recv * (8 + int64_t{12} * a.num_topk + a.scale_bytes);
+    }
+    target.code = code;
+    if (code != kOk) atomicMin(&in.size_bad, objection(kSizeObjection, p));
+}
+
+// Of a cached call: every rank's handle has to expect what the others' bring.
+__device__ __noinline__ inline void judge_handles(const DispatchJob& job, const Spread& spread,
+                                                  Entering& in) {
+    const Tables tables(spread);
+    const RankView& view = job.view;
+    const NoticeLayout layout(view.shape);
+    const int num_ranks = view.shape.num_ranks;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < num_ranks * num_ranks; i += blockDim.x) {
+        const int src = i / num_ranks, dst = i % num_ranks;
+        const uint32_t sent = NoticeWords(view, in.slot, src).get(layout.kRows + dst);
+        const uint32_t wanted = NoticeWords(view, in.slot, dst).get(layout.expected + src);
+        if (sent == wanted) continue;
+        tables.targets[dst].code = kStaleHandle;
+        atomicMin(&in.size_bad, objection(kSizeObjection, dst));
     }
 }
 
-// "You may write here." The last release of every source's base is the credit.
-__device__ inline void publish_bases(const DispatchJob& job, uint64_t seq, int slot,
-                                     const Placing& placing) {
-    const RankView& view = job.view;
-    const int num_ranks = view.shape.num_ranks, me = view.peers.rank;
-    if (placing.code == kOk && !job.args.cached && job.args.layout != RecvLayout::kCompact) {
+// Of grouped and slab, and of a row index of fixed size: where every rank's groups begin.
+__device__ __noinline__ inline void judge_groups(const DispatchJob& job, const Spread& spread,
+                                                 Entering& in) {
+    const Tables tables(spread);
+    const int me = job.view.peers.rank;
 #pragma unroll 1
-        for (int e = threadIdx.x; e < placing.num_local; e += blockDim.x) {
-            int next = placing.group_start[e];
-#pragma unroll 1
-            for (int src = 0; src < num_ranks; ++src) {
-                *at<int32_t>(view, src, view.layout.expert_row(slot, placing.first[me] + e)) = next;
-                next += placing.selections[src * placing.num_local + e];
-            }
-        }
-        __syncthreads();
-    }
-#pragma unroll 1
-    for (int src = threadIdx.x; src < num_ranks; src += blockDim.x) {
-        BaseRecord& base = *at<BaseRecord>(view, src, view.layout.base(slot, me));
-        base.code = placing.code;
-        base.x_offset = job.grant.x_offset;
-        base.meta_offset = job.grant.meta_offset;
-        base.row = placing.first_row[src];
-        base.num_rows = job.grant.max_rows;
-        base.detail[0] = placing.have;
-        base.detail[1] = placing.want;
-        ptx::st_release_sys(&base.seq, seq);  // pairs with the acquire in await_bases
+    for (int p = threadIdx.x / 32; p < job.view.shape.num_ranks; p += blockDim.x / 32) {
+        GroupSizes groups{0, 0};
+        if (!job.args.cached || p == me) groups = place_groups(job, tables, p);
+        if (ptx::lane_id() == 0) judge_size(job, in, tables, p, groups);
     }
 }
 
-// Whether the rows and records we bring fit where this peer says.
-__device__ __noinline__ inline bool is_sane(const DispatchJob& job, const BaseRecord& base, int p,
-                                            int64_t rows, int64_t meta_bytes) {
-    if (base.code != kOk) return may_poison_base(base.code);
-    const RankView& view = job.view;
-    const bool row_ok = base.row >= 0 && base.row <= view.peers.arena_bytes[p];
-    return row_ok && lies_in_arena(view, p, base.x_offset, base.num_rows, job.args.row_bytes()) &&
-           (rows == 0 || meta_bytes == 0 ||
-            lies_in_arena(view, p, base.meta_offset, base.row + rows, meta_bytes));
-}
-
-// All bases, not only those of ranks we send to: so all ranks learn of a refusal before a row moves.
-// `sent`: our rows for every rank.
-__device__ inline bool await_bases(const DispatchJob& job, Entering& in, Placing& placing,
-                                   const int32_t* sent, int64_t meta_bytes) {
-    const RankView& view = job.view;
-    const int slot = in.slot;
-    const Operation op{OpKind::kDispatch, in.seq};
-    bool ok = true;
+// From everybody's numbers to the verdict on them: in.size_bad. All threads.
+__device__ __forceinline__ void judge_sizes(const DispatchJob& job, const Spread& spread,
+                                            Entering& in) {
+    const Tables tables(spread);
+    if (needs_groups(job.args)) {
+        judge_groups(job, spread, in);
+    } else {
 #pragma unroll 1
-    for (int p = threadIdx.x; p < view.shape.num_ranks; p += blockDim.x) {
-        const auto* word = at<BaseRecord>(view, view.peers.rank, view.layout.base(slot, p));
-        ok = ok && device::wait_word(view.watch, op, {Site::kBase, p, in.seq}, &word->seq);
-        if (!ok) break;
-        const BaseRecord base = *word;
-        placing.base_row[p] = static_cast<int32_t>(base.row);
-        if (!is_sane(job, base, p, sent[p], meta_bytes)) {
-            atomicMin(&in.first_bad, objection(kEpochObjection, p));
-        } else if (base.code != kOk) {
-            atomicMin(&in.first_bad, objection(kPoisonObjection, p));
-        }
-    }
-    ok = __syncthreads_and(ok);
-    if (ok && threadIdx.x == 0 && in.first_bad != kNoObjection) {
-        const int p = static_cast<int>(in.first_bad & 0xffff);
-        const auto* base = at<BaseRecord>(view, view.peers.rank, view.layout.base(slot, p));
-        if (in.first_bad >> 16 == kPoisonObjection) {
-            set_outcome(in.outcome, base->code, p, base->detail[1], base->detail[0]);
-        } else {
-            const int64_t limit = view.peers.arena_bytes[p];
-            set_outcome(in.outcome, kBadCount, p, limit,
-                        base->code != kOk ? base->code : base->x_offset);
+        for (int p = threadIdx.x; p < job.view.shape.num_ranks; p += blockDim.x) {
+            judge_size(job, in, tables, p, {0, 0});
         }
     }
     __syncthreads();
-    return ok;
+    if (in.routings == 0) return;
+    judge_handles(job, spread, in);
+    __syncthreads();
+}
+
+// One thread: an objection to numbers as an outcome.
+__device__ __noinline__ inline void explain_numbers(const DispatchJob& job, const Spread& spread,
+                                                    Entering& in) {
+    const Tables tables(spread);
+    const RankView& view = job.view;
+    const uint32_t bad = min(in.first_bad, in.size_bad);
+    const auto p = static_cast<int>(bad & 0xffff);
+    const Target& target = tables.targets[p];
+    clear_outcome(view, job.begin, in);
+    switch (bad >> 16) {
+        case kNumberObjection:
+            return set_outcome(in.outcome, kBadCount, p, view.shape.max_tokens,
+                               NoticeWords(view, in.slot, p).get(NoticeLayout::kTokens));
+        case kExtentObjection:
+            return set_outcome(in.outcome, kBadCount, p, view.peers.arena_bytes[p],
+                               target.max_rows);
+        default:
+            return set_outcome(in.outcome, target.code, p, target.want, target.have);
+    }
 }
 
 }  // namespace ep::kernels

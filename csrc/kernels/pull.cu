@@ -20,8 +20,8 @@ namespace ep::kernels {
 namespace {
 
 constexpr int kSliceBytes = 2048;  // of a piece: what a warp holds as sums in its registers
-constexpr int kMaxPieceBytes = 8 * kSliceBytes;
-constexpr int kMaxPullWarps = 18, kMaxGroups = 8;  // of a block
+constexpr int kMaxPieceBytes = 7 * kSliceBytes;
+constexpr int kMaxPullWarps = 16, kMaxGroups = 8;  // of a block
 constexpr int kMaxStages = 16;                     // of a ring
 
 // What a stage holds.
@@ -73,16 +73,18 @@ class Feeder {
 public:
     __device__ Feeder(const Planner& planner, const Ring& ring) : planner_(planner), ring_(ring) {}
 
-    // Tokens first, first + step, ... False: leave; no load is under way then.
-    __device__ bool run(int64_t first, int64_t step) {
+    // Tokens first, first + step, ..., of which `ahead` is the first selection. False: leave; no load is
+    // under way then.
+    __device__ bool run(int64_t first, int64_t step, Selection ahead) {
         const int64_t num_tokens = planner_.job.args.num_tokens, turn = planner_.per_turn * step;
         bool ok = true;
-        Selection ahead = planner_.select(first, step);
+#pragma unroll 1
         for (; ok && first < num_tokens; first += turn) {
             const Selection slots = ahead;
             ahead = planner_.select(first + turn, step);
             const Plan plan = planner_.plan(first, step, slots);
             ok = plan.ok;
+#pragma unroll 1
             for (int i = 0; ok && i < planner_.per_turn; ++i) {
                 const int64_t t = first + i * step;
                 if (t < num_tokens) ok = feed(t, i, plan);
@@ -99,6 +101,7 @@ private:
         const int num_topk = planner_.job.args.num_topk;
         const int64_t row_bytes = planner_.job.args.row_bytes();
         const int count = __shfl_sync(~0u, plan.count, i * num_topk);
+#pragma unroll 1
         for (int64_t offset = 0; offset < row_bytes; offset += ring_.piece_bytes) {
             const auto bytes =
                 static_cast<int32_t>(min(int64_t{ring_.piece_bytes}, row_bytes - offset));
@@ -106,6 +109,7 @@ private:
             if (count == 0 && !put({at, bytes, Piece::kFirst | Piece::kLast, 0.0f}, nullptr)) {
                 return false;
             }
+#pragma unroll 1
             for (int place = 0; place < count; ++place) {
                 const bool ours = plan.place == place && planner_.token == i;
                 const int from = __ffs(__ballot_sync(~0u, ours)) - 1;
@@ -230,32 +234,82 @@ __device__ bool add_pieces(const Planner& p, const Ring& ring, int adder) {
 
 // ---- the end ----
 
-// Who gave up may have let its user write to y while we read it. Our loads come before.
-__device__ __noinline__ bool owners_are_healthy(const RankView& view, const Operation& op) {
+// Who gave up may have let its user write to y while we read it. Our loads come before; it told everybody
+// before its user could.
+__device__ __forceinline__ bool owners_are_healthy(const RankView& view, Operation op) {
     bool ok = true;
-    for (int p = threadIdx.x; p < view.shape.num_ranks; p += blockDim.x) {
-        const uint32_t life = ptx::ld_acquire_sys(&device::header_of(view.watch, p)->life);
-        if (p == view.peers.rank || life != static_cast<uint32_t>(Life::kFailed)) continue;
+#pragma unroll 1
+    for (int p = ptx::lane_id(); p < view.shape.num_ranks; p += 32) {
+        if (device::life_of(view.watch, p) != static_cast<uint64_t>(Life::kFailed)) continue;
+        if (p == view.peers.rank) continue;
         device::adopt_failure(view.watch, op, {Site::kPulled, p, op.seq}, 0, 0);
         ok = false;
     }
     return ok;
 }
 
-// The last block tells every owner that we have read its y, and waits until everybody has read ours.
-__device__ void leave(const RankView& view, const Operation& op, int slot) {
+// Once all blocks have read: we tell every owner, and wait until everybody has read ours. One warp.
+__device__ __forceinline__ void leave(const RankView& view, Operation op, const Entering& in) {
     const int num_ranks = view.shape.num_ranks, me = view.peers.rank;
-    bool ok = true;
-    if (!__syncthreads_and(owners_are_healthy(view, op))) return;
-    for (int p = threadIdx.x; p < num_ranks; p += blockDim.x) {
-        // Our loads of y are done; pairs with the wait below at rank p.
-        ptx::st_release_sys(at<uint64_t>(view, p, view.layout.pulled_word(slot, me)), op.seq);
+    bool ok = owners_are_healthy(view, op);
+    if (!__all_sync(~0u, ok)) return;
+#pragma unroll 1
+    for (int p = ptx::lane_id(); p < num_ranks; p += 32) {
+        // Pairs with the wait below at rank p. Our loads of y have come, and what came has been added up:
+        // nothing is left to be ordered.
+        ptx::st_relaxed_sys(at<uint64_t>(view, p, view.layout.pulled_word(in.slot, me)), op.seq);
     }
-    for (int p = threadIdx.x; p < num_ranks; p += blockDim.x) {
-        const auto* word = at<uint64_t>(view, me, view.layout.pulled_word(slot, p));
+#pragma unroll 1
+    for (int p = ptx::lane_id(); p < num_ranks; p += 32) {
+        const auto* word = at<uint64_t>(view, me, view.layout.pulled_word(in.slot, p));
         ok = ok && device::wait_word(view.watch, op, {Site::kPulled, p, op.seq}, word);
     }
-    if (__syncthreads_and(ok) && threadIdx.x == 0) release_slot(view, op.seq, slot);
+    if (__all_sync(~0u, ok)) leave_slot(view, in.seq, in.slot);
+}
+
+// ---- the beginning ----
+
+// A warp takes over where a rank's y lies, once all we may load of it is found to lie in its arena.
+struct OutputReader {
+    const CombineJob& job;
+    Source* sources;
+    Entering& in;
+
+    __device__ bool operator()(int p, const NoticeWords&, const Head& head) const {
+        using L = NoticeLayout;
+        const CombineArgs& a = job.args;
+        const RankView& view = job.view;
+        const int64_t y = head.word64(L::kOutput), weights = head.word64(L::kYWeights);
+        const auto num_rows = static_cast<int32_t>(head.word(L::kNumRows));
+        if (ptx::lane_id() != 0) return true;
+        if (p == view.peers.rank) {
+            sources[p] = {a.x, num_rows, a.y_weights};
+            return true;
+        }
+        const int64_t per_row = a.layout == RecvLayout::kCompact ? a.num_topk : 1;
+        const bool fine =
+            num_rows == 0 ||
+            (lies_in_arena(view, p, y, num_rows, a.row_bytes()) && y % kRowAlign == 0 &&
+             (weights == -1 || lies_in_arena(view, p, weights, num_rows, 4 * per_row)));
+        if (!fine) atomicMin(&in.first_bad, objection(kExtentObjection, p));
+        const std::byte* arena = view.peers.arena[p];
+        sources[p] = {arena + y, num_rows,
+                      weights == -1 ? nullptr : reinterpret_cast<const float*>(arena + weights)};
+        return true;
+    }
+};
+
+// The verdict, when it is bad. One warp, once all blocks have read.
+__device__ __noinline__ void fail(const CombineJob& job, Entering& in, const Source* sources) {
+    if (ptx::lane_id() == 0 && in.first_bad < objection(kExtentObjection, 0)) {
+        explain(job.view, job.begin, in);
+    } else if (ptx::lane_id() == 0) {
+        const auto p = static_cast<int>(in.first_bad & 0xffff);
+        clear_outcome(job.view, job.begin, in);
+        set_outcome(in.outcome, kBadCount, p, job.view.peers.arena_bytes[p], sources[p].num_rows);
+    }
+    __syncwarp();
+    fail_call(job.view, job.begin, in);
 }
 
 // How the shared memory and the warps of a block are divided.
@@ -266,52 +320,48 @@ struct Groups {
 template <DType kDtype>
 __global__ void __launch_bounds__(kMaxPullWarps * 32, 1)
     pull_kernel(const __grid_constant__ CombineJob job, const __grid_constant__ Groups groups) {
-    extern __shared__ __align__(128) std::byte shared[];
     __shared__ uint64_t loaded[kMaxGroups][kMaxStages], used[kMaxGroups][kMaxStages];
     __shared__ Piece pieces[kMaxGroups][kMaxStages];
-    __shared__ bool is_last;
+    __shared__ Uninitialized<Entering> entering;
+    Entering& in = entering.get();
     const RankView& view = job.view;
+    std::byte* shared = ptx::dynamic_shared();
     const int warp = threadIdx.x / 32, group = warp / (groups.adders + 1);
     const int adder = warp % (groups.adders + 1) - 1;  // -1: feeds
     const int64_t ring_bytes = int64_t{groups.num_stages} * groups.piece_bytes;
     const Ring ring{shared + group * ring_bytes, pieces[group],    loaded[group], used[group],
                     groups.piece_bytes,          groups.num_stages};
     auto* sources = reinterpret_cast<Source*>(shared + groups.count * ring_bytes);
-    if (adder < 0 && ptx::lane_id() == 0) {
-        for (int s = 0; s < groups.num_stages; ++s) {
-            ptx::mbarrier_init(ring.loaded + s, 1);
-            ptx::mbarrier_init(ring.used + s, groups.adders);
-        }
+    if (threadIdx.x == 0) init_entering(view, job.begin, in);
+    if (adder < 0 && static_cast<int>(ptx::lane_id()) < groups.num_stages) {
+        ptx::mbarrier_init(ring.loaded + ptx::lane_id(), 1);
+        ptx::mbarrier_init(ring.used + ptx::lane_id(), groups.adders);
         ptx::fence_mbarrier_init_release_cluster();
     }
-    ptx::griddepcontrol_wait();
-    const OpState& state = *view.state.op;
-    const bool leaves = device::gave_up(view.watch) || state.code != kOk;
-    const Planner planner(job, state, sources);
-    for (int p = threadIdx.x; p < view.shape.num_ranks; p += blockDim.x) {
-        const EntryRecord& entry = entry_of(view, planner.entries, p);
-        const bool own = p == view.peers.rank;
-        sources[p] = {own ? job.args.x : view.peers.arena[p] + entry.y_offset, entry.num_rows};
+    bool ok = !__syncthreads_or(device::gave_up(view.watch));
+    Planner planner(job, in.seq, sources);
+    const int64_t first = blockIdx.x + int64_t{group} * gridDim.x;
+    const int64_t step = int64_t{groups.count} * gridDim.x;
+    const Selection ahead = adder < 0 ? planner.select(first, step) : Selection{};
+    if (blockIdx.x == 0) {
+        if (ok && warp == 0) ok = acquire_slot(view, {OpKind::kCombine, in.seq}, in.slot);
+        ptx::griddepcontrol_wait();  // what stage has copied, before it is announced
+        ok = __syncthreads_and(ok);
+        if (ok) publish_head(view, job.begin, in);
     }
-    if (__syncthreads_or(leaves)) return;
-
-    bool ok;
-    if (adder < 0) {
-        if (ptx::lane_id() == 0)
-            ptx::fence_proxy_async();  // what enter acquired, before bulk loads
-        __syncwarp();
-        ok = Feeder(planner, ring)
-                 .run(blockIdx.x + int64_t{group} * gridDim.x, int64_t{groups.count} * gridDim.x);
-    } else {
+    ok = ok && await_notices(view, job.begin, in, OutputReader{job, sources, in});
+    if (!ok) return;
+    const bool good = in.first_bad == kNoObjection;
+    if (good && adder < 0) {
+        ok = Feeder(planner, ring).run(first, step, ahead);
+    } else if (good) {
         ok = add_pieces<kDtype>(planner, ring, adder);
     }
-    if (!__syncthreads_and(ok)) return;
-    if (threadIdx.x == 0) {
-        const uint32_t last = gridDim.x - 1;
-        is_last = ptx::atom_acq_rel_gpu_inc(&view.state.op->finished, last) == last;
-    }
-    __syncthreads();
-    if (is_last) leave(view, planner.op, planner.entries);
+    if (!__syncthreads_and(ok) || warp != 0) return;
+    if (ptx::lane_id() == 0) count_block(view);
+    if (blockIdx.x != 0 || !await_blocks(view, planner.op)) return;
+    if (good) return leave(view, planner.op, in);
+    fail(job, in, sources);
 }
 
 using PullKernel = void (*)(CombineJob, Groups);
@@ -341,21 +391,21 @@ LaunchPlan combine_plan(const CombineArgs& args, int num_ranks, int num_blocks, 
     plan.stage_bytes = piece;
     plan.num_groups = std::min(kMaxGroups, kMaxPullWarps / (adders_of(piece) + 1));
     plan.num_warps = plan.num_groups * (adders_of(piece) + 1);
-    constexpr int kTables =
-        kMaxGroups * kMaxStages * (2 * 8 + static_cast<int>(sizeof(Piece))) + 1024;
+    constexpr int kTables = kMaxGroups * kMaxStages * (2 * 8 + static_cast<int>(sizeof(Piece))) +
+                            static_cast<int>(sizeof(Entering)) + 1024;
     const int room = smem_bytes - kTables - static_cast<int>(sizeof(Source)) * num_ranks;
     const int aligned = (piece + 127) / 128 * 128;
     plan.num_stages = std::clamp(room / (plan.num_groups * aligned), 1, kMaxStages);
     return plan;
 }
 
-int launch_pull(const CombineJob& job, const LaunchPlan& plan, Stream stream) {
+int launch_pull(const CombineJob& job, const LaunchPlan& plan, bool early, Stream stream) {
     const Groups groups{plan.num_groups, adders_of(plan.stage_bytes), plan.num_stages,
                         (plan.stage_bytes + 127) / 128 * 128};
     const int smem = groups.count * groups.num_stages * groups.piece_bytes +
                      static_cast<int>(sizeof(Source)) * job.view.shape.num_ranks;
     return launch_dependent(pull_kernel_for(job.args.dtype),
-                            {plan.num_blocks, plan.num_warps * 32, smem}, true, stream, job,
+                            {plan.num_blocks, plan.num_warps * 32, smem}, early, stream, job,
                             groups);
 }
 

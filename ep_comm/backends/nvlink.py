@@ -30,6 +30,16 @@ from ep_comm.verdict import PeerState, error_of
 
 _log = logging.getLogger("ep_comm")
 
+# Types as DLPack numbers them; others travel as bytes.
+_DLPACK: Final = {
+    torch.bfloat16: (_core.DLPACK_BFLOAT, 16),
+    torch.float16: (_core.DLPACK_FLOAT, 16),
+    torch.float32: (_core.DLPACK_FLOAT, 32),
+    torch.int32: (_core.DLPACK_INT, 32),
+    torch.int64: (_core.DLPACK_INT, 64),
+    torch.int8: (_core.DLPACK_INT, 8),
+    torch.uint8: (_core.DLPACK_UINT, 8),
+}
 # Of the free memory of a GPU, what one rank takes for its arena at most.
 _ARENA_SHARE: Final = 0.25
 
@@ -62,13 +72,14 @@ class NvlinkBackend:
         self.spec = spec
         self.generation = generation
         self.num_sms = num_sms
+        self.num_warps = self.num_stages = 0  # of a block; 0 = computed, bench/tune.py tries others
         self._memory = memory
         self.arena = _core.DeviceArena(memory.own.arena)
         self._copies_out = 0
         self._unseen: set[torch.cuda.Stream] = set()  # of calls whose failure nobody looked for
         # Streams of one device share few hardware queues; ours goes first when SMs are short.
         self.aside: Any = torch.cuda.Stream(spec.device, priority=-1)  # type: ignore[no-untyped-call]
-        self.unfinished: list[Dispatch] = []  # begun, their second half not queued
+        self.unfinished: list[Dispatch] = []  # begun, their sizes not read
         self._in_flight: list[tuple[Any, object]] = []  # (event, begun operation)
         mesh, ranks = memory.mesh, range(spec.num_ranks)
         self._peer_pids = [mesh.pids.get(r, 0) for r in ranks]
@@ -113,9 +124,9 @@ class NvlinkBackend:
             raise make_error("E310", what, rank=self.spec.rank)
 
     def make_room(self) -> None:
-        """What is begun must leave the slot that the next operation will need."""
+        """The report of what is begun is read before a later one takes its place."""
         following = self.seq() + 1
-        while self.unfinished and self.unfinished[0].number + self.spec.num_slots <= following:
+        while self.unfinished and self.unfinished[0].number + _core.MAX_REPORTS <= following:
             self.unfinished[0].settle()
 
     @contextlib.contextmanager
@@ -136,7 +147,7 @@ class NvlinkBackend:
         return lambda: bool(event.query())
 
     def is_over(self, work: Dispatch) -> None:
-        """The second half of a begun dispatch has been queued."""
+        """The sizes of a begun dispatch have been read."""
         self.unfinished.remove(work)
         self._in_flight.append((self.aside.record_event(), work))
 
@@ -224,11 +235,14 @@ class NvlinkBackend:
         self, hold: _core.StreamHold | None, shape: Sequence[int], dtype: torch.dtype
     ) -> Tensor:
         """The start of an extent as a tensor that keeps it."""
-        num_bytes = dtype.itemsize * math.prod(shape)
-        if hold is None or num_bytes == 0:
+        if hold is None or 0 in shape:
             return torch.empty(tuple(shape), dtype=dtype, device=self.spec.device)
-        flat: Tensor = torch.from_dlpack(self.arena.array(hold, num_bytes))
-        return flat.view(dtype).view(tuple(shape))
+        if (type_ := _DLPACK.get(dtype)) is not None:
+            dense: Tensor = torch.from_dlpack(self.arena.array(hold, shape, type_))
+            return dense
+        byte_shape = calls.byte_shape(shape, dtype)
+        array = self.arena.array(hold, byte_shape, (_core.DLPACK_UINT, 8))
+        return torch.from_dlpack(array).view(dtype)
 
     def wants_copy(self, output: str) -> bool:
         """Whether an output should leave the arena at once."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -16,7 +15,7 @@ from ep_comm.backends.base import Combined
 from ep_comm.backends.calls import Arrival
 from ep_comm.checks import CombineCall, DispatchCall
 from ep_comm.errors import EPError, make_error
-from ep_comm.received import Promised, Received
+from ep_comm.received import Origins, Promised, Received
 
 if TYPE_CHECKING:
     from ep_comm.backends.nvlink import NvlinkBackend
@@ -27,19 +26,19 @@ _MAX_QUANTIZED_BYTES: Final = 192 << 10
 
 @dataclass
 class ArenaReceived(Received):
-    """Received whose x is arena memory, which `record_stream` does not reach."""
+    """Received in arena memory, which `record_stream` does not reach."""
 
-    hold: Any = None
+    holds: tuple[Any, ...] = ()  # extents
 
     def use_on(self, stream: Any) -> None:
-        if self.hold is not None:
-            self.hold.use_on(int(stream.cuda_stream))
+        for hold in self.holds:
+            hold.use_on(int(stream.cuda_stream))
         fields = (self.topk_idx, self.topk_weights, self.scales, self.offsets, self.row_index)
         counts = (self.num_tokens_per_expert, self.num_recv, self.status)
         origins = () if self.origins is None else tuple(vars(self.origins).values())
         for tensor in (*fields, *counts, *origins, *self.handle[1:]):
             if isinstance(tensor, Tensor) and tensor.is_cuda:
-                tensor.record_stream(stream)
+                tensor.record_stream(stream)  # does nothing to memory that is not torch's
 
 
 class Begun:
@@ -78,9 +77,7 @@ class Dispatch(calls.Dispatch):
     """One dispatch, queued on the current stream or begun on the buffer's own."""
 
     flight: _core.Flight
-    promised: Promised | None = None  # outputs made before the operation began
-    _promised_out: dict[str, Tensor]
-    _hold: _core.StreamHold | None = None  # of promised.x
+    promised: Promised | None = None  # outputs whose shapes do not depend on what arrives
 
     def __init__(self, backend: NvlinkBackend, call: DispatchCall) -> None:
         self.backend = backend
@@ -93,35 +90,36 @@ class Dispatch(calls.Dispatch):
             what = f"rejected hidden={backend.spec.hidden}: want rows <= {_MAX_QUANTIZED_BYTES} B"
             raise make_error("E211", f"{what} with quantize= and backend 'nvlink'")
         super().__init__(backend.spec, call)
-        self.status = torch.empty(1, dtype=torch.int32, device=backend.spec.device)
-        self.num_recv = torch.empty(1, dtype=torch.int32, device=backend.spec.device)
+        self.numbers = self._empty((2,), torch.int32)  # status, tokens received
+        self.offsets: Tensor | None = None
+        self.source_range: Tensor | None = None
+        if call.layout == "grouped" or call.row_index:
+            self.offsets = self._empty((backend.spec.num_local_experts + 1,), torch.int32)
+        if call.origins and call.layout != "compact":
+            shape = (backend.spec.num_local_experts, backend.spec.num_ranks)
+            self.source_range = self._empty(shape, torch.int64)
         self._settled = False
         self._result: Received | None = None
         self._error: EPError | None = None
 
     def run(self) -> Received:
         self.backend.enter()
-        self._start(apart=False)
+        self._start()
         if self.call.sync:
             self._await_sizes()
         self._copy()
         return self._finish()
 
     def begin(self) -> Begun:
-        """Waits for no peer, but num_slots operations after one whose sizes are wanted: that one
-        leaves its slot first. With transfer="copy_engine" it waits for sizes."""
+        """Waits for no peer. With transfer="copy_engine" it waits for sizes."""
         backend = self.backend
         backend.enter()
         with backend.on_own_stream(self):
-            if self.call.layout == "slab":
+            self._start()
+            if self.call.layout == "slab" and self.flight.x is not None:
                 self._promise()
-            by_copies = self.call.transfer == "copy_engine"
-            self._start(apart=self.call.sync and not by_copies)
-            if by_copies:  # the host queues the copies, and peers count on them
-                self._settle()
-                return Begun(backend, self._take, backend.when_over())
-            if not self.call.sync:
-                self._settle()
+            if not self.call.sync or self.call.transfer == "copy_engine":
+                self._settle()  # the host queues the copies, and peers count on them
                 return Begun(backend, self._take, backend.when_over(), self.promised)
         backend.unfinished.append(self)
         ready = lambda: self._settled or backend.rank.has_report(self.flight)  # noqa: E731
@@ -135,7 +133,7 @@ class Dispatch(calls.Dispatch):
         return self._result
 
     def settle(self) -> None:
-        """Queue the second half of a begun operation, if nobody has yet; waits for its sizes."""
+        """Make the results of a begun operation, if nobody has yet; waits for its sizes."""
         if self._settled:
             return
         with torch.cuda.stream(self.backend.aside):
@@ -152,18 +150,36 @@ class Dispatch(calls.Dispatch):
         except EPError as error:
             self._error = error
 
-    def _start(self, apart: bool) -> None:
+    def _start(self) -> None:
         backend, call = self.backend, self.call
         if not call.sync:
             backend.will_look()
         with backend.cuda_faults():
-            self.flight = backend.rank.begin_dispatch(
-                self.args, call.sync, apart, self.status.data_ptr(), self.num_recv.data_ptr(),
-                backend.blocks(call.num_sms), backend.stream(), call.transfer == "copy_engine",
-            )  # fmt: skip
+            self.flight = backend.rank.dispatch(self.args, self._wants(), backend.stream())
         self.number = backend.seq()
-        if self.flight.outcome.code != 0:  # refused before it was queued
-            raise backend.error(self.flight.outcome, call.tag)
+
+    def _wants(self) -> _core.DispatchWants:
+        """What differs from a DispatchWants' defaults."""
+        call, wants = self.call, _core.DispatchWants()
+        wants.status = self.numbers.data_ptr()
+        wants.num_recv = self.numbers.data_ptr() + 4
+        wants.num_sms = self.backend.blocks(call.num_sms)
+        wants.num_warps = self.backend.num_warps
+        wants.reports = call.sync
+        if call.idx_dtype is not torch.int64:
+            wants.wide_ids = False
+        if self.offsets is not None:
+            wants.offsets = self.offsets.data_ptr()
+            wants.row_index = call.row_index
+        if call.origins:
+            wants.row_token, wants.source_range = True, calls.address(self.source_range)
+        if call.transfer == "copy_engine":
+            wants.by_copies = True
+        if call.handle is not None and call.meta is not None:
+            slabs = self.backend.spec.num_local_experts if call.layout == "slab" else 1
+            wants.max_recv, wants.max_rows = call.meta.num_unique, call.meta.num_rows * slabs
+            wants.recv_row = call.handle.recv_row.data_ptr()
+        return wants
 
     def _await_sizes(self) -> None:
         """Raise what every rank raises."""
@@ -185,110 +201,94 @@ class Dispatch(calls.Dispatch):
             arrival = Arrival(flight.num_recv, rows or 0, self.number)
         else:
             arrival = Arrival(0, call.capacity or 0, self.number)
-        if self.promised is None:
-            hold, x = flight.x, backend.tensor(flight.x, self._x_shape(arrival), call.wire_dtype)
-            out = self._outputs(arrival)
-        else:
-            hold, x, out = self._hold, self.promised.x, dict(self._promised_out)
-        out |= self._handle_outputs(arrival)
-        with backend.cuda_faults():
-            backend.rank.finish_dispatch(flight, self._unpack_args(arrival, out))
-        self._transpose_scales(out, arrival.num_rows)
+        backend.rank.settle(flight)
+        given = self.promised or self._given(arrival)
+        x, hold, out = given.x, flight.x, self._routing(arrival)
+        values = {
+            "topk_idx": given.topk_idx, "topk_weights": given.topk_weights, "scales": given.scales
+        }  # fmt: skip
         if self.promised is None and backend.wants_copy(call.output):
             x, hold = x.clone(), None
+            values = {k: None if t is None else t.clone() for k, t in values.items()}
+            if call.handle is None:
+                out = {k: t.clone() for k, t in out.items()}
         return ArenaReceived(
             x=x,
-            topk_idx=out.get("topk_idx"),
-            topk_weights=out.get("topk_weights"),
-            scales=out.get("scales"),
+            **values,
             num_tokens_per_expert=self.counts,
-            num_recv=arrival.num_recv if call.sync else self.num_recv,
-            offsets=out.get("offsets"),
+            num_recv=arrival.num_recv if call.sync else self.numbers[1:],
+            offsets=self.offsets,
             row_index=out.get("row_index"),
-            status=self.status,
+            status=self.numbers[:1],
             handle=self._handle(backend.generation, arrival, out),
             layout=call.layout,
-            origins=self._origins(out),
-            hold=hold,
+            origins=given.origins,
+            holds=() if hold is None else self._holds(),
         )
 
     # ---- tensors ----
 
+    def _holds(self) -> tuple[Any, ...]:
+        f = self.flight
+        held = (f.x, f.ids, f.weights, f.src, f.rows, f.scales, f.row_index, f.row_token)
+        return tuple(h for h in held if h is not None)
+
     def _promise(self) -> None:
-        """Make the outputs of a slab, whose shapes do not depend on what arrives."""
-        backend, call = self.backend, self.call
-        arrival = Arrival(0, call.capacity or 0, 0)
-        shape = self._x_shape(arrival)
-        num_bytes = math.prod(shape) * call.wire_dtype.itemsize
-        if num_bytes == 0 or call.output == "torch" or backend.crowded():
-            return  # x is made, or copied out, when the rows are there
-        self._hold = backend.arena.grant(num_bytes, backend.stream())
-        if self._hold is None:
-            return  # the operation will find that, too, and tell the peers
-        x = backend.tensor(self._hold, shape, call.wire_dtype)
-        self.args.x_offset = backend.arena.offset_of(x.data_ptr(), num_bytes)
-        out = self._promised_out = self._outputs(arrival)
-        shown = dict(out)
-        self._transpose_scales(shown, arrival.num_rows)
-        self.promised = Promised(
-            x=x,
-            topk_idx=shown.get("topk_idx"),
-            topk_weights=shown.get("topk_weights"),
-            scales=shown.get("scales"),
-            num_tokens_per_expert=self.counts,
-            origins=self._origins(out),
-        )
-
-    def _x_shape(self, arrival: Arrival) -> tuple[int, ...]:
-        spec = self.backend.spec
-        slabs = (spec.num_local_experts,) if self.call.layout == "slab" else ()
-        return (*slabs, arrival.num_rows, spec.hidden)
-
-    def _transpose_scales(self, out: dict[str, Tensor], rows: int) -> None:
-        if self.call.layout == "slab" and "scales" in out:
-            out["scales"] = out["scales"].transpose(1, 2)[:, :rows]
+        """The outputs of a slab, whose shapes do not depend on what arrives."""
+        if self.call.output == "torch" or self.backend.crowded():
+            return  # copied out when the rows are there
+        self.promised = self._given(Arrival(0, self.call.capacity or 0, 0))
 
     def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty(tuple(shape), dtype=dtype, device=self.backend.spec.device)
 
-    def _outputs(self, arrival: Arrival) -> dict[str, Tensor]:
-        """What there is of every row but x, by the names of UnpackArgs; kernels write all of it."""
-        spec, call = self.backend.spec, self.call
+    def _given(self, arrival: Arrival) -> Promised:
+        """What there is of every row: where the kernels put it."""
+        spec, call, flight = self.backend.spec, self.call, self.flight
+        tensor = self.backend.tensor
         rows, local = arrival.num_rows, spec.num_local_experts
-        per_row = {"grouped": (rows,), "slab": (local, rows)}.get(
-            call.layout, (rows, call.num_topk)
-        )
-        out: dict[str, Tensor] = {}
+        slabs = (local,) if call.layout == "slab" else ()
+        per_row = (*slabs, rows) if call.layout != "compact" else (rows, call.num_topk)
+        ids = weights = scales = None
         if call.handle is None:
-            out["topk_idx"] = self._empty(per_row, call.idx_dtype)
+            ids = tensor(flight.ids, per_row, call.idx_dtype)
         if call.topk_weights is not None:
-            out["topk_weights"] = self._empty(per_row, torch.float32)
+            weights = tensor(flight.weights, per_row, torch.float32)
         if call.scale_dtype is not None:
             words = call.scale_words
-            shape = (local, words, -(-rows // 4) * 4) if call.layout == "slab" else (rows, words)
-            out["scales"] = self._empty(shape, call.scale_dtype)
+            if call.layout == "slab":  # column-major, columns 16 bytes aligned
+                shape = (local, words, -(-rows // 4) * 4)
+                scales = tensor(flight.scales, shape, call.scale_dtype)
+                scales = scales.transpose(1, 2)[:, :rows]
+            else:
+                scales = tensor(flight.scales, (rows, words), call.scale_dtype)
+        origins = None
         if call.origins:
-            compact = call.layout == "compact"
-            out["row_token"] = self._empty(per_row[:1] if compact else per_row, torch.int32)
-            if not compact:
-                out["source_range"] = self._empty((local, spec.num_ranks), torch.int64)
-        return out
+            token = tensor(flight.row_token, (*slabs, rows), torch.int32)
+            origins = Origins(self.rank_ends, token, self.source_range)
+        return Promised(
+            x=tensor(flight.x, (*slabs, rows, spec.hidden), call.wire_dtype),
+            topk_idx=ids,
+            topk_weights=weights,
+            scales=scales,
+            num_tokens_per_expert=self.counts,
+            origins=origins,
+        )
 
-    def _handle_outputs(self, arrival: Arrival) -> dict[str, Tensor]:
-        """What depends on how many tokens arrived, and the starts of groups."""
-        call, out = self.call, {}
+    def _routing(self, arrival: Arrival) -> dict[str, Tensor]:
+        """What depends on how many tokens arrived: tensors of the handle, and the row index."""
+        call, flight, tensor = self.call, self.flight, self.backend.tensor
+        out: dict[str, Tensor] = {}
         if call.handle is None:
             max_recv = self._max_recv(arrival.num_recv)
             with_rows = max_recv if call.layout != "compact" else 0
-            out["recv_src"] = self._empty((max_recv, 2), torch.int32)
-            out["recv_row"] = self._empty((with_rows, call.num_topk), torch.int32)
+            out["recv_src"] = tensor(flight.src, (max_recv, 2), torch.int32)
+            out["recv_row"] = tensor(flight.rows, (with_rows, call.num_topk), torch.int32)
         else:
             out["recv_src"], out["recv_row"] = call.handle.recv_src, call.handle.recv_row
-        if call.layout == "grouped" or call.row_index:
-            out["offsets"] = self._empty((self.backend.spec.num_local_experts + 1,), torch.int32)
         if call.row_index:
-            index_rows = self.flight.index_rows if call.sync else self.args.index_capacity
-            out["row_index"] = self._empty((index_rows,), torch.int32)
+            index_rows = flight.index_rows if call.sync else self.args.index_capacity
+            out["row_index"] = tensor(flight.row_index, (index_rows,), torch.int32)
         return out
 
 
@@ -311,7 +311,8 @@ class Combine(calls.Combine):
         backend.enter()
         backend.will_look()
         with backend.cuda_faults():
-            backend.rank.combine(self.args, backend.blocks(self.call.num_sms), backend.stream())
+            sms = backend.blocks(self.call.num_sms)
+            backend.rank.combine(self.args, sms, backend.num_stages, backend.stream())
         return self.result()
 
     def begin(self) -> Begun:

@@ -1,5 +1,6 @@
 // Compiles every wrapper of device/ptx.cuh, so that ptxas has accepted each; nothing runs.
 #include "device/copy.cuh"
+#include "device/packed.cuh"
 #include "device/ptx.cuh"
 #include "device/quantize.cuh"
 #include "device/reduce.cuh"
@@ -24,7 +25,7 @@ __global__ void every_wrapper(void** out) {
     keep(out, 3, &ptx::smem_addr);
     keep<Word(const Word*)>(out, 4, &ptx::ld_acquire_sys);
     keep<uint32_t(const uint32_t*)>(out, 5, &ptx::ld_acquire_sys);
-    keep(out, 6, &ptx::ld_relaxed_gpu);
+    keep<uint32_t(const uint32_t*)>(out, 6, &ptx::ld_relaxed_gpu);
     keep<void(Word*, Word)>(out, 7, &ptx::st_release_sys);
     keep<void(uint32_t*, uint32_t)>(out, 8, &ptx::st_release_sys);
     keep(out, 9, &ptx::red_release_sys_add);
@@ -46,8 +47,11 @@ __global__ void every_wrapper(void** out) {
     keep(out, 25, &ptx::cvt_rn_f16x2);
     keep(out, 26, &ptx::cvt_f32_f16);
     keep(out, 27, &ptx::ld_shared_v4);
-    keep(out, 28, &ptx::barrier_sync_aligned);
     keep(out, 29, &ptx::griddepcontrol_wait);
     keep(out, 30, &ptx::griddepcontrol_launch_dependents);
     keep(out, 31, &ptx::mbarrier_arrive);
+    keep<Word(const Word*)>(out, 32, &ptx::ld_relaxed_gpu);
+    keep(out, 33, &ptx::st_relaxed_gpu);
+    keep(out, 34, &ptx::st_relaxed_sys);
+    keep(out, 35, &ptx::dynamic_shared);
 }

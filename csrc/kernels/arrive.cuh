@@ -1,0 +1,72 @@
+// Rows that have been stored are counted at their receiver; it waits for all that was announced.
+//
+// defines: announce, await_rows, note_sent, check_sent
+#pragma once
+
+#include <cstdint>
+
+#include "contract/gpu.h"
+#include "device/ptx.cuh"
+#include "device/wait.cuh"
+#include "kernels/enter.cuh"
+
+namespace ep::kernels {
+
+// `count(p)` rows that went to rank p become visible there, for p first, first + step, ... All stores are
+// complete, in the order that a barrier gives.
+template <class Count>
+__device__ __forceinline__ void announce(const RankView& view, int slot, int first, int step,
+                                         Count count) {
+#pragma unroll 1
+    for (int p = first; p < view.shape.num_ranks; p += step) {
+        const auto rows = static_cast<uint64_t>(count(p));
+        if (rows == 0) continue;
+        // pairs with the acquire in await_rows
+        ptx::red_release_sys_add(
+            at<uint64_t>(view, p, view.layout.arrived_word(slot, view.peers.rank)), rows);
+    }
+}
+
+// All that was announced to us has arrived. One warp; false: leave.
+__device__ __forceinline__ bool await_rows(const RankView& view, Operation op, int slot) {
+    const int num_ranks = view.shape.num_ranks, me = view.peers.rank;
+    bool ok = true;
+#pragma unroll 1
+    for (int src = ptx::lane_id(); src < num_ranks; src += 32) {
+        uint64_t* expected = view.state.expected + slot * num_ranks + src;
+        const uint64_t want =
+            *expected + NoticeWords(view, slot, src).get(NoticeLayout::kRows + me);
+        // pairs with the release in announce
+        ok = ok && device::wait_word(view.watch, op, {Site::kRows, src, want},
+                                     at<uint64_t>(view, me, view.layout.arrived_word(slot, src)));
+        *expected = want;
+    }
+    return __all_sync(~0u, ok);
+}
+
+// A handle tells rows and counts. Should they not be the same, a receiver would wait for what never
+// comes: what all blocks have found is compared at the end.
+__device__ inline void note_sent(const DispatchJob& job, const int32_t* pushed, int first,
+                                 int step) {
+#pragma unroll 1
+    for (int p = first; job.args.cached && p < job.view.shape.num_ranks; p += step) {
+        atomicAdd(&job.view.state.sent[p], pushed[p]);
+    }
+}
+
+// One warp, once all blocks have noted. False: leave.
+__device__ inline bool check_sent(const DispatchJob& job, Operation op) {
+    bool ok = true;
+#pragma unroll 1
+    for (int p = ptx::lane_id(); job.args.cached && p < job.view.shape.num_ranks; p += 32) {
+        const int64_t want = job.args.rank_counts[p];
+        const int64_t have = atomicExch(&job.view.state.sent[p], 0);
+        if (want == have) continue;
+        ok = false;
+        device::give_up(job.view.watch, op, kMiscount, {Site::kNone, p, uint64_t(want)},
+                        uint64_t(have), 0);
+    }
+    return __all_sync(~0u, ok);
+}
+
+}  // namespace ep::kernels

@@ -1,0 +1,374 @@
+// A warp moves its tokens: each row is loaded once and bulk-copied straight into its final row at each
+// rank that owns one of its experts; beside it go ids, weights and whence it came, as the receiver's
+// tensors want them.
+//
+// defines: Verbatim, Quantized, Mover, move_rows
+//
+// One token in flight a warp. Its stage is refilled when its stores have been read; rows count as arrived
+// when all stores of the block are complete.
+#pragma once
+
+#include <cstdint>
+
+#include "contract/calls.h"
+#include "contract/gpu.h"
+#include "device/copy.cuh"
+#include "device/ptx.cuh"
+#include "device/quantize.cuh"
+#include "device/wait.cuh"
+#include "kernels/count.cuh"
+#include "kernels/tables.cuh"
+
+namespace ep::kernels {
+
+// How rows leave: as they are, or quantized from kSource on the way.
+struct Verbatim {
+    static constexpr bool kQuantizes = false;
+    static constexpr int kMaxMovers = 19;  // warps of a block, beside one that concludes
+};
+template <DType kDtype>
+struct Quantized {
+    static constexpr bool kQuantizes = true;
+    static constexpr DType kSource = kDtype;
+    static constexpr int kMaxMovers = 15;
+};
+
+// What a lane knows of its slot of a token, read ahead of time.
+struct Choice {
+    int32_t dst = -1;                   // rank, -1 = none
+    int32_t local = -1, position = -1;  // expert there, and among all
+    int32_t row = 0;                    // of a handle
+    float weight = 0.0f;
+};
+
+// Where one slot of a token goes; held by the lane of that slot.
+struct Route {
+    bool first = false;   // the slot that brings the token to its rank
+    int32_t row = -1;     // final row of the slot
+    int32_t record = -1;  // of the token among all that the rank receives
+};
+
+// Scales that are moved with the row have to come in whole units of a bulk copy.
+__device__ __forceinline__ bool in_units(const std::byte* address, int64_t bytes) {
+    return bytes % 16 == 0 && reinterpret_cast<uintptr_t>(address) % 16 == 0;
+}
+
+// The tokens of a warp: begin, begin + step, ... below end.
+struct Walk {
+    int begin, end, step;
+};
+__device__ __forceinline__ Walk tokens_of(const BlockSpan& span, const Spread& spread, int warp) {
+    if (spread.votes_tokens) return {span.own.begin + warp, span.own.end, spread.num_movers};
+    const Span run = span.of_warp(warp, spread.tokens_per_warp);
+    return {run.begin, run.end, 1};
+}
+
+struct Mover {
+    const DispatchJob& job;
+    const Entering& in;
+    Tables tables;
+    device::Stage stage;
+    int stage_bytes;
+    Walk tokens;           // of this warp
+    int block_begin;       // first token of the block
+    bool votes;            // turns come from the votes of the block, else from `next`
+    int32_t* next;         // of this warp: rows given, then selections
+    bool loading = false;  // the stage is being filled
+
+    __device__ const DispatchArgs& args() const { return job.args; }
+    __device__ int64_t source_bytes() const { return args().hidden * dtype_bytes(args().dtype); }
+    // Given scales lie behind the row in the stage.
+    __device__ bool stages_scales() const {
+        return args().quantize == Quantize::kNone && args().scale_bytes > 0 &&
+               stage_bytes >= source_bytes() + args().scale_bytes &&
+               in_units(args().scales, args().scale_bytes);
+    }
+
+    // The piece of a token's row at `offset`.
+    __device__ void load(int t, int64_t offset) {
+        loading = t < tokens.end;
+        if (!loading || ptx::lane_id() != 0) return;
+        const auto bytes =
+            static_cast<uint32_t>(min(int64_t{stage_bytes}, source_bytes() - offset));
+        const bool scales = stages_scales();
+        ptx::mbarrier_arrive_expect_tx(
+            stage.loaded, bytes + (scales ? static_cast<uint32_t>(args().scale_bytes) : 0));
+        ptx::bulk_load(stage.data, args().x + int64_t{t} * args().x_stride + offset, bytes,
+                       stage.loaded);
+        if (!scales) return;
+        ptx::bulk_load(stage.data + source_bytes(), args().scales + int64_t{t} * args().scale_bytes,
+                       static_cast<uint32_t>(args().scale_bytes), stage.loaded);
+    }
+
+    __device__ bool await() {
+        const RankView& view = job.view;
+        const Operation op{OpKind::kDispatch, in.seq};
+        if (!device::await_stage(view.watch, op, stage, view.peers.rank)) return false;
+        loading = false;
+        return true;
+    }
+
+    // Before we leave early: what is on its way into our stage arrives first.
+    __device__ void abandon() {
+        if (loading) device::drain_stage(stage);
+        loading = false;
+    }
+
+    // The piece has been read by our stores: the next one may come.
+    __device__ void refill(int t, int64_t offset) {
+        device::drain_reads();
+        __syncwarp();
+        load(t, offset);
+    }
+
+    // One lane for each slot. Of a token that is not moved yet, so that nobody waits for the loads.
+    __device__ Choice choose(int t) const {
+        const DispatchArgs& a = args();
+        const State& state = job.view.state;
+        const int lane = ptx::lane_id();
+        Choice c;
+        if (t >= tokens.end || lane >= a.num_topk) return c;
+        const int64_t at = int64_t{t} * a.num_topk + lane;
+        const int64_t id = a.cached ? a.topk_idx[at] : expert_of(job, t, a.topk_idx[at]);
+        if (a.cached) c.row = a.send_row[at];
+        if (a.topk_weights != nullptr) c.weight = a.topk_weights[at];
+        if (a.routed_idx != nullptr && !a.cached) a.routed_idx[at] = id;
+        if (static_cast<uint64_t>(id) < static_cast<uint64_t>(job.view.shape.num_experts)) {
+            c.dst = __ldg(state.owner + id);
+            c.local = __ldg(state.local + id);
+            if (gives_selections(a)) c.position = __ldg(state.position + id);
+        }
+        return c;
+    }
+
+    // Gives the token its rows, in order: once for each token.
+    __device__ Route route(int t, const Choice& c) const {
+        const DispatchArgs& a = args();
+        const bool chosen = c.dst >= 0;
+        const uint32_t before = ptx::lanemask_lt();
+        const uint32_t same = __match_any_sync(~0u, c.dst);
+        Route r;
+        r.first = chosen && (same & before) == 0;
+        if (!counts_tokens(a)) {
+            if (chosen) r.row = r.record = c.row;
+            return r;
+        }
+        if (votes) {
+            const int turn = t - block_begin, vote = (turn >> 5) * job.view.shape.num_ranks + c.dst;
+            const uint32_t earlier = (1u << (turn & 31)) - 1;
+            if (chosen) {
+                r.row = r.record =
+                    tables.base[c.dst] + tables.before[vote] + __popc(tables.votes[vote] & earlier);
+            }
+            return r;
+        }
+        const int given = chosen ? next[c.dst] : 0;
+        if (chosen) r.record = tables.base[c.dst] + given;
+        r.row = a.cached && chosen ? c.row : r.record;
+        __syncwarp();
+        if (r.first) next[c.dst] = given + 1;
+        if (gives_selections(a)) give_selection(c, before, r);
+        __syncwarp();
+        return r;
+    }
+
+    // What a caller reads of it.
+    __device__ void keep(int t, const Route& r) const {
+        const DispatchArgs& a = args();
+        if (static_cast<int>(ptx::lane_id()) >= a.num_topk || a.cached) return;
+        a.send_row[int64_t{t} * a.num_topk + ptx::lane_id()] = r.row;
+    }
+
+    // A handle's rows are a tensor that anybody may have changed.
+    __device__ bool in_bounds(const Choice& c, const Route& r) const {
+        if (!args().cached) return true;
+        bool bad = false;
+        if (c.dst >= 0) {
+            const Target& target = tables.targets[c.dst];
+            bad = r.row < target.min_row || r.row >= target.max_rows;
+            if (bad) {
+                device::give_up(job.view.watch, {OpKind::kDispatch, in.seq}, kMiscount,
+                                {Site::kNone, c.dst, uint64_t(target.max_rows)}, uint64_t(r.row),
+                                0);
+            }
+        }
+        return !__any_sync(~0u, bad);
+    }
+
+    __device__ std::byte* row_of(const Choice& c, const Route& r) const {
+        return tables.targets[c.dst].x() + int64_t{r.row} * args().row_bytes();
+    }
+    // Scales travel once a token: grouped and slab spread them at the receiver.
+    __device__ std::byte* scales_of(const Choice& c, const Route& r) const {
+        const bool compact = args().layout == RecvLayout::kCompact;
+        return tables.targets[c.dst].scales() +
+               int64_t{compact ? r.row : r.record} * args().scale_bytes;
+    }
+
+    // What goes beside the row, to every rank the token goes to.
+    __device__ void describe(int t, const Choice& c, const Route& r) const {
+        const DispatchArgs& a = args();
+        if (a.cached && !a.with_weights) return;
+        if (a.layout == RecvLayout::kCompact) {
+            describe_token(t, c, r);
+        } else {
+            describe_selections(t, c, r);
+        }
+    }
+
+    // Scales that are in no stage: words, from wherever they are.
+    __device__ void copy_scales(const Choice& c, const Route& r, const std::byte* from) const {
+        const auto words = static_cast<int>(args().scale_bytes / 4);
+#pragma unroll 1
+        for (uint32_t left = __ballot_sync(~0u, r.first); left != 0; left &= left - 1) {
+            const int leader = __ffs(left) - 1;
+            const auto out =
+                __shfl_sync(~0u, r.first ? reinterpret_cast<uint64_t>(scales_of(c, r)) : 0, leader);
+            for (int w = ptx::lane_id(); w < words; w += 32) {
+                reinterpret_cast<uint32_t*>(out)[w] = reinterpret_cast<const uint32_t*>(from)[w];
+            }
+        }
+    }
+
+private:
+    // In the order of slots.
+    __device__ void give_selection(const Choice& c, uint32_t before, Route& r) const {
+        const bool chosen = c.position >= 0;
+        const int key = chosen ? c.position : ~int(ptx::lane_id());
+        const uint32_t rivals = __match_any_sync(~0u, key);
+        int32_t* turn = next + job.view.shape.num_ranks + c.position;
+        const int earlier = chosen ? *turn : 0;
+        if (chosen) r.row = tables.first_row[c.position] + earlier + __popc(rivals & before);
+        __syncwarp();
+        if (chosen && (rivals & before) == 0) *turn = earlier + __popc(rivals);
+    }
+
+    __device__ static void put_id(const Target& target, int64_t at, int32_t local) {
+        if (target.ids() == nullptr) return;
+        if (target.wide_ids != 0) {
+            reinterpret_cast<int64_t*>(target.ids())[at] = local;
+        } else {
+            reinterpret_cast<int32_t*>(target.ids())[at] = local;
+        }
+    }
+
+    // Compact: a line of slots at each rank, those of experts elsewhere empty.
+    __device__ void describe_token(int t, const Choice& c, const Route& r) const {
+        const DispatchArgs& a = args();
+        const int lane = ptx::lane_id(), me = job.view.peers.rank;
+#pragma unroll 1
+        for (uint32_t left = __ballot_sync(~0u, r.first); left != 0; left &= left - 1) {
+            const int leader = __ffs(left) - 1;
+            const int dst = __shfl_sync(~0u, c.dst, leader);
+            const int64_t row = __shfl_sync(~0u, r.row, leader);
+            const Target& target = tables.targets[dst];
+            const bool here = c.dst == dst;
+            if (lane < a.num_topk) {
+                const int64_t at = row * a.num_topk + lane;
+                if (!a.cached) put_id(target, at, here ? c.local : -1);
+                if (a.with_weights) target.weights()[at] = here ? c.weight : 0.0f;
+            }
+            if (lane == 0 && !a.cached) {
+                reinterpret_cast<int2*>(target.src())[row] = make_int2(me, t);
+            }
+        }
+    }
+
+    // Grouped and slab: a row for each selection; the token says at each rank which rows are its.
+    __device__ void describe_selections(int t, const Choice& c, const Route& r) const {
+        const DispatchArgs& a = args();
+        const int lane = ptx::lane_id(), me = job.view.peers.rank;
+        if (c.dst >= 0) {
+            const Target& target = tables.targets[c.dst];
+            if (!a.cached) put_id(target, r.row, c.local);
+            if (a.with_weights) target.weights()[r.row] = c.weight;
+        }
+#pragma unroll 1
+        for (uint32_t left = a.cached ? 0 : __ballot_sync(~0u, r.first); left != 0;
+             left &= left - 1) {
+            const int leader = __ffs(left) - 1;
+            const int dst = __shfl_sync(~0u, c.dst, leader);
+            const int64_t record = __shfl_sync(~0u, r.record, leader);
+            const Target& target = tables.targets[dst];
+            if (lane < a.num_topk) {
+                target.rows()[record * a.num_topk + lane] = c.dst == dst ? r.row : -1;
+            }
+            if (lane == 0) reinterpret_cast<int2*>(target.src())[record] = make_int2(me, t);
+        }
+    }
+};
+
+// One token, its row in as many pieces as the stage asks for. False: leave.
+__device__ __forceinline__ bool move_verbatim(Mover& m, int t, const Choice& c, const Route& r) {
+    const DispatchArgs& a = m.args();
+    const int64_t row_bytes = a.row_bytes();
+    const bool staged = m.stages_scales();
+#pragma unroll 1
+    for (int64_t offset = 0; offset < row_bytes; offset += m.stage_bytes) {
+        const int bytes = static_cast<int>(min(int64_t{m.stage_bytes}, row_bytes - offset));
+        if (!m.await()) return false;
+        if (r.first) {
+            device::store_stage(m.row_of(c, r) + offset, m.stage.data, bytes);
+            if (staged) {
+                device::store_stage(m.scales_of(c, r), m.stage.data + row_bytes,
+                                    static_cast<int>(a.scale_bytes));
+            }
+        }
+        if (offset == 0) m.describe(t, c, r);  // while the stage is read
+        const bool more = offset + bytes < row_bytes;
+        m.refill(more ? t : t + m.tokens.step, more ? offset + bytes : 0);
+    }
+    if (a.scale_bytes > 0 && !staged) m.copy_scales(c, r, a.scales + int64_t{t} * a.scale_bytes);
+    return true;
+}
+
+// One token, quantized in place in its stage; its scales stand behind it.
+template <DType kSource>
+__device__ __forceinline__ bool move_quantized(Mover& m, int t, const Choice& c, const Route& r) {
+    const DispatchArgs& a = m.args();
+    if (!m.await()) return false;
+    std::byte* scales = m.stage.data + m.source_bytes();
+    device::quantize_row<kSource>(m.stage.data, scales, static_cast<int>(a.hidden), a.scale_block,
+                                  a.quantize == Quantize::kFp8Ue8m0);
+    ptx::fence_proxy_async_shared();  // what we wrote, before the stores that read it
+    __syncwarp();
+    const bool units = in_units(scales, a.scale_bytes);
+    if (r.first) {
+        device::store_stage(m.row_of(c, r), m.stage.data, static_cast<int>(a.hidden));
+        if (units) device::store_stage(m.scales_of(c, r), scales, static_cast<int>(a.scale_bytes));
+    }
+    m.describe(t, c, r);
+    if (!units) {
+        m.copy_scales(c, r, scales);
+        ptx::fence_proxy_async_shared();  // our reads, before the load that follows
+    }
+    m.refill(t + m.tokens.step, 0);
+    return true;
+}
+
+// From `ahead`, the choice of the first token, on. False: leave; nothing of ours is under way then.
+template <class Config>
+__device__ __forceinline__ bool move_rows(Mover& m, Choice ahead) {
+    bool ok = true;
+#pragma unroll 1
+    for (int t = m.tokens.begin; ok && t < m.tokens.end; t += m.tokens.step) {
+        const Choice c = ahead;
+        const Route r = m.route(t, c);
+        ok = m.in_bounds(c, r);
+        if (!ok) break;
+        ahead = m.choose(t + m.tokens.step);
+        if constexpr (Config::kQuantizes) {
+            ok = move_quantized<Config::kSource>(m, t, c, r);
+        } else {
+            ok = move_verbatim(m, t, c, r);
+        }
+        if (!ok) break;
+        m.keep(t, r);
+        if (r.first) atomicAdd(&m.tables.pushed[c.dst], 1);
+    }
+    device::drain_stores();
+    m.abandon();
+    return ok;
+}
+
+}  // namespace ep::kernels
