@@ -1,0 +1,535 @@
+#include "emulator.h"
+
+#include <cuda_runtime_api.h>
+#include <sched.h>
+#include <sys/mman.h>
+
+#include <deque>
+#include <random>
+
+#include "device/ptx.cuh"
+
+#if defined(__x86_64__)
+// Saves what a call must keep, leaves one stack for another.
+asm(R"(
+.text
+.globl emulator_switch
+emulator_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+)");
+extern "C" void emulator_switch(void** save, void* load);
+#else
+#error "the emulator switches stacks of x86_64 only"
+#endif
+
+namespace emulator {
+
+void die(const char* why) {
+    std::fprintf(stderr, "emulator: %s\n", why);
+    std::abort();
+}
+
+namespace {
+
+constexpr size_t kStackBytes = 96 * 1024;
+
+struct Store {
+    std::byte* dst;
+    const std::byte* src;
+    uint32_t bytes;
+    std::vector<std::byte> read;  // what was in shared memory, once it has been read
+};
+using Group = std::vector<Store>;
+
+struct Fiber {
+    Coordinates at;
+    void* stack_pointer = nullptr;
+    std::unique_ptr<std::byte[]> stack;
+    int warp = 0, lane = 0;
+    bool done = false;
+    Group open;                // bulk stores that no group holds yet
+    std::deque<Group> groups;  // oldest first
+};
+
+struct Warp {
+    std::array<std::array<uint64_t, 32>, 2> brought{};
+    uint32_t arrived = 0;
+    int what = 0;
+    unsigned turn = 0;
+    std::vector<Fiber*> waiting;
+};
+
+struct Load {
+    std::byte* dst;
+    const std::byte* src;
+    uint32_t bytes;
+    uint64_t* barrier;
+};
+
+struct Block {
+    std::vector<Fiber> fibers;
+    std::vector<Warp> warps;
+    std::deque<Fiber*> ready;
+    void* scheduler = nullptr;
+    Fiber* running = nullptr;
+    const std::function<void()>* body = nullptr;
+    std::byte* shared = nullptr;
+    int alive = 0;
+    int arrived = 0;  // at the barrier of the block
+    int64_t sum = 0, last_sum = 0;
+    std::vector<Fiber*> at_barrier;
+    std::map<int, std::vector<Fiber*>> at_others;  // barriers of some threads
+    std::vector<Load> loads;                       // under way
+    std::minstd_rand random;
+    unsigned polls = 0;
+};
+
+thread_local Block* block = nullptr;
+
+void to_scheduler() { emulator_switch(&block->running->stack_pointer, block->scheduler); }
+
+void release_barrier() {
+    Block& b = *block;
+    b.last_sum = b.sum;
+    b.sum = 0;
+    b.arrived = 0;
+    for (Fiber* f : b.at_barrier) b.ready.push_back(f);
+    b.at_barrier.clear();
+}
+
+void fiber_main() {
+    (*block->body)();
+    Fiber& self = *block->running;
+    if (!self.open.empty() || !self.groups.empty()) die("a thread ended before its bulk stores");
+    self.done = true;
+    --block->alive;
+    if (block->alive > 0 && block->arrived == block->alive) release_barrier();
+    to_scheduler();
+    die("a finished thread runs");
+}
+
+void prepare(Fiber& f) {
+    f.stack = std::make_unique_for_overwrite<std::byte[]>(kStackBytes);
+    auto top = reinterpret_cast<uintptr_t>(f.stack.get() + kStackBytes) & ~uintptr_t{15};
+    auto* sp = reinterpret_cast<void**>(top);
+    *--sp = nullptr;  // a call leaves the stack like this
+    *--sp = reinterpret_cast<void*>(&fiber_main);
+    for (int i = 0; i < 6; ++i) *--sp = nullptr;
+    f.stack_pointer = sp;
+}
+
+// mbarrier: expected arrivals, arrivals that lack, bytes that lack, phase.
+struct Barrier {
+    uint64_t count : 12, lacks : 12, phase : 1;
+    int64_t bytes : 39;
+};
+static_assert(sizeof(Barrier) == 8);
+
+void complete(Barrier& b) {
+    if (b.lacks != 0 || b.bytes != 0) return;
+    b.phase ^= 1;
+    b.lacks = b.count;
+}
+
+void land(size_t i) {
+    Block& b = *block;
+    const Load load = b.loads[i];
+    b.loads[i] = b.loads.back();
+    b.loads.pop_back();
+    std::memcpy(load.dst, load.src, load.bytes);
+    auto& barrier = *reinterpret_cast<Barrier*>(load.barrier);
+    barrier.bytes -= load.bytes;
+    complete(barrier);
+}
+
+void run_block(Block& b) {
+    block = &b;
+    for (Fiber& f : b.fibers) {
+        prepare(f);
+        b.ready.push_back(&f);
+    }
+    while (b.alive > 0) {
+        if (!b.loads.empty() && (b.ready.empty() || b.random() % 4 == 0)) {
+            land(b.random() % b.loads.size());
+        }
+        if (b.ready.empty()) {
+            if (b.loads.empty()) die("all threads of a block wait for each other");
+            continue;
+        }
+        b.running = b.ready.front();
+        b.ready.pop_front();
+        emulator_switch(&b.scheduler, b.running->stack_pointer);
+        if (b.running->done) b.running->stack.reset();
+    }
+    if (!b.loads.empty()) die("a block ended while a bulk load was under way");
+    block = nullptr;
+}
+
+}  // namespace
+
+Coordinates& here() { return block->running->at; }
+int lane() { return block->running->lane; }
+std::byte* dynamic_shared() { return block->shared; }
+
+void yield() {
+    Block& b = *block;
+    if (++b.polls % 256 == 0) sched_yield();
+    b.ready.push_back(b.running);
+    to_scheduler();
+}
+
+int64_t meet_block(int64_t value) {
+    Block& b = *block;
+    b.sum += value;
+    ++b.arrived;
+    b.at_barrier.push_back(b.running);
+    if (b.arrived == b.alive) release_barrier();
+    to_scheduler();
+    return b.last_sum;
+}
+
+void meet_some(int barrier, int threads) {
+    Block& b = *block;
+    std::vector<Fiber*>& waiting = b.at_others[barrier];
+    waiting.push_back(b.running);
+    if (static_cast<int>(waiting.size()) == threads) {
+        for (Fiber* f : waiting) b.ready.push_back(f);
+        waiting.clear();
+    }
+    to_scheduler();
+}
+
+const std::array<uint64_t, 32>& meet_warp(uint64_t value, int what) {
+    Fiber* self = block->running;
+    Warp& w = block->warps[self->warp];
+    const unsigned turn = w.turn;
+    if (w.arrived != 0 && w.what != what) die("lanes of a warp are at different instructions");
+    w.what = what;
+    w.brought[turn % 2][self->lane] = value;
+    w.arrived |= 1u << self->lane;
+    w.waiting.push_back(self);
+    if (w.arrived == ~0u) {
+        w.arrived = 0;
+        ++w.turn;
+        for (Fiber* f : w.waiting) block->ready.push_back(f);
+        w.waiting.clear();
+    }
+    to_scheduler();
+    return w.brought[turn % 2];
+}
+
+// ---- bulk copies ----
+
+void barrier_init(uint64_t* barrier, uint32_t count) {
+    *reinterpret_cast<Barrier*>(barrier) = {count, count, 0, 0};
+}
+void barrier_arrive(uint64_t* barrier, uint32_t bytes) {
+    auto& b = *reinterpret_cast<Barrier*>(barrier);
+    if (b.lacks == 0) die("an mbarrier got one arrival too many");
+    b.bytes += bytes;
+    --b.lacks;
+    complete(b);
+}
+bool barrier_done(uint64_t* barrier, uint32_t parity) {
+    return reinterpret_cast<Barrier*>(barrier)->phase != parity;
+}
+
+void bulk_load(void* dst, const void* src, uint32_t bytes, uint64_t* barrier) {
+    const auto address =
+        reinterpret_cast<uintptr_t>(dst) | reinterpret_cast<uintptr_t>(src) | bytes;
+    if (address % 16 != 0) die("a bulk load is not in units of 16 bytes");
+    block->loads.push_back(
+        {static_cast<std::byte*>(dst), static_cast<const std::byte*>(src), bytes, barrier});
+}
+
+void bulk_store(void* dst, const void* src, uint32_t bytes) {
+    const auto address =
+        reinterpret_cast<uintptr_t>(dst) | reinterpret_cast<uintptr_t>(src) | bytes;
+    if (address % 16 != 0) die("a bulk store is not in units of 16 bytes");
+    block->running->open.push_back(
+        {static_cast<std::byte*>(dst), static_cast<const std::byte*>(src), bytes, {}});
+}
+
+void bulk_commit() {
+    Fiber& f = *block->running;
+    f.groups.push_back(std::move(f.open));
+    f.open.clear();
+}
+
+void bulk_wait(int pending, bool reads_only) {
+    Fiber& f = *block->running;
+    const int until = static_cast<int>(f.groups.size()) - pending;
+    for (int g = 0; g < until; ++g) {
+        for (Store& s : f.groups[g]) {
+            if (s.read.empty()) s.read.assign(s.src, s.src + s.bytes);
+        }
+    }
+    if (reads_only) return;
+    for (int g = 0; g < until; ++g) {
+        for (const Store& s : f.groups.front()) std::memcpy(s.dst, s.read.data(), s.bytes);
+        f.groups.pop_front();
+    }
+    std::atomic_thread_fence(std::memory_order_seq_cst);
+}
+
+// ---- numbers ----
+
+uint32_t bf16(float value) {
+    const uint32_t u = std::bit_cast<uint32_t>(value);
+    if (std::isnan(value)) return 0x7fff;
+    return (u + 0x7fff + (u >> 16 & 1)) >> 16;
+}
+uint32_t f16(float value) { return std::bit_cast<uint16_t>(static_cast<_Float16>(value)); }
+float from_f16(uint16_t half) { return static_cast<float>(std::bit_cast<_Float16>(half)); }
+
+static uint32_t e4m3(float value) {
+    const uint32_t sign = std::signbit(value) ? 0x80 : 0;
+    const float a = std::fabs(value);
+    if (std::isnan(value)) return sign | 0x7f;
+    if (a >= 448.0f) return sign | 0x7e;
+    int exponent = 0;
+    std::frexp(a, &exponent);
+    exponent = std::max(exponent - 1, -6);  // of the leading bit; below it numbers are even steps
+    const auto steps = static_cast<uint32_t>(std::nearbyint(std::ldexp(a, 3 - exponent)));
+    return sign | static_cast<uint32_t>(((exponent + 6) << 3) + static_cast<int>(steps));
+}
+uint16_t e4m3x2(float upper, float lower) {
+    return static_cast<uint16_t>(e4m3(upper) << 8 | e4m3(lower));
+}
+
+// ---- grids ----
+
+void run_grid(int blocks, int threads, size_t smem_bytes, const std::function<void()>& body) {
+    if (threads % 32 != 0 && threads != 1) die("a block is no whole number of warps");
+    std::vector<std::thread> running;
+    for (int i = 0; i < blocks; ++i) {
+        running.emplace_back([=, &body] {
+            Block b;
+            std::vector<std::byte> shared(smem_bytes + 128, std::byte{0xa5});
+            const auto base = reinterpret_cast<uintptr_t>(shared.data());
+            b.shared = shared.data() + (128 - base % 128) % 128;
+            b.body = &body;
+            b.alive = threads;
+            b.random.seed(static_cast<unsigned>(i * 7919 + threads));
+            b.fibers.resize(threads);
+            b.warps.resize((threads + 31) / 32);
+            for (int t = 0; t < threads; ++t) {
+                Fiber& f = b.fibers[t];
+                f.at = {unsigned(t), unsigned(i), unsigned(threads), unsigned(blocks)};
+                f.warp = t / 32;
+                f.lane = t % 32;
+            }
+            run_block(b);
+        });
+    }
+    for (std::thread& t : running) t.join();
+}
+
+}  // namespace emulator
+
+// ---- the runtime ----
+
+struct CUstream_st {
+    std::mutex mutex;
+    std::condition_variable changed;
+    std::deque<std::function<void()>> work;
+    bool busy = false, ends = false;
+    std::thread thread{[this] { run(); }};
+
+    ~CUstream_st() {
+        {
+            std::lock_guard lock(mutex);
+            ends = true;
+        }
+        changed.notify_all();
+        thread.join();
+    }
+    void run() {
+        std::unique_lock lock(mutex);
+        while (true) {
+            changed.wait(lock, [&] { return !work.empty() || ends; });
+            if (work.empty()) return;
+            auto next = std::move(work.front());
+            work.pop_front();
+            busy = true;
+            lock.unlock();
+            next();
+            lock.lock();
+            busy = false;
+            changed.notify_all();
+        }
+    }
+    void push(std::function<void()> next) {
+        {
+            std::lock_guard lock(mutex);
+            work.push_back(std::move(next));
+        }
+        changed.notify_all();
+    }
+    bool idle() {
+        std::lock_guard lock(mutex);
+        return work.empty() && !busy;
+    }
+    void join() {
+        std::unique_lock lock(mutex);
+        changed.wait(lock, [&] { return work.empty() && !busy; });
+    }
+};
+
+struct CUevent_st {
+    std::mutex mutex;
+    std::condition_variable changed;
+    uint64_t recorded = 0, reached = 0;
+};
+
+namespace {
+
+std::mutex streams_mutex;
+std::set<CUstream_st*> streams;
+
+CUstream_st* stream_of(cudaStream_t stream) {
+    static CUstream_st* const null_stream = new CUstream_st;
+    return stream != nullptr ? stream : null_stream;
+}
+
+}  // namespace
+
+namespace emulator {
+void queue(cudaStream_t stream, std::function<void()> work) {
+    stream_of(stream)->push(std::move(work));
+}
+}  // namespace emulator
+
+const char* cudaGetErrorString(cudaError_t) { return "an error of the emulator"; }
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+    *value = attribute == cudaDevAttrMultiProcessorCount ? 132 : 227 * 1024;
+    return cudaSuccess;
+}
+cudaError_t cudaDeviceSynchronize() {
+    std::vector<CUstream_st*> all;
+    {
+        std::lock_guard lock(streams_mutex);
+        all.assign(streams.begin(), streams.end());
+    }
+    all.push_back(stream_of(nullptr));
+    for (CUstream_st* s : all) s->join();
+    return cudaSuccess;
+}
+cudaError_t cudaMalloc(void** memory, size_t bytes) {
+    *memory = std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
+    return cudaSuccess;
+}
+cudaError_t cudaFree(void* memory) {
+    std::free(memory);
+    return cudaSuccess;
+}
+cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) {
+    return cudaMalloc(memory, bytes);
+}
+cudaError_t cudaFreeHost(void* memory) { return cudaFree(memory); }
+cudaError_t cudaHostGetDevicePointer(void** device, void* host, unsigned) {
+    *device = host;
+    return cudaSuccess;
+}
+cudaError_t cudaMemset(void* memory, int value, size_t bytes) {
+    std::memset(memory, value, bytes);
+    return cudaSuccess;
+}
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+    std::memcpy(to, from, bytes);
+    return cudaSuccess;
+}
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
+                            cudaStream_t stream) {
+    emulator::queue(stream, [=] { std::memcpy(to, from, bytes); });
+    return cudaSuccess;
+}
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+    *stream = new CUstream_st;
+    std::lock_guard lock(streams_mutex);
+    streams.insert(*stream);
+    return cudaSuccess;
+}
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+    {
+        std::lock_guard lock(streams_mutex);
+        streams.erase(stream);
+    }
+    delete stream;
+    return cudaSuccess;
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+    stream_of(stream)->join();
+    return cudaSuccess;
+}
+cudaError_t cudaStreamQuery(cudaStream_t stream) {
+    return stream_of(stream)->idle() ? cudaSuccess : cudaErrorNotReady;
+}
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+    *event = new CUevent_st;
+    return cudaSuccess;
+}
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+    delete event;
+    return cudaSuccess;
+}
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+    uint64_t number;
+    {
+        std::lock_guard lock(event->mutex);
+        number = ++event->recorded;
+    }
+    emulator::queue(stream, [=] {
+        {
+            std::lock_guard lock(event->mutex);
+            event->reached = std::max(event->reached, number);
+        }
+        event->changed.notify_all();
+    });
+    return cudaSuccess;
+}
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+    uint64_t number;
+    {
+        std::lock_guard lock(event->mutex);
+        number = event->recorded;
+    }
+    emulator::queue(stream, [=] {
+        std::unique_lock lock(event->mutex);
+        event->changed.wait(lock, [&] { return event->reached >= number; });
+    });
+    return cudaSuccess;
+}
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t, cudaStreamCaptureStatus* status,
+                                     unsigned long long*, cudaGraph_t*, void*, void*, size_t*) {
+    *status = cudaStreamCaptureStatusNone;
+    return cudaSuccess;
+}
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
+cudaError_t cudaUserObjectCreate(cudaUserObject_t*, void*, void (*)(void*), unsigned, unsigned) {
+    return cudaErrorInvalidValue;
+}
+cudaError_t cudaGraphRetainUserObject(cudaGraph_t, cudaUserObject_t, unsigned, unsigned) {
+    return cudaErrorInvalidValue;
+}
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+    attributes->sharedSizeBytes = 0;
+    return cudaSuccess;
+}
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
