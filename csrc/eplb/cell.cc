@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <bit>
+#include <functional>
 #include <limits>
 #include <numeric>
 #include <queue>
+#include <utility>
 
 namespace ep::eplb {
 namespace {
@@ -43,13 +45,16 @@ Cell::Cell(std::vector<double> load, int num_ranks, int slots_per_rank, bool dis
       load_(std::move(load)),
       slot_(size_t(num_ranks) * slots_per_rank, -1),
       count_(num_experts_, 0),
+      unit_(num_experts_, 0),
+      unit_more_(num_experts_, 0),
+      unit_fewer_(num_experts_, 0),
       held_(size_t(num_experts_) * num_ranks, 0),
       ranks_of_(size_t(num_experts_) * words_, 0),
       rank_load_(num_ranks, 0) {
     const double mean = std::accumulate(load_.begin(), load_.end(), 0.0) / num_ranks_;
     const auto best = count_replicas(std::vector<int32_t>(num_experts_, 1), num_slots());
     bound_ = mean;
-    for (int e = 0; e < num_experts_; ++e) bound_ = std::max(bound_, unit(e, best[e]));
+    for (int e = 0; e < num_experts_; ++e) bound_ = std::max(bound_, share(e, best[e]));
 }
 
 // ---- greedy ----
@@ -58,7 +63,7 @@ Cell::Cell(std::vector<double> load, int num_ranks, int slots_per_rank, bool dis
 // who has fewer. This minimizes the heaviest replica.
 std::vector<int32_t> Cell::count_replicas(std::vector<int32_t> count, int total) const {
     const auto lighter = [&](int a, int b) {
-        const double left = unit(a, count[a]), right = unit(b, count[b]);
+        const double left = share(a, count[a]), right = share(b, count[b]);
         if (left != right) return left < right;
         return count[a] != count[b] ? count[a] > count[b] : a > b;
     };
@@ -78,12 +83,44 @@ std::vector<int32_t> Cell::count_replicas(std::vector<int32_t> count, int total)
 void Cell::place() {
     assign(std::vector<int32_t>(slot_.size(), -1),
            count_replicas(std::vector<int32_t>(num_experts_, 1), num_slots()));
-    std::vector<double> weight(num_experts_);
-    for (int e = 0; e < num_experts_; ++e) weight[e] = unit(e, count_[e]);
     std::vector<int> free(num_ranks_, slots_per_rank_);
-    for (const int e : descending(weight)) {
-        for (int i = 0; i < count_[e]; ++i) put(e, free);
+    // Ranks with room, the lightest first, of equally light ones the first.
+    using Room = std::pair<double, int>;
+    std::priority_queue<Room, std::vector<Room>, std::greater<>> open;
+    const auto reopen = [&] {
+        open = {};
+        for (int r = 0; r < num_ranks_; ++r) {
+            if (free[r] > 0) open.emplace(rank_load_[r], r);
+        }
+    };
+    reopen();
+    std::vector<int> holders;  // with room for others, not for one more of this expert
+    for (const int e : descending(unit_)) {
+        holders.clear();
+        int left = count_[e];
+        for (; left > 0 && !open.empty(); --left) {
+            const int rank = open.top().second;
+            open.pop();
+            set(first_free(rank), e);
+            if (--free[rank] == 0) continue;
+            if (distinct_) {
+                holders.push_back(rank);
+            } else {
+                open.emplace(rank_load_[rank], rank);
+            }
+        }
+        for (const int r : holders) open.emplace(rank_load_[r], r);
+        if (left == 0) continue;
+        for (; left > 0; --left) put(e, free);
+        reopen();
     }
+}
+
+// `slot`, which is free, gets a replica.
+void Cell::set(int slot, int expert) {
+    slot_[slot] = expert;
+    hold(rank_of(slot), expert);
+    sum_load(rank_of(slot));
 }
 
 int Cell::lightest_rank(int expert, std::span<const int> free) const {
@@ -130,10 +167,7 @@ void Cell::put(int expert, std::vector<int>& free) {
         }
     }
     --free[rank];
-    const int to = rank_of(slot);
-    slot_[slot] = expert;
-    hold(to, expert);
-    sum_load(to);
+    set(slot, expert);
 }
 
 // ---- state ----
@@ -148,11 +182,18 @@ void Cell::let_go(int rank, int expert) {
     ranks_of_[size_t(expert) * words_ + rank / 64] &= ~(uint64_t{1} << (rank % 64));
 }
 
+void Cell::set_count(int expert, int replicas) {
+    count_[expert] = replicas;
+    unit_[expert] = share(expert, replicas);
+    unit_more_[expert] = share(expert, replicas + 1);
+    unit_fewer_[expert] = replicas > 1 ? share(expert, replicas - 1) : kInfinity;
+}
+
 void Cell::sum_load(int rank) {
     double sum = 0;  // anew, in one order: no drift, however many steps there were
     for (int i = 0; i < slots_per_rank_; ++i) {
         const int e = slot_[rank * slots_per_rank_ + i];
-        if (e >= 0) sum += unit(e, count_[e]);
+        if (e >= 0) sum += unit_[e];
     }
     rank_load_[rank] = sum;
 }
@@ -163,7 +204,7 @@ void Cell::assign(std::span<const int32_t> slots, std::span<const int32_t> count
         if (slot_[q] >= 0) let_go(rank_of(q), slot_[q]);
     }
     std::copy(slots.begin(), slots.end(), slot_.begin());
-    std::copy(count.begin(), count.end(), count_.begin());
+    for (int e = 0; e < num_experts_; ++e) set_count(e, count[e]);
     for (int q = 0; q < num_slots(); ++q) {
         if (slot_[q] >= 0) hold(rank_of(q), slot_[q]);
     }
@@ -207,11 +248,11 @@ void Cell::find_swap(int rank, double target, Step& best) {
         budget_ -= slots_per_rank_ * slots_per_rank_;
         for (int i = 0; i < slots_per_rank_; ++i) {
             const int mine = slot_[first + i];
-            const double weight = unit(mine, count_[mine]);
+            const double weight = unit(mine);
             if (clashes(mine, r)) continue;
             for (int j = 0; j < slots_per_rank_; ++j) {
                 const int theirs = slot_[r * slots_per_rank_ + j];
-                const double less = weight - unit(theirs, count_[theirs]);
+                const double less = weight - unit(theirs);
                 const double result = std::max(before - less, rank_load_[r] + less);
                 if (less <= 0 || result >= worth(before, target, 2, best)) continue;
                 if (clashes(theirs, rank)) continue;
@@ -224,12 +265,12 @@ void Cell::find_swap(int rank, double target, Step& best) {
 // The heaviest rank touched when `slot` gets `expert`; infinity when it reaches the limit.
 double Cell::result_of_replacement(int slot, int expert, double limit) {
     const int gone = slot_[slot], at = rank_of(slot);
-    const double less = unit(expert, count_[expert] + 1) - unit(expert, count_[expert]);
-    const double more = unit(gone, count_[gone] - 1) - unit(gone, count_[gone]);
+    const double less = unit_more(expert) - unit(expert);
+    const double more = unit_fewer(gone) - unit(gone);
     const auto after = [&](int rank) {
         return rank_load_[rank] + held(rank, expert) * less + held(rank, gone) * more;
     };
-    double result = after(at) + unit(expert, count_[expert] + 1) - unit(gone, count_[gone] - 1);
+    double result = after(at) + unit_more(expert) - unit_fewer(gone);
     if (result >= limit) return kInfinity;  // mostly it ends here
     const uint64_t* of_expert = &ranks_of_[size_t(expert) * words_];
     const uint64_t* of_gone = &ranks_of_[size_t(gone) * words_];
@@ -280,10 +321,10 @@ void Cell::apply(const Step& step) {
     }
     const int gone = slot_[step.slot], at = rank_of(step.slot);
     let_go(at, gone);
-    --count_[gone];
+    set_count(gone, count_[gone] - 1);
     slot_[step.slot] = step.expert;
     hold(at, step.expert);
-    ++count_[step.expert];
+    set_count(step.expert, count_[step.expert] + 1);
     for (int r = 0; r < num_ranks_; ++r) {
         if (r == at || held(r, gone) > 0 || held(r, step.expert) > 0) sum_load(r);
     }
@@ -357,9 +398,7 @@ bool Cell::adopt(std::span<const int32_t> slots) {
     assign(slots, count_replicas(std::move(at_least), num_slots()));
     std::vector<int> free(num_ranks_, 0);
     for (int q = 0; q < num_slots(); ++q) free[rank_of(q)] += slot_[q] < 0;
-    std::vector<double> weight(num_experts_);
-    for (int e = 0; e < num_experts_; ++e) weight[e] = unit(e, count_[e]);
-    for (const int e : descending(weight)) {
+    for (const int e : descending(unit_)) {
         for (int i = before[e]; i < count_[e]; ++i) put(e, free);
     }
     return true;

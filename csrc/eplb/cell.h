@@ -55,12 +55,17 @@ private:
     int num_slots() const { return static_cast<int>(slot_.size()); }
     int rank_of(int slot) const { return slot / slots_per_rank_; }
     int held(int rank, int expert) const { return held_[size_t(expert) * num_ranks_ + rank]; }
-    double unit(int expert, int count) const { return load_[expert] / count; }
+    double share(int expert, int count) const { return load_[expert] / count; }
+    double unit(int expert) const { return unit_[expert]; }            // of one replica
+    double unit_more(int expert) const { return unit_more_[expert]; }  // were there one more
+    double unit_fewer(int expert) const { return unit_fewer_[expert]; }
     bool clashes(int expert, int rank) const { return distinct_ && held(rank, expert) > 0; }
 
     std::vector<int32_t> count_replicas(std::vector<int32_t> at_least, int total) const;
+    void set_count(int expert, int replicas);
     int lightest_rank(int expert, std::span<const int> free) const;
     void put(int expert, std::vector<int>& free);
+    void set(int slot, int expert);
     int first_free(int rank) const;
     int heaviest_rank() const;
     double result_of_replacement(int slot, int expert, double limit);
@@ -81,9 +86,10 @@ private:
     bool distinct_;             // asked for, and there are enough different experts
     std::vector<double> load_;  // [num_experts] descending
     double bound_ = 0;
-    std::vector<int32_t> slot_;       // [num_slots] expert, -1 = free
-    std::vector<int32_t> count_;      // [num_experts] replicas
-    std::vector<uint16_t> held_;      // [num_experts, num_ranks] replicas
+    std::vector<int32_t> slot_;                          // [num_slots] expert, -1 = free
+    std::vector<int32_t> count_;                         // [num_experts] replicas
+    std::vector<double> unit_, unit_more_, unit_fewer_;  // [num_experts] divided once per count
+    std::vector<uint16_t> held_;                         // [num_experts, num_ranks] replicas
     std::vector<uint64_t> ranks_of_;  // [num_experts, words] bit r = rank r holds one
     std::vector<double> rank_load_;   // [num_ranks]
     int64_t budget_ = 0;              // evaluations left
