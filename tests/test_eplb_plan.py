@@ -203,8 +203,8 @@ def test_plan_of_58_layers_is_quick(world: tuple[int, int, int, int], limit_s: f
 
 @pytest.mark.parametrize(
     "world",
-    [PREFILL_GROUPS, PREFILL_GLOBAL, PREFILL_FREE, DECODE],
-    ids=["groups8", "global", "groups256", "320ranks"],
+    [PREFILL_GROUPS, PREFILL_GLOBAL, PREFILL_FREE, DECODE, DECODE_TWO_SLOTS],
+    ids=["groups8", "global", "groups256", "320ranks", "320ranks-640slots"],
 )
 def test_drift_of_five_percent_moves_a_quarter_of_a_fresh_plan_at_most(
     world: tuple[int, int, int, int],

@@ -43,6 +43,7 @@ Cell::Cell(std::vector<double> load, int num_ranks, int slots_per_rank, bool dis
       words_((num_ranks + 63) / 64),
       distinct_(distinct && slots_per_rank <= num_experts_),
       load_(std::move(load)),
+      rank_of_(size_t(num_ranks) * slots_per_rank),
       slot_(size_t(num_ranks) * slots_per_rank, -1),
       count_(num_experts_, 0),
       unit_(num_experts_, 0),
@@ -51,6 +52,7 @@ Cell::Cell(std::vector<double> load, int num_ranks, int slots_per_rank, bool dis
       held_(size_t(num_experts_) * num_ranks, 0),
       ranks_of_(size_t(num_experts_) * words_, 0),
       rank_load_(num_ranks, 0) {
+    for (int q = 0; q < num_slots(); ++q) rank_of_[q] = q / slots_per_rank_;
     const double mean = std::accumulate(load_.begin(), load_.end(), 0.0) / num_ranks_;
     const auto best = count_replicas(std::vector<int32_t>(num_experts_, 1), num_slots());
     bound_ = mean;
@@ -216,47 +218,30 @@ int Cell::heaviest_rank() const {
                             rank_load_.begin());
 }
 
-double Cell::max_load() const { return rank_load_[heaviest_rank()]; }
-
 bool Cell::repeats() const {
     return std::any_of(held_.begin(), held_.end(), [](uint16_t n) { return n > 1; });
 }
 
 // ---- steps ----
 
-// Steps to or below the target are equally good; then few moves count, then the result.
-void Cell::consider(Step step, double before, double target, Step& best) const {
-    if (!(step.result < before * (1 - kProgress))) return;
-    step.gain_per_move = (before - std::max(step.result, target)) / step.moves();
-    const bool better = best.slot < 0 || step.gain_per_move > best.gain_per_move ||
-                        (step.gain_per_move == best.gain_per_move && step.result < best.result);
-    if (better) best = step;
-}
-
-// What a step of so many moves must stay below to be better than the best one so far.
-double Cell::worth(double before, double target, int moves, const Step& best) {
-    if (best.slot < 0) return before;
-    return target == 0 && moves == best.moves() ? best.result : before - best.gain_per_move * moves;
-}
-
 // A replica of `rank` changes places with a lighter one of another rank.
-void Cell::find_swap(int rank, double target, Step& best) {
+void Cell::find_swap(int rank, Step& best) {
     const double before = rank_load_[rank];
     const int first = rank * slots_per_rank_;
+    double limit = before * (1 - kProgress);
     for (int r = 0; r < num_ranks_; ++r) {
         if (r == rank) continue;
         budget_ -= slots_per_rank_ * slots_per_rank_;
         for (int i = 0; i < slots_per_rank_; ++i) {
             const int mine = slot_[first + i];
-            const double weight = unit(mine);
             if (clashes(mine, r)) continue;
             for (int j = 0; j < slots_per_rank_; ++j) {
                 const int theirs = slot_[r * slots_per_rank_ + j];
-                const double less = weight - unit(theirs);
+                const double less = unit(mine) - unit(theirs);
                 const double result = std::max(before - less, rank_load_[r] + less);
-                if (less <= 0 || result >= worth(before, target, 2, best)) continue;
-                if (clashes(theirs, rank)) continue;
-                consider({first + i, r * slots_per_rank_ + j, -1, result, 0}, before, target, best);
+                if (less <= 0 || result >= limit || clashes(theirs, rank)) continue;
+                best = {first + i, r * slots_per_rank_ + j, -1, result};
+                limit = result;
             }
         }
     }
@@ -288,14 +273,15 @@ double Cell::result_of_replacement(int slot, int expert, double limit) {
 
 // Somewhere a replica that is not the last of its expert makes way: for one of an expert on `rank`,
 // which lightens all of those, or on `rank` itself.
-void Cell::find_replacement(int rank, double target, Step& best) {
-    const double before = rank_load_[rank];
+void Cell::find_replacement(int rank, Step& best) {
+    double limit = rank_load_[rank] * (1 - kProgress);
     const auto try_one = [&](int slot, int expert) {
         if (expert == slot_[slot] || clashes(expert, rank_of(slot))) return;
         --budget_;
-        const double limit = worth(before, target, 1, best);
         const double result = result_of_replacement(slot, expert, limit);
-        if (result < limit) consider({slot, -1, expert, result, 0}, before, target, best);
+        if (result >= limit) return;
+        best = {slot, -1, expert, result};
+        limit = result;
     };
     for (int q = 0; q < num_slots(); ++q) {
         if (count_[slot_[q]] < 2) continue;
@@ -307,26 +293,34 @@ void Cell::find_replacement(int rank, double target, Step& best) {
     }
 }
 
-void Cell::apply(const Step& step) {
-    if (step.other >= 0) {
-        const int a = rank_of(step.slot), b = rank_of(step.other);
-        let_go(a, slot_[step.slot]);
-        let_go(b, slot_[step.other]);
-        std::swap(slot_[step.slot], slot_[step.other]);
-        hold(a, slot_[step.slot]);
-        hold(b, slot_[step.other]);
-        sum_load(a);
-        sum_load(b);
-        return;
-    }
-    const int gone = slot_[step.slot], at = rank_of(step.slot);
+void Cell::swap(int slot, int other) {
+    const int a = rank_of(slot), b = rank_of(other);
+    let_go(a, slot_[slot]);
+    let_go(b, slot_[other]);
+    std::swap(slot_[slot], slot_[other]);
+    hold(a, slot_[slot]);
+    hold(b, slot_[other]);
+    sum_load(a);
+    sum_load(b);
+}
+
+void Cell::replace(int slot, int expert) {
+    const int gone = slot_[slot], at = rank_of(slot);
     let_go(at, gone);
     set_count(gone, count_[gone] - 1);
-    slot_[step.slot] = step.expert;
-    hold(at, step.expert);
-    set_count(step.expert, count_[step.expert] + 1);
-    for (int r = 0; r < num_ranks_; ++r) {
-        if (r == at || held(r, gone) > 0 || held(r, step.expert) > 0) sum_load(r);
+    slot_[slot] = expert;
+    hold(at, expert);
+    set_count(expert, count_[expert] + 1);
+    const auto sum = [&](int rank) { sum_load(rank); };
+    for_each_rank_of(gone, sum);
+    for_each_rank_of(expert, sum);
+}
+
+void Cell::apply(const Step& step) {
+    if (step.other >= 0) {
+        swap(step.slot, step.other);
+    } else {
+        replace(step.slot, step.expert);
     }
 }
 
@@ -337,8 +331,8 @@ void Cell::descend_within_budget() {
         const int rank = heaviest_rank();
         if (budget_ <= 0 || rank_load_[rank] <= bound_ * (1 + kGoodEnough)) return;
         Step best;
-        find_swap(rank, 0, best);
-        if (best.slot < 0) find_replacement(rank, 0, best);
+        find_swap(rank, best);
+        if (best.slot < 0) find_replacement(rank, best);
         if (best.slot < 0) return;
         apply(best);
     }
@@ -354,9 +348,9 @@ void Cell::kick(uint64_t& random) {
         const int a = rank_of(slot), b = rank_of(other);
         if (count_[slot_[slot]] > 1 && below(random, 2) == 0) {
             const int expert = slot_[other];
-            if (expert != slot_[slot] && !clashes(expert, a)) apply({slot, -1, expert, 0, 0});
+            if (expert != slot_[slot] && !clashes(expert, a)) replace(slot, expert);
         } else if (a != b && !clashes(slot_[slot], b) && !clashes(slot_[other], a)) {
-            apply({slot, other, -1, 0, 0});
+            swap(slot, other);
         }
     }
 }
@@ -404,19 +398,10 @@ bool Cell::adopt(std::span<const int32_t> slots) {
     return true;
 }
 
-bool Cell::repair(double target, int64_t budget) {
-    budget_ = std::numeric_limits<int64_t>::max() / 2;
-    while (true) {
-        const int rank = heaviest_rank();
-        if (rank_load_[rank] <= target) return true;
-        Step best;
-        find_replacement(rank, target, best);
-        find_swap(rank, target, best);
-        if (best.slot < 0) break;
-        apply(best);
-    }
-    search(budget, target / bound_ - 1);
-    return max_load() <= target;
+void Cell::restore(std::span<const int32_t> slots) {
+    std::vector<int32_t> count(num_experts_, 0);
+    for (const int32_t e : slots) ++count[e];
+    assign(slots, count);
 }
 
 }  // namespace ep::eplb

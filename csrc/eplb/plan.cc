@@ -10,6 +10,7 @@
 
 #include "eplb/cell.h"
 #include "eplb/nodes.h"
+#include "eplb/repair.h"
 
 namespace ep::eplb {
 namespace {
@@ -184,8 +185,8 @@ private:
     bool repair_all(double target, Slots& slots) const {
         const Part part(everybody(), load_);
         Cell cell(part.load, a_.num_ranks, slots_per_rank_, a_.distinct);
-        if (!cell.adopt(part.to_local(slots, num_all_)) || !cell.repair(target, kSearchRanks))
-            return false;
+        const Slots before = part.to_local(slots, num_all_);
+        if (!cell.adopt(before) || !repair(cell, before, target)) return false;
         part.to_layer(cell.slots(), slots);
         return true;
     }
@@ -287,7 +288,7 @@ private:
         double shared = 0;  // of every node alike
         for (int s = a_.num_experts; s < num_all_; ++s) shared += load_[s] / a_.num_nodes;
         if (!groups.adopt(group_slots) ||
-            !groups.repair(target * ranks_per_node_ - shared, kSearchNodes)) {
+            !repair(groups, group_slots, target * ranks_per_node_ - shared)) {
             return false;
         }
         const std::vector<int> node_of_group = nodes_of(groups, per_node);
@@ -295,8 +296,8 @@ private:
             const Part part = part_of(n, node_of_group);
             const std::span<int32_t> mine = of_node(slots, n);
             Cell cell(part.load, ranks_per_node_, slots_per_rank_, a_.distinct);
-            if (!cell.adopt(part.to_local(mine, num_all_)) || !cell.repair(target, kSearchRanks))
-                return false;
+            const Slots before = part.to_local(mine, num_all_);
+            if (!cell.adopt(before) || !repair(cell, before, target)) return false;
             part.to_layer(cell.slots(), mine);
         }
         return true;
