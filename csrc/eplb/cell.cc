@@ -230,7 +230,9 @@ void Cell::find_swap(int rank, Step& best) {
     const int first = rank * slots_per_rank_;
     double limit = before * (1 - kProgress);
     for (int r = 0; r < num_ranks_; ++r) {
-        if (r == rank) continue;
+        --budget_;
+        // Whatever they swap, one of the two has half of what both carry.
+        if (r == rank || (before + rank_load_[r]) / 2 >= limit) continue;
         budget_ -= slots_per_rank_ * slots_per_rank_;
         for (int i = 0; i < slots_per_rank_; ++i) {
             const int mine = slot_[first + i];
