@@ -45,8 +45,12 @@ public:
     int num_slots() const { return static_cast<int>(slot_.size()); }
     int slots_per_rank() const { return slots_per_rank_; }
     int rank_of(int slot) const { return rank_of_[slot]; }
+    int first_slot(int rank) const { return rank * slots_per_rank_; }
     // [num_slots] expert of each slot, rank by rank.
     std::span<const int32_t> slots() const { return slot_; }
+    std::span<const int32_t> on_rank(int rank) const {
+        return slots().subspan(size_t(rank) * slots_per_rank_, slots_per_rank_);
+    }
     int count(int expert) const { return count_[expert]; }
     int held(int rank, int expert) const { return held_[size_t(expert) * num_ranks_ + rank]; }
     bool repeats() const;  // some rank holds an expert twice

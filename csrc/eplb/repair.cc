@@ -7,6 +7,8 @@
 namespace ep::eplb {
 namespace {
 
+// Evaluations, a few nanoseconds each, until the placement counts as too far away.
+constexpr int64_t kBudget = 500'000;
 constexpr int kPatience = 64;        // steps that may pass without less excess
 constexpr int kRest = 16;            // steps that a slot rests after it changed, once we are stuck
 constexpr double kProgress = 1e-12;  // of the target: a step takes at least so much
@@ -29,28 +31,36 @@ struct Step {
 class Repair {
 public:
     // spread_out: of equally good steps that which leaves ranks lighter, else the first.
-    Repair(Cell& cell, std::span<const int32_t> origin, double target, bool spread_out)
+    // budget: evaluations; it goes down.
+    Repair(Cell& cell, std::span<const int32_t> origin, double target, bool spread_out,
+           int64_t& budget)
         : c_(cell),
+          budget_(budget),
           target_(target),
           spread_out_(spread_out),
           num_words_((cell.num_ranks() + 63) / 64),
+          home_(origin.begin(), origin.end()),
           origin_(size_t(cell.num_experts()) * cell.num_ranks(), 0),
           is_new_(size_t(cell.num_experts()) * num_words_, 0),
           came_(size_t(cell.num_experts()) * num_words_, 0),
+          changed_(cell.num_ranks()),
           relief_(cell.num_experts()),
           harm_(cell.num_experts()),
+          is_stale_(cell.num_experts(), false),
           rests_until_(cell.num_slots(), 0) {
         for (size_t q = 0; q < origin.size(); ++q) {
             if (origin[q] >= 0) ++origin_[at(c_.rank_of(static_cast<int>(q)), origin[q])];
         }
         for (int e = 0; e < c_.num_experts(); ++e) {
             for (int r = 0; r < c_.num_ranks(); ++r) compare(r, e);
+            outdate(e);
         }
+        for (int r = 0; r < c_.num_ranks(); ++r) see_whether_changed(r);
     }
 
     bool run() {
         double least = std::numeric_limits<double>::infinity();
-        for (int idle = 0; idle < kPatience; ++now_) {
+        for (int idle = 0; idle < kPatience && budget_ > 0; ++now_) {
             const int rank = c_.heaviest_rank();
             if (c_.rank_load(rank) <= target_) {
                 take_back();
@@ -85,7 +95,6 @@ public:
 private:
     size_t at(int rank, int expert) const { return size_t(expert) * c_.num_ranks() + rank; }
     double excess(double load) const { return std::max(0.0, load - target_); }
-    int per_rank() const { return c_.slots_per_rank(); }
 
     // ---- what a move is ----
 
@@ -105,15 +114,23 @@ private:
         came_[word] = held > first ? came_[word] | mask : came_[word] & ~mask;
     }
 
+    void see_whether_changed(int rank) {
+        const auto held = c_.on_rank(rank);
+        changed_[rank] =
+            std::any_of(held.begin(), held.end(), [&](int e) { return came(rank, e); });
+    }
+
     double total_excess() const {
         double sum = 0;
         for (int r = 0; r < c_.num_ranks(); ++r) sum += excess(c_.rank_load(r));
         return sum;
     }
 
-    // What one replica more or fewer of each expert does to the ranks that hold one.
+    // What one replica more or fewer of an expert does to the ranks that hold one, for those
+    // experts where that has changed.
     void weigh_counts() {
-        for (int e = 0; e < c_.num_experts(); ++e) {
+        for (const int e : stale_) {
+            is_stale_[e] = false;
             const double less = c_.unit(e) - c_.unit_more(e);
             const double more = c_.count(e) > 1 ? c_.unit_fewer(e) - c_.unit(e) : 0;
             double relief = 0, harm = 0;
@@ -125,6 +142,16 @@ private:
             relief_[e] = relief;
             harm_[e] = harm;
         }
+        stale_.clear();
+    }
+
+    void outdate(int expert) {
+        if (is_stale_[expert]) return;
+        is_stale_[expert] = true;
+        stale_.push_back(expert);
+    }
+    void outdate_rank(int rank) {
+        for (const int e : c_.on_rank(rank)) outdate(e);
     }
 
     // ---- single steps ----
@@ -148,13 +175,6 @@ private:
         return is_new(rank, expert) - came(rank, c_.slots()[slot]);
     }
 
-    // Most relief that `replace` can give: without what the new replica does to the slot's rank.
-    double most_relief(int slot, int expert) const {
-        const int gone = c_.slots()[slot], r = c_.rank_of(slot);
-        const double more = c_.held(r, gone) * (c_.unit_fewer(gone) - c_.unit(gone));
-        return relief_[expert] - harm_[gone] + excess(c_.rank_load(r) + more);
-    }
-
     // Exact at the slot's rank; elsewhere a rank that holds both experts is taken for two, which
     // makes the step look worse at most: excess is convex.
     Step replace(int slot, int expert, int moves) const {
@@ -169,15 +189,26 @@ private:
     }
 
     void apply(const Step& step) {
-        const int gone = c_.slots()[step.slot];
+        const int gone = c_.slots()[step.slot], rank = c_.rank_of(step.slot);
+        const int expert = step.other >= 0 ? c_.slots()[step.other] : step.expert;
         if (step.other >= 0) {
+            const int other = c_.rank_of(step.other);
+            outdate_rank(rank);
+            outdate_rank(other);
             c_.swap(step.slot, step.other);
-            for (const int e : {gone, int{c_.slots()[step.slot]}})
-                compare(c_.rank_of(step.other), e);
+            compare(other, gone);
+            compare(other, expert);
+            see_whether_changed(other);
         } else {
+            for (const int e : {gone, expert})
+                c_.for_each_rank_of(e, [&](int r) { outdate_rank(r); });
             c_.replace(step.slot, step.expert);
+            outdate(expert);  // it may have been nowhere near
+            outdate_rank(rank);
         }
-        for (const int e : {gone, int{c_.slots()[step.slot]}}) compare(c_.rank_of(step.slot), e);
+        compare(rank, gone);
+        compare(rank, expert);
+        see_whether_changed(rank);
     }
 
     // ---- the best one ----
@@ -207,41 +238,49 @@ private:
     }
 
     void find_swap(int rank, double least, Step& best) const {
-        const int first = rank * per_rank();
         for (int r = 0; r < c_.num_ranks(); ++r) {
             const double room = std::max(0.0, target_ - c_.rank_load(r));
             const double most = std::min(excess(c_.rank_load(rank)), room);
-            if (r == rank || most <= least) continue;
-            for (int mine = first; mine < first + per_rank(); ++mine) {
+            const bool all_new = !changed_[rank] && !changed_[r];  // each swap is two moves
+            if (r == rank || most <= least || (all_new && worth_of(most, 2) < best.worth)) continue;
+            budget_ -= c_.slots_per_rank() * c_.slots_per_rank();
+            for (int mine = c_.first_slot(rank); mine < c_.first_slot(rank + 1); ++mine) {
                 const int e = c_.slots()[mine];
                 if (rests(mine) || c_.clashes(e, r)) continue;
-                for (int q = r * per_rank(); q < (r + 1) * per_rank(); ++q) {
+                for (int q = c_.first_slot(r); q < c_.first_slot(r + 1); ++q) {
                     const int theirs = c_.slots()[q];
                     if (c_.unit(theirs) >= c_.unit(e) || rests(q)) continue;
-                    const int moves = moves_of_swap(mine, q);
-                    if (worth_of(most, moves) < best.worth || c_.clashes(theirs, rank)) continue;
-                    const Step step = swap(mine, q, moves);
-                    if (step.relief > least) consider(step, best);
+                    const Step step = swap(mine, q, all_new ? 2 : moves_of_swap(mine, q));
+                    if (step.relief > least && !c_.clashes(theirs, rank)) consider(step, best);
                 }
             }
         }
     }
 
     void find_replacement(int rank, double least, Step& best) const {
-        const auto try_one = [&](int slot, int expert) {
+        double most_relief = 0;
+        for (const int e : c_.on_rank(rank)) most_relief = std::max(most_relief, relief_[e]);
+        const auto try_one = [&](int slot, int expert, double most) {
             if (expert == c_.slots()[slot] || c_.clashes(expert, c_.rank_of(slot))) return;
-            const double most = most_relief(slot, expert);
             const int moves = moves_of_replacement(slot, expert);
-            if (most <= least || worth_of(most, moves) < best.worth) return;
+            if (worth_of(most, moves) < best.worth) return;
             const Step step = replace(slot, expert, moves);
             if (step.relief > least) consider(step, best);
         };
-        for (int q = 0; q < c_.num_slots(); ++q) {
-            if (c_.count(c_.slots()[q]) < 2 || rests(q)) continue;
-            if (c_.rank_of(q) == rank) {
-                for (int e = 0; e < c_.num_experts(); ++e) try_one(q, e);
-            } else {
-                for (int i = 0; i < per_rank(); ++i) try_one(q, c_.slots()[rank * per_rank() + i]);
+        for (int r = 0; r < c_.num_ranks(); ++r) {
+            for (int q = c_.first_slot(r); q < c_.first_slot(r + 1); ++q) {
+                const int gone = c_.slots()[q];
+                if (c_.count(gone) < 2 || rests(q)) continue;
+                const double more = c_.held(r, gone) * (c_.unit_fewer(gone) - c_.unit(gone));
+                // Before what the new replica does to this rank.
+                const double harm = harm_[gone] - excess(c_.rank_load(r) + more);
+                if (r == rank) {
+                    budget_ -= c_.num_experts();
+                    for (int e = 0; e < c_.num_experts(); ++e) try_one(q, e, relief_[e] - harm);
+                } else if (most_relief - harm > least) {
+                    budget_ -= c_.slots_per_rank();
+                    for (const int e : c_.on_rank(rank)) try_one(q, e, relief_[e] - harm);
+                }
             }
         }
     }
@@ -250,50 +289,54 @@ private:
 
     // Takes back moves that turned out not to be needed.
     void take_back() {
-        for (bool changed = true; changed;) {
-            changed = false;
-            weigh_counts();
+        for (bool again = true; again;) {
+            again = false;
             for (int q = 0; q < c_.num_slots(); ++q) {
                 if (!came(c_.rank_of(q), c_.slots()[q])) continue;
+                weigh_counts();
                 const Step step = way_back(q);
                 if (step.slot < 0) continue;
                 apply(step);
-                weigh_counts();
-                changed = true;
+                again = true;
             }
         }
     }
 
-    // The step that saves most moves and lifts no rank above the target.
+    // The step that brings an expert back in place of the one that came to `slot`, saves most moves
+    // and lifts no rank above the target.
     Step way_back(int slot) const {
         const int r = c_.rank_of(slot), e = c_.slots()[slot];
         Step best;
-        const auto try_one = [&](const Step& step) {
-            if (step.relief >= 0) best = step;
+        const auto consider = [&](const Step& step) {
+            if (step.relief >= 0 && step.moves < best.moves) best = step;
         };
-        for (int q = 0; q < c_.num_slots(); ++q) {
-            const int theirs = c_.slots()[q], other = c_.rank_of(q);
-            if (is_new(r, theirs) || other == r || theirs == e) continue;
-            if (c_.clashes(e, other) || c_.clashes(theirs, r)) continue;
-            const int moves = moves_of_swap(slot, q);
-            if (moves < best.moves) try_one(swap(slot, q, moves));
-        }
-        for (int other = 0; other < c_.num_experts() && c_.count(e) > 1; ++other) {
-            if (is_new(r, other) || other == e || c_.clashes(other, r)) continue;
-            const int moves = moves_of_replacement(slot, other);
-            if (moves < best.moves) try_one(replace(slot, other, moves));
+        for (int q = c_.first_slot(r); q < c_.first_slot(r + 1); ++q) {
+            const int back = home_[q];
+            if (back < 0 || back == e || is_new(r, back) || c_.clashes(back, r)) continue;
+            if (c_.count(e) > 1) consider(replace(slot, back, moves_of_replacement(slot, back)));
+            c_.for_each_rank_of(back, [&](int other) {
+                if (other == r || c_.clashes(e, other)) return;
+                for (int p = c_.first_slot(other); p < c_.first_slot(other + 1); ++p) {
+                    if (c_.slots()[p] == back) consider(swap(slot, p, moves_of_swap(slot, p)));
+                }
+            });
         }
         return best;
     }
 
     Cell& c_;
+    int64_t& budget_;
     const double target_;
     const bool spread_out_;
     const int num_words_;                  // 64 ranks each
+    const std::vector<int32_t> home_;      // [num_slots] expert of each slot at first, -1 = none
     std::vector<uint16_t> origin_;         // [num_experts, num_ranks] replicas at first
     std::vector<uint64_t> is_new_, came_;  // [num_experts, words] bit r: see there
+    std::vector<bool> changed_;            // [num_ranks] holds something that came
     std::vector<double> relief_, harm_;    // [num_experts] of a replica more, of one fewer
-    std::vector<int> rests_until_;         // [num_slots] step
+    std::vector<bool> is_stale_;           // [num_experts] these two are
+    std::vector<int> stale_;
+    std::vector<int> rests_until_;  // [num_slots] step
     int now_ = 0;
     bool stuck_ = false;
 };
@@ -302,13 +345,14 @@ private:
 
 bool repair(Cell& cell, std::span<const int32_t> origin, double target) {
     const std::vector<int32_t> start(cell.slots().begin(), cell.slots().end());
-    Repair first(cell, origin, target, true);
+    int64_t budget = kBudget;
+    Repair first(cell, origin, target, true, budget);
     const bool reached = first.run();
-    if (reached && !first.stuck()) return true;
+    if ((reached && !first.stuck()) || budget <= 0) return reached;
     const std::vector<int32_t> found(cell.slots().begin(), cell.slots().end());
     const int moves = first.moves();
     cell.restore(start);
-    Repair second(cell, origin, target, false);
+    Repair second(cell, origin, target, false, budget);
     if (second.run() && (!reached || second.moves() < moves)) return true;
     cell.restore(found);
     return reached;
