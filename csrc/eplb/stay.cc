@@ -1,7 +1,9 @@
 #include "eplb/stay.h"
 
 #include <algorithm>
+#include <optional>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "eplb/cell.h"
@@ -10,141 +12,209 @@
 namespace ep::eplb {
 namespace {
 
+// Evaluations of the search for a node that cannot be repaired.
+constexpr int64_t kSearchRanks = 20'000;
+
+// Pairs blocks of `plan` with as many of `current`, most common experts first; experts are below
+// `num_experts`, -1 is none. Returns for each block of the plan that of `current`.
+std::vector<int> match(std::span<const int32_t> plan, std::span<const int32_t> current, int block,
+                       int num_experts) {
+    struct Pair {
+        int common, mine, theirs;
+    };
+    const int num = static_cast<int>(plan.size()) / block;
+    std::vector<Pair> pairs;
+    std::vector<int> seen(num_experts, 0);
+    for (int i = 0; i < num; ++i) {
+        const auto mine = plan.subspan(size_t(i) * block, block);
+        for (int j = 0; j < num; ++j) {
+            const auto theirs = current.subspan(size_t(j) * block, block);
+            for (const int32_t e : mine) ++seen[e];
+            int common = 0;
+            for (const int32_t e : theirs) common += e >= 0 && seen[e]-- > 0;
+            for (const int32_t e : theirs) {
+                if (e >= 0) seen[e] = 0;
+            }
+            for (const int32_t e : mine) seen[e] = 0;
+            if (common > 0) pairs.push_back({common, i, j});
+        }
+    }
+    std::stable_sort(pairs.begin(), pairs.end(),
+                     [](const Pair& x, const Pair& y) { return x.common > y.common; });
+    std::vector<int> as(num, -1);
+    std::vector<bool> taken(num, false);
+    for (const Pair& p : pairs) {
+        if (as[p.mine] >= 0 || taken[p.theirs]) continue;
+        as[p.mine] = p.theirs;
+        taken[p.theirs] = true;
+    }
+    int next = 0;  // those with nothing in common take what is left, in order
+    for (int& a : as) {
+        if (a >= 0) continue;
+        while (taken[next]) ++next;
+        a = next++;
+    }
+    return as;
+}
+
+// The plan with its blocks named as those of `current` that they have most in common with.
+Slots rename(std::span<const int32_t> plan, std::span<const int32_t> current, int block,
+             int num_experts) {
+    const std::vector<int> as = match(plan, current, block, num_experts);
+    Slots renamed(plan.size());
+    for (size_t i = 0; i < as.size(); ++i)
+        std::copy_n(plan.begin() + i * block, block, renamed.begin() + size_t(as[i]) * block);
+    return renamed;
+}
+
 class StayClose {
 public:
     explicit StayClose(const Layer& layer) : l_(layer), a_(layer.a) {}
 
     Slots run(const Solved& fresh) const {
         const double target = fresh.heaviest * (1 + a_.slack);
-        Slots repaired(l_.current.begin(), l_.current.end());
-        if (a_.hierarchical ? repair_nodes(target, repaired) : repair_all(target, repaired)) {
-            const Slots plan = repaired;  // where an expert left its rank and came back
-            for (int r = 0; r < a_.num_ranks; ++r) keep_slots(plan, r, repaired, r);
-            return repaired;
+        Slots best;
+        int fewest = 0;
+        const auto offer = [&](std::optional<Slots> slots) {
+            if (!slots) return;
+            keep_places(*slots);
+            const int moves = count_moves(*slots);
+            if (!best.empty() && moves >= fewest) return;
+            best = std::move(*slots);
+            fewest = moves;
+        };
+        if (a_.hierarchical) {
+            for (const auto& node_of_group : groupings(fresh, target))
+                offer(settle_nodes(node_of_group, target));
+        } else {
+            offer(settle(l_.everybody(), l_.current, a_.num_ranks, target, fresh.slots));
         }
-        Slots renamed = fresh.slots;
-        relabel(renamed);
-        return renamed;
+        if (best.empty()) offer(name_ranks(fresh.slots, l_.current, l_.num_all));
+        return best;
     }
 
 private:
-    bool repair_all(double target, Slots& slots) const {
-        const Part part = l_.everybody();
-        Cell cell(part.load, a_.num_ranks, l_.slots_per_rank, a_.distinct);
-        const Slots before = part.to_local(slots, l_.num_all);
-        if (!cell.adopt(before) || !repair(cell, before, target)) return false;
+    // The slots of some ranks: those they have, repaired; else new ones, given or solved here,
+    // named and repaired so that most experts stay.
+    std::optional<Slots> settle(const Part& part, std::span<const int32_t> current, int num_ranks,
+                                double target, std::span<const int32_t> fresh) const {
+        const Slots before = part.to_local(current, l_.num_all);
+        Cell cell(part.load, num_ranks, l_.slots_per_rank, a_.distinct);
+        if (!cell.adopt(before) || !repair(cell, before, target)) {
+            if (fresh.empty()) {
+                cell.place();
+                cell.descend();
+                if (cell.max_load() > target) cell.search(kSearchRanks, target / cell.bound() - 1);
+            } else {
+                cell.restore(part.to_local(fresh, l_.num_all));
+            }
+            cell.restore(name_ranks(cell.slots(), before, cell.num_experts()));
+            if (!repair(cell, before, target)) return std::nullopt;
+        }
+        Slots slots(current.size());
         part.to_layer(cell.slots(), slots);
-        return true;
+        return slots;
     }
 
-    // Groups stay where they are, as far as the target allows; then each node repairs itself.
-    bool repair_nodes(double target, Slots& slots) const {
-        const int per_node = a_.num_groups / a_.num_nodes;
-        Slots group_slots;
-        if (!groups_by_node(slots, group_slots)) return false;
-        Cell groups(l_.group_load, a_.num_nodes, per_node, true);
+    std::optional<Slots> settle_nodes(const std::vector<int>& node_of_group, double target) const {
+        Slots all;
+        for (int n = 0; n < a_.num_nodes; ++n) {
+            const size_t first = size_t(n) * l_.node_slots();
+            const auto slots =
+                settle(l_.part_of(n, node_of_group), l_.current.subspan(first, l_.node_slots()),
+                       l_.ranks_per_node, target, {});
+            if (!slots) return std::nullopt;
+            all.insert(all.end(), slots->begin(), slots->end());
+        }
+        return all;
+    }
+
+    // ---- groups ----
+
+    // Ways to have groups on nodes, each as [num_groups] node: those in force, repaired as far as
+    // the target demands it; the same with room left for uneven ranks; those of the fresh plan.
+    std::vector<std::vector<int>> groupings(const Solved& fresh, double target) const {
+        std::vector<std::vector<int>> found;
+        const Slots renamed = rename(fresh.slots, l_.current, l_.node_slots(), l_.num_all);
+        const std::vector<int> theirs = nodes_of(*groups_by_node(renamed), l_.groups_per_node());
         double shared = 0;  // of every node alike
         for (int s = a_.num_experts; s < l_.num_all; ++s) shared += l_.load[s] / a_.num_nodes;
-        if (!groups.adopt(group_slots) ||
-            !repair(groups, group_slots, target * l_.ranks_per_node - shared)) {
-            return false;
+        const double most = target * l_.ranks_per_node - shared;
+        std::vector<double> node_load(a_.num_nodes, 0);
+        for (int i = 0; i < a_.num_groups; ++i) node_load[theirs[i]] += l_.group_load[i];
+        const double least = *std::max_element(node_load.begin(), node_load.end());
+        if (const auto mine = groups_by_node(l_.current)) {
+            for (const double limit : {most, (most + least) / 2}) {
+                Cell groups(l_.group_load, a_.num_nodes, l_.groups_per_node(), true);
+                if (!groups.adopt(*mine) || !repair(groups, *mine, limit)) continue;
+                found.push_back(nodes_of(groups.slots(), l_.groups_per_node()));
+            }
         }
-        const std::vector<int> node_of_group = nodes_of(groups.slots(), per_node);
-        for (int n = 0; n < a_.num_nodes; ++n) {
-            const Part part = l_.part_of(n, node_of_group);
-            const std::span<int32_t> mine = l_.of_node(slots, n);
-            Cell cell(part.load, l_.ranks_per_node, l_.slots_per_rank, a_.distinct);
-            const Slots before = part.to_local(mine, l_.num_all);
-            if (!cell.adopt(before) || !repair(cell, before, target)) return false;
-            part.to_layer(cell.slots(), mine);
-        }
-        return true;
+        found.push_back(theirs);
+        return found;
     }
 
-    // Groups of each node, as a cell takes them; false when a group is on more than one node.
-    bool groups_by_node(const Slots& slots, Slots& group_slots) const {
-        const int per_node = a_.num_groups / a_.num_nodes;
+    // Groups of each node, as a cell takes them; nothing when one is on more than one node.
+    std::optional<Slots> groups_by_node(std::span<const int32_t> slots) const {
+        const int per_node = l_.groups_per_node();
         std::vector<int> place(a_.num_groups), node(a_.num_groups, -1), next(a_.num_nodes, 0);
         for (int i = 0; i < a_.num_groups; ++i) place[l_.group[i]] = i;
         for (int q = 0; q < a_.num_slots; ++q) {
             if (slots[q] < 0 || slots[q] >= a_.num_experts) continue;
             int& at = node[place[slots[q] / l_.group_size()]];
-            if (at >= 0 && at != q / l_.node_slots()) return false;
+            if (at >= 0 && at != q / l_.node_slots()) return std::nullopt;
             at = q / l_.node_slots();
         }
-        group_slots.assign(a_.num_groups, -1);
+        Slots groups(a_.num_groups, -1);
         for (int i = 0; i < a_.num_groups; ++i) {
             if (node[i] < 0) continue;
-            if (next[node[i]] == per_node) return false;
-            group_slots[node[i] * per_node + next[node[i]]++] = i;
+            if (next[node[i]] == per_node) return std::nullopt;
+            groups[node[i] * per_node + next[node[i]]++] = i;
         }
-        return true;
+        return groups;
     }
 
     // ---- names of ranks and slots ----
 
-    // Renames nodes, then ranks inside them, then slots, so that most experts are where they were.
-    void relabel(Slots& slots) const {
-        const Slots plan = slots;
-        const std::vector<int> node_as = match(plan, l_.node_slots(), 0, a_.num_nodes, 0);
-        for (int n = 0; n < a_.num_nodes; ++n) {
-            const int first = n * l_.ranks_per_node, as_first = node_as[n] * l_.ranks_per_node;
-            const std::vector<int> as =
-                match(plan, l_.slots_per_rank, first, l_.ranks_per_node, as_first);
-            for (int r = 0; r < l_.ranks_per_node; ++r)
-                keep_slots(plan, first + r, slots, as_first + as[r]);
+    // Ranks, named so that most experts are where they were; where it matters which of them stand
+    // together on a node, nodes first.
+    Slots name_ranks(std::span<const int32_t> plan, std::span<const int32_t> current,
+                     int num_experts) const {
+        const bool nodes_first = a_.hierarchical || l_.together != nullptr;
+        const size_t block = nodes_first ? l_.node_slots() : plan.size();
+        Slots renamed = rename(plan, current, static_cast<int>(block), num_experts);
+        for (size_t first = 0; first < renamed.size(); first += block) {
+            const std::span<int32_t> mine(renamed.data() + first, block);
+            const Slots ranks =
+                rename(mine, current.subspan(first, block), l_.slots_per_rank, num_experts);
+            std::copy(ranks.begin(), ranks.end(), mine.begin());
         }
+        return renamed;
     }
 
-    // Pairs `num` blocks of the plan with as many of the current placement, most common experts
-    // first. Returns for each the current block, counted from the first.
-    std::vector<int> match(const Slots& plan, int block, int first, int num,
-                           int current_first) const {
-        struct Pair {
-            int common, mine, theirs;
-        };
-        std::vector<Pair> pairs;
-        std::vector<int> seen(l_.num_all);
-        for (int i = 0; i < num; ++i) {
-            for (int j = 0; j < num; ++j) {
-                std::fill(seen.begin(), seen.end(), 0);
-                for (int q = 0; q < block; ++q) {
-                    const int32_t e = l_.current[size_t(current_first + j) * block + q];
-                    if (e >= 0) ++seen[e];
-                }
-                int common = 0;
-                for (int q = 0; q < block; ++q)
-                    common += seen[plan[size_t(first + i) * block + q]]-- > 0;
-                pairs.push_back({common, i, j});
+    // What stays on a rank keeps its slot; the rest follows in ascending order.
+    void keep_places(Slots& slots) const {
+        for (int r = 0; r < a_.num_ranks; ++r) {
+            const int first = r * l_.slots_per_rank;
+            Slots left(slots.begin() + first, slots.begin() + first + l_.slots_per_rank);
+            std::sort(left.begin(), left.end());
+            for (int q = first; q < first + l_.slots_per_rank; ++q) {
+                const auto stays = std::find(left.begin(), left.end(), l_.current[q]);
+                slots[q] = stays == left.end() ? -1 : *stays;
+                if (stays != left.end()) left.erase(stays);
+            }
+            auto next = left.begin();
+            for (int q = first; q < first + l_.slots_per_rank; ++q) {
+                if (slots[q] < 0) slots[q] = *next++;
             }
         }
-        std::stable_sort(pairs.begin(), pairs.end(),
-                         [](const Pair& x, const Pair& y) { return x.common > y.common; });
-        std::vector<int> as(num, -1);
-        std::vector<bool> taken(num, false);
-        for (const Pair& p : pairs) {
-            if (as[p.mine] >= 0 || taken[p.theirs]) continue;
-            as[p.mine] = p.theirs;
-            taken[p.theirs] = true;
-        }
-        return as;
     }
 
-    // Rank `as` of `slots` gets what `rank` of the plan holds; what stays keeps its slot.
-    void keep_slots(const Slots& plan, int rank, Slots& slots, int as) const {
-        const auto first = plan.begin() + rank * l_.slots_per_rank;
-        std::vector<int32_t> left(first, first + l_.slots_per_rank);
-        std::sort(left.begin(), left.end());
-        const int out = as * l_.slots_per_rank;
-        for (int i = 0; i < l_.slots_per_rank; ++i) {
-            const auto stays = std::find(left.begin(), left.end(), l_.current[out + i]);
-            slots[out + i] = stays == left.end() ? -1 : *stays;
-            if (stays != left.end()) left.erase(stays);
-        }
-        auto next = left.begin();
-        for (int i = 0; i < l_.slots_per_rank; ++i) {
-            if (slots[out + i] < 0) slots[out + i] = *next++;
-        }
+    // Of slots whose experts kept their places.
+    int count_moves(const Slots& slots) const {
+        int moves = 0;
+        for (size_t q = 0; q < slots.size(); ++q) moves += slots[q] != l_.current[q];
+        return moves;
     }
 
     const Layer& l_;
