@@ -102,7 +102,7 @@ def drifts() -> Iterator[dict[str, Any]]:
 
 
 def cases() -> Iterator[dict[str, Any]]:
-    for distinct in (True, False):
+    for distinct in (True, "always", False):
         ratios = []
         for _, load, (ranks, nodes, slots, groups) in generated_cases():
             mine = plan(load, ranks, nodes, slots, groups, distinct=distinct).imbalance(load)
@@ -123,7 +123,7 @@ def gap() -> dict[str, Any]:
     for seed in range(200):
         experts, slots, ranks = ((4, 6, 3), (5, 8, 4), (6, 8, 4), (5, 6, 2))[seed % 4]
         load = torch.rand(experts, generator=torch.Generator().manual_seed(seed)).double() ** 2
-        mine = float(plan(load, ranks, 1, slots).rank_load.max())  # type: ignore[union-attr]
+        mine = float(plan(load, ranks, 1, slots, distinct="always").rank_load.max())  # type: ignore[union-attr]
         gaps.append(mine / optimum(load.tolist(), slots, ranks) - 1)
     return {
         "op": "gap",

@@ -291,6 +291,17 @@ class CpuCommunicator:
     def seq(self) -> int: ...
     def seed_seq(self, seq: int) -> None: ...
 
+class Distinct:
+    NEVER: ClassVar[Distinct]
+    PREFER: ClassVar[Distinct]
+    ALWAYS: ClassVar[Distinct]
+    def __init__(self, value: int) -> None: ...
+    def __int__(self) -> int: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> int: ...
+
 class PlanArgs:
     load: int
     together: int
@@ -304,7 +315,7 @@ class PlanArgs:
     num_nodes: int
     num_groups: int
     hierarchical: bool
-    distinct: bool
+    distinct: Distinct
     slack: float
     node_slack: float
     def __init__(self) -> None: ...

@@ -7,6 +7,7 @@ longest-processing-time first.
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import torch
@@ -100,13 +101,14 @@ def best_of_randomized(
     return best
 
 
-def optimum(weight: list[float], num_slots: int, num_ranks: int) -> float:
-    """The least heaviest rank, replicas on different ranks, found by trying everything.
+def optimum(weight: list[float], num_slots: int, num_ranks: int, *, distinct: bool = True) -> float:
+    """The least heaviest rank, found by trying everything. Small cases only.
 
-    Every rank holds num_slots / num_ranks different experts. Small cases only.
+    distinct: every rank holds num_slots / num_ranks different experts.
     """
     experts, per_rank = len(weight), num_slots // num_ranks
-    choices = list(itertools.combinations(range(experts), per_rank))
+    choose = itertools.combinations if distinct else itertools.combinations_with_replacement
+    choices = list(choose(range(experts), per_rank))
     best = float("inf")
     for ranks in itertools.combinations_with_replacement(choices, num_ranks):
         count = [0] * experts
@@ -118,6 +120,31 @@ def optimum(weight: list[float], num_slots: int, num_ranks: int) -> float:
         heaviest = max(sum(weight[e] / count[e] for e in held) for held in ranks)
         best = min(best, heaviest)
     return best
+
+
+def optimum_of_layer(
+    weight: list[float], num_slots: int, num_groups: int, num_nodes: int, num_ranks: int
+) -> float:
+    """The same under either policy: every way to pack groups onto nodes is tried, too."""
+    if num_groups % num_nodes != 0:
+        return optimum(weight, num_slots, num_ranks)
+    size = len(weight) // num_groups
+    ranks, slots = num_ranks // num_nodes, num_slots // num_nodes
+
+    @functools.cache
+    def of_node(groups: tuple[int, ...]) -> float:
+        return optimum([w for g in groups for w in weight[g * size : (g + 1) * size]], slots, ranks)
+
+    def of_nodes(left: tuple[int, ...]) -> float:
+        if not left:
+            return 0.0
+        best = float("inf")
+        for others in itertools.combinations(left[1:], num_groups // num_nodes - 1):
+            rest = tuple(g for g in left[1:] if g not in others)
+            best = min(best, max(of_node((left[0], *others)), of_nodes(rest)))
+        return best
+
+    return of_nodes(tuple(range(num_groups)))
 
 
 def generated_cases() -> list[tuple[str, Tensor, tuple[int, int, int, int]]]:

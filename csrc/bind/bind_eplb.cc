@@ -19,6 +19,10 @@ void address(Class& c, const char* name, T* eplb::PlanArgs::* field) {
 }  // namespace
 
 void bind_eplb(py::module_& m) {
+    py::enum_<eplb::Distinct>(m, "Distinct")
+        .value("NEVER", eplb::Distinct::kNever)
+        .value("PREFER", eplb::Distinct::kPrefer)
+        .value("ALWAYS", eplb::Distinct::kAlways);
     using A = eplb::PlanArgs;
     auto args = py::class_<A>(m, "PlanArgs").def(py::init<>());
     address(args, "load", &A::load);

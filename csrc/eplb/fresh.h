@@ -9,7 +9,8 @@ namespace ep::eplb {
 
 struct Solved {
     Slots slots;
-    double heaviest = 0;  // rank
+    double heaviest = 0;   // rank
+    bool repeats = false;  // some rank holds an expert twice
 };
 
 Solved fresh_plan(const Layer& layer);

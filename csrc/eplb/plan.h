@@ -6,6 +6,14 @@
 
 namespace ep::eplb {
 
+// Whether replicas of an expert go to different ranks, where there are enough of those.
+enum class Distinct : int32_t {
+    kNever,   // no matter
+    kPrefer,  // yes, unless the public greedy, which does not care, has a lighter heaviest rank
+              // than all that is found; then cells heavier than its are free to do the same
+    kAlways,  // even if that is less even
+};
+
 // Slots stand rank by rank, ranks node by node. num_slots is a multiple of num_ranks, that of
 // num_nodes; hierarchical: num_groups a multiple of num_nodes, num_experts one of num_groups.
 struct PlanArgs {
@@ -25,7 +33,7 @@ struct PlanArgs {
     int32_t num_nodes = 1;
     int32_t num_groups = 1;  // of experts, consecutive, that stay on one node
     bool hierarchical = false;
-    bool distinct = true;      // replicas of an expert on different ranks, where possible
+    Distinct distinct = Distinct::kPrefer;
     double slack = 0.02;       // of the heaviest rank, given away to move less
     double node_slack = 0.01;  // of the heaviest node, given away for less traffic
 };

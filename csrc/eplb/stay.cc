@@ -69,10 +69,10 @@ Slots rename(std::span<const int32_t> plan, std::span<const int32_t> current, in
 
 class StayClose {
 public:
-    explicit StayClose(const Layer& layer) : l_(layer), a_(layer.a) {}
+    StayClose(const Layer& layer, const Solved& fresh)
+        : l_(layer), a_(layer.a), fresh_(fresh), target_(fresh.heaviest * (1 + a_.slack)) {}
 
-    Slots run(const Solved& fresh) const {
-        const double target = fresh.heaviest * (1 + a_.slack);
+    Slots run() const {
         Slots best;
         int fewest = 0;
         const auto offer = [&](std::optional<Slots> slots) {
@@ -84,62 +84,69 @@ public:
             fewest = moves;
         };
         if (a_.hierarchical) {
-            for (const auto& node_of_group : groupings(fresh, target))
-                offer(settle_nodes(node_of_group, target));
+            for (const auto& node_of_group : groupings()) offer(settle_nodes(node_of_group));
         } else {
-            offer(settle(l_.everybody(), l_.current, a_.num_ranks, target, fresh.slots));
+            offer(settle(l_.everybody(), l_.current));
         }
-        if (best.empty()) offer(name_ranks(fresh.slots, l_.current, l_.num_all));
+        if (best.empty()) offer(name_ranks(fresh_.slots, l_.current, l_.num_all));
         return best;
     }
 
 private:
-    // The slots of some ranks: those they have, repaired; else new ones, given or solved here,
-    // named and repaired so that most experts stay.
-    std::optional<Slots> settle(const Part& part, std::span<const int32_t> current, int num_ranks,
-                                double target, std::span<const int32_t> fresh) const {
-        const Slots before = part.to_local(current, l_.num_all);
-        Cell cell(part.load, num_ranks, l_.slots_per_rank, a_.distinct);
-        if (!cell.adopt(before) || !repair(cell, before, target)) {
-            if (fresh.empty()) {
-                cell.place();
-                cell.descend();
-                if (cell.max_load() > target) cell.search(kSearchRanks, target / cell.bound() - 1);
-            } else {
-                cell.restore(part.to_local(fresh, l_.num_all));
-            }
-            cell.restore(name_ranks(cell.slots(), before, cell.num_experts()));
-            if (!repair(cell, before, target)) return std::nullopt;
-        }
-        Slots slots(current.size());
-        part.to_layer(cell.slots(), slots);
-        return slots;
-    }
-
-    std::optional<Slots> settle_nodes(const std::vector<int>& node_of_group, double target) const {
+    std::optional<Slots> settle_nodes(const std::vector<int>& node_of_group) const {
         Slots all;
         for (int n = 0; n < a_.num_nodes; ++n) {
             const size_t first = size_t(n) * l_.node_slots();
             const auto slots =
-                settle(l_.part_of(n, node_of_group), l_.current.subspan(first, l_.node_slots()),
-                       l_.ranks_per_node, target, {});
+                settle(l_.part_of(n, node_of_group), l_.current.subspan(first, l_.node_slots()));
             if (!slots) return std::nullopt;
             all.insert(all.end(), slots->begin(), slots->end());
         }
         return all;
     }
 
+    // The slots of some ranks, no rank above the target; replicas on different ranks where that will do.
+    std::optional<Slots> settle(const Part& part, std::span<const int32_t> current) const {
+        std::optional<Slots> slots;
+        if (a_.distinct != Distinct::kNever) slots = settle(part, current, true);
+        if (slots || (a_.distinct != Distinct::kNever && !fresh_.repeats)) return slots;
+        return settle(part, current, false);
+    }
+
+    // What they hold, repaired; else new ones, named and repaired so that most experts stay.
+    std::optional<Slots> settle(const Part& part, std::span<const int32_t> current,
+                                bool distinct) const {
+        const Slots before = part.to_local(current, l_.num_all);
+        const int num_ranks = static_cast<int>(current.size()) / l_.slots_per_rank;
+        Cell cell(part.load, num_ranks, l_.slots_per_rank, distinct);
+        if (!cell.adopt(before) || !repair(cell, before, target_)) {
+            if (a_.hierarchical) {
+                cell.place();
+                cell.descend();
+                if (cell.max_load() > target_)
+                    cell.search(kSearchRanks, target_ / cell.bound() - 1);
+            } else {
+                cell.restore(part.to_local(fresh_.slots, l_.num_all));
+            }
+            cell.restore(name_ranks(cell.slots(), before, cell.num_experts()));
+            if (!repair(cell, before, target_)) return std::nullopt;
+        }
+        Slots slots(current.size());
+        part.to_layer(cell.slots(), slots);
+        return slots;
+    }
+
     // ---- groups ----
 
     // Ways to have groups on nodes, each as [num_groups] node: those in force, repaired as far as
     // the target demands it; the same with room left for uneven ranks; those of the fresh plan.
-    std::vector<std::vector<int>> groupings(const Solved& fresh, double target) const {
+    std::vector<std::vector<int>> groupings() const {
         std::vector<std::vector<int>> found;
-        const Slots renamed = rename(fresh.slots, l_.current, l_.node_slots(), l_.num_all);
+        const Slots renamed = rename(fresh_.slots, l_.current, l_.node_slots(), l_.num_all);
         const std::vector<int> theirs = nodes_of(*groups_by_node(renamed), l_.groups_per_node());
         double shared = 0;  // of every node alike
         for (int s = a_.num_experts; s < l_.num_all; ++s) shared += l_.load[s] / a_.num_nodes;
-        const double most = target * l_.ranks_per_node - shared;
+        const double most = target_ * l_.ranks_per_node - shared;
         std::vector<double> node_load(a_.num_nodes, 0);
         for (int i = 0; i < a_.num_groups; ++i) node_load[theirs[i]] += l_.group_load[i];
         const double least = *std::max_element(node_load.begin(), node_load.end());
@@ -219,10 +226,12 @@ private:
 
     const Layer& l_;
     const PlanArgs& a_;
+    const Solved& fresh_;
+    const double target_;
 };
 
 }  // namespace
 
-Slots stay_close(const Layer& layer, const Solved& fresh) { return StayClose(layer).run(fresh); }
+Slots stay_close(const Layer& layer, const Solved& fresh) { return StayClose(layer, fresh).run(); }
 
 }  // namespace ep::eplb

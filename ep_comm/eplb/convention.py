@@ -12,7 +12,8 @@ def rebalance_experts(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Plan with `plan` behind the signature of the public balancer.
 
-    As there, a rank may hold an expert twice; never is the heaviest rank heavier than there.
+    Never is the heaviest rank heavier than there; a rank holds an expert twice only where that is
+    the reason, see `distinct` of `plan`.
 
     Args:
         weight: [layers, experts] load of each logical expert.
@@ -27,6 +28,6 @@ def rebalance_experts(
     Raises:
         EPArgumentError: as `plan`.
     """
-    placement = plan(weight, num_gpus, num_nodes, num_replicas, num_groups, distinct=False)
+    placement = plan(weight, num_gpus, num_nodes, num_replicas, num_groups)
     width = num_replicas - placement.num_logical + 1
     return placement.physical_to_logical, placement.padded(width), placement.num_replicas

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ep_comm import _core
-from ep_comm.checks import as_tensor, flag, one_of, positive
+from ep_comm.checks import as_tensor, one_of, positive
 from ep_comm.eplb.placement import Placement, check_world
 from ep_comm.eplb.trace import Trace
 from ep_comm.errors import make_error, shown
@@ -28,7 +28,7 @@ def plan(
     policy: Policy = "auto",
     num_shared: int = 0,
     num_topk: int | None = None,
-    distinct: bool = True,
+    distinct: bool | Literal["always"] = True,
     slack: float = 0.02,
     node_slack: float = 0.01,
 ) -> Placement:
@@ -55,8 +55,11 @@ def plan(
             `rebalance_experts` has it.
         num_shared: experts chosen by every token, behind the others; hierarchical: on every node.
             Their load is that of all tokens, which needs num_topk unless a Trace says it.
-        distinct: replicas of an expert on different ranks if that is possible at all. With a few
-            experts per rank two of them on one rank can be more even; False allows it.
+        distinct: True: replicas of an expert on different ranks, if ranks have no more slots than
+            there are experts. Only in a layer where the public greedy, which may put two on one
+            rank, has a lighter heaviest rank than every such plan that was found, the nodes
+            (global: the layer) that are heavier than its do so, too: a matter of two ranks and a
+            few experts each. "always": not even then. False: it does not matter.
         slack: see `current`; 0.02 = 2 %.
         node_slack: how much heavier the heaviest node may get for less traffic; with a Trace.
     Returns:
@@ -92,7 +95,7 @@ def plan(
     args.num_layers, args.num_experts, args.num_shared = num_layers, num_experts, num_shared
     args.num_slots, args.num_ranks, args.num_nodes = num_replicas, num_ranks, num_nodes
     args.num_groups, args.hierarchical = num_groups, hierarchical
-    args.distinct = flag("distinct", distinct)
+    args.distinct = _distinct(distinct)
     args.slack, args.node_slack = slacks
     _core.plan(args)
     placement = Placement(slots.to(torch.int64), num_experts + num_shared, num_ranks, num_nodes)
@@ -148,6 +151,15 @@ def _check_room(num_slots: int, num_experts: int, num_shared: int, num_nodes: in
     if num_slots < need:
         what = f"rejected num_replicas={num_slots}: want >= {need}, a slot for every expert"
         raise make_error("E203", what)
+
+
+def _distinct(distinct: Any) -> _core.Distinct:
+    if distinct == "always":
+        return _core.Distinct.ALWAYS
+    if not isinstance(distinct, bool):
+        what = f"rejected distinct={shown(distinct)}: want True, False or 'always'"
+        raise make_error("E203", what)
+    return _core.Distinct.PREFER if distinct else _core.Distinct.NEVER
 
 
 def _topk(num_topk: int | None, trace: Trace | None) -> int:

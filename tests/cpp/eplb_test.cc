@@ -13,6 +13,7 @@
 
 namespace {
 
+using ep::eplb::Distinct;
 using ep::eplb::PlanArgs;
 
 struct World {
@@ -35,7 +36,7 @@ World random_world(std::mt19937& random) {
     a.num_experts = a.num_groups * pick(1, 4);
     a.num_shared = pick(0, 1);
     a.hierarchical = pick(0, 1) == 1;
-    a.distinct = pick(0, 3) > 0;
+    a.distinct = static_cast<Distinct>(pick(0, 2));
     const int nodes = a.hierarchical ? a.num_nodes : 1;
     const int cell = a.num_experts / nodes + a.num_shared, ranks = a.num_ranks / nodes;
     a.num_slots = a.num_ranks * ((cell + ranks - 1) / ranks + pick(0, 3));
@@ -56,6 +57,7 @@ void expect_valid(const World& w) {
     const PlanArgs& a = w.args;
     const int per_rank = a.num_slots / a.num_ranks, all = a.num_experts + a.num_shared;
     const int nodes = a.hierarchical ? a.num_nodes : 1;
+    const bool always = a.distinct == Distinct::kAlways;
     const int different = a.num_experts / nodes + a.num_shared;
     for (int layer = 0; layer < a.num_layers; ++layer) {
         const int32_t* slots = w.expert.data() + size_t(layer) * a.num_slots;
@@ -63,7 +65,7 @@ void expect_valid(const World& w) {
         ep::expect_eq(static_cast<int>(placed.size()), all);
         ep::expect_eq(*placed.begin(), 0);
         ep::expect_eq(*placed.rbegin(), all - 1);
-        for (int r = 0; r < a.num_ranks && a.distinct && per_rank <= different; ++r) {
+        for (int r = 0; r < a.num_ranks && always && per_rank <= different; ++r) {
             const std::set<int32_t> held(slots + r * per_rank, slots + (r + 1) * per_rank);
             ep::expect_eq(static_cast<int>(held.size()), per_rank);
         }
