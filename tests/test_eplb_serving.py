@@ -112,6 +112,38 @@ def test_stats_count_windows_decay_and_all_ranks(cluster: Cluster, buffers: list
         assert total[1].tolist() == everybody.tolist()
 
 
+def test_stats_go_on_over_changes_of_placement(cluster: Cluster, buffers: list[Buffer]) -> None:
+    placement = initial_placement(LAYERS, LOGICAL, SLOTS, RANKS, NODES)
+    other = plan(zipf_load(LAYERS, LOGICAL, seed=1), RANKS, NODES, SLOTS)
+    ids = torch.tensor([[0, 1, 2], [0, -1, 5]])
+    once = torch.bincount(ids[ids >= 0], minlength=LOGICAL)
+
+    def work(rank: int) -> None:
+        buffer = buffers[rank]
+        buffer.set_placement(placement)
+        buffer.dispatch(torch.zeros(2, HIDDEN), ids)  # before there are statistics
+        stats = LoadStats(buffer, window=8, half_life=1.0)
+
+        def step() -> None:
+            buffer.dispatch(torch.zeros(2, HIDDEN), ids, layer=1)
+            stats.step()
+
+        step()
+        assert stats.windowed.tolist() == [[0] * LOGICAL, once.tolist()]
+        buffer.set_placement(other)  # the same counters go on
+        step()
+        buffer.set_placement(None)  # these begin anew
+        buffer.set_placement(other)
+        step()
+        assert stats.windowed.tolist() == [[0] * LOGICAL, (3 * once).tolist()]
+        torch.testing.assert_close(stats.decayed[1], once.double() * 1.75)
+        buffer.set_placement(initial_placement(LAYERS + 1, LOGICAL, SLOTS, RANKS, NODES))
+        step()
+        assert stats.windowed.tolist() == [[0] * LOGICAL, once.tolist(), [0] * LOGICAL]
+
+    cluster.run(work)
+
+
 # ---- when to move ----
 
 

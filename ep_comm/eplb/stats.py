@@ -28,22 +28,35 @@ class LoadStats:
         positive("window", window)
         if not half_life > 0:
             raise make_error("E203", f"rejected half_life={half_life}: want > 0")
-        self._buffer, self._keep = buffer, 0.5 ** (1 / half_life)
-        self._seen = self._now()
-        self._past: deque[Tensor] = deque([self._seen], maxlen=window + 1)
-        self._decayed = self._seen.to(torch.float64) * 0
+        self._buffer, self._keep, self._window = buffer, 0.5 ** (1 / half_life), window
+        self._start(self._counters())
+        self._seen = self._source.clone()  # what was there before is no load of ours
 
-    def _now(self) -> Tensor:
+    def _counters(self) -> Tensor:
         if self._buffer.load is None:
             raise make_error("E203", "rejected buffer: want set_placement() first")
-        return self._buffer.load.clone()
+        return self._buffer.load
+
+    def _start(self, source: Tensor) -> None:
+        self._source, self._seen = source, torch.zeros_like(source)
+        self._past: deque[Tensor] = deque([torch.zeros_like(source)], maxlen=self._window + 1)
+        self._decayed = torch.zeros_like(source, dtype=torch.float64)
 
     def step(self) -> None:
-        """Close a step: what was dispatched since the last one is its load. Local, no wait."""
-        now = self._now()
-        self._decayed = self._decayed * self._keep + (now - self._seen)
+        """Close a step: what was dispatched since the last one is its load. Local, no wait.
+
+        If the buffer counts other layers or experts by now, all starts anew.
+        """
+        source = self._counters()
+        if source.shape != self._source.shape:
+            self._start(source)
+        elif source is not self._source:  # placements were off in between: it counts from 0
+            self._source, self._seen = source, torch.zeros_like(source)
+        now = source.clone()
+        came = now - self._seen
         self._seen = now
-        self._past.append(now)
+        self._decayed = self._decayed * self._keep + came
+        self._past.append(self._past[-1] + came)
 
     @property
     def windowed(self) -> Tensor:
