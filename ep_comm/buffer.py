@@ -10,7 +10,7 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, cast, overload
@@ -366,22 +366,31 @@ class Buffer:
         theirs. `load` starts at 0 when it is another number of layers or experts.
         Cost: host time in proportion to layers * slots; nothing is sent.
         """
+        self._prepare_placement(placement, capacity=capacity, prefer=prefer)()
+
+    def _prepare_placement(
+        self, placement: Placement | None, *, capacity: Any = None, prefer: str = "node"
+    ) -> Callable[[], None]:
+        """The two halves of set_placement: what may fail is done now, the rest by the result."""
         self._enter()
         one_of("prefer", prefer, PREFER)
-        with self._lock:
-            if placement is None:
-                self._replicas = None
-                return
+        tables: Replicas | None = None
+        if placement is not None:
             shares = check_placement(self._spec, placement, capacity)
             tables = make_replicas(
                 placement.physical_to_logical, placement.num_logical, self._spec.rank,
                 placement.num_ranks, placement.num_nodes, capacity=shares,
                 prefer=cast(Prefer, prefer), device=self._spec.device,
             )  # fmt: skip
-            old = self._replicas
-            if old is not None and old.load.shape == tables.load.shape:
-                tables = replace(tables, load=old.load)
-            self._replicas = tables
+
+        def put_in_force() -> None:
+            with self._lock:
+                old, new = self._replicas, tables
+                if old is not None and new is not None and old.load.shape == new.load.shape:
+                    new = replace(new, load=old.load)
+                self._replicas = new
+
+        return put_in_force
 
     @property
     def load(self) -> Tensor | None:

@@ -328,6 +328,31 @@ def test_killed_rank_leaves_the_weights_of_the_others_as_they_were() -> None:
         assert {ranks.result(rank) for rank in (0, 2, 3)} == {"E110"}
 
 
+def test_options_of_the_placement_are_refused_before_a_weight_is_touched(
+    cluster: Cluster, buffers: list[Buffer]
+) -> None:
+    old, new = two_placements()
+
+    def work(rank: int) -> None:
+        buffer = buffers[rank]
+        buffer.set_placement(old)
+        weights = weights_of(logical_weights(), old, rank)
+        for options, code in (({"prefer": "far"}, "E203"), ({"capacity": torch.ones(3)}, "E201")):
+            with pytest.raises(EPError) as error:
+                migrate(buffer, old, new, weights, **options)
+            assert error.value.code == code
+        shares = torch.rand((LAYERS, SLOTS), generator=torch.Generator().manual_seed(1)) + 0.1
+        moving = migrate(buffer, old, new, weights, capacity=shares, prefer="none")
+        while not moving.step():
+            pass
+        got = buffer.dispatch(torch.zeros(9, HIDDEN), torch.arange(9).view(9, 1)).handle.topk_idx
+        buffer.set_placement(new, capacity=shares, prefer="none")
+        want = buffer.dispatch(torch.zeros(9, HIDDEN), torch.arange(9).view(9, 1)).handle.topk_idx
+        same_bits(got, want)
+
+    cluster.run(work)
+
+
 @pytest.mark.parametrize("layers", [0, 1])
 def test_weights_that_do_not_fit_are_refused(buffers: list[Buffer], layers: int) -> None:
     old, new = two_placements()

@@ -76,9 +76,10 @@ class Migration:
     ) -> None:
         positive("piece_bytes", piece_bytes)
         self.old, self.new = old, new
-        self._buffer, self._options = buffer, options
+        self._buffer = buffer
+        self._put_in_force = buffer._prepare_placement(new, **options)
         self._per_rank = new.num_slots // new.num_ranks
-        self._weights = _check_weights(weights, new.num_layers, self._per_rank)
+        self._weights = _check_weights(weights, new.num_layers, self._per_rank, buffer.device)
         self._error: Exception | None = None
         self._width = row_bytes(buffer)
         sizes = [sum(t[0].numel() * t.itemsize for t in layer) for layer in self._weights]
@@ -196,7 +197,7 @@ class Migration:
             raise self._error
         for target, value in changes:  # all ranks agreed, and nothing here can fail
             target.copy_(value)
-        self._buffer.set_placement(self.new, **self._options)
+        self._put_in_force()
         self._staged.clear()
         self._done = True
 
@@ -243,7 +244,9 @@ def _unpack(data: Tensor, tensors: Sequence[Tensor], slot: int) -> list[tuple[Te
     ]
 
 
-def _check_weights(weights: Weights, num_layers: int, per_rank: int) -> Weights:
+def _check_weights(
+    weights: Weights, num_layers: int, per_rank: int, device: torch.device
+) -> Weights:
     if len(weights) != num_layers:
         raise make_error("E201", f"rejected weights: of {len(weights)} layers, want {num_layers}")
     for layer, tensors in enumerate(weights):
@@ -252,6 +255,9 @@ def _check_weights(weights: Weights, num_layers: int, per_rank: int) -> Weights:
                 got = f"{list(t.shape)} in layer {layer}"
                 want = f"contiguous [{per_rank}, ...], a row for each slot"
                 raise make_error("E201", f"rejected weights: got {got}, want {want}")
+            if t.device != device:
+                what = f"rejected weights: on {t.device} in layer {layer}, want {device}"
+                raise make_error("E202", what)
     return weights
 
 
