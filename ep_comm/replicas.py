@@ -73,9 +73,10 @@ class LayerReplicas(NamedTuple):
         return torch.where(bad, BAD_ID, self.route(ids, source))
 
     def add_load(self, ids: Tensor) -> None:
-        """Add valid ids, int64 [T, K], to `load`."""
-        valid = (ids >= 0) & (ids < self.num_logical)
-        self.load.scatter_add_(0, torch.where(valid, ids, 0).flatten(), valid.long().flatten())
+        """Add ids, int64 [T, K], to `load`; none if any of them is bad. No wait for the device."""
+        bad = (ids < -1) | (ids >= self.num_logical)
+        counts = (ids >= 0) & ~bad.any()
+        self.load.scatter_add_(0, torch.where(counts, ids, 0).flatten(), counts.long().flatten())
 
 
 @dataclass(frozen=True, eq=False)
