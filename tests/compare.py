@@ -45,7 +45,6 @@ def same_received(
 ) -> None:
     """All that is specified of a Received; computed: a NaN in x or scales may be any NaN."""
     same = same_values if computed else same_bits
-    meta = HandleMeta.unpack(want.handle.meta)
     assert got.layout == want.layout
     assert got.status.tolist() == want.status.tolist()
     assert got.status.dtype == torch.int32
@@ -64,7 +63,7 @@ def same_received(
     assert got.x.shape == want.x.shape, ("x", got.x.shape, want.x.shape)
     assert got.x.dtype == want.x.dtype
     assert (got.scales is None) == (want.scales is None)
-    for index in _specified(want, meta):
+    for index in specified_rows(want):
         same(got.x[index], want.x[index], f"x {index}")
         if got.scales is not None and want.scales is not None:
             same(got.scales[index], want.scales[index], f"scales {index}")
@@ -85,11 +84,11 @@ def same_handle(got: Handle, want: Handle, *, generation: int = 0) -> None:
         same_bits(a, b, f"handle.{name}")
 
 
-def _specified(want: Received, meta: HandleMeta) -> list[Any]:
+def specified_rows(want: Received) -> list[Any]:
     """Indices of the rows whose content is specified: a static x goes on with anything."""
     if want.layout == "slab":
         return [(e, slice(0, n)) for e, n in enumerate(want.num_tokens_per_expert.tolist())]
-    if meta.sync:
+    if HandleMeta.unpack(want.handle.meta).sync:
         return [slice(None)]
     if want.layout == "compact":
         return [slice(0, int(want.num_recv))]

@@ -415,6 +415,47 @@ def test_layer_is_bit_identical_before_during_and_after_rebalancing(
     cluster.run(work)
 
 
+def test_shared_expert_is_chosen_by_every_token_and_found_on_its_node(
+    cluster: Cluster, buffers: list[Buffer]
+) -> None:
+    routed, shared = 8, 8  # experts, and the id of the one behind them
+    seed = torch.Generator().manual_seed(6)
+    ids = [torch.rand((20, routed), generator=seed).topk(2).indices for _ in range(RANKS)]
+    load = torch.stack([torch.bincount(torch.cat(ids).flatten(), minlength=routed)] * LAYERS)
+    options = {"num_groups": routed, "num_shared": 1, "num_topk": 2}
+    old = plan(load, RANKS, NODES, SLOTS, **options)
+    assert old.rank_load.sum(1).tolist() == [20 * RANKS * 3] * LAYERS  # three experts per token
+    logical = [[t[: routed + 1] for t in layer] for layer in logical_weights()]
+    x = [torch.randn((20, HIDDEN), generator=seed).to(torch.bfloat16) for _ in range(RANKS)]
+
+    def work(rank: int) -> None:
+        buffer = buffers[rank]
+        buffer.set_placement(None)
+        balancer = Balancer(buffer, old, every=1, threshold=0.0, patience=1, window=1, **options)
+        weights = weights_of(logical, old, rank)
+        chosen = torch.cat([ids[rank], torch.full((20, 1), shared)], 1)
+        scores = torch.ones(20, 3)
+        outputs = [moe(buffer, x[rank], chosen, scores, weights, n) for n in range(LAYERS)]
+        slots = buffer.dispatch(x[rank], chosen).handle.topk_idx[:, 2]
+        assert (slots // PER_RANK // (RANKS // NODES)).eq(rank // (RANKS // NODES)).all()
+
+        for layer, out in enumerate(outputs):  # one rank with all experts: sums in the same order
+            up, down = logical[layer][:2]
+            for token in range(20):
+                want = torch.zeros(HIDDEN)
+                for e in chosen[token].tolist():
+                    inner = torch.relu(up[e].float() @ x[rank][token].float())
+                    want += (down[e].float() @ inner).to(torch.bfloat16).float()
+                same_bits(out[token], want.to(torch.bfloat16))
+        balancer.stats.step()
+        counted = balancer.stats.total()
+        assert counted[:, shared].tolist() == [40 * RANKS, 20 * RANKS]  # layer 0 ran twice
+        assert balancer.check(counted) is None  # an even load: nothing is gained
+        assert abs(balancer.gain) < 0.02
+
+    cluster.run(work)
+
+
 def test_ten_lines_of_a_serving_engine(cluster: Cluster, buffers: list[Buffer]) -> None:
     placement = initial_placement(LAYERS, LOGICAL, SLOTS, RANKS, NODES)
     logical = logical_weights()
