@@ -7,5 +7,22 @@ skew           loads and routings as they really are: Zipf, drift, bursts, domai
 
 from ep_comm.testing.cluster import Cluster
 from ep_comm.testing.processes import run_processes
+from ep_comm.testing.skew import (
+    bursty_load,
+    drifted,
+    drifting_load,
+    routing_trace,
+    shifting_load,
+    zipf_load,
+)
 
-__all__ = ["Cluster", "run_processes"]
+__all__ = [
+    "Cluster",
+    "bursty_load",
+    "drifted",
+    "drifting_load",
+    "routing_trace",
+    "run_processes",
+    "shifting_load",
+    "zipf_load",
+]
