@@ -7,8 +7,6 @@
 namespace ep::eplb {
 namespace {
 
-// Evaluations, a few nanoseconds each, until the placement counts as too far away.
-constexpr int64_t kBudget = 500'000;
 constexpr int kPatience = 64;        // steps that may pass without less excess
 constexpr int kRest = 16;            // steps that a slot rests after it changed, once we are stuck
 constexpr double kProgress = 1e-12;  // of the target: a step takes at least so much
@@ -60,12 +58,10 @@ public:
 
     bool run() {
         double least = std::numeric_limits<double>::infinity();
-        for (int idle = 0; idle < kPatience && budget_ > 0; ++now_) {
+        for (int idle = 0;; ++now_) {
             const int rank = c_.heaviest_rank();
-            if (c_.rank_load(rank) <= target_) {
-                take_back();
-                return true;
-            }
+            if (c_.rank_load(rank) <= target_) break;
+            if (idle == kPatience || budget_ <= 0) return false;
             Step step = best_step(rank, false);
             if (step.slot < 0) {
                 stuck_ = true;
@@ -78,7 +74,8 @@ public:
             idle = left < least ? 0 : idle + 1;
             least = std::min(least, left);
         }
-        return false;
+        take_back();
+        return true;
     }
 
     bool stuck() const { return stuck_; }
@@ -343,9 +340,8 @@ private:
 
 }  // namespace
 
-bool repair(Cell& cell, std::span<const int32_t> origin, double target) {
+bool repair(Cell& cell, std::span<const int32_t> origin, double target, int64_t& budget) {
     const std::vector<int32_t> start(cell.slots().begin(), cell.slots().end());
-    int64_t budget = kBudget;
     Repair first(cell, origin, target, true, budget);
     const bool reached = first.run();
     if ((reached && !first.stuck()) || budget <= 0) return reached;

@@ -15,7 +15,8 @@
 namespace ep::eplb {
 
 // origin: [num_slots] expert of each slot at first, -1 = none; where moves are counted from.
+// budget: evaluations, some ten nanoseconds each; what it takes is subtracted.
 // False: some rank is still above the target, and the cell somewhere on the way.
-bool repair(Cell& cell, std::span<const int32_t> origin, double target);
+bool repair(Cell& cell, std::span<const int32_t> origin, double target, int64_t& budget);
 
 }  // namespace ep::eplb

@@ -14,6 +14,10 @@ namespace {
 
 // Evaluations of the search for a node that cannot be repaired.
 constexpr int64_t kSearchRanks = 20'000;
+// Evaluations of all repairs of a layer, for each slot and at most: enough for a load that drifts,
+// bearable where the new one has nothing to do with the old.
+constexpr int64_t kRepairPerSlot = 600;
+constexpr int64_t kRepairAtMost = 400'000;
 
 // Pairs blocks of `plan` with as many of `current`, most common experts first; experts are below
 // `num_experts`, -1 is none. Returns for each block of the plan that of `current`.
@@ -70,9 +74,13 @@ Slots rename(std::span<const int32_t> plan, std::span<const int32_t> current, in
 class StayClose {
 public:
     StayClose(const Layer& layer, const Solved& fresh)
-        : l_(layer), a_(layer.a), fresh_(fresh), target_(fresh.heaviest * (1 + a_.slack)) {}
+        : l_(layer),
+          a_(layer.a),
+          fresh_(fresh),
+          target_(fresh.heaviest * (1 + a_.slack)),
+          budget_(std::min(kRepairAtMost, kRepairPerSlot * a_.num_slots)) {}
 
-    Slots run() const {
+    Slots run() {
         Slots best;
         int fewest = 0;
         const auto offer = [&](std::optional<Slots> slots) {
@@ -84,16 +92,22 @@ public:
             fewest = moves;
         };
         if (a_.hierarchical) {
-            for (const auto& node_of_group : groupings()) offer(settle_nodes(node_of_group));
+            const auto ways = groupings();
+            for (size_t i = 0; i < ways.size(); ++i) {  // each has a part of what is left
+                const int64_t kept = budget_ - budget_ / static_cast<int64_t>(ways.size() - i);
+                budget_ -= kept;
+                offer(settle_nodes(ways[i]));
+                budget_ += kept;
+            }
         } else {
             offer(settle(l_.everybody(), l_.current));
         }
-        if (best.empty()) offer(name_ranks(fresh_.slots, l_.current, l_.num_all));
+        if (best.empty()) offer(name_fresh());
         return best;
     }
 
 private:
-    std::optional<Slots> settle_nodes(const std::vector<int>& node_of_group) const {
+    std::optional<Slots> settle_nodes(const std::vector<int>& node_of_group) {
         Slots all;
         for (int n = 0; n < a_.num_nodes; ++n) {
             const size_t first = size_t(n) * l_.node_slots();
@@ -105,8 +119,8 @@ private:
         return all;
     }
 
-    // The slots of some ranks, no rank above the target; replicas on different ranks where that will do.
-    std::optional<Slots> settle(const Part& part, std::span<const int32_t> current) const {
+    // The slots of some ranks, none above the target; replicas apart where that will do.
+    std::optional<Slots> settle(const Part& part, std::span<const int32_t> current) {
         std::optional<Slots> slots;
         if (a_.distinct != Distinct::kNever) slots = settle(part, current, true);
         if (slots || (a_.distinct != Distinct::kNever && !fresh_.repeats)) return slots;
@@ -114,12 +128,11 @@ private:
     }
 
     // What they hold, repaired; else new ones, named and repaired so that most experts stay.
-    std::optional<Slots> settle(const Part& part, std::span<const int32_t> current,
-                                bool distinct) const {
+    std::optional<Slots> settle(const Part& part, std::span<const int32_t> current, bool distinct) {
         const Slots before = part.to_local(current, l_.num_all);
         const int num_ranks = static_cast<int>(current.size()) / l_.slots_per_rank;
         Cell cell(part.load, num_ranks, l_.slots_per_rank, distinct);
-        if (!cell.adopt(before) || !repair(cell, before, target_)) {
+        if (!cell.adopt(before) || !repair(cell, before, target_, budget_)) {
             if (a_.hierarchical) {
                 cell.place();
                 cell.descend();
@@ -129,10 +142,32 @@ private:
                 cell.restore(part.to_local(fresh_.slots, l_.num_all));
             }
             cell.restore(name_ranks(cell.slots(), before, cell.num_experts()));
-            if (!repair(cell, before, target_)) return std::nullopt;
+            if (!repair(cell, before, target_, budget_)) return std::nullopt;
         }
         Slots slots(current.size());
         part.to_layer(cell.slots(), slots);
+        return slots;
+    }
+
+    // The fresh plan, named and repaired like that.
+    Slots name_fresh() {
+        Slots slots = name_ranks(fresh_.slots, l_.current, l_.num_all);
+        const std::vector<int> node = a_.hierarchical
+                                          ? nodes_of(*groups_by_node(slots), l_.groups_per_node())
+                                          : std::vector<int>{};
+        const size_t block = a_.hierarchical ? l_.node_slots() : slots.size();
+        for (size_t first = 0; first < slots.size(); first += block) {
+            const Part part = a_.hierarchical ? l_.part_of(static_cast<int>(first / block), node)
+                                              : l_.everybody();
+            const std::span<int32_t> mine(slots.data() + first, block);
+            const int num_ranks = static_cast<int>(block) / l_.slots_per_rank;
+            const bool distinct = a_.distinct != Distinct::kNever && !fresh_.repeats;
+            Cell cell(part.load, num_ranks, l_.slots_per_rank, distinct);
+            cell.restore(part.to_local(mine, l_.num_all));
+            repair(cell, part.to_local(l_.current.subspan(first, block), l_.num_all), target_,
+                   budget_);
+            part.to_layer(cell.slots(), mine);
+        }
         return slots;
     }
 
@@ -140,7 +175,7 @@ private:
 
     // Ways to have groups on nodes, each as [num_groups] node: those in force, repaired as far as
     // the target demands it; the same with room left for uneven ranks; those of the fresh plan.
-    std::vector<std::vector<int>> groupings() const {
+    std::vector<std::vector<int>> groupings() {
         std::vector<std::vector<int>> found;
         const Slots renamed = rename(fresh_.slots, l_.current, l_.node_slots(), l_.num_all);
         const std::vector<int> theirs = nodes_of(*groups_by_node(renamed), l_.groups_per_node());
@@ -153,7 +188,7 @@ private:
         if (const auto mine = groups_by_node(l_.current)) {
             for (const double limit : {most, (most + least) / 2}) {
                 Cell groups(l_.group_load, a_.num_nodes, l_.groups_per_node(), true);
-                if (!groups.adopt(*mine) || !repair(groups, *mine, limit)) continue;
+                if (!groups.adopt(*mine) || !repair(groups, *mine, limit, budget_)) continue;
                 found.push_back(nodes_of(groups.slots(), l_.groups_per_node()));
             }
         }
@@ -228,6 +263,7 @@ private:
     const PlanArgs& a_;
     const Solved& fresh_;
     const double target_;
+    int64_t budget_;  // of all repairs together
 };
 
 }  // namespace
