@@ -117,7 +117,8 @@ class Migration:
                 later calls.
             Others as `Buffer.dispatch`; after those that end the buffer the old placement stays.
 
-        Collective, between the operations of the model, in the same order on all ranks.
+        Collective, between the operations of the model, in the same order on all ranks; the last
+            one, which changes weights, not between a dispatch and its experts.
         Cost: at most piece_bytes sent per rank; the last step copies what arrived into place.
         """
         if self._done:
