@@ -16,7 +16,7 @@ namespace {
 constexpr int64_t kSearchRanks = 20'000;
 // Evaluations of all repairs of a layer, for each slot and at most: enough for a load that drifts,
 // bearable where the new one has nothing to do with the old.
-constexpr int64_t kRepairPerSlot = 600;
+constexpr int64_t kRepairPerSlot = 500;
 constexpr int64_t kRepairAtMost = 400'000;
 
 // Pairs blocks of `plan` with as many of `current`, most common experts first; experts are below
