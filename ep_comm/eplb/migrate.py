@@ -8,8 +8,10 @@ step first asks all ranks whether they have everything; one that does not leaves
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -85,9 +87,10 @@ class Migration:
         sizes = [sum(t[0].numel() * t.itemsize for t in layer) for layer in self._weights]
         self._sizes, self._rows = sizes, [math.ceil(n / self._width) for n in sizes]
         self._streams = self._stream(transfers(old, new))
+        lengths = [[self._rows[t.layer] for t in stream] for stream in self._streams]
+        self._starts = [[0, *accumulate(rows)] for rows in lengths]
         self._chunk = max(1, min(buffer.max_tokens, piece_bytes // self._width))
-        longest = max(sum(self._rows[t.layer] for t in stream) for stream in self._streams)
-        self.num_pieces = math.ceil(longest / self._chunk)
+        self.num_pieces = math.ceil(max(s[-1] for s in self._starts) / self._chunk)
         self._piece = 0
         self._done = False
         mine = [t for stream in self._streams for t in stream if t.dst == buffer.rank]
@@ -135,13 +138,13 @@ class Migration:
     def _part(self, source: int) -> list[tuple[Transfer, int, int]]:
         """What `source` sends in this piece: transfers with their first and last row."""
         begin, end = self._piece * self._chunk, (self._piece + 1) * self._chunk
-        part, at = [], 0
-        for t in self._streams[source]:
-            rows = self._rows[t.layer]
-            first, last = max(begin - at, 0), min(end - at, rows)
+        starts, part = self._starts[source], []
+        for i in range(max(bisect_right(starts, begin) - 1, 0), len(self._streams[source])):
+            if starts[i] >= end:
+                break
+            first, last = max(begin, starts[i]), min(end, starts[i + 1])
             if first < last:
-                part.append((t, first, last))
-            at += rows
+                part.append((self._streams[source][i], first - starts[i], last - starts[i]))
         return part
 
     def _move_piece(self) -> None:
@@ -151,7 +154,7 @@ class Migration:
         dst = torch.empty(0, dtype=torch.int64, device=device)
         try:
             if mine:
-                rows = torch.cat([self._expert_rows(t)[a:b] for t, a, b in mine])
+                rows = torch.cat([self._expert_rows(t, a, b) for t, a, b in mine])
                 to = torch.tensor([t.dst for t, _, _ in mine], device=device)
                 count = torch.tensor([b - a for _, a, b in mine], device=device)
                 dst = to.repeat_interleave(count)
@@ -162,12 +165,16 @@ class Migration:
         for source, got in enumerate(came):
             self._keep(source, got)
 
-    def _expert_rows(self, t: Transfer) -> Tensor:
-        local = t.src % self._per_rank
-        parts = [w[local].flatten().view(torch.uint8) for w in self._weights[t.layer]]
-        data = torch.cat(parts)
-        padding = self._rows[t.layer] * self._width - data.numel()
-        return torch.nn.functional.pad(data, (0, padding)).view(-1, self._width)
+    def _expert_rows(self, t: Transfer, first: int, last: int) -> Tensor:
+        """Some rows of an expert: the bytes of its tensors, one after the other."""
+        begin, end, at = first * self._width, last * self._width, 0
+        parts = []
+        for w in self._weights[t.layer]:
+            data = w[t.src % self._per_rank].flatten().view(torch.uint8)
+            parts.append(data[max(begin - at, 0) : max(end - at, 0)])
+            at += data.numel()
+        padding = max(end - at, 0)  # of the last row
+        return torch.nn.functional.pad(torch.cat(parts), (0, padding)).view(-1, self._width)
 
     def _keep(self, source: int, got: Tensor) -> None:
         part = [p for p in self._part(source) if p[0].dst == self._buffer.rank]
