@@ -244,12 +244,12 @@ _FIX = "serve on with the old placement; migrate again when that rank can"
 
 def _unpack(data: Tensor, tensors: Sequence[Tensor], slot: int) -> list[tuple[Tensor, Tensor]]:
     sizes = [t[0].numel() * t.itemsize for t in tensors]
-    parts = torch.split(data, sizes)
-    return [
-        # A part may start anywhere: views of wider types want an aligned copy.
-        (t[slot], part.clone().view(t.dtype).view(t[slot].shape))
-        for t, part in zip(tensors, parts, strict=True)
-    ]
+    changes = []
+    for t, part in zip(tensors, torch.split(data, sizes), strict=True):
+        # A part may start anywhere, and a wider type wants it aligned.
+        aligned = part if part.storage_offset() % t.itemsize == 0 else part.clone()
+        changes.append((t[slot], aligned.view(t.dtype).view(t[slot].shape)))
+    return changes
 
 
 def _check_weights(
