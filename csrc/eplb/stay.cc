@@ -14,10 +14,11 @@ namespace {
 
 // Evaluations of the search for a node that cannot be repaired.
 constexpr int64_t kSearchRanks = 20'000;
-// Evaluations of all repairs of a layer, for each slot and at most: enough for a load that drifts,
-// bearable where the new one has nothing to do with the old.
-constexpr int64_t kRepairPerSlot = 500;
-constexpr int64_t kRepairAtMost = 400'000;
+// Evaluations of all repairs of a layer, for each slot and at most, where the load has drifted; half
+// of it where more than a part of all load is above the target: there is less to save.
+constexpr int64_t kRepairPerSlot = 800;
+constexpr int64_t kRepairAtMost = 500'000;
+constexpr double kFarAway = 0.1;
 
 // Pairs blocks of `plan` with as many of `current`, most common experts first; experts are below
 // `num_experts`, -1 is none. Returns for each block of the plan that of `current`.
@@ -78,7 +79,7 @@ public:
           a_(layer.a),
           fresh_(fresh),
           target_(fresh.heaviest * (1 + a_.slack)),
-          budget_(std::min(kRepairAtMost, kRepairPerSlot * a_.num_slots)) {}
+          budget_(std::min(kRepairAtMost, kRepairPerSlot * a_.num_slots) / (far_away() ? 2 : 1)) {}
 
     Slots run() {
         Slots best;
@@ -214,6 +215,22 @@ private:
             groups[node[i] * per_node + next[node[i]]++] = i;
         }
         return groups;
+    }
+
+    // What ranks carry above the target now is more than a part of all load.
+    bool far_away() const {
+        std::vector<int> count(l_.num_all, 0);
+        for (const int32_t e : l_.current) ++count[e];
+        double above = 0, total = 0;
+        for (int r = 0; r < a_.num_ranks; ++r) {
+            double load = 0;
+            for (const int32_t e :
+                 l_.current.subspan(size_t(r) * l_.slots_per_rank, l_.slots_per_rank))
+                load += l_.load[e] / count[e];
+            total += load;
+            above += std::max(0.0, load - target_);
+        }
+        return above > kFarAway * total;
     }
 
     // ---- names of ranks and slots ----
