@@ -10,6 +10,7 @@
 #include "contract/replicas.h"
 #include "eplb/cell.h"
 #include "eplb/plan.h"
+#include "eplb/repair.h"
 
 namespace {
 
@@ -100,6 +101,33 @@ int main() {
         ep::eplb::Cell full({4, 3, 2, 1}, 2, 2, true);
         const std::vector<int32_t> crowded{0, 1, 0, 1};
         ep::expect(!full.adopt(crowded), "two experts are missing, no slot is free");
+    });
+
+    ep::test("a repair moves what frees most, and no more than it must", [] {
+        const auto repaired = [](std::vector<double> load, int per_rank,
+                                 const std::vector<int32_t>& before, double target,
+                                 int64_t budget) {
+            ep::eplb::Cell cell(std::move(load), 2, per_rank, true);
+            ep::expect(cell.adopt(before), "there is room");
+            const bool reached = ep::eplb::repair(cell, before, target, budget);
+            ep::expect_eq(reached, cell.max_load() <= target);
+            int moves = 0;
+            for (int r = 0; r < 2; ++r) {
+                for (int e = 0; e < cell.num_experts(); ++e) {
+                    const auto first = before.begin() + r * per_rank;
+                    const auto held = std::count(first, first + per_rank, e);
+                    moves += std::max(0, cell.held(r, e) - static_cast<int>(held));
+                }
+            }
+            return moves;
+        };
+        // 6 + 4 and 3 + 3: the 4 changes places with a 3.
+        ep::expect_eq(repaired({6, 4, 3, 3}, 2, {0, 1, 2, 3}, 9, 1000), 2);
+        // 8 + 1 + 1 and 2 + 1 + 1: a second 8 in place of a 1 makes 4 + 2 + 1 of both.
+        ep::expect_eq(repaired({8, 2, 2, 2}, 3, {0, 1, 2, 3, 1, 2}, 7, 1000), 1);
+        // Good enough as it is; and no step without a budget.
+        ep::expect_eq(repaired({8, 2, 2, 2}, 3, {0, 1, 2, 3, 1, 2}, 10, 1000), 0);
+        ep::expect_eq(repaired({8, 2, 2, 2}, 3, {0, 1, 2, 3, 1, 2}, 7, 0), 0);
     });
 
     ep::test("random layers are placed whole, in every mode, and stay where they are good", [] {
