@@ -11,6 +11,7 @@
 #include "bind/bind_cuda.h"
 #endif
 #include "bind/bind_eplb.h"
+#include "bind/bind_rail.h"
 #include "bind/dlpack.h"
 #include "bind/fields.h"
 #include "contract/args.h"
@@ -408,6 +409,7 @@ PYBIND11_MODULE(_core, m) {
     bind_memory(m);
     bind_cpu(m);
     bind_eplb(m);
+    bind_rail(m);
 #ifdef EP_HAS_CUDA
     bind_cuda(m);
 #endif

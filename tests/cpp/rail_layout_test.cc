@@ -1,0 +1,186 @@
+// Rails: regions are disjoint, every word and every chunk lies in its own place, staging keeps to its
+// budget whatever the cluster.
+#include "contract/rail.h"
+
+#include <algorithm>
+#include <set>
+#include <vector>
+
+#include "check.h"
+
+namespace {
+
+constexpr int64_t kBf16 = 14336 + 112, kWide = 262144 + 4096;  // a row of 7168, one of 65536 floats
+
+std::vector<ep::RailShape> shapes() {
+    std::vector<ep::RailShape> all;
+    for (int nodes : {1, 2, 3, 40, 128, 1024}) {
+        for (int channels : {1, 10, 20}) {
+            for (int64_t record : {int64_t{64}, kBf16, kWide}) {
+                const int ranks = nodes == 1024 ? 1 : 8;
+                ep::RailShape s = ep::divide_staging({nodes, ranks}, channels, record);
+                const ep::Shape shape{nodes * ranks, 2, 2 * nodes * ranks, 2, 8, 4096};
+                s.entry_bytes = ep::RailEntryLayout(shape, s.num_channels).bytes;
+                all.push_back(s);
+            }
+        }
+    }
+    return all;
+}
+
+bool holds(const ep::Region& region, int64_t offset, int64_t bytes) {
+    return offset >= region.offset && offset + bytes <= region.offset + region.bytes;
+}
+
+}  // namespace
+
+int main() {
+    ep::test("regions are disjoint, aligned and inside the end", [] {
+        for (const ep::RailShape& shape : shapes()) {
+            const ep::RailLayout layout(shape);
+            auto regions = layout.regions();
+            std::sort(regions.begin(), regions.end(), [](const auto& a, const auto& b) {
+                return a.region.offset < b.region.offset;
+            });
+            int64_t end = 0;
+            for (const ep::NamedRegion& r : regions) {
+                ep::expect(r.region.offset >= end, r.name);
+                ep::expect_eq(r.region.offset % ep::Cursor::kAlign, 0);
+                end = r.region.offset + r.region.bytes;
+            }
+            ep::expect(end <= layout.end, "a region passes the end");
+        }
+    });
+
+    ep::test("every word has a cache line of its own", [] {
+        for (const ep::RailShape& shape : shapes()) {
+            const ep::RailLayout layout(shape);
+            std::set<int64_t> lines;
+            int words = 0;
+            for (int node = 0; node < shape.nodes.num_nodes; ++node) {
+                for (uint64_t seq : {1, 2}) {
+                    ep::expect(holds(layout.entered, layout.entered_word(seq, node), 8), "entered");
+                    ep::expect(holds(layout.inbox, layout.inbox_at(seq, node), shape.entry_bytes),
+                               "inbox");
+                    ep::expect(holds(layout.outbox, layout.outbox_at(seq, node), shape.entry_bytes),
+                               "outbox");
+                    lines.insert(layout.entered_word(seq, node) / 64);
+                    ++words;
+                }
+                for (int channel = 0; channel < shape.num_channels; ++channel) {
+                    const int64_t tail = layout.tail_word(node, channel);
+                    const int64_t head = layout.head_word(node, channel);
+                    ep::expect(holds(layout.tails, tail, 8), "tail");
+                    ep::expect(holds(layout.heads, head, 8), "head");
+                    lines.insert({tail / 64, head / 64});
+                    words += 2;
+                }
+            }
+            ep::expect_eq(int(lines.size()), words);
+        }
+    });
+
+    ep::test("chunks of different peers, channels and places are disjoint", [] {
+        const ep::RailShape shape = ep::divide_staging({4, 2}, 3, kBf16);
+        const ep::RailLayout layout(shape);
+        for (int me = 0; me < 4; ++me) {
+            std::set<int64_t> starts;
+            for (int node = 0; node < 4; ++node) {
+                for (int channel = 0; node != me && channel < 3; ++channel) {
+                    for (int place = 0; place < shape.ring_chunks; ++place) {
+                        const int64_t recv = layout.recv_chunk(me, node, channel, place);
+                        ep::expect(holds(layout.recv, recv, shape.chunk_bytes), "recv");
+                        ep::expect_eq(
+                            recv - layout.recv.offset,
+                            layout.send_chunk(me, node, channel, place) - layout.send.offset);
+                        ep::expect_eq((recv - layout.recv.offset) % shape.chunk_bytes, 0);
+                        starts.insert(recv);
+                    }
+                    ep::expect_eq(layout.recv_chunk(me, node, channel, shape.ring_chunks),
+                                  layout.recv_chunk(me, node, channel, 0));
+                }
+            }
+            ep::expect_eq(int(starts.size()), 3 * 3 * shape.ring_chunks);
+        }
+    });
+
+    ep::test("staging keeps to its budget, whatever nodes, channels and rows", [] {
+        for (const ep::RailShape& shape : shapes()) {
+            ep::expect(shape.staging_bytes() <= ep::kRailStagingBytes, "over the budget");
+            if (shape.num_peers() == 0) continue;
+            ep::expect(shape.num_channels >= 1 && shape.ring_chunks >= 2, "no ring");
+            for (int64_t row : {int64_t{16}, int64_t{7168}, kBf16, kWide}) {
+                const ep::RailChunks chunks(shape.chunk_bytes, 112, row);
+                const int64_t used = chunks.pieces == 1 ? chunks.records * chunks.record_bytes()
+                                                        : 112 + chunks.piece_bytes;
+                ep::expect(used <= shape.chunk_bytes, "more than a chunk holds");
+                ep::expect(chunks.pieces * chunks.piece_bytes >= row, "a row is cut short");
+                ep::expect((chunks.pieces - 1) * chunks.piece_bytes < row, "an empty piece");
+                ep::expect_eq(chunks.piece_bytes % ep::kRowAlign, 0);
+            }
+        }
+    });
+
+    ep::test("few nodes have eight tokens to a chunk, many have fewer", [] {
+        const auto tokens = [](int nodes, int64_t row) {
+            const ep::RailShape s = ep::divide_staging({nodes, 8}, 10, row + 112);
+            return ep::RailChunks(s.chunk_bytes, 112, row).records;
+        };
+        ep::expect_eq(tokens(2, 14336), 8);
+        ep::expect_eq(tokens(4, 14336), 8);
+        ep::expect_eq(tokens(40, 14336), 2);
+        ep::expect_eq(tokens(40, 7168 + 224), 5);
+        const ep::RailShape many = ep::divide_staging({1024, 1}, 10, 14336 + 112);
+        ep::expect_eq(many.num_channels, 2);
+        ep::expect_eq(many.ring_chunks, 2);
+    });
+
+    ep::test("a channel that brings nothing needs no chunk", [] {
+        const ep::RailChunks chunks(1000, 100, 200);
+        ep::expect_eq(chunks.records, 3);
+        ep::expect_eq(chunks.chunks(0), 0);
+        ep::expect_eq(chunks.chunks(3), 1);
+        ep::expect_eq(chunks.chunks(4), 2);
+        const ep::RailChunks cut(1000, 100, 2000);
+        ep::expect_eq(cut.pieces, 3);
+        ep::expect_eq(cut.chunks(2), 6);
+    });
+
+    ep::test("channels divide the tokens, evenly and in order", [] {
+        for (int64_t tokens : {0, 1, 9, 10, 4096}) {
+            int64_t last = 0;
+            for (int c = 0; c <= 10; ++c) {
+                const int64_t first = ep::first_of_channel(tokens, 10, c);
+                ep::expect(first >= last && first - last <= tokens / 10 + 1, "uneven");
+                last = first;
+            }
+            ep::expect_eq(last, tokens);
+        }
+    });
+
+    ep::test("mailbox words count the operations that used the mailbox", [] {
+        uint64_t put[ep::kMailboxes] = {};
+        for (uint64_t seq = 1; seq <= 9; ++seq) {
+            ep::expect_eq(++put[seq % ep::kMailboxes], ep::entries_until(seq));
+        }
+    });
+
+    ep::test("a record holds what was asked for, and its row is aligned", [] {
+        const ep::RailRecordLayout compact(8, 8, true, true, false, 224);
+        ep::expect_eq(compact.rows.bytes, 0);
+        ep::expect_eq(compact.scales.offset, 112);
+        ep::expect_eq(compact.bytes, 336);
+        const ep::RailRecordLayout grouped(8, 8, true, true, true, 0);
+        ep::expect_eq(grouped.bytes, 176);
+        const ep::RailRecordLayout cached(8, 8, false, false, false, 0);
+        ep::expect_eq(cached.bytes, 48);
+    });
+
+    ep::test("the expert of a slot comes back", [] {
+        const int32_t place = ep::expert_at(1023, (1 << 20) - 1);
+        ep::expect(place >= 0, "looks like none");
+        ep::expect_eq(ep::rank_of_expert(place), 1023);
+        ep::expect_eq(ep::id_of_expert(place), (1 << 20) - 1);
+    });
+    return ep::finish();
+}
