@@ -1,4 +1,4 @@
-"""The `ep-comm` command: doctor, demo, bench, eplb.
+"""The `ep-comm` command: doctor, demo, bench, eplb, plan.
 
 This file needs nothing but Python, so that the command can say what is missing; the commands
 themselves are in `ep_comm.cli.app`.

@@ -6,6 +6,7 @@ from ep_comm.cli.bench import bench
 from ep_comm.cli.demo import demo
 from ep_comm.cli.doctor import doctor
 from ep_comm.cli.eplb import eplb
+from ep_comm.cli.plan import plan
 
 app = typer.Typer(
     help="Expert-parallel dispatch and combine for mixture-of-experts models.",
@@ -16,3 +17,4 @@ app.command()(doctor)
 app.command()(demo)
 app.command()(bench)
 app.command()(eplb)
+app.command()(plan)

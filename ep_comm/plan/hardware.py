@@ -1,0 +1,48 @@
+"""Rates and latencies of one rank's GPU, its NVLink ports and its NICs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from ep_comm.errors import make_error
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """GB/s are 10⁹ bytes per second and direction, both directions busy; `_us` are microseconds.
+
+    Defaults: H200, NVLink4 with 18 links, one 400 Gb/s NIC for each GPU. NVLink, SM and flag
+    figures were measured on two such GPUs with bare copies; those of the NIC are its nominal rate
+    and a usual latency, to be replaced by what the cluster measures. The `_overhead_us` are whole
+    calls of 128 tokens in a CUDA graph less the time of their bytes, with a handle what 4096 tokens
+    save by it (bench/results/nvlink_gpus.jsonl).
+    """
+
+    nvlink_push_gbps: float = 370.0  # stores into a peer
+    nvlink_pull_gbps: float = 318.0  # loads from a peer
+    nic_gbps: float = 50.0  # of all NICs of a rank together; 400 Gb/s = 50
+    sm_push_gbps: float = 46.0  # one SM storing into a peer
+    sm_store_gbps: float = 50.0  # one SM storing into its own memory
+    sm_load_gbps: float = 50.0  # one SM loading, from anywhere
+    num_sms: int = 132
+    flag_us: float = 1.2  # from a release to its acquire, over NVLink
+    nic_us: float = 4.0  # the same over the network, payload with signal
+    put_us: float = 1.0  # a warp's time to hand one put to the NIC
+    dispatch_overhead_us: float = 35.0  # kernels started, counts exchanged, records read
+    cached_overhead_us: float = 22.0  # the same with a handle
+    combine_overhead_us: float = 19.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            zero_is_fine = field.name.endswith("_us")
+            good = isinstance(value, int | float) and 0 <= value < float("inf")
+            if not good or (value == 0 and not zero_is_fine):
+                want = "a number >= 0" if zero_is_fine else "a number > 0"
+                raise make_error("E203", f"rejected {field.name}={value!r}: want {want}")
+
+    def op_overhead_us(self, op: str) -> float:
+        """Of "dispatch", "dispatch_cached" or "combine" inside one node."""
+        if op == "dispatch":
+            return self.dispatch_overhead_us
+        return self.cached_overhead_us if op == "dispatch_cached" else self.combine_overhead_us
