@@ -22,10 +22,15 @@ own thread's, or it is a wait whose condition no step undoes (once it can run, i
 Clocks, and with them violations, do not depend on the order of steps that commute. So local steps
 run at once, together with the step that let them. `merge=False` interleaves them like all others,
 which the tests compare, and which is right also for waits that can be undone.
+
+A *counter* is a word that remembers all its releases, so that a wait acquires the first one that
+satisfies it, whenever it runs. With counters every step of a model may be local where no step looks
+for anything but a value reached, and then one run stands for all (rail.py says why).
 """
 
 from __future__ import annotations
 
+import random
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -120,6 +125,9 @@ class Machine:
     def word(self, *name: Any, value: Hashable = 0) -> Place:
         return self._place(name, (value, (0,) * len(self.threads)))
 
+    def counter(self, *name: Any) -> Place:
+        return self._place(name, ((0, (0,) * len(self.threads)),))  # releases, oldest first
+
     def cell(self, *name: Any) -> Place:
         return self._place(name, (None, -1, 0, ()))  # tag, writer, its clock, reads since
 
@@ -144,7 +152,7 @@ class Machine:
             *(self.intern(value) for _, value in self._initial),
         )
 
-    def done(self, state: tuple[int, ...]) -> bool:
+    def done(self, state: Sequence[int]) -> bool:
         return all(state[t.number] == len(t.steps) for t in self.threads)
 
     # ---- running
@@ -266,6 +274,24 @@ class View:
     def add(self, word: Place, amount: int) -> None:
         self.update(word, self.peek(word) + amount)
 
+    # ---- counters
+
+    def count(self, counter: Place) -> int:
+        return int(self.get(counter)[-1][0])
+
+    def advance(self, counter: Place, value: int) -> None:
+        """A release; after the one before it, of this thread or of one that is ordered before."""
+        before = self.get(counter)[-1][1]
+        if any(old > new for old, new in zip(before, self.clock(self.thread), strict=True)):
+            text = f"{self.says(self.thread, 'releases', counter)} beside another writer"
+            raise Violation(UNORDERED, text)
+        self.put(counter, (*self.get(counter), (value, self.clock(self.thread))))
+        self.tick(self.thread)
+
+    def acquire_first(self, counter: Place, wanted: int) -> None:
+        """The earliest release of `wanted` or more, which there is."""
+        self.join(self.thread, next(clock for n, clock in self.get(counter) if n >= wanted))
+
     # ---- cells
 
     def says(self, thread: int, verb: str, cell: Place) -> str:
@@ -339,14 +365,9 @@ def explore(machine: Machine, *, merge: bool = True, limit: int = 5_000_000) -> 
     """Walks every reachable state, breadth first; stops at the first violation."""
     started = time.perf_counter()
     report = Report()
-    first = View(machine, machine.initial())
-    if merge:
-        machine.settle(first)
-    start = tuple(first.state)
-    seen = {start: 0}
     parents: list[tuple[int, int]] = [(-1, -1)]  # state it came from, thread that moved
     depths = [0]
-    queue = deque([start])
+    seen: dict[tuple[int, ...], int] = {}
 
     def fail(at: int, thread: int, error: Violation) -> Report:
         report.violation = Counterexample(
@@ -356,6 +377,15 @@ def explore(machine: Machine, *, merge: bool = True, limit: int = 5_000_000) -> 
         report.seconds = time.perf_counter() - started
         return report
 
+    first = View(machine, machine.initial())
+    if merge:
+        try:
+            machine.settle(first)
+        except Violation as error:
+            return fail(0, -1, error)
+    start = tuple(first.state)
+    seen[start] = 0
+    queue = deque([start])
     while queue:
         state = queue.popleft()
         number = seen[state]
@@ -398,7 +428,25 @@ def explore(machine: Machine, *, merge: bool = True, limit: int = 5_000_000) -> 
     return report
 
 
-def _stuck(machine: Machine, state: tuple[int, ...]) -> str:
+def walk(machine: Machine, seed: int) -> Report:
+    """One run, the next step always of a thread drawn at random."""
+    report, draw = Report(), random.Random(seed)
+    trace: list[tuple[str, str]] = []
+    view = View(machine, machine.initial(), trace)
+    try:
+        while not machine.done(view.state):
+            threads = draw.sample(machine.threads, len(machine.threads))
+            if not any(machine.run(view, thread) for thread in threads):
+                raise Violation(DEADLOCK, _stuck(machine, view.state))
+            report.transitions += 1
+        machine.check_final(view)
+        report.finals = 1
+    except Violation as error:
+        report.violation = Counterexample(error.prop, error.text, trace)
+    return report
+
+
+def _stuck(machine: Machine, state: Sequence[int]) -> str:
     view = View(machine, state)
     waits = []
     for thread in machine.threads:
