@@ -9,9 +9,9 @@ from functools import cache
 from typing import Any
 
 import pytest
-from model.explorer import DEADLOCK, Report, explore, walk
+from model.explorer import DEADLOCK, UNCOVERED, Report, explore, walk
 from model.rail import C, Cluster, D, Rails, cluster, everywhere, refused
-from model.rail_mistakes import MISTAKES, Mistake, OneTransport, TwoTransports
+from model.rail_mistakes import MISTAKES, Mistake, OneTransport, TailOfTheRing, TwoTransports
 
 # Every operation after every other, failing on one rank, on several, and several times in a row.
 PROGRAM = (D, C, D, refused(C, 1), C, refused(D, 0, 2), refused(D, 0), refused(D, 0), D, D, C, C)
@@ -84,6 +84,15 @@ def test_two_transports_to_one_word_lose_a_credit() -> None:
     found = explore(TwoTransports().machine, merge=False).violation
     assert found is not None
     assert found.prop == DEADLOCK
+
+
+def test_puts_that_overtake_each_other_need_a_word_for_each_place() -> None:
+    """Two puts to one word: which of them it counts is a choice, so all orders are walked."""
+    shape = everywhere(num_tokens=2, ranks_per_node=1, num_channels=1, ring=2, ops=(D,))
+    holds(explore(Rails(shape, reduced=False).machine))
+    found = explore(TailOfTheRing(shape, reduced=False).machine).violation
+    assert found is not None
+    assert found.prop == UNCOVERED
 
 
 # ---- one run stands for all: the argument in the head of model/rail.py, checked

@@ -71,12 +71,12 @@ struct RailLayout {
         const int64_t nodes = s.nodes.num_nodes;
         const int64_t rings = int64_t{s.num_peers()} * s.num_channels;
         Cursor at;
-        entered = at.take(kMailboxes * nodes * kWordStride);    // uint64 per mailbox
-        tails = at.take(nodes * s.num_channels * kWordStride);  // uint64 per node and channel
-        heads = at.take(nodes * s.num_channels * kWordStride);
-        inbox = at.take(kMailboxes * nodes * s.entry_bytes);   // RailEntryLayout per node
-        outbox = at.take(kMailboxes * nodes * s.entry_bytes);  // as it leaves
-        recv = at.take(rings * s.ring_bytes());                // [peer][channel][place]
+        entered = at.take(kMailboxes * nodes * kWordStride);  // uint64 per mailbox
+        tails = at.take(nodes * s.num_channels * s.ring_chunks * kWordStride);  // uint64 per place
+        heads = at.take(nodes * s.num_channels * kWordStride);  // uint64 per node and channel
+        inbox = at.take(kMailboxes * nodes * s.entry_bytes);    // RailEntryLayout per node
+        outbox = at.take(kMailboxes * nodes * s.entry_bytes);   // as it leaves
+        recv = at.take(rings * s.ring_bytes());                 // [peer][channel][place]
         send = at.take(rings * s.ring_bytes());
         end = at.end();
     }
@@ -87,9 +87,11 @@ struct RailLayout {
     EP_HD constexpr int64_t entered_word(uint64_t seq, int node) const {
         return entered.offset + mailbox(seq, node) * kWordStride;
     }
-    // Chunks that node has ever put into our ring.
-    EP_HD constexpr int64_t tail_word(int node, int channel) const {
-        return tails.offset + line(node, channel) * kWordStride;
+    // Chunks that node has ever put into the place of its `count`-th in our ring; see chunks_until.
+    // A word for each place, so that nothing depends on the order in which two puts arrive.
+    EP_HD constexpr int64_t tail_word(int node, int channel, uint64_t count) const {
+        return tails.offset +
+               (line(node, channel) * shape.ring_chunks + index(count)) * kWordStride;
     }
     // Chunks of ours that node has ever taken out of its ring.
     EP_HD constexpr int64_t head_word(int node, int channel) const {
@@ -126,16 +128,24 @@ private:
     EP_HD constexpr int64_t line(int node, int channel) const {
         return int64_t{node} * shape.num_channels + channel;
     }
+    EP_HD constexpr int64_t index(uint64_t count) const {
+        return static_cast<int64_t>(count % static_cast<uint64_t>(shape.ring_chunks));
+    }
     EP_HD constexpr int64_t place(int my_node, int node, int channel, uint64_t count) const {
         const int peer = node < my_node ? node : node - 1;  // no ring for our own node
         return (int64_t{peer} * shape.num_channels + channel) * shape.ring_bytes() +
-               static_cast<int64_t>(count % shape.ring_chunks) * shape.chunk_bytes;
+               index(count) * shape.chunk_bytes;
     }
 };
 
 // What `entered_word` shows once the entry of operation `seq`, counted from 1, is there.
 EP_HD constexpr uint64_t entries_until(uint64_t seq) {
     return seq / kMailboxes + (seq % kMailboxes != 0 ? 1 : 0);
+}
+
+// What `tail_word` shows once the `count`-th chunk of a ring, counted from 0, is there.
+EP_HD constexpr uint64_t chunks_until(uint64_t count, int ring_chunks) {
+    return count / static_cast<uint64_t>(ring_chunks) + 1;
 }
 
 // Tokens of a channel are [first, first of the next).

@@ -3,6 +3,7 @@
 #include "contract/rail.h"
 
 #include <algorithm>
+#include <map>
 #include <set>
 #include <vector>
 
@@ -68,12 +69,15 @@ int main() {
                     ++words;
                 }
                 for (int channel = 0; channel < shape.num_channels; ++channel) {
-                    const int64_t tail = layout.tail_word(node, channel);
                     const int64_t head = layout.head_word(node, channel);
-                    ep::expect(holds(layout.tails, tail, 8), "tail");
                     ep::expect(holds(layout.heads, head, 8), "head");
-                    lines.insert({tail / 64, head / 64});
-                    words += 2;
+                    lines.insert(head / 64);
+                    ++words;
+                    for (int place = 0; place < shape.ring_chunks; ++place, ++words) {
+                        const int64_t tail = layout.tail_word(node, channel, place);
+                        ep::expect(holds(layout.tails, tail, 8), "tail");
+                        lines.insert(tail / 64);
+                    }
                 }
             }
             ep::expect_eq(int(lines.size()), words);
@@ -156,6 +160,16 @@ int main() {
             }
             ep::expect_eq(last, tokens);
         }
+    });
+
+    ep::test("tail words count the chunks of their place", [] {
+        const ep::RailLayout layout(ep::divide_staging({2, 1}, 1, kBf16));
+        std::map<int64_t, uint64_t> put;
+        for (uint64_t count = 0; count < 30; ++count) {
+            ep::expect_eq(++put[layout.tail_word(0, 0, count)],
+                          ep::chunks_until(count, layout.shape.ring_chunks));
+        }
+        ep::expect_eq(int(put.size()), layout.shape.ring_chunks);
     });
 
     ep::test("mailbox words count the operations that used the mailbox", [] {

@@ -3,9 +3,9 @@
 Every rank has a thread that runs its operations one after the other (entries, relay, verdict, the
 end), and threads for the roles of its kernels: *pusher* (own node), *sender* (one for each peer
 node and channel; in combine it pulls and adds before it sends), *forwarder* (the same), *reducer*
-(one for each channel). Two NIC threads stand for each rail: one carries out the puts of a ring in
-the order in which they were posted, one carries entries; both read what they send when they get to
-it. Bulk copies are made by an agent of each role, in a proxy of its own.
+(one for each channel). NIC threads carry out the puts of a rail, one for each place of a ring, as
+nothing orders two puts, and one for entries; they read what they send when they get to it. Bulk
+copies are made by an agent of each role, in a proxy of its own.
 
 What is abstracted, and why it loses nothing:
 
@@ -209,8 +209,8 @@ class Rails:
             self.main[r].program(self.main_steps[r])
         for role in self.roles():
             role.thread.program(role.steps)
-        for ring in self.rings:
-            self.nic[ring].program(self.nic_steps(ring))
+        for *ring, place in self.nic:
+            self.nic[(*ring, place)].program(self.nic_steps((*ring,), place))
         for r in s.ranks:
             for b in s.peers(r):
                 self.entry_nic[r, b].program(self.entry_nic_steps(r, b))
@@ -234,8 +234,9 @@ class Rails:
             for ring in self.rings
         }
         self.nic = {
-            ring: m.thread(f"NIC of rank {ring[0]}, channel {ring[2]} to node {ring[1]}")
+            (*ring, i): m.thread(f"NIC of rank {ring[0]}, channel {ring[2]} to node {ring[1]}, {i}")
             for ring in self.rings
+            for i in range(s.ring)
         }
         self.entry_nic = {
             (r, b): m.thread(f"NIC of rank {r}, entries to node {b}")
@@ -270,7 +271,7 @@ class Rails:
         self.send = {i: m.cell("send", *i) for i in places}
         self.recv = {i: m.cell("recv", *i) for i in places}
         self.posted = {ring: self.word("posted", *ring) for ring in self.rings}
-        self.tail = {ring: self.word("tail", *ring) for ring in self.rings}
+        self.tail = {i: self.word("tail", *i) for i in places}
         self.head = {ring: self.word("head", *ring) for ring in self.rings}
         self.rows = {
             (r, e, i): m.cell("row", r, e, i)
@@ -601,10 +602,10 @@ class Rails:
         """Bulk stores complete, then a system-scope fence, before the doorbell."""
         role.wait_copies(v)
 
-    def nic_steps(self, ring: Ring) -> list[Step]:
+    def nic_steps(self, ring: Ring, place: int) -> list[Step]:
         """Puts with signal: data first, then the count."""
         steps: list[Step] = []
-        for n in range(self.sent[ring]):
+        for n in range(place, self.sent[ring], self.shape.ring):
             steps.append(self.wait(f"is given chunk {n}", self.posted[ring], n + 1))
             steps += self.carry(ring, n)
         return steps
@@ -621,7 +622,12 @@ class Rails:
         v.write(self.recv[(*self.reverse(ring), place)], tag)
 
     def count_chunk(self, v: View, ring: Ring, n: int) -> None:
-        self.release(v, self.tail[self.reverse(ring)], n + 1)
+        word, count = self.tail_of(self.reverse(ring), n)
+        self.release(v, word, count)
+
+    def tail_of(self, ring: Ring, n: int) -> tuple[Place, int]:
+        """A word for each place of a ring, and what it counts once chunk n is there."""
+        return self.tail[(*ring, n % self.shape.ring)], n // self.shape.ring + 1
 
     def reverse(self, ring: Ring) -> Ring:
         """The same rail and channel, seen from its other end."""
@@ -651,7 +657,7 @@ class Rails:
         ]
 
     def arrival(self, ring: Ring, n: int) -> Step:
-        return self.wait(f"has chunk {n}", self.tail[ring], n + 1)
+        return self.wait(f"has chunk {n}", *self.tail_of(ring, n))
 
     def read_chunk(self, v: View, role: Role, ring: Ring, n: int, tag: tuple[Any, ...]) -> None:
         self.fence_before_load(v, role)
@@ -731,10 +737,11 @@ class Rails:
 
     def check_final(self, v: View) -> None:
         for ring in self.rings:
-            words = (self.posted[ring], self.tail[self.reverse(ring)], self.head[ring])
-            counts = [v.count(w) if self.reduced else v.peek(w) for w in words]
-            if counts != [self.sent[ring]] * 3:
-                raise Violation(CREDIT, f"ring {ring}: posted, tail, head {counts}")
+            tails = [self.tail[(*self.reverse(ring), i)] for i in range(self.shape.ring)]
+            words = (self.posted[ring], self.head[ring], *tails)
+            posted, head, *put = (v.count(w) if self.reduced else v.peek(w) for w in words)
+            if (posted, head, sum(put)) != (self.sent[ring],) * 3:
+                raise Violation(CREDIT, f"ring {ring}: posted {posted}, put {put}, head {head}")
 
 
 def describe(name: tuple[Any, ...]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .explorer import BLOCKED, DEADLOCK, OVERWRITE, UNCOVERED, Machine, Step, View
+from .explorer import BLOCKED, DEADLOCK, OVERWRITE, UNCOVERED, Machine, Place, Step, View
 from .rail import CREDIT, WRONG_DATA, C, Cluster, D, Op, Rails, Ring, Role, everywhere, refused
 
 # ---- credits
@@ -72,7 +72,7 @@ class SignalOnAnotherQueue(Rails):
 
     def _threads(self) -> None:
         super()._threads()
-        self.queue = {ring: self.machine.thread("another queue").number for ring in self.nic}
+        self.queue = {ring: self.machine.thread("another queue").number for ring in self.rings}
 
     def copy_chunk(self, v: View, ring: Ring, n: int) -> None:
         place = n % self.shape.ring
@@ -86,11 +86,11 @@ class TailNotAcquired(Rails):
     """The forwarder sees the tail with a relaxed load."""
 
     def arrival(self, ring: Ring, n: int) -> Step:
-        word = self.tail[ring]
+        word, wanted = self.tail_of(ring, n)
 
         def look(v: View) -> Any:
             have = v.count(word) if self.reduced else v.peek(word)
-            return None if have > n else BLOCKED
+            return None if have >= wanted else BLOCKED
 
         return Step(f"sees chunk {n}", look, local=True)
 
@@ -125,6 +125,16 @@ class ArrivedCountedBySource(Rails):
     ) -> list[Step]:
         steps = super().store(role, src, c, t, p, seq, extent)
         return steps if self.shape.node(src) == self.shape.node(p) else steps[:1]
+
+
+class TailOfTheRing(Rails):
+    """One word counts the puts of a ring, which may arrive in another order."""
+
+    def tail_of(self, ring: Ring, n: int) -> tuple[Place, int]:
+        return self.tail[(*ring, 0)], n + 1
+
+    def count_chunk(self, v: View, ring: Ring, n: int) -> None:
+        v.add(self.tail_of(self.reverse(ring), n)[0], 1)
 
 
 # ---- proxies
