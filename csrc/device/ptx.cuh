@@ -27,6 +27,11 @@ __device__ __forceinline__ uint32_t lanemask_lt() {
     return mask;
 }
 
+// nanosleep.u32 t;  up to twice as long                                PTX ISA 6.3, sm_70
+__device__ __forceinline__ void nanosleep(uint32_t ns) {
+    asm volatile("nanosleep.u32 %0;" ::"r"(ns) : "memory");
+}
+
 // mov.u64 d, %globaltimer;  nanoseconds, ticks coarsely                PTX ISA 3.1, sm_30
 __device__ __forceinline__ uint64_t globaltimer() {
     uint64_t ns;
@@ -138,6 +143,13 @@ __device__ __forceinline__ void prefetch_global_l2(const void* addr) {
 
 // ---- Fences and proxies: "Parallel Synchronization and Communication Instructions: membar, fence" ----
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-membar
+
+// fence.acq_rel.sys;                                                   PTX ISA 6.0, sm_70
+// Orders: our accesses before it, and those of threads we met at a barrier, before accesses after it,
+// as other devices see them.
+__device__ __forceinline__ void fence_acq_rel_sys() {
+    asm volatile("fence.acq_rel.sys;" ::: "memory");
+}
 
 // fence.proxy.async;                                                   PTX ISA 8.0, sm_90
 // Orders: ordinary accesses before it, and what we have acquired, before bulk copies issued after.

@@ -25,6 +25,8 @@ struct Awaited {
     uint64_t want;
 };
 
+// For a rank of another node the host gives a blank one of ours, which says neither that it left nor
+// where it is.
 __device__ __forceinline__ ControlHeader* header_of(const Watch& watch, int rank) {
     return reinterpret_cast<ControlHeader*>(watch.control[rank]);
 }
@@ -208,6 +210,12 @@ __device__ __noinline__ inline bool wait_long(const Watch& watch, Operation op, 
                                                         Awaited awaited, const uint64_t* word) {
     return ptx::ld_acquire_sys(word) >= awaited.want ||
            wait_long(watch, op, awaited, word, Word::kNumber);
+}
+
+// For rails that are slow on purpose.
+__device__ __noinline__ inline void pause_ns(uint64_t ns) {
+    const uint64_t start = ptx::globaltimer();
+    while (ptx::globaltimer() - start < ns) ptx::nanosleep(100);
 }
 
 // For a bulk load of our own, from memory of rank `from`: what stalls it has to end, but no rank has

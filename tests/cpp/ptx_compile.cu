@@ -54,4 +54,6 @@ __global__ void every_wrapper(void** out) {
     keep(out, 33, &ptx::st_relaxed_gpu);
     keep(out, 34, &ptx::st_relaxed_sys);
     keep(out, 35, &ptx::dynamic_shared);
+    keep(out, 36, &ptx::nanosleep);
+    keep(out, 37, &ptx::fence_acq_rel_sys);
 }
