@@ -65,7 +65,7 @@ class CMakeBuild(build_ext):
         package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
         configure = [cmake, "-S", str(ROOT), "-B", str(build), "-G", generator, *options]
-        compile_ = [cmake, "--build", str(build), "--target", "_core", "--parallel", jobs]
+        compile_ = [cmake, "--build", str(build), "--target", "ep_python", "--parallel", jobs]
         install = [cmake, "--install", str(build), "--prefix", str(package)]
         for command in (configure, compile_, [*install, "--component", "python"]):
             if subprocess.run(command).returncode != 0:

@@ -15,7 +15,16 @@ DOCS = sorted([*ROOT.glob("*.md"), *(p for place in PLACES for p in ROOT.glob(f"
 # What makes a back-ticked word a path of ours: where it starts, or how it ends.
 FOLDERS = {
     *("csrc", "ep_comm", "tests", "bench", "docs", "cmake", "requirements", ".ci"),
-    *("contract", "device", "kernels", "transport", "host", "cpu", "bind"),  # rooms of csrc/
+    *(
+        "contract",
+        "device",
+        "kernels",
+        "transport",
+        "host",
+        "cpu",
+        "bind",
+        "plugin",
+    ),  # rooms of csrc/
 }
 ENDINGS = ("py", "pyi", "cc", "h", "cu", "cuh", "md", "toml", "txt", "cmake", "json", "jsonl")
 FILES = {"Makefile", "LICENSE", "MANIFEST.in", ".ci/run", ".gitignore", ".clang-format"}

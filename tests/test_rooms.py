@@ -23,9 +23,12 @@ MAY_INCLUDE: dict[str, tuple[str, ...]] = {
     "cpu": ("contract", "transport", "host"),  # host: both backends grant extents from one arena
     "eplb": (),  # arithmetic on loads: knows no buffer
     "bind": ("contract", "host", "cpu", "transport", "eplb"),
+    # A library of its own beside the core: a transport, the kernels that are compiled for it, since
+    # device code of two libraries cannot be linked, and the module that binds both.
+    "plugin": ("contract", "device", "kernels", "transport"),
 }
 EVERY_ROOM = tuple(MAY_INCLUDE)
-DEVICE_CODE = ("device", "kernels")
+DEVICE_CODE = ("device", "kernels", "plugin")
 
 
 class Wall(NamedTuple):
@@ -58,7 +61,7 @@ ONLY_IN = [
         "pybind11",
         r"\bpybind11\b|\bPYBIND11_\w+",
         EVERY_ROOM,
-        ("bind/",),
+        ("bind/", "plugin/bind_nvshmem.cc"),
         "the rooms below take integers and structs",
     ),
     Wall(
@@ -192,6 +195,9 @@ SEEDED = {
     "timer-in-kernel": ("kernels/a.cu", "auto t = clock64();", "its home is device/wait.cuh"),
     "pybind-in-host": ("host/a.cc", "#include <pybind11/pybind11.h>", "its home is bind/"),
     "nvshmem-in-kernel": ("kernels/a.cu", "#include <nvshmem.h>", "its home is device/rail"),
+    "nvshmem-in-plugin": ("plugin/a.cu", "#include <nvshmemx.h>", "its home is device/rail"),
+    "core-in-plugin": ("plugin/a.cc", '#include "host/arena.h"', "plugin may include"),
+    "launch-in-plugin": ("plugin/a.cu", "kernel<<<1, 32>>>();", "its home is kernels/"),
     "launch-in-host": ("host/a.cc", "kernel<<<1, 32>>>();", "its home is kernels/"),
     "torch-in-bind": ("bind/a.cc", "#include <torch/extension.h>", "no home here"),
     "printf-in-device": ("device/a.cuh", 'printf("%d", x);', "no home here"),

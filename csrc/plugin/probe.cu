@@ -1,0 +1,74 @@
+#include "plugin/probe.h"
+
+#include <cuda_runtime_api.h>
+
+#include <memory>
+
+#include "device/rail_nvshmem.cuh"
+#include "kernels/rail_probe.cuh"
+
+namespace ep {
+namespace {
+
+using Job = kernels::RailProbeJob<device::NvshmemRail>;
+
+void check(int error, const char* call) {
+    if (error != cudaSuccess) throw NvshmemError{call, error};
+}
+
+struct FreeDevice {
+    void operator()(void* memory) const { cudaFree(memory); }
+};
+struct FreeHost {
+    void operator()(void* memory) const { cudaFreeHost(memory); }
+};
+template <class T>
+using OnDevice = std::unique_ptr<T, FreeDevice>;
+
+template <class T>
+OnDevice<T> on_device(const T* from, size_t count) {
+    void* memory = nullptr;
+    check(cudaMalloc(&memory, count * sizeof(T)), "cudaMalloc");
+    OnDevice<T> owned(static_cast<T*>(memory));
+    check(from != nullptr ? cudaMemcpy(memory, from, count * sizeof(T), cudaMemcpyHostToDevice)
+                          : cudaMemset(memory, 0, count * sizeof(T)),
+          "cudaMemcpy");
+    return owned;
+}
+
+}  // namespace
+
+ProbeResult probe_nvshmem(const NvshmemSegment& segment, const RailShape& shape, int rank,
+                          const std::vector<int>& pe, bool has_network, uint64_t first,
+                          int num_chunks, double limit_s) {
+    void* pinned = nullptr;
+    check(cudaHostAlloc(&pinned, sizeof(HostPage), cudaHostAllocMapped), "cudaHostAlloc");
+    const std::unique_ptr<HostPage, FreeHost> page(new (pinned) HostPage{});
+    const auto pes = on_device(pe.data(), pe.size());
+    const auto abort = on_device<uint32_t>(nullptr, 1);
+    const auto wrong = on_device<unsigned long long>(nullptr, 1);
+    const auto blank = on_device<ControlHeader>(nullptr, 2);
+    std::vector<std::byte*> headers(pe.size(), reinterpret_cast<std::byte*>(blank.get() + 1));
+    headers[rank] = reinterpret_cast<std::byte*>(blank.get());
+    const auto control = on_device(headers.data(), headers.size());
+
+    Job job{
+        {segment.data, pes.get(), has_network}, shape, {}, wrong.get(), first, rank, num_chunks};
+    const auto limit_ns = static_cast<int64_t>(limit_s * 1e9);
+    job.watch = {abort.get(), page.get(), control.get(), limit_ns,
+                 limit_ns,    limit_ns,   rank,          static_cast<int32_t>(pe.size())};
+    check(kernels::launch_rail_probe(job, nullptr), "rail_probe_kernel");
+    check(cudaStreamSynchronize(nullptr), "cudaStreamSynchronize");
+
+    ProbeResult result;
+    check(cudaMemcpy(&result.wrong_units, wrong.get(), sizeof(result.wrong_units),
+                     cudaMemcpyDeviceToHost),
+          "cudaMemcpy");
+    if (page->incident_valid != 0) {
+        result.code = page->incident.code;
+        result.peer = page->incident.peer;
+    }
+    return result;
+}
+
+}  // namespace ep
