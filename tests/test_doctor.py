@@ -299,12 +299,17 @@ def test_nic_whose_ports_are_down_warns(tmp_path: Path) -> None:
     assert only(host_checks.d8(fake(tmp_path)), "NICs").status == "warn"
 
 
-def test_nvshmem_versions_that_differ_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_checks, "_version", lambda name: "3.4.5")
-    machine = fake(tmp_path, build=lambda: {**BUILD, "nvshmem": "3.3.9"})
+def test_nvshmem_versions_that_do_not_fit_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = fake(tmp_path, build=lambda: {**BUILD, "nvshmem": "3.4.5"})
+    monkeypatch.setattr(host_checks, "_version", lambda name: "3.7.2")
     finding = only(host_checks.d8(machine), "NVSHMEM")
     assert (finding.status, finding.code) == ("fail", "E501")
-    assert "host 3.4.5, device 3.3.9" in finding.measured
+    assert "host 3.7.2, device 3.4.5" in finding.measured
+    assert "3.5.19" in finding.measured
+    monkeypatch.setattr(host_checks, "_version", lambda name: "3.3.20")
+    assert only(host_checks.d8(machine), "NVSHMEM").status == "ok"
 
 
 def test_locked_memory_matters_with_a_nic_only(

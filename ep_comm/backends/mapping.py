@@ -28,7 +28,21 @@ from ep_comm.errors import EPError, make_error
 
 # What construction may fail with; any other code of a peer is damage.
 CODES: Final = frozenset(
-    ("E110", "E111", "E120", "E232", "E310", "E401", "E402", "E403", "E405", "E406", "E407", "E409")
+    (
+        "E110",
+        "E111",
+        "E120",
+        "E232",
+        "E310",
+        "E401",
+        "E402",
+        "E403",
+        "E405",
+        "E406",
+        "E407",
+        "E409",
+        "E501",
+    )
 )
 _SHARE_S: Final = 30.0  # most a peer may take to send its descriptors
 

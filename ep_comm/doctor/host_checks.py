@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final
 
+from ep_comm.backends import nvshmem_versions
 from ep_comm.doctor import share
 from ep_comm.doctor.machine import Machine, Unavailable
 from ep_comm.doctor.report import Finding, Status
@@ -211,7 +212,7 @@ def _distance(a: Sequence[str], b: Sequence[str]) -> int:
 
 
 def _nvshmem(machine: Machine) -> Finding:
-    need, effect = "the same version in host and device code", "intranode only"
+    need, effect = "host and device code that fit together", "intranode only"
     try:
         info = machine.build_info()
     except ImportError as error:
@@ -227,8 +228,12 @@ def _nvshmem(machine: Machine) -> Finding:
         )
         return Finding("D8", "skip", "NVSHMEM", measured, need, effect, fix)
     measured = f"host {host}, device {info['nvshmem']}"
-    if host.split(".")[:2] != str(info["nvshmem"]).split(".")[:2]:
-        fix = "pip install 'ep-comm[nvshmem]' pins the version that fits"
+    why = nvshmem_versions.why_apart(
+        nvshmem_versions.parse(host), nvshmem_versions.parse(str(info["nvshmem"]))
+    )
+    if why is not None:
+        fix = f"install the other host library, or build ep_comm again beside {host}"
+        measured = f"{measured}, {why}"
         return Finding("D8", "fail", "NVSHMEM", measured, need, effect, fix, "E501")
     return Finding("D8", "ok", "NVSHMEM", measured, need)
 
