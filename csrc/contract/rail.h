@@ -73,10 +73,10 @@ struct RailLayout {
         Cursor at;
         entered = at.take(kMailboxes * nodes * kWordStride);  // uint64 per mailbox
         tails = at.take(nodes * s.num_channels * s.ring_chunks * kWordStride);  // uint64 per place
-        heads = at.take(nodes * s.num_channels * kWordStride);  // uint64 per node and channel
-        inbox = at.take(kMailboxes * nodes * s.entry_bytes);    // RailEntryLayout per node
-        outbox = at.take(kMailboxes * nodes * s.entry_bytes);   // as it leaves
-        recv = at.take(rings * s.ring_bytes());                 // [peer][channel][place]
+        heads = at.take(nodes * s.num_channels * s.ring_chunks * kWordStride);
+        inbox = at.take(kMailboxes * nodes * s.entry_bytes);   // RailEntryLayout per node
+        outbox = at.take(kMailboxes * nodes * s.entry_bytes);  // as it leaves
+        recv = at.take(rings * s.ring_bytes());                // [peer][channel][place]
         send = at.take(rings * s.ring_bytes());
         end = at.end();
     }
@@ -87,15 +87,15 @@ struct RailLayout {
     EP_HD constexpr int64_t entered_word(uint64_t seq, int node) const {
         return entered.offset + mailbox(seq, node) * kWordStride;
     }
-    // Chunks that node has ever put into the place of its `count`-th in our ring; see chunks_until.
-    // A word for each place, so that nothing depends on the order in which two puts arrive.
+    // Chunks that node has ever put into the place of the `count`-th in our ring; see chunks_until. A
+    // word for each place, so that nothing depends on the order in which two puts arrive.
     EP_HD constexpr int64_t tail_word(int node, int channel, uint64_t count) const {
-        return tails.offset +
-               (line(node, channel) * shape.ring_chunks + index(count)) * kWordStride;
+        return tails.offset + word(node, channel, count);
     }
-    // Chunks of ours that node has ever taken out of its ring.
-    EP_HD constexpr int64_t head_word(int node, int channel) const {
-        return heads.offset + line(node, channel) * kWordStride;
+    // Chunks of ours that node has ever taken out of that place of its ring; see credits_until. Several
+    // warps take chunks side by side.
+    EP_HD constexpr int64_t head_word(int node, int channel, uint64_t count) const {
+        return heads.offset + word(node, channel, count);
     }
     EP_HD constexpr int64_t inbox_at(uint64_t seq, int node) const {
         return inbox.offset + mailbox(seq, node) * shape.entry_bytes;
@@ -125,8 +125,9 @@ private:
     EP_HD constexpr int64_t mailbox(uint64_t seq, int node) const {
         return static_cast<int64_t>(seq % kMailboxes) * shape.nodes.num_nodes + node;
     }
-    EP_HD constexpr int64_t line(int node, int channel) const {
-        return int64_t{node} * shape.num_channels + channel;
+    EP_HD constexpr int64_t word(int node, int channel, uint64_t count) const {
+        const int64_t ring = int64_t{node} * shape.num_channels + channel;
+        return (ring * shape.ring_chunks + index(count)) * kWordStride;
     }
     EP_HD constexpr int64_t index(uint64_t count) const {
         return static_cast<int64_t>(count % static_cast<uint64_t>(shape.ring_chunks));
@@ -146,6 +147,11 @@ EP_HD constexpr uint64_t entries_until(uint64_t seq) {
 // What `tail_word` shows once the `count`-th chunk of a ring, counted from 0, is there.
 EP_HD constexpr uint64_t chunks_until(uint64_t count, int ring_chunks) {
     return count / static_cast<uint64_t>(ring_chunks) + 1;
+}
+
+// What `head_word` shows once the place of the `count`-th chunk is free for it.
+EP_HD constexpr uint64_t credits_until(uint64_t count, int ring_chunks) {
+    return count / static_cast<uint64_t>(ring_chunks);
 }
 
 // Tokens of a channel are [first, first of the next).

@@ -46,8 +46,8 @@ struct RailProbe {
     __device__ int lane() const { return static_cast<int>(ptx::lane_id()); }
 
     __device__ bool send(uint64_t n) const {
-        const auto ring = static_cast<uint64_t>(job.shape.ring_chunks);
-        if (n >= ring && !wait({layout.head_word(peer_node, 0), n + 1 - ring})) return false;
+        const uint64_t until = credits_until(n, job.shape.ring_chunks);
+        if (!wait({layout.head_word(peer_node, 0, n), until})) return false;
         const int64_t staged = layout.send_chunk(my_node, peer_node, 0, n);
         auto* stage = reinterpret_cast<uint4*>(job.rail.own(staged));
         for (int64_t i = lane(); i < units(); i += 32) stage[i] = probe_pattern(job.rank, n, i);
@@ -69,7 +69,7 @@ struct RailProbe {
         }
         if (wrong != 0) atomicAdd(job.wrong, wrong);
         __syncwarp();
-        if (lane() == 0) job.rail.signal_add(peer, {layout.head_word(my_node, 0), 1});
+        if (lane() == 0) job.rail.signal_add(peer, {layout.head_word(my_node, 0, n), 1});
         return true;
     }
 };
@@ -89,7 +89,10 @@ __global__ void __launch_bounds__(32, 1)
     }
     job.rail.flush();
     // Until all of ours has been taken, so that the next probe finds the ring free.
-    (void)probe.wait({probe.layout.head_word(node, 0), end});
+    for (int i = 0; i < job.shape.ring_chunks; ++i) {
+        const uint64_t until = credits_until(end + i, job.shape.ring_chunks);
+        if (!probe.wait({probe.layout.head_word(node, 0, end + i), until})) return;
+    }
 }
 
 // A cudaError_t as an int. All ranks of all rails run it at the same time.

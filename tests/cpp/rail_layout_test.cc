@@ -69,14 +69,13 @@ int main() {
                     ++words;
                 }
                 for (int channel = 0; channel < shape.num_channels; ++channel) {
-                    const int64_t head = layout.head_word(node, channel);
-                    ep::expect(holds(layout.heads, head, 8), "head");
-                    lines.insert(head / 64);
-                    ++words;
-                    for (int place = 0; place < shape.ring_chunks; ++place, ++words) {
+                    for (int place = 0; place < shape.ring_chunks; ++place) {
                         const int64_t tail = layout.tail_word(node, channel, place);
+                        const int64_t head = layout.head_word(node, channel, place);
                         ep::expect(holds(layout.tails, tail, 8), "tail");
-                        lines.insert(tail / 64);
+                        ep::expect(holds(layout.heads, head, 8), "head");
+                        lines.insert({tail / 64, head / 64});
+                        words += 2;
                     }
                 }
             }
@@ -162,14 +161,16 @@ int main() {
         }
     });
 
-    ep::test("tail words count the chunks of their place", [] {
+    ep::test("words of a place count the chunks put there, and taken before the next", [] {
         const ep::RailLayout layout(ep::divide_staging({2, 1}, 1, kBf16));
-        std::map<int64_t, uint64_t> put;
+        const int ring = layout.shape.ring_chunks;
+        std::map<int64_t, uint64_t> put, taken;
         for (uint64_t count = 0; count < 30; ++count) {
-            ep::expect_eq(++put[layout.tail_word(0, 0, count)],
-                          ep::chunks_until(count, layout.shape.ring_chunks));
+            ep::expect_eq(taken[layout.head_word(0, 0, count)], ep::credits_until(count, ring));
+            ep::expect_eq(++put[layout.tail_word(0, 0, count)], ep::chunks_until(count, ring));
+            ++taken[layout.head_word(0, 0, count)];
         }
-        ep::expect_eq(int(put.size()), layout.shape.ring_chunks);
+        ep::expect_eq(int(put.size()), ring);
     });
 
     ep::test("mailbox words count the operations that used the mailbox", [] {

@@ -1,17 +1,19 @@
 """Rails: dispatch and combine over two levels, as docs/protocol.md has them ("Rails").
 
 Every rank has a thread that runs its operations one after the other (entries, relay, verdict, the
-end), and threads for the roles of its kernels: *pusher* (own node), *sender* (one for each peer
-node and channel; in combine it pulls and adds before it sends), *forwarder* (the same), *reducer*
-(one for each channel). NIC threads carry out the puts of a rail, one for each place of a ring, as
+end), and threads for the roles of its kernels: *mover* (of a channel: own node and rails),
+*forwarder* (one for each place of a ring), *puller* (one for each ring: pulls, adds, sends),
+*reducer* (of a channel). NIC threads carry out the puts of a rail, one for each place of a ring, as
 nothing orders two puts, and one for entries; they read what they send when they get to it. Bulk
 copies are made by an agent of each role, in a proxy of its own.
 
 What is abstracted, and why it loses nothing:
 
 * A chunk holds one record. Records of a chunk are written, put, read and credited together.
-* A role that serves several rings and never waits for one while another could advance is as many
-  threads: they can do what it can, in any order, and are ordered by less.
+* A role that serves several rings and never waits for one while another could advance (forwarder,
+  puller) is as many threads: they can do what it can, in any order, and are ordered by less.
+* Movers and reducers of a channel are one thread, which takes tokens in order and waits for each:
+  more of them, if they take tokens in order, only wait less.
 * The host's grant: a dispatch writes to the extent of the one before the last. Who grants, and why
   it is free, is the other model's concern (protocol.py).
 * Arithmetic, rows in pieces, weights, scales: they travel with the record.
@@ -221,17 +223,18 @@ class Rails:
         m, s = self.machine, self.shape
         self.main = {r: m.thread(f"rank {r}") for r in s.ranks}
         self.main_steps: dict[int, list[Step]] = {r: [] for r in s.ranks}
-        self.pusher = {(r, c): Role(m, f"rank {r} pusher {c}") for r in s.ranks for c in s.channels}
+        self.mover = {(r, c): Role(m, f"rank {r} mover {c}") for r in s.ranks for c in s.channels}
+        self.forwarder = {
+            (*ring, i): Role(m, f"rank {ring[0]} forwarder {ring[2]} from node {ring[1]}, {i}")
+            for ring in self.rings
+            for i in range(s.ring)
+        }
+        self.puller = {
+            ring: Role(m, f"rank {ring[0]} puller {ring[2]} for node {ring[1]}")
+            for ring in self.rings
+        }
         self.reducer = {
             (r, c): Role(m, f"rank {r} reducer {c}") for r in s.ranks for c in s.channels
-        }
-        self.sender = {
-            ring: Role(m, f"rank {ring[0]} sender {ring[2]} to node {ring[1]}")
-            for ring in self.rings
-        }
-        self.forwarder = {
-            ring: Role(m, f"rank {ring[0]} forwarder {ring[2]} from node {ring[1]}")
-            for ring in self.rings
         }
         self.nic = {
             (*ring, i): m.thread(f"NIC of rank {ring[0]}, channel {ring[2]} to node {ring[1]}, {i}")
@@ -245,7 +248,7 @@ class Rails:
         }
 
     def roles(self) -> Iterator[Role]:
-        for group in (self.pusher, self.reducer, self.sender, self.forwarder):
+        for group in (self.mover, self.forwarder, self.puller, self.reducer):
             yield from group.values()  # type: ignore[attr-defined]
 
     def word(self, *name: Any) -> Place:
@@ -270,9 +273,9 @@ class Rails:
         places = [(*ring, place) for ring in self.rings for place in range(s.ring)]
         self.send = {i: m.cell("send", *i) for i in places}
         self.recv = {i: m.cell("recv", *i) for i in places}
-        self.posted = {ring: self.word("posted", *ring) for ring in self.rings}
+        self.posted = {i: self.word("posted", *i) for i in places}
         self.tail = {i: self.word("tail", *i) for i in places}
-        self.head = {ring: self.word("head", *ring) for ring in self.rings}
+        self.head = {i: self.word("head", *i) for i in places}
         self.rows = {
             (r, e, i): m.cell("row", r, e, i)
             for r in s.ranks
@@ -492,7 +495,7 @@ class Rails:
         """The end of the kernel: all its roles."""
         s = self.shape
         rings = (s.num_nodes - 1) * s.num_channels
-        self.finished[r] += s.num_channels + rings * (2 if self.is_dispatch(seq) else 1)
+        self.finished[r] += s.num_channels + rings * (s.ring if self.is_dispatch(seq) else 1)
         total = self.finished[r]
         return Step(
             f"sees the roles of #{seq} end",
@@ -525,18 +528,27 @@ class Rails:
     # ---- roles of dispatch
 
     def dispatch_roles(self, r: int, seq: int, k: int, extent: int) -> None:
-        s = self.shape
-        for c in s.channels:
-            role = self.pusher[r, c]
-            role.steps += self.begin(role, r, seq)
-            for t, ranks in enumerate(s.tokens(r, c)):
-                for p in [p for p in s.near(r) if p in ranks]:
-                    role.steps += self.store(role, r, c, t, p, seq, extent)
-            role.steps += self.finish(r, seq)
-        for b in s.peers(r):
-            for c in s.channels:
-                self.send_records(r, b, c, seq)
-                self.forward_records(r, b, c, seq, extent)
+        for c in self.shape.channels:
+            self.move(r, c, seq, extent)
+        for a in self.shape.peers(r):
+            for c in self.shape.channels:
+                self.forward_records(r, a, c, seq, extent)
+
+    def move(self, r: int, c: int, seq: int, extent: int) -> None:
+        """Tokens in order, each to ranks of its own node and onto the rail of every other one; none
+        passes one that waits for a credit.
+        """
+        s, role = self.shape, self.mover[r, c]
+        role.steps += self.begin(role, r, seq)
+        for t, ranks in enumerate(s.tokens(r, c)):
+            for p in [p for p in s.near(r) if p in ranks]:
+                role.steps += self.store(role, r, c, t, p, seq, extent)
+            for b in [b for b in s.peers(r) if t in s.records(r, b, c)]:
+                role.steps += self.send_record(role, r, b, c, t, seq)
+        role.steps += self.finish(r, seq)
+
+    def send_record(self, role: Role, r: int, b: int, c: int, t: int, seq: int) -> list[Step]:
+        return self.put(role, (r, b, c), ("record", seq, r, c, t), lambda v: None)
 
     def begin(self, role: Role, r: int, seq: int) -> list[Step]:
         """What the rank has acquired comes before what its roles copy."""
@@ -569,13 +581,6 @@ class Rails:
     def drain_rows(self, v: View, role: Role) -> None:
         role.wait_copies(v)
 
-    def send_records(self, r: int, b: int, c: int, seq: int) -> None:
-        role = self.sender[r, b, c]
-        role.steps += self.begin(role, r, seq)
-        for t in self.shape.records(r, b, c):
-            role.steps += self.put(role, (r, b, c), ("record", seq, r, c, t), lambda v: None)
-        role.steps += self.finish(r, seq)
-
     def put(self, role: Role, ring: Ring, tag: tuple[Any, ...], load: Any) -> list[Step]:
         """A chunk: a credit, staged, handed to the NIC."""
         n = self.sent[ring]
@@ -591,12 +596,20 @@ class Rails:
         return [
             self.credit(ring, n),
             self.do(f"stages chunk {n}", stage, local=True),
-            self.do(f"posts chunk {n}", lambda v: self.release(v, self.posted[ring], n + 1)),
+            self.do(f"posts chunk {n}", lambda v: self.post(v, ring, n)),
         ]
 
     def credit(self, ring: Ring, n: int) -> Step:
         """The receiver has taken what lay there, so the put is complete, too."""
-        return self.wait(f"has room for chunk {n}", self.head[ring], n + 1 - self.shape.ring)
+        word, count = self.of_place(self.head, ring, n)
+        return self.wait(f"has room for chunk {n}", word, count - 1)
+
+    def post(self, v: View, ring: Ring, n: int) -> None:
+        self.release(v, *self.of_place(self.posted, ring, n))
+
+    def of_place(self, words: dict[Any, Place], ring: Ring, n: int) -> tuple[Place, int]:
+        """Words are of a place in a ring: which one, and what it counts with chunk n."""
+        return words[(*ring, n % self.shape.ring)], n // self.shape.ring + 1
 
     def drain_stage(self, v: View, role: Role) -> None:
         """Bulk stores complete, then a system-scope fence, before the doorbell."""
@@ -606,7 +619,7 @@ class Rails:
         """Puts with signal: data first, then the count."""
         steps: list[Step] = []
         for n in range(place, self.sent[ring], self.shape.ring):
-            steps.append(self.wait(f"is given chunk {n}", self.posted[ring], n + 1))
+            steps.append(self.wait(f"is given chunk {n}", *self.of_place(self.posted, ring, n)))
             steps += self.carry(ring, n)
         return steps
 
@@ -622,12 +635,7 @@ class Rails:
         v.write(self.recv[(*self.reverse(ring), place)], tag)
 
     def count_chunk(self, v: View, ring: Ring, n: int) -> None:
-        word, count = self.tail_of(self.reverse(ring), n)
-        self.release(v, word, count)
-
-    def tail_of(self, ring: Ring, n: int) -> tuple[Place, int]:
-        """A word for each place of a ring, and what it counts once chunk n is there."""
-        return self.tail[(*ring, n % self.shape.ring)], n // self.shape.ring + 1
+        self.release(v, *self.of_place(self.tail, self.reverse(ring), n))
 
     def reverse(self, ring: Ring) -> Ring:
         """The same rail and channel, seen from its other end."""
@@ -635,14 +643,18 @@ class Rails:
         return self.shape.across(r, b), self.shape.node(r), c
 
     def forward_records(self, r: int, a: int, c: int, seq: int, extent: int) -> None:
+        """Side by side: a forwarder for each place of a ring."""
         s, ring, src = self.shape, (r, a, c), self.shape.across(r, a)
-        role = self.forwarder[ring]
-        role.steps += self.begin(role, r, seq)
+        roles = [self.forwarder[(*ring, i)] for i in range(s.ring)]
+        for role in roles:
+            role.steps += self.begin(role, r, seq)
         for t in s.records(src, s.node(r), c):
+            role = roles[self.taken[ring] % s.ring]
             role.steps += self.take(role, ring, ("record", seq, src, c, t))
             for p in [p for p in s.near(r) if p in s.tokens(src, c)[t]]:
                 role.steps += self.store(role, src, c, t, p, seq, extent)
-        role.steps += self.finish(r, seq)
+        for role in roles:
+            role.steps += self.finish(r, seq)
 
     def take(self, role: Role, ring: Ring, tag: tuple[Any, ...]) -> list[Step]:
         """A chunk out of a ring: acquired, read, and only then credited."""
@@ -657,7 +669,7 @@ class Rails:
         ]
 
     def arrival(self, ring: Ring, n: int) -> Step:
-        return self.wait(f"has chunk {n}", *self.tail_of(ring, n))
+        return self.wait(f"has chunk {n}", *self.of_place(self.tail, ring, n))
 
     def read_chunk(self, v: View, role: Role, ring: Ring, n: int, tag: tuple[Any, ...]) -> None:
         self.fence_before_load(v, role)
@@ -671,7 +683,7 @@ class Rails:
         role.wait_copies(v)
 
     def give_credit(self, v: View, ring: Ring, n: int) -> None:
-        self.release(v, self.head[self.reverse(ring)], n + 1)
+        self.release(v, *self.of_place(self.head, self.reverse(ring), n))
 
     # ---- roles of combine
 
@@ -685,7 +697,7 @@ class Rails:
 
     def send_sums(self, r: int, a: int, c: int, seq: int, extent: int) -> None:
         """For each token of our rail that came here: pull its rows on this node, add, send."""
-        s, src, role = self.shape, self.shape.across(r, a), self.sender[r, a, c]
+        s, src, role = self.shape, self.shape.across(r, a), self.puller[r, a, c]
         role.steps += self.begin(role, r, seq)
         for t in s.records(src, s.node(r), c):
             ranks = [p for p in s.near(r) if p in s.tokens(src, c)[t]]
@@ -737,11 +749,13 @@ class Rails:
 
     def check_final(self, v: View) -> None:
         for ring in self.rings:
-            tails = [self.tail[(*self.reverse(ring), i)] for i in range(self.shape.ring)]
-            words = (self.posted[ring], self.head[ring], *tails)
-            posted, head, *put = (v.count(w) if self.reduced else v.peek(w) for w in words)
-            if (posted, head, sum(put)) != (self.sent[ring],) * 3:
-                raise Violation(CREDIT, f"ring {ring}: posted {posted}, put {put}, head {head}")
+            back = self.reverse(ring)
+            for words, where in ((self.posted, ring), (self.tail, back), (self.head, ring)):
+                places = [words[(*where, i)] for i in range(self.shape.ring)]
+                count = sum(v.count(w) if self.reduced else v.peek(w) for w in places)
+                if count != self.sent[ring]:
+                    text = f"{places[0].name[0]} of ring {ring} counts {count}"
+                    raise Violation(CREDIT, f"{text}, {self.sent[ring]} were sent")
 
 
 def describe(name: tuple[Any, ...]) -> str:

@@ -46,15 +46,32 @@ class ReusedWhenPosted(Rails):
     """A place is staged again once its put was handed to the NIC, which may not have read it."""
 
     def credit(self, ring: Ring, n: int) -> Step:
-        return self.wait(f"has room for chunk {n}", self.posted[ring], n + 1 - self.shape.ring)
+        word, count = self.of_place(self.posted, ring, n)
+        return self.wait(f"has room for chunk {n}", word, count - 1)
 
 
 class LastCreditKept(Rails):
-    """Credits are told for two chunks at a time, and the last one of an operation not at all."""
+    """The last chunk of an operation is not credited: nobody needs its place any more."""
 
-    def take(self, role: Role, ring: Ring, tag: tuple[Any, ...]) -> list[Step]:
-        wait, read, credit = super().take(role, ring, tag)
-        return [wait, read, credit] if self.taken[ring] % 2 == 0 else [wait, read]
+    def forward_records(self, r: int, a: int, c: int, seq: int, extent: int) -> None:
+        super().forward_records(r, a, c, seq, extent)
+        if not (n := self.taken[r, a, c]):
+            return
+        role = self.forwarder[r, a, c, (n - 1) % self.shape.ring]
+        last = f"credits chunk {n - 1}"
+        role.steps = [step for step in role.steps if step.text != last]
+
+
+class CreditOfTheRing(Rails):
+    """One word counts the chunks that forwarders take from a ring, side by side."""
+
+    def of_place(self, words: dict[Any, Place], ring: Ring, n: int) -> tuple[Place, int]:
+        if words is not self.head:
+            return super().of_place(words, ring, n)
+        return words[(*ring, 0)], n + 2 - self.shape.ring
+
+    def give_credit(self, v: View, ring: Ring, n: int) -> None:
+        v.add(self.head[(*self.reverse(ring), 0)], 1)
 
 
 # ---- tails
@@ -86,7 +103,7 @@ class TailNotAcquired(Rails):
     """The forwarder sees the tail with a relaxed load."""
 
     def arrival(self, ring: Ring, n: int) -> Step:
-        word, wanted = self.tail_of(ring, n)
+        word, wanted = self.of_place(self.tail, ring, n)
 
         def look(v: View) -> Any:
             have = v.count(word) if self.reduced else v.peek(word)
@@ -109,32 +126,32 @@ class TailFromZero(Rails):
 class ArrivedCountedBySource(Rails):
     """The source counts a row as arrived when it has put it on the rail."""
 
-    def send_records(self, r: int, b: int, c: int, seq: int) -> None:
-        super().send_records(r, b, c, seq)
+    def send_record(self, role: Role, r: int, b: int, c: int, t: int, seq: int) -> list[Step]:
         slot = seq % self.shape.num_slots
         adds = [
             self.do("counts", lambda v, p=p: v.add(self.arrived[p, slot, r], 1))
-            for t in self.shape.records(r, b, c)
             for p in self.shape.on_node(b)
             if p in self.shape.tokens(r, c)[t]
         ]
-        self.sender[r, b, c].steps[-1:-1] = adds
+        return super().send_record(role, r, b, c, t, seq) + adds
 
     def store(
         self, role: Role, src: int, c: int, t: int, p: int, seq: int, extent: int
     ) -> list[Step]:
         steps = super().store(role, src, c, t, p, seq, extent)
-        return steps if self.shape.node(src) == self.shape.node(p) else steps[:1]
+        return steps if role is self.mover.get((src, c)) else steps[:1]
 
 
 class TailOfTheRing(Rails):
     """One word counts the puts of a ring, which may arrive in another order."""
 
-    def tail_of(self, ring: Ring, n: int) -> tuple[Place, int]:
-        return self.tail[(*ring, 0)], n + 1
+    def of_place(self, words: dict[Any, Place], ring: Ring, n: int) -> tuple[Place, int]:
+        if words is not self.tail:
+            return super().of_place(words, ring, n)
+        return words[(*ring, 0)], n + 1
 
     def count_chunk(self, v: View, ring: Ring, n: int) -> None:
-        v.add(self.tail_of(self.reverse(ring), n)[0], 1)
+        v.add(self.tail[(*self.reverse(ring), 0)], 1)
 
 
 # ---- proxies
@@ -167,16 +184,13 @@ class RowsNotDrained(Rails):
 class SendsThenForwards(Rails):
     """One role sends all it has before it forwards what comes."""
 
-    def send_records(self, r: int, b: int, c: int, seq: int) -> None:
-        super().send_records(r, b, c, seq)
-        ring = (r, b, c)
-        self.sender[ring], self.forwarder[ring] = (self.forwarder[ring], self.sender[ring])
-
     def forward_records(self, r: int, a: int, c: int, seq: int, extent: int) -> None:
-        """Goes on in the thread that has just sent."""
+        roles = [self.forwarder[r, a, c, i] for i in range(self.shape.ring)]
+        before = [len(role.steps) for role in roles]
         super().forward_records(r, a, c, seq, extent)
-        ring = (r, a, c)
-        self.sender[ring], self.forwarder[ring] = (self.forwarder[ring], self.sender[ring])
+        for role, begin in zip(roles, before, strict=True):
+            self.mover[r, c].steps += role.steps[begin:]
+            del role.steps[begin:]
 
 
 class ChannelsTakeTurns(Rails):
@@ -188,12 +202,12 @@ class ChannelsTakeTurns(Rails):
         for a in self.shape.peers(r):
             parts = []
             for c in self.shape.channels:
-                role = self.sender[r, a, c]
+                role = self.puller[r, a, c]
                 before = len(role.steps)
                 self.send_sums(r, a, c, seq, extent)
                 parts.append(role.steps[before:])
                 del role.steps[before:]
-            self.sender[r, a, 0].steps += take_turns(parts)
+            self.puller[r, a, 0].steps += take_turns(parts)
         for c in self.shape.channels:
             self.reduce(r, c, seq, extent)
             if c > 0:
@@ -218,12 +232,12 @@ class PeerAfterPeer(Rails):
         first = self.shape.peers(r)[0]
         for c in self.shape.channels:
             for a in self.shape.peers(r):
-                role = self.sender[r, a, c]
+                role = self.puller[r, a, c]
                 before = len(role.steps)
                 self.send_sums(r, a, c, seq, extent)
                 steps = role.steps[before:]
                 del role.steps[before:]
-                self.sender[r, first, c].steps += steps
+                self.puller[r, first, c].steps += steps
             self.reduce(r, c, seq, extent)
 
 
@@ -236,7 +250,7 @@ class PulledBeforeRails(Rails):
 
     def send_sums(self, r: int, a: int, c: int, seq: int, extent: int) -> None:
         super().send_sums(r, a, c, seq, extent)
-        self.sender[r, a, c].steps[-1] = self.do("ends", lambda v: v.add(self.late[r], 1))
+        self.puller[r, a, c].steps[-1] = self.do("ends", lambda v: v.add(self.late[r], 1))
 
     def ended(self, r: int, seq: int) -> Step:
         if not self.is_dispatch(seq):
@@ -328,9 +342,7 @@ MISTAKES = [
         small=False,
     ),
     Mistake("reused-when-posted", ReusedWhenPosted, UNCOVERED, FULL),
-    Mistake(
-        "last-credit-kept", LastCreditKept, CREDIT, everywhere(3, ring=2, ops=(D,)), small=False
-    ),
+    Mistake("last-credit-kept", LastCreditKept, CREDIT, everywhere(ops=(D,))),
     Mistake("tail-before-data", TailBeforeData, UNCOVERED, FULL),
     Mistake("signal-on-another-queue", SignalOnAnotherQueue, UNCOVERED, FULL),
     Mistake("tail-not-acquired", TailNotAcquired, UNCOVERED, FULL),
