@@ -16,7 +16,7 @@
 namespace ep {
 
 inline constexpr int64_t kRailStagingBytes = int64_t{128} << 20;  // of all rings of a rank
-inline constexpr int kMaxChannels = 32;
+inline constexpr int kMaxChannels = 16;
 inline constexpr int kRingChunks = 8;  // places of a ring: in flight, being read, being credited
 inline constexpr int kMaxChunkTokens = 8;  // of the largest record; a signal for so many is cheap
 inline constexpr int kMailboxes = 2;       // why two are enough: docs/protocol.md, "Rails"

@@ -16,7 +16,7 @@ constexpr int64_t kBf16 = 14336 + 112, kWide = 262144 + 4096;  // a row of 7168,
 std::vector<ep::RailShape> shapes() {
     std::vector<ep::RailShape> all;
     for (int nodes : {1, 2, 3, 40, 128, 1024}) {
-        for (int channels : {1, 10, 20}) {
+        for (int channels : {1, 10, ep::kMaxChannels}) {
             for (int64_t record : {int64_t{64}, kBf16, kWide}) {
                 const int ranks = nodes == 1024 ? 1 : 8;
                 ep::RailShape s = ep::divide_staging({nodes, ranks}, channels, record);
