@@ -25,10 +25,8 @@ What is abstracted, and why it loses nothing:
 * The order in which a rank serves its peers is fixed (next higher first, itself last): stores to
   different words by one thread commute, since no wait is ever undone by a store.
 
-Every rule a mistake could break is one method, so tests/model/mistakes.py can break it. A rail
-between nodes is two more threads per rank (sender, forwarder), staging cells, and the words `tail`
-and `head`: add them as methods of a subclass and put their steps between those of `dispatch` and
-`combine`.
+Every rule a mistake could break is one method, so tests/model/mistakes.py can break it. Rails
+between nodes, with what they change here, have a model of their own: rail.py.
 """
 
 from __future__ import annotations
