@@ -1,7 +1,7 @@
 """Which replica of a logical expert a token goes to: the tables, and the rule in torch.
 
-The rule is that of csrc/contract/replicas.h; here it serves the reference and the backends whose
-notify does not know it.
+The rule is that of csrc/contract/replicas.h; here it serves the reference and the collective
+backend.
 
 A source chooses among the replicas on its own rank, else on its node, else among all. Within those
 the token decides: tokens spread over [0, 2^32) in golden-ratio steps, and each candidate has a
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 Prefer = Literal["node", "rank", "none"]
 PREFER: Final = get_args(Prefer)
 MAX_LAYERS: Final = (1 << 16) - 1
-BAD_ID: Final = 1 << 40
 KEY_MARK: Final = 1 << 62  # of a key in the `routing` of a call's signature
 _RANGE: Final = 1 << 32
 _STEP: Final = 2654435769  # 2^32 / golden ratio
@@ -66,11 +65,6 @@ class LayerReplicas(NamedTuple):
         for _ in range(self.most - 1):
             chosen += (spread > until[chosen]) & (chosen < last)
         return torch.where(valid, self.slot[chosen].to(torch.int64), -1)
-
-    def route_for_notify(self, ids: Tensor, source: int) -> Tensor:
-        """As `route`, for a notify that checks ids: bad ones become BAD_ID, no physical expert."""
-        bad = (ids < -1) | (ids >= self.num_logical)
-        return torch.where(bad, BAD_ID, self.route(ids, source))
 
     def add_load(self, ids: Tensor) -> None:
         """Add ids, int64 [T, K], to `load`; none if any of them is bad. No wait for the device."""

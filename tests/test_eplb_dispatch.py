@@ -11,9 +11,8 @@ from compare import same_bits, same_received, specified_rows
 from torch import Tensor
 
 from ep_comm import Buffer, EPError, reference
-from ep_comm.checks import MAX_EXPERTS
 from ep_comm.eplb import Placement, initial_placement, plan
-from ep_comm.replicas import BAD_ID, Replicas, make_replicas
+from ep_comm.replicas import Replicas, make_replicas
 from ep_comm.testing import Cluster, run_processes
 from ep_comm.testing.skew import zipf_load
 
@@ -107,18 +106,6 @@ def test_tables_hold_the_nearest_replicas_only(placement: Placement, prefer: str
                 want = {"node": own or node or all_slots, "rank": own or all_slots}
                 assert one.slot[start:end].tolist() == want.get(prefer, all_slots)
                 assert int(one.until[end - 1]) == -1  # all 32 bits
-
-
-def test_bad_ids_stay_bad_for_a_notify_that_knows_physical_experts_only(
-    placement: Placement,
-) -> None:
-    table = tables(placement, 1).of_layer(0)
-    ids = torch.tensor([[0, -1, LOGICAL - 1], [LOGICAL, -2, 3]])
-    want = table.route(ids, 1)
-    assert want[1].tolist()[:2] == [-1, -1]
-    want[1, :2] = BAD_ID
-    assert BAD_ID > MAX_EXPERTS  # of any buffer
-    same_bits(table.route_for_notify(ids, 1), want)
 
 
 # ---- backends ----

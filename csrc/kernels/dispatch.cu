@@ -346,10 +346,24 @@ __device__ __forceinline__ void conclude_call(const PackJob& pack, const Spread&
     leave_slot(view, in.seq, in.slot);
 }
 
+// A call with an id that names no expert counts no load. Of tokens that were counted by this block.
+__device__ __noinline__ void take_back_load(const DispatchJob& job, const Entering& in, Span own) {
+    const NoticeWords ours(job.view, in.slot, job.view.peers.rank);
+    if (job.args.cached || code_of(ours.get(NoticeLayout::kWhat)) != kBadExpertId) return;
+    const DispatchArgs& a = job.args;
+    const int64_t end = int64_t{own.end} * a.num_topk;
+    for (int64_t i = int64_t{own.begin} * a.num_topk + threadIdx.x; i < end; i += blockDim.x - 32) {
+        const int64_t id = a.topk_idx[i];
+        if (id < 0 || id >= a.replicas.num_logical) continue;
+        atomicAdd(reinterpret_cast<unsigned long long*>(a.logical_load + id), ~0ull);
+    }
+}
+
 // Those that move rows, once all are stored. `barrier` is theirs.
 template <Phase kPhase, class Barrier>
 __device__ __forceinline__ void finish_block(const DispatchJob& job, const Spread& spread,
-                                             const Entering& in, bool good, Barrier barrier) {
+                                             const Entering& in, Span own, bool good,
+                                             Barrier barrier) {
     const Tables tables(spread);
     const int num_movers = spread.num_movers;
     const RankView& view = job.view;
@@ -363,6 +377,10 @@ __device__ __forceinline__ void finish_block(const DispatchJob& job, const Sprea
         if (job.args.cached) barrier();
     }
     if (kPhase == Phase::kMove) return;
+    if (!good && job.args.logical_load != nullptr) {
+        take_back_load(job, in, own);
+        barrier();  // it reads our notice
+    }
     if (threadIdx.x == 0) count_block(view);
     if (!job.args.is_static && job.args.layout == RecvLayout::kCompact) return;
     const Padder padder{job, blockIdx.x + int64_t{threadIdx.x / 32} * gridDim.x,
@@ -442,7 +460,7 @@ __global__ void __launch_bounds__((Config::kMaxMovers + 1) * 32, 1)
     mover.abandon();
     const auto barrier = [num_movers] { ptx::barrier_sync_aligned(1, 32 * num_movers); };
     barrier();
-    if (!failed) finish_block<kPhase>(job, spread, in, good, barrier);
+    if (!failed) finish_block<kPhase>(job, spread, in, span.own, good, barrier);
 }
 
 // Behind the copies on their stream, the packing before them: all our rows are there. One warp.

@@ -122,11 +122,6 @@ class Dispatch:
 
     def _fill_replicas(self, a: _core.DispatchArgs, replicas: LayerReplicas) -> None:
         a.routing = replicas.key
-        if self.spec.device.type != "cpu":  # the notify of GPUs does not know replicas
-            replicas.add_load(self.call.topk_idx)
-            self.routed_idx = replicas.route_for_notify(self.call.topk_idx, self.spec.rank)
-            a.topk_idx = self.routed_idx.data_ptr()
-            return
         tables = _core.Replicas()
         tables.first, tables.slot = replicas.first.data_ptr(), replicas.slot.data_ptr()
         tables.until, tables.num_logical = replicas.until.data_ptr(), replicas.num_logical

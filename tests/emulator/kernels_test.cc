@@ -27,7 +27,7 @@ struct Case {
     int alignment = 1, num_sms = 2, scale_words = 0;
     int64_t capacity = -1;
     bool is_static = false, weights = true, wide = true, row_index = false, origins = false;
-    bool by_copies = false, one_expert = false;
+    bool by_copies = false, one_expert = false, replicas = false;
     Quantize quantize = Quantize::kNone;
     unsigned seed = 1;
 };
@@ -40,6 +40,7 @@ struct Rank {
     std::vector<uint32_t> scales;
     std::vector<int32_t> send_row, counts, offsets, rank_ends, numbers;
     std::vector<int64_t> rank_counts, source_range;
+    std::vector<int64_t> logical, routed, load;  // with replicas: what `ids` follows from
     std::unique_ptr<DeviceRank> device;
     std::shared_ptr<DeviceArena> arena;
     cudaStream_t stream = nullptr;
@@ -47,13 +48,31 @@ struct Rank {
     DispatchArgs args;
 };
 
+// Each logical expert has two replicas: the physical ones at 2 e and 2 e + 1.
+struct TwoReplicas {
+    std::vector<int32_t> first{0}, slot;
+    std::vector<uint32_t> until;
+
+    explicit TwoReplicas(int num_logical) {
+        for (int e = 0; e < num_logical; ++e) {
+            slot.insert(slot.end(), {2 * e, 2 * e + 1});
+            until.insert(until.end(), {0x60000000u, 0xffffffffu});
+            first.push_back(2 * e + 2);
+        }
+    }
+    Replicas tables() const {
+        return {first.data(), slot.data(), until.data(), static_cast<int32_t>(first.size()) - 1};
+    }
+};
+
 struct World {
     Case c;
+    TwoReplicas replicas;
     std::vector<int32_t> owner;
     std::vector<Rank> ranks;
     Shape shape;
 
-    explicit World(const Case& given) : c(given), ranks(given.ranks) {
+    explicit World(const Case& given) : c(given), replicas(given.experts / 2), ranks(given.ranks) {
         std::mt19937 random(c.seed);
         for (int e = 0; e < c.experts; ++e) owner.push_back(e * c.ranks / c.experts);
         shape.num_ranks = c.ranks;
@@ -96,10 +115,25 @@ struct World {
             r.ids.push_back(choose());
             r.weights.push_back(static_cast<float>(random() % 1000) / 128.0f);
         }
+        if (c.replicas) replicate(r);
         for (int i = 0; i < tokens * c.hidden; ++i) {
             r.x.push_back(static_cast<uint16_t>(0x3c00 + random() % 0x700));
         }
         for (int i = 0; i < tokens * c.scale_words; ++i) r.scales.push_back(random());
+    }
+
+    // Ids drawn so far name logical experts; afterwards the physical ones that come of them.
+    void replicate(Rank& r) const {
+        const int source = static_cast<int>(&r - ranks.data());
+        const int num_logical = replicas.tables().num_logical;
+        for (int64_t& id : r.ids) id = id < 0 ? id : id % num_logical;
+        r.logical = r.ids;
+        for (size_t i = 0; i < r.ids.size(); ++i) {
+            if (r.ids[i] < 0) continue;
+            const auto spread = spread_of(static_cast<int64_t>(i) / c.topk, source);
+            r.ids[i] = choose_replica(replicas.tables(), r.ids[i], spread);
+        }
+        r.load.assign(num_logical, 0);
     }
 
     int tokens(int r) const { return c.tokens[r % c.tokens.size()]; }
@@ -137,6 +171,13 @@ struct World {
             a.index_capacity = int64_t{c.ranks} * shape.max_tokens * c.topk + 100;
         }
         if (c.weights) a.topk_weights = r.weights.data(), a.with_weights = true;
+        if (c.replicas) {
+            r.routed.assign(r.ids.size(), -7);
+            a.topk_idx = r.logical.data();
+            a.replicas = replicas.tables();
+            a.routed_idx = r.routed.data();
+            a.logical_load = r.load.data();
+        }
         if (c.scale_words > 0) {
             a.scales = reinterpret_cast<std::byte*>(r.scales.data());
             a.scale_bytes = 4 * c.scale_words;
@@ -443,6 +484,7 @@ void run(const Case& c) {
             DispatchArgs a = w.args_of(i);
             a.cached = true;
             a.routing = 1;
+            if (c.replicas) a.topk_idx = w.ranks[i].ids.data(), a.replicas = {};
             w.queue(i, a, true);
         }
         w.finish(true);
@@ -565,6 +607,33 @@ int main() {
         hold.reset();
         w.dispatch();
         for (const Rank& r : w.ranks) expect_eq(code_of(r), 0);
+    });
+    test("replicas are chosen, and load is counted", [] {
+        for (const Case& base : {ranks(3, 2), ranks(3, 2, grouped()), ranks(3, 1, slab())}) {
+            run(with(base, [](Case& c) { c.replicas = true; }));
+        }
+        World w(with(ranks(3, 2), [](Case& c) { c.replicas = true; }));
+        w.dispatch();
+        w.dispatch();
+        for (const Rank& r : w.ranks) {
+            expect(r.routed == r.ids, "routed ids");
+            for (size_t e = 0; e < r.load.size(); ++e) {
+                const auto n = std::count(r.logical.begin(), r.logical.end(), int64_t(e));
+                expect_eq(r.load[e], 2 * int64_t{n});
+            }
+        }
+    });
+    test("a call with an id of no logical expert counts none", [] {
+        for (const int tokens : {9, 1100}) {
+            World w(with(ranks(2, 3), [tokens](Case& c) {
+                c.replicas = true, c.hidden = 8, c.tokens = {tokens, 5};
+            }));
+            w.ranks[0].logical[13] = w.replicas.tables().num_logical;
+            w.dispatch();
+            for (const Rank& r : w.ranks) expect_eq(code_of(r), int{kBadExpertId});
+            expect(w.ranks[0].load == std::vector<int64_t>(5, 0), "load of the one with the id");
+            expect_eq(w.ranks[1].flight->report.outcome.detail[3], int64_t{5});
+        }
     });
     test("a refusal, and arguments that differ, fail everywhere", [] {
         World w(ranks(3, 2));
