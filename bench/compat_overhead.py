@@ -2,11 +2,12 @@
 
     python bench/compat_overhead.py [--json bench/results/cpu_compat_overhead.jsonl]
 
-One rank, so that nobody is waited for; rows are small, so that little is copied. `overhead_us` is
-the time of a `deep_ep` call outside the native call inside it. That call is asked for a little more
-than a native user would ask (`origins=True`, order): `above_plain_us` is the time of the `deep_ep`
-call minus that of the plain native call that follows it. What native calls return is freed between
-the measurements. p10, p50, p90, microseconds.
+One rank, so that nobody is waited for; rows are small, so that little is copied. `call_us` is the
+time of a `deep_ep` call, `overhead_us` that outside the native call inside it. That call is asked
+for a little more than a native user would ask (`origins=True`, order): `above_plain_us` is
+`call_us` minus the time of the plain native call that follows. What calls return is freed between
+the measurements. Operations are measured in turns, in many rounds, so that what else the machine
+does meets all of them alike. p10, p50, p90, microseconds.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ class Timed:
     """A native buffer that adds up the time spent in its operations."""
 
     def __init__(self, native: Any) -> None:
-        self._native, self.inside_s = native, 0.0
+        self._native, self._backend, self.inside_s = native, native._backend, 0.0
         self.kept: list[Any] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -54,8 +56,23 @@ class Timed:
         return result
 
 
-def calls(num_tokens: int) -> tuple[Timed, dict[str, tuple[Call, Call]]]:
-    """The native buffer; by name, the call of `deep_ep` and the plain native one."""
+class Natives:
+    """Puts the native buffer or its timed double under a `deep_ep.Buffer`."""
+
+    routing: Any = None  # of a low-latency handle, which names the native buffer, too
+
+    def __init__(self, buffer: deep_ep.Buffer, num_experts: int, hidden: int) -> None:
+        device = torch.device("cpu")
+        self._all, self._key = buffer.runtime._buffers, (hidden, num_experts, device)
+        self.native = buffer.runtime.get(hidden, num_experts, device)
+        self.timed = Timed(self.native)
+
+    def use(self, native: Any) -> None:
+        self._all[self._key] = self.routing.native = native
+
+
+def calls(num_tokens: int) -> tuple[Natives, dict[str, tuple[Call, Call]]]:
+    """The native buffers; by name, the call of `deep_ep` and the plain native one."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(num_tokens, HIDDEN, generator=generator).bfloat16()
     order = torch.rand(num_tokens, NUM_EXPERTS, generator=generator).argsort(1)
@@ -67,16 +84,16 @@ def calls(num_tokens: int) -> tuple[Timed, dict[str, tuple[Call, Call]]]:
         "is_token_in_rank": in_rank,
         "num_tokens_per_expert": per_expert,
     }
-    native = buffer.runtime.get(HIDDEN, NUM_EXPERTS, x.device)
-    timed = Timed(native)
-    buffer.runtime._buffers[(HIDDEN, NUM_EXPERTS, x.device)] = timed
+    natives = Natives(buffer, NUM_EXPERTS, HIDDEN)
+    native = natives.native
     slab = {"layout": "slab", "capacity": num_tokens}
     recv = native.dispatch(x, idx, weights)
     slabs = native.dispatch(x, idx, weights, **slab)
     out = buffer.dispatch(x, topk_idx=idx, topk_weights=weights, **layout)
     copies = tuple(t.clone() for t in out[4])
     sent = buffer.low_latency_dispatch(x, idx, num_tokens, NUM_EXPERTS, use_fp8=False)
-    return timed, {
+    natives.routing = sent[2][0].ep_comm_routing
+    return natives, {
         "dispatch": (
             lambda: buffer.dispatch(x, topk_idx=idx, topk_weights=weights, **layout),
             lambda: native.dispatch(x, idx, weights),
@@ -108,28 +125,47 @@ def calls(num_tokens: int) -> tuple[Timed, dict[str, tuple[Call, Call]]]:
     }
 
 
-def measure(timed: Timed, adapter: Call, plain: Call, iterations: int) -> dict[str, Any]:
-    """Times of the two calls, in turns."""
-    outside, above, whole = [], [], []
+@dataclass
+class Times:
+    """Microseconds of every iteration."""
+
+    outside: list[float] = field(default_factory=list)
+    above: list[float] = field(default_factory=list)
+    whole: list[float] = field(default_factory=list)
+
+    def spreads(self) -> dict[str, dict[str, float]]:
+        return {
+            "overhead_us": spread(self.outside),
+            "above_plain_us": spread(self.above),
+            "call_us": spread(self.whole),
+        }
+
+
+def measure(natives: Natives, adapter: Call, plain: Call, iterations: int, times: Times) -> None:
+    """Add times of the two calls, in turns; the first tenth warms up."""
+    timed, native = natives.timed, natives.native
     for i in range(-iterations // 10, iterations):
         timed.inside_s = 0.0
-        start = time.perf_counter()
-        adapter()
-        middle = time.perf_counter()
+        natives.use(timed)
+        kept, with_clock_s = clocked(adapter)
+        inside_s = timed.inside_s
         timed.kept.clear()
-        again = time.perf_counter()
-        timed.kept.append(plain())
-        end = time.perf_counter()
-        timed.kept.clear()
+        natives.use(native)
+        kept, call_s = clocked(adapter)
+        del kept
+        kept, plain_s = clocked(plain)
+        del kept
         if i >= 0:
-            whole.append((middle - start) * 1e6)
-            outside.append((middle - start - timed.inside_s) * 1e6)
-            above.append((middle - start - (end - again)) * 1e6)
-    return {
-        "overhead_us": spread(outside),
-        "above_plain_us": spread(above),
-        "call_us": spread(whole),
-    }
+            times.whole.append(call_s * 1e6)
+            times.outside.append((with_clock_s - inside_s) * 1e6)
+            times.above.append((call_s - plain_s) * 1e6)
+
+
+def clocked(call: Call) -> tuple[Any, float]:
+    """What it returns, and the seconds it took."""
+    start = time.perf_counter()
+    result = call()
+    return result, time.perf_counter() - start
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -141,7 +177,8 @@ def spread(values: list[float]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--iterations", type=int, default=3000)
+    parser.add_argument("--iterations", type=int, default=3000, help="of each operation")
+    parser.add_argument("--rounds", type=int, default=20, help="the iterations are spread over")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -153,19 +190,25 @@ def main() -> None:
         "experts": NUM_EXPERTS,
         "hidden": HIDDEN,
         "iterations": options.iterations,
+        "rounds": options.rounds,
         "machine": facts(),
     }
+    natives, pairs = calls(options.tokens)
+    times = {op: Times() for op in pairs}
+    meter = LoadMeter()
+    for _ in range(options.rounds):
+        for op, pair in pairs.items():
+            measure(natives, *pair, options.iterations // options.rounds, times[op])
+    load = meter.read(meter.own_s())
     lines = []
-    timed, pairs = calls(options.tokens)
-    for op, pair in pairs.items():
-        meter = LoadMeter()
-        found = measure(timed, *pair, options.iterations)
-        load = meter.read(meter.own_s())
-        overhead, plain = found["overhead_us"], found["above_plain_us"]
-        print(
-            f"{op:26s} overhead p50 {overhead['p50']:6.1f} us, above plain {plain['p50']:6.1f} us"
-        )
-        lines.append(json.dumps({"op": op, **found, "load": load, **same}))
+    for op, found in times.items():
+        spreads = found.spreads()
+        shown = [
+            f"{name.removesuffix('_us')} {at['p10']:6.1f} {at['p50']:6.1f}"
+            for name, at in spreads.items()
+        ]
+        print(f"{op:26s} p10, p50 us: {', '.join(shown)}")
+        lines.append(json.dumps({"op": op, **spreads, "load": load, **same}))
     if options.json:
         options.json.write_text("\n".join(lines) + "\n")
 
