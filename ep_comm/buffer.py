@@ -207,7 +207,9 @@ class Buffer:
             num_sms: SMs for this call, GPU backends.
             tag: your name for the call, quoted in errors.
         Returns:
-            Received; Begun[Received] with wait=False.
+            Received; Begun[Received] with wait=False. Its handle has ids and weights of its own:
+            once the call (or `wait()`) has returned, all arguments may be written to. On nvlink it
+            holds int64 ids and float32 weights themselves.
         Raises:
             EPArgumentError: E200 to E213, also when another rank's argument is bad.
             EPMismatch: E220, ranks passed different arguments.

@@ -9,6 +9,7 @@ import compare
 import pytest
 import ranks
 import torch
+from compare import same_bits
 from torch import Tensor
 
 from ep_comm import Handle, Received
@@ -130,6 +131,39 @@ def test_a19_combine_twice_and_dispatch_twice_with_one_handle(two: Cluster) -> N
         assert torch.equal(twice.x, recv.x + 1)
 
     two.run(work)
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["at-once", "begun"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda options: options["layout"])
+@pytest.mark.parametrize("backend", ["cpu", "collective"])
+def test_arguments_overwritten_after_dispatch_leave_the_handle_alone(
+    backend: str, layout: dict[str, Any], begun: bool
+) -> None:
+    weighted = layout["layout"] != "compact"
+
+    def work(rank: int) -> None:
+        buffer = cluster.buffers[rank]
+        x, idx, weights = inputs(rank, 7)
+        recv = buffer.dispatch(x, idx, weights, **layout)
+        want = buffer.combine(recv.x, recv.handle, weighted=weighted)
+        given = x.clone(), idx.clone(), weights.clone()
+        if begun:
+            recv = buffer.dispatch(*given, wait=False, **layout).wait()
+        else:
+            recv = buffer.dispatch(*given, **layout)
+        given[0].fill_(7)
+        given[1].copy_((idx + 3) % 6)  # other ranks
+        given[2].fill_(7)
+        same_bits(recv.handle.topk_idx, idx)
+        same_bits(buffer.combine(recv.x, recv.handle, weighted=weighted), want)
+        given = x.clone(), idx.clone(), weights.clone()
+        again = buffer.dispatch(given[0], topk_weights=given[2], handle=recv.handle)
+        given[2].fill_(7)
+        same_bits(buffer.combine(again.x, again.handle, weighted=weighted), want)
+
+    with Cluster(1, 2) as cluster:
+        cluster.make_buffers(backend=backend, **SHAPE)
+        cluster.run(work)
 
 
 # ---- not ours ----

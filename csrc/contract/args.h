@@ -20,9 +20,11 @@ struct DispatchArgs {
     const int64_t* topk_idx = nullptr;  // [num_tokens, num_topk] global expert, -1 = none
     const float* topk_weights = nullptr;  // [num_tokens, num_topk] or null
     Replicas replicas;  // of a fresh call: topk_idx names logical experts, else physical ones
-    // out of a fresh call with replicas
-    int64_t* routed_idx = nullptr;    // [num_tokens, num_topk] physical expert chosen, -1 = none
-    int64_t* logical_load = nullptr;  // [num_logical] adds the selections of this call
+    // out of a fresh call, null = not wanted
+    int64_t* routed_idx = nullptr;    // [num_tokens, num_topk] ids that the handle keeps: a copy of
+                                      // topk_idx; with replicas, which need it, the physical expert
+                                      // chosen, -1 = none
+    int64_t* logical_load = nullptr;  // [num_logical] adds the selections of this call; replicas
     // out of a fresh call, in of a cached one
     int32_t* send_row = nullptr;       // [num_tokens, num_topk] row at the owner, -1 = none
     int64_t* rank_counts = nullptr;    // [2, num_ranks] unique tokens sent to, received from

@@ -107,6 +107,7 @@ private:
 
     // 1. Tell every rank how many rows come, and for which of its experts.
     void announce() {
+        if (a.replicas.num_logical == 0 && a.routed_idx != nullptr) keep_ids();
         const Counts counts = count(a, experts, me, num_ranks);
         if (a.replicas.num_logical > 0) {
             if (counts.bad[0] == 0) add_load(counts.logical);
@@ -130,6 +131,12 @@ private:
         }
         ring_all();
         if (!a.cached) std::copy(counts.rows.begin(), counts.rows.end(), a.rank_counts);
+    }
+
+    // The handle's ids are what was counted and sent, whatever the caller writes to its own later.
+    void keep_ids() {
+        std::copy_n(a.topk_idx, a.num_tokens * a.num_topk, a.routed_idx);
+        a.topk_idx = a.routed_idx;
     }
 
     // Atomic: a balancer reads while begun operations run.

@@ -67,20 +67,22 @@ class Dispatch:
         self.spec, self.call = spec, call
         device = spec.device
         if call.handle is None:
-            ids = call.topk_idx.shape
-            self.send_row = torch.empty(ids, dtype=torch.int32, device=device)
-            self.rank_counts = torch.empty((2, spec.num_ranks), dtype=torch.int64, device=device)
-            self.counts = torch.empty(spec.num_local_experts, dtype=torch.int32, device=device)
-            if call.replicas is not None:
-                self.routed_idx = torch.empty_like(call.topk_idx)
+            # torch makes a tensor like another one, of sizes that are no tuple, in half the time.
+            tokens, topk = call.topk_idx.shape
+            self.send_row = torch.empty(tokens, topk, dtype=torch.int32, device=device)
+            self.rank_counts = torch.empty(2, spec.num_ranks, dtype=torch.int64, device=device)
+            self.counts = self.send_row.new_empty(spec.num_local_experts)
+            # The handle's ids: the caller may write to its own. The notify of GPUs copies none.
+            self.routed_idx = call.topk_idx
+            if device.type == "cpu":
+                self.routed_idx = self.rank_counts.new_empty(tokens, topk)
         else:
             self.send_row = call.handle.send_row
             self.rank_counts = call.handle.rank_counts
             self.counts = call.handle.num_tokens_per_expert
         self.rank_ends: Tensor | None = None
         if call.origins and call.layout == "compact":
-            ranks = (spec.num_ranks, spec.num_ranks)
-            self.rank_ends = torch.empty(ranks, dtype=torch.int32, device=device)
+            self.rank_ends = self.send_row.new_empty(spec.num_ranks, spec.num_ranks)
         self.args = self._fill(_core.DispatchArgs())
 
     def _fill(self, a: _core.DispatchArgs) -> _core.DispatchArgs:
@@ -116,7 +118,10 @@ class Dispatch:
                 a.index_capacity = worst_grouped_rows(self.spec, call)
         if call.meta is not None:
             a.cached, a.routing = True, call.meta.routing_number
-        elif call.replicas is not None:
+            return a
+        if self.spec.device.type == "cpu":
+            a.routed_idx = self.routed_idx.data_ptr()
+        if call.replicas is not None:
             self._fill_replicas(a, call.replicas)
         return a
 
@@ -126,7 +131,6 @@ class Dispatch:
         tables.first, tables.slot = replicas.first.data_ptr(), replicas.slot.data_ptr()
         tables.until, tables.num_logical = replicas.until.data_ptr(), replicas.num_logical
         a.replicas = tables
-        a.routed_idx = self.routed_idx.data_ptr()
         a.logical_load = replicas.load.data_ptr()
 
     def _max_recv(self, num_recv: int) -> int:
@@ -156,13 +160,22 @@ class Dispatch:
             return None
         return Origins(self.rank_ends, out["row_token"], out.get("source_range"))
 
+    def _kept_weights(self) -> Tensor:
+        """The handle's weights: those that a combine may read are a copy, as the ids are."""
+        call, device = self.call, self.spec.device
+        if call.topk_weights is None:
+            return torch.empty(0, call.num_topk, dtype=torch.float32, device=device)
+        if call.layout == "compact" or device.type != "cpu":
+            return call.topk_weights
+        return call.topk_weights.clone()
+
     def _handle(self, generation: int, arrival: Arrival, out: dict[str, Tensor]) -> Handle:
         spec, call = self.spec, self.call
         if call.handle is not None and call.meta is not None:
             if call.topk_weights is None:
                 return call.handle
             meta = call.meta._replace(has_weights=True)
-            return call.handle._replace(meta=meta.pack(), topk_weights=call.topk_weights)
+            return call.handle._replace(meta=meta.pack(), topk_weights=self._kept_weights())
         meta = HandleMeta(
             generation=generation,
             routing_number=arrival.seq,
@@ -180,14 +193,10 @@ class Dispatch:
             num_local_experts=spec.num_local_experts,
             hidden=spec.hidden,
         )
-        weights = call.topk_weights
-        if weights is None:
-            none = (0, call.num_topk)
-            weights = torch.empty(none, dtype=torch.float32, device=spec.device)
         return Handle(
             meta=meta.pack(),
-            topk_idx=call.topk_idx if call.replicas is None else self.routed_idx,
-            topk_weights=weights,
+            topk_idx=self.routed_idx,
+            topk_weights=self._kept_weights(),
             send_row=self.send_row,
             recv_src=out["recv_src"],
             recv_row=out["recv_row"],

@@ -380,8 +380,10 @@ class _Dispatch(_Operation[Received]):
             offsets=receives[me].offsets.to(self.device),
         )
         rows = send_rows(plan, call.layout, token_base.to(self.device), expert_base.to(self.device))
-        plan = plan._replace(topk_idx=call.topk_idx)
-        handle = make_handle(self.options, plan, call.topk_weights, rows, grant, arrived)
+        # Copies: the caller may write to its own.
+        plan = plan._replace(topk_idx=call.topk_idx.clone())
+        weights = None if call.topk_weights is None else call.topk_weights.clone()
+        handle = make_handle(self.options, plan, weights, rows, grant, arrived)
         received = arrange(
             arrived,
             handle,
@@ -407,7 +409,8 @@ class _Dispatch(_Operation[Received]):
         handle, meta = call.handle, call.meta
         if call.topk_weights is not None:
             meta = meta._replace(has_weights=True)
-            handle = handle._replace(meta=meta.pack(), topk_weights=call.topk_weights)
+            weights = call.topk_weights.clone()
+            handle = handle._replace(meta=meta.pack(), topk_weights=weights)
         received = arrange(self._exchange_rows(recv, step), handle, meta)
         return replace(received, x=received.x.view(call.wire_dtype))
 

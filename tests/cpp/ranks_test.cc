@@ -31,7 +31,7 @@ struct Call {
     int rank;
     int64_t tokens;
     std::vector<float> x;
-    std::vector<int64_t> topk_idx;
+    std::vector<int64_t> topk_idx, kept_idx;
     std::vector<int32_t> send_row, expert_counts, recv_src, recv_row;
     std::vector<int64_t> rank_counts;
     DispatchArgs args;
@@ -44,10 +44,12 @@ struct Call {
         for (int64_t i = 0; i < tokens * kHidden; ++i) x[i] = value_of(r, i / kHidden);
         for (int64_t& id : topk_idx) id = static_cast<int64_t>(random() % (kExperts + 1)) - 1;
         send_row.resize(tokens * kTopk);
+        kept_idx.resize(tokens * kTopk);
         expert_counts.resize(kExperts);
         rank_counts.resize(2 * kRanks);
         args.x = reinterpret_cast<const std::byte*>(x.data());
         args.topk_idx = topk_idx.data();
+        args.routed_idx = kept_idx.data();
         args.send_row = send_row.data();
         args.rank_counts = rank_counts.data();
         args.expert_counts = expert_counts.data();
@@ -65,7 +67,7 @@ struct Call {
         const std::vector<int32_t> owner = owners();
         std::multiset<int> ranks;
         for (int k = 0; k < kTopk; ++k) {
-            if (const int64_t id = topk_idx[token * kTopk + k]; id >= 0) ranks.insert(owner[id]);
+            if (const int64_t id = kept_idx[token * kTopk + k]; id >= 0) ranks.insert(owner[id]);
         }
         if (args.layout != RecvLayout::kCompact) return static_cast<int>(ranks.size());
         return static_cast<int>(std::set<int>(ranks.begin(), ranks.end()).size());
@@ -82,6 +84,8 @@ std::vector<float> receive(cpu::Communicator& comm, Call& call, const cpu::Dispa
     out.max_recv = got.num_recv;
     out.max_rows = got.num_rows;
     expect(comm.rank().unpack(got, call.args, out), "unpack refused the metadata");
+    expect(call.kept_idx == call.topk_idx, "the ids kept are not those given");
+    call.topk_idx.assign(call.topk_idx.size(), 0);  // from here on the handle needs its own only
     const bool slab = call.args.layout == RecvLayout::kSlab;
     const int64_t rows = got.num_rows * (slab ? comm.rank().experts().num_local(call.rank) : 1);
     std::vector<float> y(rows * kHidden, 0.0f);
@@ -105,7 +109,7 @@ CombineArgs combine_args(const Call& call, const cpu::Dispatched& got, const std
     out.assign(call.tokens * kHidden, -1.0f);
     CombineArgs args;
     args.x = reinterpret_cast<const std::byte*>(y.data());
-    args.topk_idx = call.topk_idx.data();
+    args.topk_idx = call.kept_idx.data();
     args.send_row = call.send_row.data();
     args.rank_counts = call.rank_counts.data();
     args.recv_src = call.recv_src.data();
@@ -204,6 +208,7 @@ int main() {
                 call.args.x = reinterpret_cast<const std::byte*>(call.x.data());
                 call.send_row.resize(kTopk);
                 call.args.send_row = call.send_row.data();
+                call.args.routed_idx = nullptr;  // not wanted
             }
             const cpu::Dispatched got = comm.dispatch(call.args, kNoHooks);
             expect_eq(int{got.outcome.incident.code}, int{kBadExpertId});
