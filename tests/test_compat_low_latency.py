@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -302,6 +303,58 @@ def test_two_batches_overlap_with_two_outstanding_hooks(ranks: Ranks, reverse: b
             assert hook is not None
             hook()
             same_bits(back[i][0], sums[i][rank])
+
+    ranks.run(work)
+
+
+def test_arguments_overwritten_before_the_hook_change_nothing(ranks: Ranks) -> None:
+    data = _inputs((4, 4, 4, 4))
+    want = _expected(data, "bf16")
+    y = [torch.randn(EL, CAPACITY, H).bfloat16() for _ in range(R)]
+    sums = reference.combine(y, [r.handle for r in want], weighted=True, order="topk")
+
+    def work(rank: int, buffer: deep_ep.Buffer) -> None:
+        x, idx, weights = data.x[rank].clone(), data.idx[rank].clone(), data.weights[rank].clone()
+        rows = y[rank].clone()
+        time.sleep(0.1 * (rank == R - 1))  # so that the others have sent nothing yet
+        sent = buffer.low_latency_dispatch(x, idx, M, E, use_fp8=False, return_recv_hook=True)
+        x.fill_(7)
+        idx.fill_(-1)
+        assert sent[4] is not None
+        sent[4]()
+        _check(sent, want[rank], "bf16")
+        time.sleep(0.1 * (rank == R - 1))
+        idx.copy_(data.idx[rank])
+        back = buffer.low_latency_combine(rows, idx, weights, sent[2], return_recv_hook=True)
+        rows.fill_(7)
+        idx.fill_(-1)
+        weights.fill_(7)
+        assert back[2] is not None
+        back[2]()
+        same_bits(back[0], sums[rank])
+
+    ranks.run(work)
+
+
+def test_combine_with_a_hook_when_the_arena_is_nearly_full_is_exact(ranks: Ranks) -> None:
+    data = _inputs()
+    want = _expected(data, "bf16")
+    sums = reference.combine(
+        [r.x for r in want], [r.handle for r in want], weighted=True, order="topk"
+    )
+
+    def work(rank: int, buffer: deep_ep.Buffer) -> None:
+        sent = buffer.low_latency_dispatch(data.x[rank], data.idx[rank], M, E, use_fp8=False)
+        native = buffer.runtime.get(H, E, data.x[rank].device)
+        free = native.stats()["arena"]["largest_free"]
+        taken = native.empty((free - (1 << 15),), torch.uint8)  # rings fit, all rows do not
+        back = buffer.low_latency_combine(
+            sent[0], data.idx[rank], data.weights[rank], sent[2], return_recv_hook=True
+        )
+        del taken
+        assert back[2] is not None
+        back[2]()
+        same_bits(back[0], sums[rank])
 
     ranks.run(work)
 

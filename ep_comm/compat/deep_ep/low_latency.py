@@ -16,6 +16,7 @@ from torch import Tensor
 from ep_comm.compat.deep_ep.events import EventOverlap, finished
 from ep_comm.compat.deep_ep.masks import Masks, Rest
 from ep_comm.compat.deep_ep.natives import Natives, refuse
+from ep_comm.errors import EPError
 from ep_comm.handle import META_SIZE, Handle, edit_meta
 from ep_comm.received import Origins, Promised, Received
 
@@ -63,7 +64,8 @@ class LowLatencyCalls:
         Returns:
             recv_x [El, R * M, H] bfloat16, or (float8_e4m3fn, scales column-major [El, R * M, S]);
             recv_count int32 [El], rows past it are undefined; handle; event; hook.
-            With return_recv_hook all tensors are filled by hook(), which may be called again.
+            With return_recv_hook all tensors are filled by hook(), which may be called again; x and
+            topk_idx may be written to before it.
 
         Collective. The handle is (src_info int32 [El, R * M], layout_range int64 [El, R], M, H, E);
         what combine needs besides is kept by its two tensors as an attribute: a rebuilt tuple
@@ -81,9 +83,10 @@ class LowLatencyCalls:
         rows, options = x, _quantization(use_fp8, round_scale, use_ue8m0)
         if use_fp8 and round_scale and not use_ue8m0:
             rows, options["scales"] = quantize_rounded(x)
-        # A copy: a caller may change it before combine.
-        ids = topk_idx.clone() if rest is None else rest.renumber(topk_idx, num_experts)
+        ids = topk_idx if rest is None else rest.renumber(topk_idx, num_experts)
         splits = return_recv_hook and rest is None
+        if splits:  # sending goes on while the caller may already write to its tensors
+            ids, rows = ids.clone(), _snapshot(rows, x)
         work = native.dispatch(
             rows, ids, layout="slab", capacity=self.group_size * most, origins=True,
             wait=not splits, **options,
@@ -96,7 +99,10 @@ class LowLatencyCalls:
             return (*pending.results, EventOverlap(), pending.finish)
         _count(stats, work.num_tokens_per_expert)
         received = work.x if work.scales is None else (work.x, work.scales)
-        origins, routing = work.origins, _Routing(native, topk_idx, work.handle)
+        native_handle = work.handle
+        if native_handle.topk_idx is topk_idx:  # it has no ids of its own
+            native_handle = native_handle._replace(topk_idx=topk_idx.clone())
+        origins, routing = work.origins, _Routing(native, topk_idx, native_handle)
         source_range = origins.source_range
         if rest is not None:
             source_range = rest.spread(source_range)
@@ -129,7 +135,8 @@ class LowLatencyCalls:
             out: bfloat16 [T, H]; written and returned.
             combine_wait_recv_cost_stats: as in dispatch.
         Returns:
-            [T, H], 0 where all ids are -1; event; hook, after which the result is there.
+            [T, H], 0 where all ids are -1; event; hook, after which the result is there. Before it
+            x (but with zero_copy), topk_idx and topk_weights may be written to.
 
         Collective.
         """
@@ -138,14 +145,17 @@ class LowLatencyCalls:
             raise ValueError("zero_copy=True: want use_logfmt=False with it")
         routing = _routing_of(handle)
         native, y = routing.native, x
+        ours = routing.weighted(topk_idx, topk_weights)
         if zero_copy:
             y = routing.taken_buffer()
+        elif return_recv_hook:
+            y, ours = routing.snapshot(x, ours, topk_weights)
         total = out
         if (out is None and return_recv_hook) or (out is not None and not out.is_contiguous()):
             total = torch.empty((topk_idx.shape[0], y.shape[-1]), dtype=y.dtype, device=y.device)
         work = native.combine(
             y,
-            routing.weighted(topk_idx, topk_weights),
+            ours,
             weighted=True,
             order="topk",
             out=total,
@@ -252,7 +262,7 @@ class _Routing:
                 weights = weights.masked_fill(self._left_out(ids, handle.topk_idx), 0.0)
         if weights.dtype != torch.float32 or not weights.is_contiguous():
             weights = weights.to(torch.float32).contiguous()
-        return handle._replace(topk_weights=weights)
+        return Handle(handle.meta, handle.topk_idx, weights, *handle[3:])
 
     def _left_out(self, ids: Tensor, sent: Tensor) -> Tensor:
         """Which slots became -1 since dispatch; nothing else may have changed."""
@@ -265,11 +275,37 @@ class _Routing:
             refuse(self.native, "combine", "E203", what)
         return left_out
 
+    def snapshot(self, x: Tensor, handle: Handle, given: Tensor) -> tuple[Tensor, Handle]:
+        """Rows and weights as they are now: the caller may write to them before its hook.
+
+        Rows in use only, and where peers read them in place, so that none is copied again.
+        """
+        counts = handle.num_tokens_per_expert
+        if x.device.type != "cpu" or x.dim() != 3 or x.shape[0] != counts.shape[0]:
+            return x, handle
+        if handle.topk_weights is given:
+            handle = handle._replace(topk_weights=given.clone())
+        try:
+            rows = self.native.empty(x.shape, x.dtype)
+        except EPError:
+            rows = torch.empty_like(x)
+        for expert, count in enumerate(counts.tolist()):
+            rows[expert, :count].copy_(x[expert, :count])
+        return rows, handle
+
     def taken_buffer(self) -> Tensor:
         if self.combine_buffer is None:
             want = "want get_next_low_latency_combine_buffer(handle) before it"
             refuse(self.native, "combine", "E203", f"rejected zero_copy=True: {want}")
         return self.combine_buffer
+
+
+def _snapshot(rows: Tensor, given: Tensor) -> Tensor:
+    """The rows as they are now, if they are those of the caller.
+
+    On a GPU they are not copied: that would cost the launch of a kernel.
+    """
+    return rows.clone() if rows is given and rows.device.type == "cpu" else rows
 
 
 def _nothing() -> None:
