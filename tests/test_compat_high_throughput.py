@@ -346,8 +346,17 @@ def test_old_handles_work_with_a_larger_buffer_made_later(ranks: Ranks) -> None:
 
 @pytest.mark.parametrize(
     "handle",
-    [None, (), (1, 2, 3, 4, 5, 6), "handle", (torch.zeros(16, dtype=torch.int64),) * 6],
-    ids=["none", "empty", "numbers", "text", "tensors"],
+    [
+        None,
+        (),
+        (1, 2, 3, 4, 5, 6),
+        "handle",
+        (torch.zeros(16, dtype=torch.int64),) * 6,
+        (torch.zeros(16),) * 6,
+        (torch.zeros(4, 4, dtype=torch.int64),) * 6,
+        (torch.zeros(3, dtype=torch.int64),) * 6,
+    ],
+    ids=["none", "empty", "numbers", "text", "no-magic", "floats", "matrices", "short"],
 )
 def test_something_else_is_no_handle(ranks: Ranks, handle: Any) -> None:
     with pytest.raises(ValueError, match="handle"):

@@ -321,8 +321,8 @@ class _Dispatch(calls.Dispatch):
         if call.handle is None:
             max_recv = self._max_recv(arrival.num_recv)
             with_rows = max_recv if call.layout != "compact" else 0
-            out["recv_src"] = torch.empty((max_recv, 2), dtype=torch.int32)
-            out["recv_row"] = torch.empty((with_rows, topk), dtype=torch.int32)
+            out["recv_src"] = self.send_row.new_empty(max_recv, 2)
+            out["recv_row"] = self.send_row.new_empty(with_rows, topk)
         else:
             out["recv_src"], out["recv_row"] = call.handle.recv_src, call.handle.recv_row
         if call.layout == "grouped" or call.row_index:
@@ -349,15 +349,15 @@ class _Dispatch(calls.Dispatch):
         spec, call = self.backend.spec, self.call
         out: dict[str, Tensor] = {}
         if call.handle is None:
-            out["topk_idx"] = torch.empty(per_row, dtype=call.idx_dtype)
+            out["topk_idx"] = self.send_row.new_empty(*per_row, dtype=call.idx_dtype)
         if call.topk_weights is not None:
-            out["topk_weights"] = torch.empty(per_row, dtype=torch.float32)
+            out["topk_weights"] = self.send_row.new_empty(*per_row, dtype=torch.float32)
         if call.origins:
             rows = per_row[:1] if call.layout == "compact" else per_row
-            out["row_token"] = torch.empty(rows, dtype=torch.int32)
+            out["row_token"] = self.send_row.new_empty(*rows)
             if call.layout != "compact":
-                ranges = (spec.num_local_experts, spec.num_ranks)
-                out["source_range"] = torch.empty(ranges, dtype=torch.int64)
+                local, ranks = spec.num_local_experts, spec.num_ranks
+                out["source_range"] = self.rank_counts.new_empty(local, ranks)
         return out
 
     def _assemble(

@@ -146,18 +146,17 @@ class Buffer(LowLatencyCalls):
             wait_for(previous_event)
         given, scales = x if isinstance(x, tuple) else (x, None)
         rows = given if given.dtype in _TRAVEL else given.view(torch.uint8)
-        options = {
-            "scales": scales,
-            "scale_block": 128 if scales is None else None,  # None: S as given
-            "num_sms": self._sms(config),
-        }
+        block = 128 if scales is None else None  # None: S as given
+        sms = self._sms(config)
         if handle is not None:
             if topk_idx is not None or topk_weights is not None:
                 raise ValueError("topk_idx, topk_weights: want None with handle")
             native, ours = restore(handle, self._natives, rows.shape[1], rows.device)
-            recv = native.dispatch(rows, handle=ours, **options)
-            _raise_static(native, recv)
-            received = _rows(recv, given.dtype)
+            recv = native.dispatch(rows, handle=ours, scales=scales, scale_block=block, num_sms=sms)
+            if not isinstance(recv.num_recv, int):
+                _raise_static(native, recv)
+            out = recv.x if rows is given else recv.x.view(given.dtype)
+            received = out if scales is None else (out, recv.scales)
             return received, None, None, None, None, finished(async_finish)
 
         if num_tokens_per_expert is None:
@@ -167,21 +166,24 @@ class Buffer(LowLatencyCalls):
             ids = self._route_by_rank(is_token_in_rank, num_tokens_per_expert, num_worst_tokens)
         else:
             ids = topk_idx
-        if num_worst_tokens > 0:
-            options |= {"sync": False, "capacity": num_worst_tokens}
-        recv = native.dispatch(rows, ids, topk_weights, origins=True, **options)
-        if num_worst_tokens > 0:
+        static = num_worst_tokens > 0
+        recv = native.dispatch(
+            rows, ids, topk_weights, scales=scales, scale_block=block, origins=True, num_sms=sms,
+            sync=not static, capacity=num_worst_tokens if static else None,
+        )  # fmt: skip
+        if static:
             _raise_static(native, recv)
         given_back = pack(recv, ids, is_token_in_rank, self.rank)
         counts: list[int] = []
-        if num_worst_tokens <= 0:
-            counts = recv.counts
+        if not static:
+            counts = recv.num_tokens_per_expert.tolist()
             if topk_idx is None:
                 counts = self._exchange_counts(num_tokens_per_expert)
             if expert_alignment != 1:
                 counts = [-(-n // expert_alignment) * expert_alignment for n in counts]
+        out = recv.x if rows is given else recv.x.view(given.dtype)
         return (
-            _rows(recv, given.dtype),
+            out if scales is None else (out, recv.scales),
             None if topk_idx is None else recv.topk_idx,
             recv.topk_weights,
             counts,
@@ -213,7 +215,8 @@ class Buffer(LowLatencyCalls):
 
         Collective.
         """
-        wait_for(previous_event)
+        if previous_event is not None:
+            wait_for(previous_event)
         native, ours = restore(handle, self._natives, x.shape[1], x.device)
         combined = native.combine(
             x,
@@ -227,7 +230,8 @@ class Buffer(LowLatencyCalls):
         return total, weights, finished(async_finish)
 
     def _sms(self, config: Config | None) -> int:
-        return max(self.num_sms if config is None else config.num_sms, 1)
+        sms = self.num_sms if config is None else config.num_sms
+        return sms if sms > 0 else 1
 
     def _route_by_rank(
         self, is_token_in_rank: Tensor | None, num_tokens_per_expert: Tensor, num_worst_tokens: int
@@ -337,12 +341,7 @@ class Buffer(LowLatencyCalls):
         return f"deep_ep.Buffer(rank {self.rank} of {self.group_size}, by ep_comm)"
 
 
-def _rows(recv: Any, dtype: torch.dtype) -> Rows:
-    x: Tensor = recv.x if recv.x.dtype == dtype else recv.x.view(dtype)
-    return x if recv.scales is None else (x, recv.scales)
-
-
 def _raise_static(native: Any, recv: Any) -> None:
     """A static call does not raise; where the host has its verdict anyway, we do: on all ranks."""
-    if not isinstance(recv.num_recv, int) and recv.status.is_cpu and recv.status.item() != 0:
+    if recv.status.is_cpu and recv.status.item() != 0:
         native.check()

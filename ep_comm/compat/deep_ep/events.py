@@ -35,10 +35,11 @@ class EventOverlap:
         extra_tensors: kept alive with this object.
     """
 
+    hook_after_wait: Callable[[], Any] | None = None
+
     def __init__(self, event: EventHandle | None = None, extra_tensors: Any = None) -> None:
         self.event = event
         self.extra_tensors = extra_tensors
-        self.hook_after_wait: Callable[[], Any] | None = None
 
     def current_stream_wait(self, release_handle: bool = False) -> None:
         """Make the current stream wait, then run the hook, once.

@@ -17,13 +17,13 @@ contract names an element, it is that; in the other places is what the native ha
 | 8  |                                   | None                                            |
 | 9  |                                   | None                                            |
 
-Nothing here is copied but the ids: a call costs a few tensors more than the native one.
+Nothing here is copied: a call costs two tensors more than the native one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 from typing import Any, Final
 
 import torch
@@ -31,15 +31,16 @@ from torch import Tensor
 
 from ep_comm.compat.deep_ep.layout import RANKS_PER_NODE, dispatch_layout
 from ep_comm.compat.deep_ep.natives import Natives
-from ep_comm.handle import MAGIC, META_SIZE, Handle, edit_meta, meta_index
+from ep_comm.handle import MAGIC, META_SIZE, edit_meta, meta_index
 
 _PLACES: Final = {  # number of tensors -> where meta, rank_counts, topk_idx and send_row are
     6: (1, 2, 4, 5),
     10: (1, 2, 3, 4),
 }
 _GENERATION, _HIDDEN = meta_index("generation"), meta_index("hidden")
-_NUM_TOPK, _NUM_UNIQUE = meta_index("num_topk"), meta_index("num_unique")
-_HAS_WEIGHTS = meta_index("has_weights")
+_NUM_TOKENS, _NUM_UNIQUE = meta_index("num_tokens"), meta_index("num_unique")
+_NUM_TOPK, _HAS_WEIGHTS = meta_index("num_topk"), meta_index("has_weights")
+_NOTHING: Final = (None,) * 7  # in place of what `pack` keeps
 _NUM_EXPERTS, _NUM_LOCAL = meta_index("num_experts"), meta_index("num_local_experts")
 
 
@@ -50,7 +51,8 @@ def pack(
 
     Args:
         recv: Received with origins.
-        topk_idx: as passed in; a caller may change it later, so it is copied.
+        topk_idx: as passed in; a caller may change it later, so where the native handle has no ids
+            of its own, they are copied.
         is_token_in_rank: as passed in, or None.
     """
     handle, origins = recv.handle, recv.origins
@@ -71,8 +73,8 @@ def pack(
 
 def restore(
     handle: Sequence[Any], natives: Natives, hidden: int, device: torch.device
-) -> tuple[Any, Handle]:
-    """The native buffer for a handle that a caller gives back, and the handle as one of its own.
+) -> tuple[Any, tuple[Tensor, ...]]:
+    """The native buffer for a handle that a caller gives back, and the tensors of its own one.
 
     Args:
         handle: a tuple or list of the same tensors as `pack` made, or of equal ones.
@@ -81,45 +83,54 @@ def restore(
     places = _PLACES.get(len(handle)) if isinstance(handle, tuple | list) else None
     if places is None:
         raise ValueError(f"handle: got {_describe(handle)}, want what dispatch returned")
-    meta, rank_counts, topk_idx, send_row = (handle[i] for i in places)
-    if not isinstance(meta, Tensor) or meta.shape != (META_SIZE,):
-        raise ValueError(f"handle: element 1 is {_describe(meta)}, want int64 [{META_SIZE}]")
-    fields: list[int] = meta.tolist()
-    if fields[0] != MAGIC:
-        raise ValueError(f"handle: element 1 begins with {fields[0]:#x}, want {MAGIC:#x}")
+    at_meta, at_counts, at_idx, at_row = places
+    meta, rank_counts, topk_idx = handle[at_meta], handle[at_counts], handle[at_idx]
+    send_row = handle[at_row]
+    fields = _fields(meta)
     native = natives.get(hidden, fields[_NUM_EXPERTS], device)
     generation = native._backend.generation
-    kept = getattr(meta, "ep_comm_kept", None)
-    if (
-        kept is None
-        or kept[0] is not topk_idx
-        or kept[2] is not send_row
-        or kept[5] is not rank_counts
-    ):
-        kept = _rebuild(fields, topk_idx, send_row, rank_counts)
+    kept = getattr(meta, "ep_comm_kept", _NOTHING)
+    if kept[0] is not topk_idx or kept[2] is not send_row or kept[5] is not rank_counts:
+        try:
+            kept = _rebuild(fields, topk_idx, send_row, rank_counts)
+        except (AttributeError, RuntimeError, TypeError) as error:  # no tensors, impossible sizes
+            raise ValueError(f"handle: want what dispatch returned ({error})") from None
     if fields[_GENERATION] != generation or fields[_HIDDEN] != hidden:
         meta = edit_meta(meta, generation=generation, hidden=hidden)
-    return native, Handle(meta, *kept)
+    return native, (meta, *kept)
+
+
+def _fields(meta: Any) -> list[int]:
+    """The numbers of a native handle, once they are seen to be those of one."""
+    if not isinstance(meta, Tensor) or meta.dtype is not torch.int64 or meta.dim() != 1:
+        raise ValueError(f"handle: element 1 is {_describe(meta)}, want int64 [{META_SIZE}]")
+    fields: list[int] = meta.tolist()
+    if len(fields) != META_SIZE or fields[0] != MAGIC:
+        got = f"{len(fields)} numbers" if len(fields) != META_SIZE else f"{fields[0]:#x}"
+        raise ValueError(f"handle: element 1 holds {got}, want {META_SIZE} from {MAGIC:#x} on")
+    return fields
 
 
 def _rebuild(
     fields: Sequence[int], topk_idx: Tensor, send_row: Tensor, rank_counts: Tensor
 ) -> tuple[Tensor, ...]:
     """What follows meta in the native handle, from copies of the four tensors we gave out."""
-    device = send_row.device
-    weights, recv_row, counts = _unread(fields[_NUM_TOPK], fields[_NUM_LOCAL], device)
-    if fields[_HAS_WEIGHTS]:
-        weights = send_row.view(torch.float32)  # of the right size
+    num_weights = fields[_NUM_TOKENS] if fields[_HAS_WEIGHTS] else 0
+    weights, recv_row, counts = _unread(
+        num_weights, fields[_NUM_TOPK], fields[_NUM_LOCAL], send_row.device
+    )
     # Compact rows are in the order of their sources, so nobody reads more than its size.
-    recv_src = torch.empty((fields[_NUM_UNIQUE], 2), dtype=torch.int32, device=device)
+    recv_src = send_row.new_empty(fields[_NUM_UNIQUE], 2)
     return (topk_idx, weights, send_row, recv_src, recv_row, rank_counts, counts)
 
 
-@cache
-def _unread(num_topk: int, num_local: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+@lru_cache(maxsize=16)
+def _unread(
+    num_weights: int, num_topk: int, num_local: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
     """What combine and a cached dispatch of compact rows only measure: weights, rows, counts."""
     return (
-        torch.empty((0, num_topk), dtype=torch.float32, device=device),
+        torch.empty((num_weights, num_topk), dtype=torch.float32, device=device),
         torch.empty((0, num_topk), dtype=torch.int32, device=device),
         torch.zeros(num_local, dtype=torch.int32, device=device),
     )
