@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,71 +10,65 @@ from torch import Tensor
 from ep_comm.buffer import find_buffer
 from ep_comm.handle import Handle
 from ep_comm.ops.gradient import grad_tag, no_rows
-from ep_comm.ops.library import HANDLE, define, dense
+from ep_comm.ops.library import Gradients, define, dense, handle_of
 from ep_comm.ops.redispatch import Rearrived
 
-# home: empty without topk_weights.
-SCHEMA = (
-    "combine(Tensor x, Tensor? topk_weights, Tensor? bias, Tensor? bias2, " + HANDLE + ", "
-    "int buffer, bool weighted, str order, int? num_sms, str tag) -> (Tensor total, Tensor home)"
-)
+
+class CombineArgs(NamedTuple):
+    """The arguments of the op; they mean what those of `Buffer.combine` mean."""
+
+    x: Tensor
+    topk_weights: Tensor | None
+    bias: Tensor | None
+    bias2: Tensor | None
+    meta: Tensor  # from here to num_tokens_per_expert: the handle
+    idx: Tensor
+    weights: Tensor
+    send_row: Tensor
+    recv_src: Tensor
+    recv_row: Tensor
+    rank_counts: Tensor
+    num_tokens_per_expert: Tensor
+    buffer: int
+    weighted: bool
+    order: str
+    num_sms: int | None
+    tag: str
 
 
-def run(
-    x: Tensor,
-    topk_weights: Tensor | None,
-    bias: Tensor | None,
-    bias2: Tensor | None,
-    meta: Tensor,
-    idx: Tensor,
-    weights: Tensor,
-    send_row: Tensor,
-    recv_src: Tensor,
-    recv_row: Tensor,
-    rank_counts: Tensor,
-    num_tokens_per_expert: Tensor,
-    buffer: int,
-    weighted: bool,
-    order: str,
-    num_sms: int | None,
-    tag: str,
-) -> tuple[Tensor, Tensor]:
-    handle = Handle(
-        meta, idx, weights, send_row, recv_src, recv_row, rank_counts, num_tokens_per_expert
-    )
-    biases = tuple(None if b is None else dense(b) for b in (bias, bias2))
-    result: Any = find_buffer(buffer).combine(
-        dense(x), handle, topk_weights=topk_weights, bias=biases, weighted=weighted, order=order,
-        num_sms=num_sms, tag=tag,
+class Combined(NamedTuple):
+    """The results of the op."""
+
+    total: Tensor
+    home: Tensor  # the weights that came back; empty when none were sent
+
+
+def run(a: CombineArgs) -> Combined:
+    biases = tuple(None if b is None else dense(b) for b in (a.bias, a.bias2))
+    result: Any = find_buffer(a.buffer).combine(
+        dense(a.x), handle_of(a), topk_weights=a.topk_weights, bias=biases, weighted=a.weighted,
+        order=a.order, num_sms=a.num_sms, tag=a.tag,
     )  # fmt: skip
-    if topk_weights is None:
-        return result, x.new_empty(0, dtype=torch.float32)
-    total, home = result
-    return total, home
+    if a.topk_weights is None:
+        return Combined(result, a.x.new_empty(0, dtype=torch.float32))
+    return Combined(*result)
 
 
-def fake(
-    x: Tensor,
-    topk_weights: Tensor | None,
-    bias: Tensor | None,
-    bias2: Tensor | None,
-    meta: Tensor,
-    idx: Tensor,
-    *_: Any,
-) -> tuple[Tensor, Tensor]:
-    home = 0 if topk_weights is None else idx.shape
-    return x.new_empty((idx.shape[0], x.shape[-1])), x.new_empty(home, dtype=torch.float32)
+def fake(a: CombineArgs) -> Combined:
+    home = 0 if a.topk_weights is None else a.idx.shape
+    return Combined(
+        total=a.x.new_empty((a.idx.shape[0], a.x.shape[-1])),
+        home=a.x.new_empty(home, dtype=torch.float32),
+    )
 
 
-def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, topk_weights, _, _, *rest = inputs
-    handle, (buffer, weighted, *_, tag) = Handle(*rest[:8]), rest[8:]
-    ctx.save_for_backward(x if weighted else None, *handle)
-    ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
-    ctx.buffer, ctx.weighted, ctx.tag = buffer, weighted, grad_tag(tag)
-    ctx.layout = _layout(x, topk_weights, weighted)
-    if topk_weights is None or not topk_weights.requires_grad:
-        ctx.mark_non_differentiable(output[1])
+def keep(ctx: Any, a: CombineArgs, results: Combined) -> None:
+    ctx.save_for_backward(a.x if a.weighted else None, *handle_of(a))
+    ctx.x_shape, ctx.x_dtype, ctx.weighted = a.x.shape, a.x.dtype, a.weighted
+    ctx.buffer, ctx.tag = a.buffer, grad_tag(a.tag)
+    ctx.layout = _layout(a.x, a.topk_weights, a.weighted)
+    if a.topk_weights is None or not a.topk_weights.requires_grad:
+        ctx.mark_non_differentiable(results.home)
 
 
 def _layout(x: Tensor, topk_weights: Tensor | None, weighted: bool) -> str:
@@ -86,31 +80,22 @@ def _layout(x: Tensor, topk_weights: Tensor | None, weighted: bool) -> str:
     return "compact" if topk_weights.dim() == 2 else "grouped"
 
 
-def gradient(ctx: Any, grad: Tensor, grad_home: Tensor) -> tuple[Tensor | None, ...]:
+def gradient(ctx: Any, needed: set[str], grads: Combined) -> Gradients:
     x, *saved = ctx.saved_tensors
-    handle = Handle(*saved)
-    needs_x, needs_values, needs_bias, needs_bias2, *needs_rest = ctx.needs_input_grad
-    needs_weights = needs_rest[_WEIGHTS]
-    travels = grad_home if needs_values else None
-    grad_x = grad_values = grad_weights = None
+    handle, grad = Handle(*saved), grads.total
+    travels = grads.home if "topk_weights" in needed else None
+    found: Gradients = {"bias": grad, "bias2": grad}
     if ctx.weighted:
-        if needs_x or needs_weights:
-            grad_x, grad_weights = _weighted(ctx, handle, x, grad, needs_weights)
-        if needs_values:
+        if needed & {"x", "weights"}:
+            with_weights = "weights" in needed
+            found["x"], found["weights"] = _weighted(ctx, handle, x, grad, with_weights)
+        if travels is not None:
             no_tokens = no_rows(grad, (grad.shape[0], ctx.x_shape[-1]))
-            grad_values = _send(ctx, handle, no_tokens, travels).topk_weights
-    elif needs_x or needs_values:
+            found["topk_weights"] = _send(ctx, handle, no_tokens, travels).topk_weights
+    elif needed & {"x", "topk_weights"}:
         sent = _send(ctx, handle, grad, travels)
-        grad_x, grad_values = sent.x, sent.topk_weights if needs_values else None
-    of_rest: list[Tensor | None] = [None] * len(needs_rest)
-    of_rest[_WEIGHTS] = grad_weights
-    return (
-        grad_x if needs_x else None,
-        grad_values,
-        grad if needs_bias else None,
-        grad if needs_bias2 else None,
-        *of_rest,
-    )
+        found |= {"x": sent.x, "topk_weights": sent.topk_weights}
+    return found
 
 
 def _weighted(
@@ -142,6 +127,4 @@ def _send(ctx: Any, handle: Handle, grad: Tensor, values: Tensor | None) -> Rear
     return Rearrived(*sent)
 
 
-_WEIGHTS = Handle._fields.index("topk_weights")
-
-define(SCHEMA, run, fake, keep, gradient)
+define("combine", CombineArgs, Combined, run=run, fake=fake, keep=keep, gradient=gradient)

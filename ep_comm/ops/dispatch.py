@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -11,29 +11,56 @@ from ep_comm.buffer import find_buffer
 from ep_comm.checks import (
     BufferSpec,
     DispatchCall,
+    Layout,
+    Output,
+    Quantize,
     check_scales,
     default_capacity,
     worst_grouped_rows,
 )
 from ep_comm.handle import META_SIZE, Handle
 from ep_comm.ops.gradient import combine_grads, keep_differentiable, keep_routing
-from ep_comm.ops.library import count, define, dense_rows, new_size, or_empty
+from ep_comm.ops.library import (
+    Gradients,
+    Size,
+    count,
+    define,
+    dense_rows,
+    new_size,
+    or_empty,
+)
 from ep_comm.received import Received
 
-# Shapes follow from the arguments alone, hence the sizes of the buffer: compilers keep what they
-# made in a cache that other processes, so other ranks, read, and its key is the call.
-SCHEMA = (
-    "dispatch(Tensor x, Tensor topk_idx, Tensor? topk_weights, Tensor? scales, int buffer, "
-    "int num_ranks, int num_local_experts, int max_tokens, str layout, int alignment, "
-    "bool row_index, int? layer, SymInt? capacity, bool sync, int? scale_block, str? quantize, "
-    "str output, str transfer, int? num_sms, str tag) -> "
-    "(Tensor x, Tensor topk_idx, Tensor topk_weights, Tensor scales, Tensor num_recv, "
-    "Tensor offsets, Tensor row_index, Tensor status, Tensor meta, Tensor idx, Tensor send_row, "
-    "Tensor recv_src, Tensor recv_row, Tensor rank_counts, Tensor num_tokens_per_expert)"
-)
-
-
 HOLD = "ep_comm_hold"  # attribute of an x in GPU arena memory
+
+
+class DispatchArgs(NamedTuple):
+    """The arguments of the op; those of `Buffer.dispatch` mean what they mean there.
+
+    Shapes follow from them alone, hence the sizes of the buffer: compilers keep what they made in a
+    cache that other processes, so other ranks, read, and its key is the call.
+    """
+
+    x: Tensor
+    topk_idx: Tensor
+    topk_weights: Tensor | None
+    scales: Tensor | None
+    buffer: int
+    num_ranks: int
+    num_local_experts: int
+    max_tokens: int
+    layout: str
+    alignment: int
+    row_index: bool
+    layer: int | None
+    capacity: Size | None
+    sync: bool
+    scale_block: int | None
+    quantize: str | None
+    output: str
+    transfer: str
+    num_sms: int | None
+    tag: str
 
 
 class Arrived(NamedTuple):
@@ -76,33 +103,12 @@ class Arrived(NamedTuple):
         )
 
 
-def run(
-    x: Tensor,
-    topk_idx: Tensor,
-    topk_weights: Tensor | None,
-    scales: Tensor | None,
-    buffer: int,
-    num_ranks: int,
-    num_local_experts: int,
-    max_tokens: int,
-    layout: str,
-    alignment: int,
-    row_index: bool,
-    layer: int | None,
-    capacity: int | None,
-    sync: bool,
-    scale_block: int | None,
-    quantize: str | None,
-    output: str,
-    transfer: str,
-    num_sms: int | None,
-    tag: str,
-) -> Arrived:
-    received = find_buffer(buffer).dispatch(
-        dense_rows(x), topk_idx, topk_weights, scales=scales, scale_block=scale_block,
-        quantize=quantize, layout=layout, alignment=alignment, row_index=row_index,
-        layer=layer, capacity=capacity, sync=sync, output=output, transfer=transfer,
-        num_sms=num_sms, tag=tag,
+def run(a: DispatchArgs) -> Arrived:
+    received = find_buffer(a.buffer).dispatch(
+        dense_rows(a.x), a.topk_idx, a.topk_weights, scales=a.scales, scale_block=a.scale_block,
+        quantize=a.quantize, layout=a.layout, alignment=a.alignment, row_index=a.row_index,
+        layer=a.layer, capacity=a.capacity, sync=a.sync, output=a.output, transfer=a.transfer,
+        num_sms=a.num_sms, tag=a.tag,
     )  # fmt: skip
     clear_rows_without_token(received)
     pass_on_hold(received)
@@ -111,14 +117,14 @@ def run(
     return Arrived(
         x=received.x,
         topk_idx=received.topk_idx,
-        topk_weights=or_empty(received.topk_weights, x),
-        scales=or_empty(received.scales, x),
-        num_recv=count(received.num_recv, x),
-        offsets=or_empty(received.offsets, x),
-        row_index=or_empty(received.row_index, x),
+        topk_weights=or_empty(received.topk_weights, a.x),
+        scales=or_empty(received.scales, a.x),
+        num_recv=count(received.num_recv, a.x),
+        offsets=or_empty(received.offsets, a.x),
+        row_index=or_empty(received.row_index, a.x),
         status=received.status,
         meta=h.meta,
-        idx=h.topk_idx.clone() if h.topk_idx is topk_idx else h.topk_idx,
+        idx=h.topk_idx.clone() if h.topk_idx is a.topk_idx else h.topk_idx,
         send_row=h.send_row,
         recv_src=h.recv_src,
         recv_row=h.recv_row,
@@ -152,58 +158,39 @@ def clear_rows_without_token(received: Received) -> None:
     rows.masked_fill_(empty.unsqueeze(1), 0)
 
 
-def fake(
-    x: Tensor,
-    topk_idx: Tensor,
-    topk_weights: Tensor | None,
-    scales: Tensor | None,
-    buffer: int,
-    num_ranks: int,
-    num_local_experts: int,
-    max_tokens: int,
-    layout: Any,
-    alignment: int,
-    row_index: bool,
-    layer: int | None,
-    capacity: int | None,
-    sync: bool,
-    scale_block: int | None,
-    quantize: Any,
-    output: Any,
-    transfer: str,
-    num_sms: int | None,
-    tag: str,
-) -> Arrived:
-    spec = as_spec(x, num_ranks, num_local_experts, max_tokens)
-    _, words, scale_dtype = check_scales(spec, x, scales, scale_block, quantize)
+def fake(a: DispatchArgs) -> Arrived:
+    x, layout = a.x, cast(Layout, a.layout)
+    spec = as_spec(x, a.num_ranks, a.num_local_experts, a.max_tokens)
+    _, words, scale_dtype = check_scales(spec, x, a.scales, a.scale_block, a.quantize)
     call = DispatchCall(
-        x=x, topk_idx=topk_idx, idx_dtype=topk_idx.dtype, topk_weights=topk_weights,
-        scales=scales, scale_words=words, scale_dtype=scale_dtype, handle=None, meta=None,
-        layout=layout, alignment=alignment, given_capacity=capacity, capacity=capacity, sync=sync,
-        quantize=quantize, scale_block=scale_block or 0, row_index=row_index, origins=False,
-        output=output, num_sms=num_sms, tag=tag,
+        x=x, topk_idx=a.topk_idx, idx_dtype=a.topk_idx.dtype, topk_weights=a.topk_weights,
+        scales=a.scales, scale_words=words, scale_dtype=scale_dtype, handle=None, meta=None,
+        layout=layout, alignment=a.alignment, given_capacity=a.capacity, capacity=a.capacity,
+        sync=a.sync, quantize=cast(Quantize | None, a.quantize), scale_block=a.scale_block or 0,
+        row_index=a.row_index, origins=False, output=cast(Output, a.output), num_sms=a.num_sms,
+        tag=a.tag,
     )  # fmt: skip
     num_unique, num_rows, num_index = fake_sizes(spec, call)
-    local, topk = num_local_experts, call.num_topk
+    local, topk = a.num_local_experts, call.num_topk
     of_rows = (local, num_rows) if layout == "slab" else (num_rows,)
     of_slots = (num_rows, topk) if layout == "compact" else of_rows
     ints: dict[str, Any] = {"dtype": torch.int32, "device": x.device}
-    has_offsets = layout == "grouped" or row_index
+    has_offsets = layout == "grouped" or a.row_index
     return Arrived(
         x=x.new_empty((*of_rows, spec.hidden), dtype=call.wire_dtype),
-        topk_idx=topk_idx.new_empty(of_slots),
-        topk_weights=fake_weights(x, topk_weights, of_slots),
+        topk_idx=a.topk_idx.new_empty(of_slots),
+        topk_weights=fake_weights(x, a.topk_weights, of_slots),
         scales=fake_scales(x, layout, of_rows, words, scale_dtype),
         num_recv=torch.empty(1, **ints),
         offsets=torch.empty(local + 1, **ints) if has_offsets else x.new_empty(0),
-        row_index=torch.empty(num_index, **ints) if row_index else x.new_empty(0),
+        row_index=torch.empty(num_index, **ints) if a.row_index else x.new_empty(0),
         status=torch.empty(1, **ints),
         meta=torch.empty(META_SIZE, dtype=torch.int64, device="cpu"),
         idx=torch.empty((x.shape[0], topk), dtype=torch.int64, device=x.device),
         send_row=torch.empty((x.shape[0], topk), **ints),
         recv_src=torch.empty((num_unique, 2), **ints),
         recv_row=torch.empty((0 if layout == "compact" else num_unique, topk), **ints),
-        rank_counts=torch.empty((2, num_ranks), dtype=torch.int64, device=x.device),
+        rank_counts=torch.empty((2, a.num_ranks), dtype=torch.int64, device=x.device),
         num_tokens_per_expert=torch.empty(local, **ints),
     )
 
@@ -254,18 +241,17 @@ def fake_scales(
 # ---- its gradient: combine ----
 
 
-def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, _, topk_weights, _, buffer, *_, tag = inputs
-    arrived = Arrived(*output)
-    keep_routing(ctx, arrived.handle(topk_weights), arrived.x.shape, buffer, tag)
-    keep_differentiable(ctx, output, ((0, x), (2, topk_weights)))
+def keep(ctx: Any, a: DispatchArgs, results: Arrived) -> None:
+    keep_routing(ctx, a, results.handle(a.topk_weights), results.x.shape)
+    keep_differentiable(ctx, results, x=a.x, topk_weights=a.topk_weights)
 
 
-def gradient(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    grad_x, _, grad_weights, *_ = grads
-    needs_x, _, needs_weights, *rest = ctx.needs_input_grad
-    home = combine_grads(ctx, grad_x if needs_x else None, grad_weights if needs_weights else None)
-    return home[0], None, home[1], *(None for _ in rest)
+def gradient(ctx: Any, needed: set[str], grads: Arrived) -> Gradients:
+    return combine_grads(
+        ctx,
+        grads.x if "x" in needed else None,
+        grads.topk_weights if "topk_weights" in needed else None,
+    )
 
 
-define(SCHEMA, run, fake, keep, gradient)
+define("dispatch", DispatchArgs, Arrived, run=run, fake=fake, keep=keep, gradient=gradient)

@@ -1,44 +1,93 @@
-"""The library of ops, and what all of them need."""
+"""The library of ops: how one is made of a table of its arguments and one of its results."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor
 
 from ep_comm.checks import ROW_ALIGN
+from ep_comm.handle import Handle
+
+# What the fields of a table may be, and what a schema calls it.
+Size = int  # or a symbol, in a graph
+Sizes = list[int]
+_SCHEMA_TYPES: Final = {
+    "Tensor": "Tensor",
+    "Tensor | None": "Tensor?",
+    "bool": "bool",
+    "int": "int",
+    "int | None": "int?",
+    "str": "str",
+    "str | None": "str?",
+    "Size | None": "SymInt?",
+    "Sizes": "SymInt[]",
+}
 
 _lib: Final[Any] = torch.library.Library("ep_comm", "DEF")  # type: ignore[no-untyped-call]
 
-# A handle as arguments; `weights` is its topk_weights.
-HANDLE: Final = (
-    "Tensor meta, Tensor idx, Tensor weights, Tensor send_row, Tensor recv_src, Tensor recv_row, "
-    "Tensor rank_counts, Tensor num_tokens_per_expert"
-)
+
+def handle_of(args: Any) -> Handle:
+    """The handle among the arguments of an op: eight fields; `weights` is its topk_weights."""
+    first = args._fields.index("meta")
+    return Handle(*args[first : first + len(Handle._fields)])
+
+
+A = TypeVar("A", bound=tuple[Any, ...])
+R = TypeVar("R", bound=tuple[Any, ...])
+Gradients = dict[str, Tensor | None]
 
 
 def define(
-    schema: str,
-    run: Callable[..., Any],
-    fake: Callable[..., Any],
-    keep: Callable[..., None],
-    gradient: Callable[..., tuple[Tensor | None, ...]],
+    name: str,
+    arguments: type[A],
+    results: type[R],
+    *,
+    run: Callable[[A], R],
+    fake: Callable[[A], R],
+    keep: Callable[[Any, A, R], None],
+    gradient: Callable[[Any, set[str], R], Gradients],
 ) -> None:
-    """Make an op of these: what it does, its shapes, what its gradient keeps and is."""
-    name = schema.partition("(")[0]
-    _lib.define(schema)
-    _lib.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"ep_comm::{name}", fake, lib=_lib)
+    """Make an op of these tables and functions.
+
+    Args:
+        arguments, results: what it takes and returns; its schema is made of them.
+        run: what it does. fake: the shapes of that.
+        keep: takes what `gradient` needs into a context. gradient: by name of an argument, from
+            the names of those that need one and the gradients of the results.
+    """
+    fields: tuple[str, ...] = arguments._fields  # type: ignore[attr-defined]
+    made: Any = arguments._make  # type: ignore[attr-defined]
+    made_results: Any = results._make  # type: ignore[attr-defined]
+    _lib.define(f"{name}({_listed(arguments)}) -> ({_listed(results)})")
+    _lib.impl(name, lambda *given: run(made(given)), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ep_comm::{name}", lambda *given: fake(made(given)), lib=_lib)
     op = getattr(torch.ops.ep_comm, name).default
-    _lib.impl(name, _differentiable(name, op, keep, gradient), "Autograd")
+
+    def of_arguments(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        needed = {field for field, n in zip(fields, ctx.needs_input_grad, strict=True) if n}
+        found = gradient(ctx, needed, made_results(grads))
+        return tuple(found.get(field) if field in needed else None for field in fields)
+
+    def remember(ctx: Any, given: tuple[Any, ...], returned: Any) -> None:
+        keep(ctx, made(given), made_results(returned))
+
+    _lib.impl(name, _differentiable(name, op, remember, of_arguments), "Autograd")
+
+
+def _listed(table: type[Any]) -> str:
+    """The fields of a NamedTuple as a schema lists them."""
+    hints: dict[str, Any] = table.__annotations__  # as they are written, or wrapped once
+    types = (_SCHEMA_TYPES[getattr(hint, "__forward_arg__", hint)] for hint in hints.values())
+    return ", ".join(f"{kind} {field}" for kind, field in zip(types, hints, strict=True))
 
 
 def _differentiable(
     name: str,
     op: Callable[..., Any],
-    keep: Callable[..., None],
+    keep: Callable[[Any, tuple[Any, ...], Any], None],
     gradient: Callable[..., tuple[Tensor | None, ...]],
 ) -> Callable[..., Any]:
     """What torch.library.register_autograd makes, too, with the same arguments. That one reads the
@@ -66,6 +115,8 @@ def _differentiable(
 
 def dense_rows(x: Tensor) -> Tensor:
     """x, or a copy that dispatch takes: gradients, and what a compiler makes, may be any view."""
+    if not _is_plain(x):
+        return x
     if x.dim() == 2 and (x.stride(1) != 1 or x.stride(0) * x.itemsize % ROW_ALIGN):
         x = x.contiguous()
     return aligned(x)
@@ -73,11 +124,16 @@ def dense_rows(x: Tensor) -> Tensor:
 
 def dense(x: Tensor) -> Tensor:
     """x, or a copy that combine takes."""
-    return aligned(x.contiguous())
+    return aligned(x.contiguous()) if _is_plain(x) else x
 
 
 def aligned(x: Tensor) -> Tensor:
     return x if x.numel() == 0 or x.data_ptr() % ROW_ALIGN == 0 else x.clone()
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether it has strides and an address; what has none is left to the checks of the buffer."""
+    return x.layout is torch.strided and not x.is_nested
 
 
 def or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:

@@ -19,16 +19,41 @@ from ep_comm.ops.dispatch import (
     pass_on_hold,
 )
 from ep_comm.ops.gradient import combine_grads, keep_differentiable, keep_routing
-from ep_comm.ops.library import HANDLE, count, define, dense_rows, new_size, or_empty
-
-# shape: of x as it arrives, -1 = not known; layout: that of the handle, "rows" = compact or
-# grouped, nobody asks which. Both are there for tracing, where a handle has no numbers.
-SCHEMA = (
-    "redispatch(Tensor x, Tensor? topk_weights, Tensor? scales, " + HANDLE + ", int buffer, "
-    "SymInt[] shape, str layout, int? scale_block, str? quantize, str output, str transfer, "
-    "int? num_sms, str tag) -> (Tensor x, Tensor topk_weights, Tensor scales, Tensor num_recv, "
-    "Tensor offsets, Tensor status, Tensor meta, Tensor num_tokens_per_expert)"
+from ep_comm.ops.library import (
+    Gradients,
+    Sizes,
+    count,
+    define,
+    dense_rows,
+    handle_of,
+    new_size,
+    or_empty,
 )
+
+
+class RedispatchArgs(NamedTuple):
+    """The arguments of the op; those of `Buffer.dispatch` mean what they mean there."""
+
+    x: Tensor
+    topk_weights: Tensor | None
+    scales: Tensor | None
+    meta: Tensor  # from here to num_tokens_per_expert: the handle
+    idx: Tensor
+    weights: Tensor
+    send_row: Tensor
+    recv_src: Tensor
+    recv_row: Tensor
+    rank_counts: Tensor
+    num_tokens_per_expert: Tensor
+    buffer: int
+    shape: Sizes  # of x as it arrives, -1 = not known: in a graph a handle has no numbers
+    layout: str  # that of the handle; "rows" = compact or grouped, nobody asks which
+    scale_block: int | None
+    quantize: str | None
+    output: str
+    transfer: str
+    num_sms: int | None
+    tag: str
 
 
 class Rearrived(NamedTuple):
@@ -51,111 +76,65 @@ class Rearrived(NamedTuple):
         return old._replace(meta=self.meta, topk_weights=weights)
 
 
-def run(
-    x: Tensor,
-    topk_weights: Tensor | None,
-    scales: Tensor | None,
-    meta: Tensor,
-    idx: Tensor,
-    weights: Tensor,
-    send_row: Tensor,
-    recv_src: Tensor,
-    recv_row: Tensor,
-    rank_counts: Tensor,
-    num_tokens_per_expert: Tensor,
-    buffer: int,
-    shape: list[int],
-    layout: str,
-    scale_block: int | None,
-    quantize: str | None,
-    output: str,
-    transfer: str,
-    num_sms: int | None,
-    tag: str,
-) -> Rearrived:
-    handle = Handle(
-        meta, idx, weights, send_row, recv_src, recv_row, rank_counts, num_tokens_per_expert
-    )
-    received = find_buffer(buffer).dispatch(
-        dense_rows(x), None, topk_weights, handle=handle, scales=scales, scale_block=scale_block,
-        quantize=quantize, output=output, transfer=transfer, num_sms=num_sms, tag=tag,
+def run(a: RedispatchArgs) -> Rearrived:
+    received = find_buffer(a.buffer).dispatch(
+        dense_rows(a.x), None, a.topk_weights, handle=handle_of(a), scales=a.scales,
+        scale_block=a.scale_block, quantize=a.quantize, output=a.output, transfer=a.transfer,
+        num_sms=a.num_sms, tag=a.tag,
     )  # fmt: skip
-    got = received.x.shape
-    fits = len(got) == len(shape) and all(w in (-1, g) for g, w in zip(got, shape, strict=True))
-    if not fits or layout not in (received.layout, "rows"):
-        want = f"want {received.layout!r} {list(got)}, as the handle's dispatch"
-        raise make_error("E203", f"rejected layout={layout!r} of {list(shape)}: {want}")
+    got, want = received.x.shape, a.shape
+    fits = len(got) == len(want) and all(w in (-1, g) for g, w in zip(got, want, strict=True))
+    if not fits or a.layout not in (received.layout, "rows"):
+        why = f"want {received.layout!r} {list(got)}, as the handle's dispatch"
+        raise make_error("E203", f"rejected layout={a.layout!r} of {list(want)}: {why}")
     clear_rows_without_token(received)
     pass_on_hold(received)
-    of_handle = received.handle
-    counts = received.num_tokens_per_expert
+    meta, counts = received.handle.meta, received.num_tokens_per_expert
     return Rearrived(
         x=received.x,
-        topk_weights=or_empty(received.topk_weights, x),
-        scales=or_empty(received.scales, x),
-        num_recv=count(received.num_recv, x),
-        offsets=or_empty(received.offsets if layout == "grouped" else None, x),
+        topk_weights=or_empty(received.topk_weights, a.x),
+        scales=or_empty(received.scales, a.x),
+        num_recv=count(received.num_recv, a.x),
+        offsets=or_empty(received.offsets if a.layout == "grouped" else None, a.x),
         status=received.status,
-        meta=meta.clone() if of_handle.meta is meta else of_handle.meta,
-        num_tokens_per_expert=counts.clone() if counts is num_tokens_per_expert else counts,
+        meta=meta.clone() if meta is a.meta else meta,
+        num_tokens_per_expert=counts.clone() if counts is a.num_tokens_per_expert else counts,
     )
 
 
-def fake(
-    x: Tensor,
-    topk_weights: Tensor | None,
-    scales: Tensor | None,
-    meta: Tensor,
-    idx: Tensor,
-    weights: Tensor,
-    send_row: Tensor,
-    recv_src: Tensor,
-    recv_row: Tensor,
-    rank_counts: Tensor,
-    num_tokens_per_expert: Tensor,
-    buffer: int,
-    shape: list[int],
-    layout: str,
-    scale_block: int | None,
-    quantize: str | None,
-    output: str,
-    transfer: str,
-    num_sms: int | None,
-    tag: str,
-) -> Rearrived:
-    local = num_tokens_per_expert.shape[0]
-    spec = as_spec(x, rank_counts.shape[1], local, x.shape[0])
-    _, words, scale_dtype = check_scales(spec, x, scales, scale_block, quantize)
-    *rows, hidden = (new_size() if type(s) is int and s == -1 else s for s in shape)
+def fake(a: RedispatchArgs) -> Rearrived:
+    x, local = a.x, a.num_tokens_per_expert.shape[0]
+    spec = as_spec(x, a.rank_counts.shape[1], local, x.shape[0])
+    _, words, scale_dtype = check_scales(spec, x, a.scales, a.scale_block, a.quantize)
+    *rows, hidden = (new_size() if type(s) is int and s == -1 else s for s in a.shape)
     of_rows = tuple(rows)
-    of_slots = (of_rows[0], idx.shape[1]) if layout == "compact" else of_rows
-    dtype = x.dtype if quantize is None else torch.float8_e4m3fn
+    of_slots = (of_rows[0], a.idx.shape[1]) if a.layout == "compact" else of_rows
+    dtype = x.dtype if a.quantize is None else torch.float8_e4m3fn
     ints: dict[str, Any] = {"dtype": torch.int32, "device": x.device}
     offsets = torch.empty(local + 1, **ints)
     return Rearrived(
         x=x.new_empty((*of_rows, hidden), dtype=dtype),
-        topk_weights=fake_weights(x, topk_weights, of_slots),
-        scales=fake_scales(x, layout, of_rows, words, scale_dtype),
+        topk_weights=fake_weights(x, a.topk_weights, of_slots),
+        scales=fake_scales(x, a.layout, of_rows, words, scale_dtype),
         num_recv=torch.empty(1, **ints),
-        offsets=offsets if layout == "grouped" else x.new_empty(0),
+        offsets=offsets if a.layout == "grouped" else x.new_empty(0),
         status=torch.empty(1, **ints),
         meta=torch.empty(META_SIZE, dtype=torch.int64, device="cpu"),
         num_tokens_per_expert=torch.empty(local, **ints),
     )
 
 
-def keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, topk_weights, _, *rest = inputs
-    handle, (buffer, *_, tag) = Handle(*rest[:8]), rest[8:]
-    arrived = Rearrived(*output)
-    keep_routing(ctx, handle, arrived.x.shape, buffer, tag)
-    keep_differentiable(ctx, output, ((0, x), (1, topk_weights)))
+def keep(ctx: Any, a: RedispatchArgs, results: Rearrived) -> None:
+    keep_routing(ctx, a, handle_of(a), results.x.shape)
+    keep_differentiable(ctx, results, x=a.x, topk_weights=a.topk_weights)
 
 
-def gradient(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    needs_x, needs_weights, *rest = ctx.needs_input_grad
-    home = combine_grads(ctx, grads[0] if needs_x else None, grads[1] if needs_weights else None)
-    return *home, *(None for _ in rest)
+def gradient(ctx: Any, needed: set[str], grads: Rearrived) -> Gradients:
+    return combine_grads(
+        ctx,
+        grads.x if "x" in needed else None,
+        grads.topk_weights if "topk_weights" in needed else None,
+    )
 
 
-define(SCHEMA, run, fake, keep, gradient)
+define("redispatch", RedispatchArgs, Rearrived, run=run, fake=fake, keep=keep, gradient=gradient)
