@@ -6,8 +6,8 @@
 Top-k weights travel with dispatch, so their gradients come home with combine, slot by slot. The
 gradients are made of the differentiable calls again, so they can be differentiated, too.
 
-Both are torch.library ops (ep_comm.ops): they can be compiled into one graph, and checkpointing
-can be told to keep their results.
+Both are torch.library ops (ep_comm.ops): they can be compiled into one graph, which keeps their
+order, and checkpointing can be told to keep their results.
 
 Collective: a backward pass communicates as the forward pass did. All ranks must run it over the
 same operations in the same order, which autograd does when all ranks build the same graph: let
@@ -28,6 +28,7 @@ from ep_comm.buffer import Buffer
 from ep_comm.errors import make_error
 from ep_comm.handle import Handle, HandleMeta
 from ep_comm.ops.dispatch import HOLD, Arrived
+from ep_comm.ops.library import TURN, in_turn
 from ep_comm.ops.redispatch import Rearrived
 from ep_comm.received import Received
 
@@ -102,9 +103,10 @@ def dispatch(
     arrived: Arrived | Rearrived
     if topk_idx is not None:
         arrived = Arrived(
-            *torch.ops.ep_comm.dispatch(
-                x, topk_idx, topk_weights, scales, buffer.number, *buffer.sizes, layout, alignment,
-                row_index, layer, capacity, sync, *options,
+            *in_turn(
+                torch.ops.ep_comm.dispatch, _turn(), x, topk_idx, topk_weights, scales,
+                buffer.number, *buffer.sizes, layout, alignment, row_index, layer, capacity, sync,
+                *options,
             )
         )  # fmt: skip
         handle = arrived.handle(topk_weights)
@@ -112,10 +114,11 @@ def dispatch(
         handle, row_index = Handle(*handle), False
         shape, layout, sync = _told_or_read(buffer, handle, x.shape[1], layout, capacity, sync)
         arrived = Rearrived(
-            *torch.ops.ep_comm.redispatch(
-                x, topk_weights, scales, *handle, buffer.number, shape, layout, *options
+            *in_turn(
+                torch.ops.ep_comm.redispatch, _turn(), x, topk_weights, scales, *handle,
+                buffer.number, shape, layout, *options,
             )
-        )
+        )  # fmt: skip
         handle = arrived.handle(handle, topk_weights)
     return _received(
         x=arrived.x,
@@ -166,10 +169,16 @@ def combine(
             x, handle, weighted=weighted, topk_weights=topk_weights, order=order, bias=bias,
             num_sms=num_sms, tag=tag,
         )  # fmt: skip
-    total, home = torch.ops.ep_comm.combine(
-        x, topk_weights, *pair, *handle, buffer.number, weighted, order, num_sms, tag
-    )
+    total, home = in_turn(
+        torch.ops.ep_comm.combine, _turn(), x, topk_weights, *pair, *handle, buffer.number,
+        weighted, order, num_sms, tag,
+    )  # fmt: skip
     return total if topk_weights is None else (total, home)
+
+
+def _turn() -> Tensor | None:
+    """What keeps the ops of a graph in order; outside of graphs they are run as they are called."""
+    return TURN if torch.compiler.is_compiling() else None
 
 
 def _told_or_read(

@@ -65,7 +65,7 @@ def make_inputs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 def dispatch_args(buffer: Buffer, x: Tensor, idx: Tensor, w: Tensor | None, **o: Any) -> Any:
     return (
-        x, idx, w, o.get("scales"), buffer.number, *buffer.sizes, o.get("layout", "compact"),
+        None, x, idx, w, o.get("scales"), buffer.number, *buffer.sizes, o.get("layout", "compact"),
         o.get("alignment", 1), o.get("row_index", False), 0, o.get("capacity"), o.get("sync", True),
         o.get("scale_block", 128), o.get("quantize"), "auto", "sm", None, "",
     )  # fmt: skip
@@ -90,10 +90,12 @@ def test_combine_and_redispatch_pass_opcheck(buffer: Buffer, way: str) -> None:
     y.requires_grad_()
     values.requires_grad_()
     tail = (*received.handle, buffer.number)
-    torch.library.opcheck(OPS.combine.default, (y, values, x, None, *tail, False, "rank", None, ""))
+    torch.library.opcheck(
+        OPS.combine.default, (None, y, values, x, None, *tail, False, "rank", None, "")
+    )
     shape = list(received.x.shape)
     last = (*tail, shape, received.layout, 128, None, "auto", "sm", None, "")
-    torch.library.opcheck(OPS.redispatch.default, (x, w, None, *last))
+    torch.library.opcheck(OPS.redispatch.default, (None, x, w, None, *last))
 
 
 @pytest.mark.parametrize("way", QUANTIZED)
@@ -335,6 +337,17 @@ def compile_on_two_ranks(rank: int, num_ranks: int) -> dict[str, bool]:
                 found[way] &= equal(got, step(plain, inputs, scale))
         found |= compile_cached(rank, buffer, scale)
         found |= compile_checkpoints(rank, buffer, scale)
+        found |= compile_moe(rank, buffer)
+        found |= compile_unused(rank, buffer, "aot_eager")
+    plain = functools.partial(layer, buffer, scale, layout="grouped")
+    closed = torch.compile(plain, fullgraph=True, backend="aot_eager")
+    found["closed"] = code_of(lambda: step(closed, inputs, scale)) == "E340"
+    return found
+
+
+def use_inductor_on_two_ranks(rank: int, num_ranks: int) -> dict[str, bool]:
+    with Buffer(**SIZES) as buffer:
+        scale = torch.linspace(-1, 2, HIDDEN).requires_grad_()
         grouped = functools.partial(layer, buffer, scale, layout="grouped")
         inputs = make_inputs(rank)
         got = step(torch.compile(grouped, fullgraph=True), inputs, scale)
@@ -343,11 +356,9 @@ def compile_on_two_ranks(rank: int, num_ranks: int) -> dict[str, bool]:
         sums = all(
             torch.allclose(*pair, 1e-4, 1e-4) for pair in zip(got[2:], want[2:], strict=True)
         )
-        found["inductor"] = equal(got[:2], want[:2]) and sums
-        found |= compile_moe(rank, buffer)
-    closed = torch.compile(grouped, fullgraph=True, backend="aot_eager")
-    found["closed"] = code_of(lambda: step(closed, inputs, scale)) == "E340"
-    return found
+        found = {"inductor": equal(got[:2], want[:2]) and sums}
+        found |= compile_unused(rank, buffer, "inductor")
+    return found | compile_independent(rank)
 
 
 def compile_cached(rank: int, buffer: Buffer, scale: Tensor) -> dict[str, bool]:
@@ -400,6 +411,45 @@ def compile_moe(rank: int, buffer: Buffer) -> dict[str, bool]:
     return found
 
 
+def compile_unused(rank: int, buffer: Buffer, compiler: str) -> dict[str, bool]:
+    """A dispatch whose results nobody uses is as collective as any other."""
+    x, idx, _ = make_inputs(rank)
+
+    def twice(x: Tensor) -> Tensor:
+        dispatch(buffer, x, idx)
+        return x + 1
+
+    before = buffer.stats()["operations"]
+    with torch.no_grad():
+        torch.compile(twice, fullgraph=True, backend=compiler)(x)
+    return {f"unused-{compiler}": buffer.stats()["operations"] - before == 1}
+
+
+def compile_independent(rank: int) -> dict[str, bool]:
+    """Three batches that share nothing, far more tokens on one rank: inductor goes by sizes."""
+    num_tokens = (2048, 4)[rank]
+    g = torch.Generator().manual_seed(rank)
+    x = [torch.randn(num_tokens, HIDDEN, generator=g).requires_grad_() for _ in range(3)]
+    idx = torch.randint(0, NUM_EXPERTS, (num_tokens, NUM_TOPK), generator=g)
+    order: list[str] = []
+
+    def run(x: list[Tensor]) -> Tensor:
+        sent = [dispatch(buffer, b.relu(), idx, tag=str(i)) for i, b in enumerate(x)]
+        sums = [combine(buffer, sent[i].x * (2 + i), sent[i].handle) for i in (2, 0, 1)]
+        return torch.stack([s.square().sum() for s in sums]).sum()
+
+    with Buffer(**{**SIZES, "max_tokens": 2048}) as buffer:
+        native: Any = buffer.dispatch
+        recorded = lambda *a, **o: (order.append(o["tag"]), native(*a, **o))[1]  # noqa: E731
+        buffer.dispatch = recorded  # type: ignore[method-assign]
+        grads = []
+        for function in (run, torch.compile(run, fullgraph=True, dynamic=True)):
+            grads.append(torch.autograd.grad(function(x), x))
+        del buffer.dispatch
+    half = len(order) // 2
+    return {"independent": order[:half] == order[half:] and equal(*map(list, grads))}
+
+
 def code_of(call: Any) -> str:
     try:
         call()
@@ -414,12 +464,18 @@ def compiled() -> list[dict[str, bool]]:
     return run_processes(compile_on_two_ranks, 2, limit_s=280)
 
 
+@pytest.fixture(scope="module")
+def by_inductor() -> list[dict[str, bool]]:
+    return run_processes(use_inductor_on_two_ranks, 2, limit_s=280)
+
+
 CHECKS = [
     *WAYS,
     *("cached-compact", "cached-grouped", "cached-slab", "cached-wrong-layout"),
     *("checkpoint-recomputed", "checkpoint-selective", "checkpoint-selective-keeps"),
-    *("inductor", "moe-plain", "moe-capacity", "closed"),
+    *("moe-plain", "moe-capacity", "unused-aot_eager", "closed"),
 ]
+INDUCTOR_CHECKS = ["inductor", "unused-inductor", "independent"]
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -427,5 +483,13 @@ def test_e6_compiled_layer_agrees_with_eager(compiled: list[dict[str, bool]], ch
     assert [found[check] for found in compiled] == [True, True]
 
 
-def test_every_compiled_check_is_a_test(compiled: list[dict[str, bool]]) -> None:
+@pytest.mark.parametrize("check", INDUCTOR_CHECKS)
+def test_e6_inductor_agrees_with_eager(by_inductor: list[dict[str, bool]], check: str) -> None:
+    assert [found[check] for found in by_inductor] == [True, True]
+
+
+def test_every_compiled_check_is_a_test(
+    compiled: list[dict[str, bool]], by_inductor: list[dict[str, bool]]
+) -> None:
     assert sorted(compiled[0]) == sorted(CHECKS)
+    assert sorted(by_inductor[0]) == sorted(INDUCTOR_CHECKS)

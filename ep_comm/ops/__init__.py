@@ -10,8 +10,7 @@ arrives are unbacked symbols) and a gradient made of the other ops. They are fun
 shares memory with an argument or another result, and what an option leaves out is an empty tensor.
 
 An op is a collective: every rank runs it, in the same order. A graph knows the order of ops only
-from their data, so two ops that do not depend on each other may be reordered by a compiler; if
-ranks end up with different orders, they raise E330.
+from their data, so in graphs ep_comm::pass_turn stands behind every op: `library.TURN`.
 """
 
 import ep_comm.ops.combine  # noqa: F401  # and those its gradient is made of

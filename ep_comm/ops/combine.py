@@ -10,13 +10,14 @@ from torch import Tensor
 from ep_comm.buffer import find_buffer
 from ep_comm.handle import Handle
 from ep_comm.ops.gradient import grad_tag, no_rows
-from ep_comm.ops.library import Gradients, define, dense, handle_of
+from ep_comm.ops.library import Gradients, define, dense, handle_of, in_turn
 from ep_comm.ops.redispatch import Rearrived
 
 
 class CombineArgs(NamedTuple):
     """The arguments of the op; they mean what those of `Buffer.combine` mean."""
 
+    turn: Tensor | None  # see in_turn
     x: Tensor
     topk_weights: Tensor | None
     bias: Tensor | None
@@ -65,7 +66,7 @@ def fake(a: CombineArgs) -> Combined:
 def keep(ctx: Any, a: CombineArgs, results: Combined) -> None:
     ctx.save_for_backward(a.x if a.weighted else None, *handle_of(a))
     ctx.x_shape, ctx.x_dtype, ctx.weighted = a.x.shape, a.x.dtype, a.weighted
-    ctx.buffer, ctx.tag = a.buffer, grad_tag(a.tag)
+    ctx.turn, ctx.buffer, ctx.tag = a.turn, a.buffer, grad_tag(a.tag)
     ctx.layout = _layout(a.x, a.topk_weights, a.weighted)
     if a.topk_weights is None or not a.topk_weights.requires_grad:
         ctx.mark_non_differentiable(results.home)
@@ -112,17 +113,18 @@ def _weighted(
     if not needs_weights:
         return grad_x, None
     dots = (rows * x.to(torch.float32)).sum(-1)
-    _, home = torch.ops.ep_comm.combine(
-        no_rows(x, x.shape), dots, None, None, *handle, ctx.buffer, False, "rank", None, ctx.tag
-    )
+    _, home = in_turn(
+        torch.ops.ep_comm.combine, ctx.turn, no_rows(x, x.shape), dots, None, None, *handle,
+        ctx.buffer, False, "rank", None, ctx.tag,
+    )  # fmt: skip
     return grad_x, home
 
 
 def _send(ctx: Any, handle: Handle, grad: Tensor, values: Tensor | None) -> Rearrived:
     """The gradient of a combine's result, and of what it took home, in the rows of x."""
-    sent = torch.ops.ep_comm.redispatch(
-        grad, values, None, *handle, ctx.buffer, ctx.x_shape, ctx.layout, 128, None, "auto", "sm",
-        None, ctx.tag,
+    sent = in_turn(
+        torch.ops.ep_comm.redispatch, ctx.turn, grad, values, None, *handle, ctx.buffer,
+        ctx.x_shape, ctx.layout, 128, None, "auto", "sm", None, ctx.tag,
     )  # fmt: skip
     return Rearrived(*sent)
 

@@ -41,6 +41,7 @@ class DispatchArgs(NamedTuple):
     cache that other processes, so other ranks, read, and its key is the call.
     """
 
+    turn: Tensor | None  # see in_turn
     x: Tensor
     topk_idx: Tensor
     topk_weights: Tensor | None

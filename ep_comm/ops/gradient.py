@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from ep_comm.handle import Handle
-from ep_comm.ops.library import Gradients
+from ep_comm.ops.library import Gradients, in_turn
 
 
 def keep_routing(ctx: Any, args: Any, handle: Handle, shape: Sequence[int]) -> None:
     """Keep what a gradient needs to send along the same routing; `shape` is that of its rows."""
     ctx.save_for_backward(*handle)
-    ctx.buffer, ctx.tag, ctx.shape = args.buffer, grad_tag(args.tag), shape
+    ctx.turn, ctx.buffer, ctx.tag, ctx.shape = args.turn, args.buffer, grad_tag(args.tag), shape
 
 
 def keep_differentiable(ctx: Any, results: Any, **made_of: Tensor | None) -> None:
@@ -41,9 +41,10 @@ def combine_grads(ctx: Any, grad_x: Tensor | None, grad_weights: Tensor | None) 
         return {}
     handle = Handle(*ctx.saved_tensors)
     rows = no_rows(handle.send_row, ctx.shape) if grad_x is None else grad_x
-    total, home = torch.ops.ep_comm.combine(
-        rows, grad_weights, None, None, *handle, ctx.buffer, False, "rank", None, ctx.tag
-    )
+    total, home = in_turn(
+        torch.ops.ep_comm.combine, ctx.turn, rows, grad_weights, None, None, *handle, ctx.buffer,
+        False, "rank", None, ctx.tag,
+    )  # fmt: skip
     return {
         "x": None if grad_x is None else total,
         "topk_weights": None if grad_weights is None else home.to(ctx.weights_dtype),

@@ -29,6 +29,28 @@ _SCHEMA_TYPES: Final = {
 _lib: Final[Any] = torch.library.Library("ep_comm", "DEF")  # type: ignore[no-untyped-call]
 
 
+def _make_turn() -> Tensor:
+    with torch.inference_mode(False):
+        return torch.zeros(1, dtype=torch.int64)
+
+
+# In a graph every op reads it, and something that claims to write to it comes between two ops: so
+# compilers keep them in the order of the program. Left to itself, inductor orders ops that share no
+# data by the sizes of tensors, which differ between ranks. Outside of graphs ops get None.
+TURN: Final = _make_turn()
+_lib.define("pass_turn(Tensor(a!) turn, Tensor after) -> ()")
+_lib.impl("pass_turn", lambda turn, after: None, "CompositeExplicitAutograd")
+torch.library.register_fake("ep_comm::pass_turn", lambda turn, after: None, lib=_lib)
+
+
+def in_turn(op: Any, turn: Tensor | None, *args: Any) -> Any:
+    """Call an op; what comes later with the same `turn` comes after it, in a graph, too."""
+    results = op(turn, *args)
+    if turn is not None:
+        torch.ops.ep_comm.pass_turn(turn, results[-1].detach())
+    return results
+
+
 def handle_of(args: Any) -> Handle:
     """The handle among the arguments of an op: eight fields; `weights` is its topk_weights."""
     first = args._fields.index("meta")

@@ -34,6 +34,7 @@ from ep_comm.ops.library import (
 class RedispatchArgs(NamedTuple):
     """The arguments of the op; those of `Buffer.dispatch` mean what they mean there."""
 
+    turn: Tensor | None  # see in_turn
     x: Tensor
     topk_weights: Tensor | None
     scales: Tensor | None
