@@ -25,7 +25,8 @@ from torch import Tensor
 
 import ep_comm.ops  # noqa: F401  # defines torch.ops.ep_comm
 from ep_comm.buffer import Buffer
-from ep_comm.errors import make_error
+from ep_comm.checks import flag
+from ep_comm.errors import EPError, make_error
 from ep_comm.handle import Handle, HandleMeta
 from ep_comm.ops.dispatch import HOLD, Arrived
 from ep_comm.ops.library import TURN, in_turn
@@ -88,18 +89,30 @@ def dispatch(
     Collective: every rank calls it, in the same order; its backward, too (see the module).
     Cost: backward is one combine.
     """
-    if not wait:
-        raise make_error("E203", "rejected wait=False: want True, autograd needs the result")
-    if quantize is not None and x.requires_grad and torch.is_grad_enabled():
-        raise make_error("E203", "rejected quantize: want None, rounding to fp8 has no gradient")
-    if not _are_tensors(x, topk_idx, topk_weights, scales) or not _is_routing(topk_idx, handle):
+    if not _are_flags(row_index, sync, wait):
+        row_index, sync, wait = _flags(
+            buffer, "dispatch", tag, row_index=row_index, sync=sync, wait=wait
+        )
+    fits = (
+        _are_tensors(x, topk_idx, topk_weights, scales)
+        and _is_routing(topk_idx, handle)
+        and _are_ints(alignment, scale_block, layer, capacity, num_sms)
+        and _are_texts(layout, output, transfer, quantize)
+    )
+    if not fits:
         return buffer.dispatch(  # which says what is wrong, to all ranks
             x, topk_idx, topk_weights, scales=scales, scale_block=scale_block, quantize=quantize,
             handle=handle, layout=layout, alignment=alignment, row_index=row_index, layer=layer,
             capacity=capacity, sync=sync, output=output, transfer=transfer, num_sms=num_sms,
             tag=tag,
         )  # fmt: skip
-    options = (scale_block, quantize, output, transfer, num_sms, tag)
+    if not wait:
+        what = "rejected wait=False: want True, autograd needs the result"
+        raise _refusal(buffer, "dispatch", make_error("E203", what), tag)
+    if quantize is not None and x.requires_grad and torch.is_grad_enabled():
+        what = "rejected quantize: want None, rounding to fp8 has no gradient"
+        raise _refusal(buffer, "dispatch", make_error("E203", what), tag)
+    options = (scale_block, quantize, output, transfer, num_sms, str(tag))
     arrived: Arrived | Rearrived
     if topk_idx is not None:
         arrived = Arrived(
@@ -112,7 +125,10 @@ def dispatch(
         handle = arrived.handle(topk_weights)
     else:
         handle, row_index = Handle(*handle), False
-        shape, layout, sync = _told_or_read(buffer, handle, x.shape[1], layout, capacity, sync)
+        if torch.compiler.is_compiling():
+            shape = _told_shape(buffer, handle, x.shape[1], layout, capacity)
+        else:
+            shape, layout, sync = _read_shape(buffer, handle, tag)
         arrived = Rearrived(
             *in_turn(
                 torch.ops.ep_comm.redispatch, _turn(), x, topk_weights, scales, *handle,
@@ -164,14 +180,23 @@ def combine(
         a combine more: scaling x by `recv.topk_weights` before a plain combine needs none.
     """
     pair: Any = bias if isinstance(bias, tuple | list) else (bias, None)
-    if not _is_whole(handle) or len(pair) != 2 or not _are_tensors(x, topk_weights, *pair):
+    if not _are_flags(weighted):
+        (weighted,) = _flags(buffer, "combine", tag, weighted=weighted)
+    fits = (
+        _is_whole(handle)
+        and len(pair) == 2
+        and _are_tensors(x, topk_weights, *pair)
+        and _are_ints(1, num_sms)
+        and _are_texts(order)
+    )
+    if not fits:
         return buffer.combine(  # which says what is wrong, to all ranks
             x, handle, weighted=weighted, topk_weights=topk_weights, order=order, bias=bias,
             num_sms=num_sms, tag=tag,
         )  # fmt: skip
     total, home = in_turn(
         torch.ops.ep_comm.combine, _turn(), x, topk_weights, *pair, *handle, buffer.number,
-        weighted, order, num_sms, tag,
+        weighted, order, num_sms, str(tag),
     )  # fmt: skip
     return total if topk_weights is None else (total, home)
 
@@ -181,16 +206,35 @@ def _turn() -> Tensor | None:
     return TURN if torch.compiler.is_compiling() else None
 
 
-def _told_or_read(
-    buffer: Buffer, handle: Handle, hidden: int, layout: str, capacity: int | None, sync: bool
-) -> tuple[tuple[int, ...], str, bool]:
-    """Shape of the x that a handle makes, its layout, its sync; see `dispatch` about compilers."""
-    if not torch.compiler.is_compiling():
+def _refusal(buffer: Buffer, op: str, error: EPError, tag: object) -> EPError:
+    """The error to raise; peers raise it, too, unless this happens while a graph is made."""
+    return error if torch.compiler.is_compiling() else buffer._refused(op, error, tag)
+
+
+def _flags(buffer: Buffer, op: str, tag: object, **values: Any) -> tuple[bool, ...]:
+    """Each as True or False; ops take nothing else."""
+    try:
+        return tuple(flag(name, value) for name, value in values.items())
+    except EPError as error:
+        raise _refusal(buffer, op, error, tag) from None
+
+
+def _read_shape(buffer: Buffer, handle: Handle, tag: object) -> tuple[tuple[int, ...], str, bool]:
+    """Shape of the x that a handle makes, its layout, its sync."""
+    try:
         meta = HandleMeta.unpack(handle.meta)
-        return meta.x_shape, meta.layout, meta.sync
+    except EPError as error:
+        raise _refusal(buffer, "dispatch", error, tag) from None
+    return meta.x_shape, meta.layout, meta.sync
+
+
+def _told_shape(
+    buffer: Buffer, handle: Handle, hidden: int, layout: str, capacity: int | None
+) -> tuple[int, ...]:
+    """Shape of the x that a handle makes, as far as a compiler can know it: -1 = it cannot."""
     rows = {"compact": handle.recv_src.shape[0], "slab": capacity}.get(layout)
     slabs = (buffer.num_local_experts,) if layout == "slab" else ()
-    return (*slabs, -1 if rows is None else rows, hidden), layout, sync
+    return (*slabs, -1 if rows is None else rows, hidden)
 
 
 def _received(x: Tensor, **fields: Any) -> Received:
@@ -205,7 +249,42 @@ def _received(x: Tensor, **fields: Any) -> Received:
 
 def _are_tensors(x: object, *others: object) -> bool:
     """Whether x is a tensor, and each other one, too, or left out."""
-    return isinstance(x, Tensor) and all(o is None or isinstance(o, Tensor) for o in others)
+    if not _is_tensor(x):
+        return False
+    for other in others:  # noqa: SIM110  # all() of a generator takes three times as long
+        if other is not None and not _is_tensor(other):
+            return False
+    return True
+
+
+def _is_tensor(value: object) -> bool:
+    """On the meta device there is none: an op would run its fake implementation, on this rank."""
+    return isinstance(value, Tensor) and not value.is_meta
+
+
+def _are_flags(first: object, second: object = True, third: object = True) -> bool:
+    return type(first) is type(second) is type(third) is bool
+
+
+def _are_ints(one: object, *optional: object) -> bool:
+    """Whether an op takes them for numbers; the optional ones may be None."""
+    if not _is_int(one):
+        return False
+    for value in optional:  # noqa: SIM110
+        if value is not None and not _is_int(value):
+            return False
+    return True
+
+
+def _is_int(value: object) -> bool:
+    """Symbols of compilers are no ints, and True is none."""
+    return type(value) is int or isinstance(value, torch.SymInt)
+
+
+def _are_texts(one: object, two: object = "", three: object = "", optional: object = None) -> bool:
+    return type(one) is type(two) is type(three) is str and (
+        optional is None or type(optional) is str
+    )
 
 
 def _is_routing(topk_idx: object, handle: object) -> bool:
@@ -216,4 +295,4 @@ def _is_routing(topk_idx: object, handle: object) -> bool:
 def _is_whole(handle: object) -> bool:
     if not isinstance(handle, tuple | list) or len(handle) != len(Handle._fields):
         return False
-    return all(isinstance(tensor, Tensor) for tensor in handle)
+    return _are_tensors(*handle)

@@ -405,7 +405,7 @@ class Buffer:
 
     def _replicas_of(self, layer: Any, call: DispatchCall) -> LayerReplicas | None:
         tables = self._replicas
-        if layer is None or (tables is None and layer == 0):
+        if layer is None or (tables is None and type(layer) is int and layer == 0):
             return None
         if tables is None:
             raise make_error("E203", f"rejected layer={shown(layer)}: want set_placement() first")

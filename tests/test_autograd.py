@@ -7,15 +7,16 @@ are exact in any order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
 
-from ep_comm import Buffer, EPError, reference
+from ep_comm import Buffer, EPError, Handle, reference
 from ep_comm.autograd import combine, dispatch
 from ep_comm.testing import Cluster
 
@@ -271,15 +272,126 @@ def test_without_gradients_nothing_is_kept(cluster: Cluster) -> None:
     cluster.run(work, cluster.buffers)
 
 
-def test_begun_or_quantized_dispatch_is_refused(cluster: Cluster) -> None:
+WRONG: dict[str, dict[str, Any]] = {
+    "begun": {"wait": False},
+    "quantized": {"quantize": "fp8"},
+    "layout": {"layout": 3},
+    "no-layout": {"layout": None},
+    "alignment": {"alignment": "4"},
+    "no-alignment": {"alignment": None},
+    "numpy-alignment": {"alignment": numpy.int64(4)},
+    "true-alignment": {"alignment": True},
+    "capacity": {"capacity": 1.5},
+    "layer": {"layer": 0.0},
+    "num-sms": {"num_sms": "all"},
+    "scale-block": {"scale_block": "128"},
+    "quantize": {"quantize": 8},
+    "output": {"output": b"arena"},
+    "transfer": {"transfer": None},
+    "row-index": {"row_index": numpy.ones(2)},
+    "sync": {"sync": torch.ones(2)},
+}
+
+
+@pytest.mark.parametrize("options", WRONG.values(), ids=WRONG.keys())
+def test_wrong_option_on_one_rank_is_refused_on_every_rank(
+    cluster: Cluster, options: dict[str, Any]
+) -> None:
+    def work(rank: int, buffer: Buffer) -> str:
+        x, idx = torch.ones(2, HIDDEN, requires_grad=True), torch.zeros(2, 1, dtype=torch.int64)
+        with pytest.raises(EPError) as caught:
+            dispatch(buffer, x, idx, **(options if rank == 1 else {}))
+        received = dispatch(buffer, x, idx)
+        assert torch.equal(combine(buffer, received.x, received.handle), x)
+        return caught.value.code
+
+    assert cluster.run(work, cluster.buffers) == ["E203"] * NUM_RANKS
+
+
+COMBINE_WRONG: dict[str, dict[str, Any]] = {
+    "order": {"order": None},
+    "weighted": {"weighted": numpy.ones(2)},
+    "num-sms": {"num_sms": 1.5},
+}
+
+
+@pytest.mark.parametrize("options", COMBINE_WRONG.values(), ids=COMBINE_WRONG.keys())
+def test_wrong_option_of_combine_is_refused_on_every_rank(
+    cluster: Cluster, options: dict[str, Any]
+) -> None:
+    def work(rank: int, buffer: Buffer) -> str:
+        x, idx = torch.ones(2, HIDDEN), torch.zeros(2, 1, dtype=torch.int64)
+        received = dispatch(buffer, x, idx)
+        with pytest.raises(EPError) as caught:
+            combine(buffer, received.x, received.handle, **(options if rank == 1 else {}))
+        assert torch.equal(combine(buffer, received.x, received.handle), x)
+        return caught.value.code
+
+    assert cluster.run(work, cluster.buffers) == ["E203"] * NUM_RANKS
+
+
+def test_options_are_taken_as_the_native_calls_take_them(cluster: Cluster) -> None:
     def work(rank: int, buffer: Buffer) -> None:
         x, idx = torch.ones(2, HIDDEN, requires_grad=True), torch.zeros(2, 1, dtype=torch.int64)
-        for options in ({"wait": False}, {"quantize": "fp8"}):
-            with pytest.raises(EPError) as caught:
-                dispatch(buffer, x, idx, **options)
-            assert caught.value.code == "E203"
+        received = dispatch(buffer, x, idx, row_index=0, sync=numpy.True_, tag=7)  # type: ignore[arg-type]
+        assert received.x.requires_grad
+        total = combine(buffer, received.x, received.handle, weighted=0, tag=7)  # type: ignore[arg-type]
+        assert total.requires_grad
 
     cluster.run(work, cluster.buffers)
+
+
+SPOILED: dict[str, Callable[[Handle], Any]] = {
+    "meta": lambda h: h._replace(meta=torch.zeros_like(h.meta)),
+    "short-meta": lambda h: h._replace(meta=h.meta[:3]),
+    "float-meta": lambda h: h._replace(meta=h.meta.float()),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED.keys())
+def test_cached_dispatch_along_a_spoiled_handle_is_refused_on_every_rank(
+    cluster: Cluster, spoil: Callable[[Handle], Any]
+) -> None:
+    def work(rank: int, buffer: Buffer) -> str:
+        x, idx = torch.ones(2, HIDDEN), torch.zeros(2, 1, dtype=torch.int64)
+        handle = dispatch(buffer, x, idx).handle
+        with pytest.raises(EPError) as caught:
+            dispatch(buffer, x, None, handle=spoil(handle) if rank == 1 else handle)
+        return caught.value.code
+
+    assert cluster.run(work, cluster.buffers) == ["E320"] * NUM_RANKS
+
+
+ODD_X: dict[str, Tensor] = {
+    "sparse": torch.ones(2, HIDDEN).to_sparse(),
+    "one-dimension": torch.ones(HIDDEN),
+    "scalar": torch.ones(()),
+    "meta": torch.ones(2, HIDDEN, device="meta"),
+}
+
+
+@pytest.mark.parametrize("x", ODD_X.values(), ids=ODD_X.keys())
+@pytest.mark.parametrize("cached", [False, True], ids=["routed", "cached"])
+def test_odd_tensor_on_one_rank_is_refused_on_every_rank(
+    cluster: Cluster, x: Tensor, cached: bool
+) -> None:
+    def work(rank: int, buffer: Buffer) -> list[str]:
+        good, idx = torch.ones(2, HIDDEN), torch.zeros(2, 1, dtype=torch.int64)
+        received = dispatch(buffer, good, idx)
+        routing: Any = (None, {"handle": received.handle}) if cached else (idx, {})
+        codes = []
+        for call in (
+            lambda given: dispatch(buffer, given, routing[0], **routing[1]),
+            lambda given: combine(buffer, given, received.handle),
+        ):
+            with pytest.raises(EPError) as caught:
+                call(x if rank == 1 else (received.x if codes else good))
+            codes.append(caught.value.code)
+        return codes
+
+    found = cluster.run(work, cluster.buffers)
+    assert found == [found[0]] * NUM_RANKS
+    assert set(found[0]) <= {"E201", "E202"}
 
 
 def test_what_combine_cannot_take_is_refused_on_every_rank(cluster: Cluster) -> None:
