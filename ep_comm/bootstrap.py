@@ -208,8 +208,13 @@ class Hello:
         mine = (self.boot_id, self.pid_namespace, self.pid)
         return mine == (other.boot_id, other.pid_namespace, other.pid)
 
+    def shares_processes(self, other: Hello) -> bool:
+        """Whether two ranks are processes that see each other."""
+        visible = (self.boot_id, self.pid_namespace) == (other.boot_id, other.pid_namespace)
+        return visible and self.pid != other.pid
 
-_REFUSALS: Final = ("E203", "E210", "E211", "E212", "E401", "E405", "E407")
+
+_REFUSALS: Final = ("E111", "E203", "E210", "E211", "E212", "E401", "E405", "E407")
 
 
 def check_agreement(me: int, hellos: Sequence[Hello]) -> None:
@@ -220,9 +225,7 @@ def check_agreement(me: int, hellos: Sequence[Hello]) -> None:
     for hello in hellos:
         if hello.refusal:
             code, _, what = hello.refusal.partition(" ")
-            code = (
-                code if code in ("E203", "E210", "E211", "E212", "E401", "E405", "E407") else "E406"
-            )
+            code = code if code in _REFUSALS else "E406"
             raise make_error(
                 code, f"cannot construct: rank {hello.rank} {what}", rank=me, peer=hello.rank
             )
@@ -305,6 +308,7 @@ class Exchange:
         answers: list[bytes] = []
         for rank, key in enumerate(keys):
             while (answer := self._wait_slice(key)) is None:
+                self.raise_failure()
                 for dead in self.dead_ranks():
                     if self._read(keys[dead]) is None:
                         raise died_early(group.rank, dead)
@@ -315,6 +319,38 @@ class Exchange:
                     raise make_error("E120", what, rank=group.rank, peer=rank)
             answers.append(answer)
         return answers
+
+    def fail(self, error: BaseException) -> None:
+        """Tell ranks that wait for us, in whatever round, that we will not come: we lost a rank, or
+        raise what nobody foresaw. Other errors are found or told in the rounds."""
+        culprit, what = self.group.rank, f"it raised {shown(error)}"
+        if isinstance(error, EPError):
+            if error.code not in ("E110", "E111") or error.peer is None:
+                return
+            culprit, what = error.peer, error.what.partition(": ")[2]
+        code = error.code if isinstance(error, EPError) else "E111"
+        with contextlib.suppress(Exception):  # the store may be what failed
+            self.group.store.set(
+                f"{self._number}/failed", f"{code} {culprit} {what}".encode()[:300]
+            )
+
+    def failure(self) -> EPError | None:
+        """E110 or E111 when a peer has told that a rank is lost, itself or another."""
+        key = f"{self._number}/failed"
+        if not self.group.store.check([key]):
+            return None
+        text = bytes(self.group.store.get(key)).decode(errors="replace")
+        code, _, rest = text.partition(" ")
+        rank, _, what = rest.partition(" ")
+        lost = int(rank) if rank.isdecimal() and len(rank) < 8 else -1
+        if not 0 <= lost < self.group.size or lost == self.group.rank:
+            return None
+        code = code if code in ("E110", "E111") else "E111"
+        return make_error(code, f"lost rank {lost}: {what}", rank=self.group.rank, peer=lost)
+
+    def raise_failure(self) -> None:
+        if (error := self.failure()) is not None:
+            raise error
 
     def heard(self, name: str, rank: int) -> bytes | None:
         """What a rank has published in a round, if anything."""
@@ -367,6 +403,12 @@ class Mesh:
     pids: dict[int, int] = field(default_factory=dict)  # 0 = not visible from here
     gone: set[int] = field(default_factory=set)  # dead before we could watch them
 
+    def watch(self, me: int, hellos: Sequence[Hello]) -> None:
+        """See the end of the processes that can be seen from here."""
+        for peer in hellos:
+            if peer.shares_processes(hellos[me]):
+                _watch(self, peer.rank, peer.pid)
+
     def close(self) -> None:
         for sock in self.sockets.values():
             sock.close()
@@ -393,14 +435,6 @@ class Mesh:
             return _is_over(self.pidfds[rank])
         return _is_cut(self.sockets[rank])
 
-    def dead_rank(self, patience_s: float = 0.0) -> int | None:
-        """The lowest of `dead_ranks`. Sockets of a process end a moment before it does: have
-        patience when a socket has just failed."""
-        end = time.monotonic() + patience_s
-        while (dead := min(self.dead_ranks(), default=None)) is None and time.monotonic() < end:
-            time.sleep(0.01)
-        return dead
-
 
 def _is_over(pidfd: int) -> bool:
     watch = select.poll()  # not select: descriptors may be large numbers
@@ -425,6 +459,22 @@ def no_descriptors(error: OSError, me: int | None = None) -> EPError | None:
     why = os.strerror(error.errno)
     what = f"hit RLIMIT_NOFILE: {why}, limit {most}, need about 10 and 4 for each rank"
     return make_error("E407", what, rank=me)
+
+
+def why_cut(exchange: Exchange, mesh: Mesh, patience_s: float = 0.3) -> EPError | None:
+    """The peer that ended or failed, after its end of a socket did: that is seen a moment before.
+
+    Who said why it failed has not just died.
+    """
+    end = time.monotonic() + patience_s
+    while True:
+        if (failure := exchange.failure()) is not None:
+            return failure
+        if (dead := min(mesh.dead_ranks(), default=None)) is not None:
+            return died_early(exchange.group.rank, dead)
+        if time.monotonic() >= end:
+            return None
+        time.sleep(0.01)
 
 
 def died_early(me: int, dead: int) -> EPError:
@@ -468,9 +518,7 @@ class Listener:
         exchange.dead_ranks = mesh.dead_ranks
         try:
             others = [h for h in hellos if h.rank != me and not h.same_process(hellos[me])]
-            for peer in others:
-                if peer.pid_namespace == hellos[me].pid_namespace:
-                    _watch(mesh, peer.rank, peer.pid)
+            mesh.watch(me, hellos)
             for peer in others:
                 if peer.rank < me:
                     self._connect(mesh, me, peer, group_token, exchange)
@@ -494,9 +542,8 @@ class Listener:
             sock.sendall(_GREETING.pack(_MAGIC, group_token, me))
         except OSError as error:
             sock.close()
-            dead = mesh.dead_rank(patience_s=0.3)
-            if dead is not None:
-                raise died_early(me, dead) from error
+            if (loss := why_cut(exchange, mesh)) is not None:
+                raise loss from error
             if isinstance(error, ConnectionRefusedError) and not _same_network(peer):
                 call = f"connect to rank {peer.rank}: {error.strerror}"
                 what = f"cannot share memory: {call}, needs one network namespace"
@@ -634,9 +681,8 @@ def _slices(exchange: Exchange, waiting: set[int], mesh: Mesh) -> Iterator[None]
     start = time.monotonic()
     while True:
         yield
-        dead = mesh.dead_rank()
-        if dead is not None:
-            raise died_early(exchange.group.rank, dead)
+        if (loss := why_cut(exchange, mesh, patience_s=0.0)) is not None:
+            raise loss
         if exchange.deadline is not None and time.monotonic() > exchange.deadline:
             what = f"waited {time.monotonic() - start:.1f} s: ranks {sorted(waiting)} missing"
             raise make_error("E120", what, rank=exchange.group.rank, peer=min(waiting))

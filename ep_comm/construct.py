@@ -72,8 +72,11 @@ def construct(
         refusal = f"{error.code} {error.what}"
         exchange.publish("hello", Hello(rank=me, refusal=refusal).pack())
         raise make_error(error.code, error.what, rank=me, fix=error.fix) from None
-    except Exception as error:
-        exchange.publish("hello", Hello(rank=me, refusal=f"E203 {shown(error)}").pack())
+    except BaseException as error:
+        code = "E203" if isinstance(error, Exception) else "E111"
+        refusal = f"{code} raised {shown(error)}"
+        with contextlib.suppress(Exception):  # of the store; the first one is to be seen
+            exchange.publish("hello", Hello(rank=me, refusal=refusal).pack())
         raise
     try:
         with contextlib.closing(listener):
@@ -85,6 +88,9 @@ def construct(
             )
     except EPTimeout:
         exchange.abandon()
+        raise
+    except BaseException as error:  # also of the store, the system, our own mistakes, or ^C
+        exchange.fail(error)
         raise
     exchange.finish()
     return Constructed(spec, opened, reason)
@@ -124,7 +130,7 @@ def _open_backend(
     if name == "collective":
         from ep_comm.backends.collective import CollectiveBackend
 
-        return CollectiveBackend(spec, generation, config, group), reason
+        return CollectiveBackend(spec, generation, config, group, hellos, exchange), reason
     from ep_comm.backends import cpu
 
     host = cpu.open_backend(

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 import pickle
+import signal
 import socket
 import struct
 import subprocess
@@ -629,6 +630,73 @@ def _fails_to_allocate(me: Any) -> None:
     assert caught.value.code == "E232"
     del caught
     assert_same_footprint(before, footprint())
+
+
+# ---- what nobody foresaw, on one rank ----
+
+STEPS: dict[str, tuple[str, str]] = {  # backend, what fails
+    "cpu-before": ("cpu", "ep_comm.construct.host_identity"),
+    "cpu-agree": ("cpu", "ep_comm.construct.check_agreement"),
+    "cpu-connect": ("cpu", "ep_comm.bootstrap.Listener.connect_all"),
+    "cpu-create": ("cpu", "ep_comm.backends.mapping._create"),
+    "cpu-share": ("cpu", "ep_comm.backends.mapping._share"),
+    "cpu-open": ("cpu", "ep_comm.backends.cpu.CpuBackend.__init__"),
+    "collective-agree": ("collective", "ep_comm.construct.choose"),
+    "collective-open": ("collective", "ep_comm.backends.wire._open"),
+    "collective-meet": ("collective", "ep_comm.backends.wire.Wire._meet"),
+}
+FAILURES: dict[str, BaseException | None] = {
+    "memory": MemoryError("no more"),
+    "interrupt": KeyboardInterrupt(),
+    "killed": None,
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("step", STEPS)
+def test_c1_failure_of_one_rank_ends_construction_everywhere_at_once(
+    step: str, failure: str
+) -> None:
+    with ranks.Ranks(_constructs, 3, step, failure) as three:
+        failed = three.hear(1)
+        for rank in (0, 2):
+            error, when = three.hear(rank)
+            assert (error.code, error.rank, error.peer) == (_code(step, failure), rank, 1), error
+            assert when - failed < 2.0
+            if failure != "killed":
+                assert f"raised {FAILURES[failure]!r}" in str(error)
+        if failure != "killed":
+            assert three.hear(1) == repr(FAILURES[failure])  # not what came of it
+
+
+def _code(step: str, failure: str) -> str:
+    if step == "cpu-before" and failure != "interrupt":
+        return "E120" if failure == "killed" else "E203"  # killed: nobody knows that it ever lived
+    return "E110" if failure == "killed" else "E111"
+
+
+def _constructs(me: Any, step: str, failure: str) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        time.sleep(0.2)  # so that the others wait
+        me.say(time.monotonic())
+        error = FAILURES[failure]
+        if error is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        else:
+            raise error
+
+    backend, name = STEPS[step]
+    patch = pytest.MonkeyPatch()
+    if me.rank == 1:
+        patch.setattr(name, fail)
+    limit_s = 1.0 if _code(step, failure) == "E120" else 30.0
+    try:
+        me.buffer(backend=backend, config=EPConfig(arrival_s=limit_s))
+    except EPError as error:
+        me.say((error, time.monotonic()))
+    except BaseException as error:
+        me.say(repr(error))
+    me.wait_for_go()  # a rank that ended would be found dead, too
 
 
 @pytest.mark.usefixtures("clean")

@@ -29,7 +29,7 @@ from ep_comm.backends.record import (
 )
 from ep_comm.backends.wire import Finding, Step, Wire
 from ep_comm.backends.worker import BegunWork, Worker
-from ep_comm.bootstrap import Group
+from ep_comm.bootstrap import Exchange, Group, Hello
 from ep_comm.checks import DISPATCHABLE, BufferSpec, CombineCall, DispatchCall
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPError, make_error
@@ -68,12 +68,20 @@ class CollectiveBackend:
     """One rank of a buffer over a process group. Collective to construct.
 
     Raises:
-        EPTimeout: E120, not every rank came.
+        EPTimeout: E120, not every rank came. EPPeerDied, EPPeerLeft: E110, E111.
     """
 
     name = "collective"
 
-    def __init__(self, spec: BufferSpec, generation: int, config: EPConfig, group: Group) -> None:
+    def __init__(
+        self,
+        spec: BufferSpec,
+        generation: int,
+        config: EPConfig,
+        group: Group,
+        hellos: Sequence[Hello],
+        construction: Exchange,
+    ) -> None:
         self.spec = spec
         self.generation = generation
         self._deferred: EPError | None = None
@@ -83,7 +91,7 @@ class CollectiveBackend:
         self._verdict: EPError | None = None  # why the communicator is dead
         self._refusal: tuple[int, EPError] | None = None  # not yet known to all peers
         self.worker = Worker(spec.device)
-        self.wire = Wire(group, generation, config, spec.device)
+        self.wire = Wire(group, generation, config, spec.device, hellos, construction)
 
     # ---- operations ----
 

@@ -465,9 +465,19 @@ def open_backend(
     """
     control_bytes = _core.ControlLayout(shape).end
     size = default_arena_bytes() if arena_bytes is None else arena_bytes
-    memory = mapping.connect(_SEGMENTS, group, hellos, listener, exchange, control_bytes, size)
-    memory.own.control.close_fd()
-    return CpuBackend(spec, generation, config, memory, shape)
+    made: list[CpuBackend] = []
+
+    def use(memory: Memory) -> None:
+        memory.own.control.close_fd()
+        made.append(CpuBackend(spec, generation, config, memory, shape))
+
+    try:
+        mapping.connect(_SEGMENTS, group, hellos, listener, exchange, control_bytes, size, use)
+    except BaseException:
+        for backend in made:
+            backend.close()
+        raise
+    return made[0]
 
 
 __all__ = ["CpuBackend", "default_arena_bytes", "open_backend"]

@@ -18,11 +18,11 @@ from ep_comm.bootstrap import (
     Hello,
     Listener,
     Mesh,
-    died_early,
     group_token,
     no_descriptors,
     receive_fds,
     send_fds,
+    why_cut,
 )
 from ep_comm.errors import EPError, make_error
 
@@ -119,6 +119,7 @@ def connect(
     exchange: Exchange,
     control_bytes: int,
     arena_bytes: int,
+    use: Callable[[Mapped[RegionT]], object] = lambda memory: None,
 ) -> Mapped[RegionT]:
     """Create our memory, give it to every peer, map theirs.
 
@@ -126,6 +127,7 @@ def connect(
         listener, exchange: of this construction; `hellos` has been agreed on.
         control_bytes: the same on all ranks.
         arena_bytes: of our own arena; ranks may differ.
+        use: what has to succeed on every rank, too, with the memory.
     Raises:
         EPMemoryError: E232. EPEnvironmentError: E405, E406. EPTimeout: E120. EPPeerDied: E110.
 
@@ -144,17 +146,19 @@ def connect(
         except EPError as error:
             failure = error
         except OSError as error:
-            failure = _broken_share(me, mesh, error)
+            failure = _broken_share(me, mesh, exchange, error)
         agree(exchange, "created", me, failure)
         assert mapped is not None
         try:
             _share(kind, mapped, hellos, token)
+            use(mapped)
         except EPError as error:
             failure = error
         except OSError as error:
-            failure = _broken_share(me, mesh, error)
+            failure = _broken_share(me, mesh, exchange, error)
         agree(exchange, "mapped", me, failure)
-    except BaseException:
+    except BaseException as error:
+        exchange.fail(error)  # before peers see our sockets end
         mesh.close()
         if mapped is not None:
             mapped.close()
@@ -185,8 +189,8 @@ def _told(answer: str, me: int, rank: int, size: int) -> EPError:
     code, _, rest = answer.partition(" ")
     number, _, what = rest.partition(" ")
     culprit = int(number) if number.isdecimal() else rank
-    if code == "E110" and culprit < size and culprit not in (me, rank):
-        return died_early(me, culprit)
+    if code in ("E110", "E111") and culprit < size and culprit not in (me, rank):
+        return make_error(code, what, rank=me, peer=culprit)
     code = code if code in CODES else "E406"
     return make_error(code, f"cannot construct: rank {rank} {what}", rank=me, peer=rank)
 
@@ -235,10 +239,9 @@ def _share(
                 os.close(fd)
 
 
-def _broken_share(me: int, mesh: Mesh, error: OSError) -> EPError:
+def _broken_share(me: int, mesh: Mesh, exchange: Exchange, error: OSError) -> EPError:
     if (limit := no_descriptors(error, me)) is not None:
         return limit
-    dead = mesh.dead_rank(patience_s=0.3)
-    if dead is not None:
-        return died_early(me, dead)
+    if (loss := why_cut(exchange, mesh)) is not None:
+        return loss
     return make_error("E405", f"cannot share memory: {error}, needs descriptor passing", rank=me)

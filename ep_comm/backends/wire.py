@@ -13,21 +13,23 @@ import ctypes
 import logging
 import os
 import select
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor
 
 from ep_comm import _core
-from ep_comm.bootstrap import Group, host_identity
+from ep_comm.bootstrap import Exchange, Group, Hello, died_early
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPError, EPTimeout, make_error
 from ep_comm.verdict import PeerState, error_of
 
+T = TypeVar("T")
 _log = logging.getLogger("ep_comm")
 
 _SLICE_S: Final = 0.05  # a wait looks around this often
@@ -96,12 +98,21 @@ class Wire:
     Args:
         generation: tells the buffers of one group apart, the same on all ranks.
         device: of the tensors exchanged; they pass through the CPU where the group cannot reach it.
+        hellos: of all ranks; they tell which are processes that can be watched.
+        construction: where ranks say that they failed.
     Raises:
-        EPTimeout: E120, a rank did not open its end within the arrival clock.
+        EPTimeout: E120, a rank did not open its end within the arrival clock. EPPeerDied,
+            EPPeerLeft: E110, E111, it ended or failed instead.
     """
 
     def __init__(
-        self, group: Group, generation: int, config: EPConfig, device: torch.device
+        self,
+        group: Group,
+        generation: int,
+        config: EPConfig,
+        device: torch.device,
+        hellos: Sequence[Hello],
+        construction: Exchange,
     ) -> None:
         import torch.distributed as dist
 
@@ -112,7 +123,8 @@ class Wire:
         self._closing = False
         self._since = 0.0  # when the exchange under way began
         self._stuck = False  # an exchange is still under way in the group's own threads
-        self._peers = _Peers({}, {})
+        self._peers = _Peers.of(group.rank, hellos)
+        self._construction: Exchange | None = construction  # until it is over
         self._group: Any = None
         self._device = device
         self._sleeps = True
@@ -120,13 +132,19 @@ class Wire:
             return
         self._store = dist.PrefixStore(f"wire/{generation}", group.store)
         try:
-            self._group, self._device, self._sleeps = _open(group, self._store, config, device)
-            self._peers = self._introduce()
+            self._group, self._device, self._sleeps = _meanwhile(
+                lambda: _open(group, self._store, config, device), self._look_early
+            )
+            self._meet()
+            self._construction = None
         except EPTimeout as error:
             raise make_error("E120", error.what, rank=self.rank, peer=error.peer) from error
         except RuntimeError as error:
             what = f"waited for ranks to connect: {_first_line(error)}"
             raise make_error("E120", what, rank=self.rank) from error
+        finally:
+            if self._group is None:
+                self._peers.close()
 
     def exchange(
         self, rows: Tensor, send: Sequence[int], recv: Sequence[int], step: Step
@@ -238,6 +256,7 @@ class Wire:
         """Raise when somebody, or we ourselves, ended this."""
         if self._closing:
             raise self.error(Finding(1, self.rank), step)
+        self._look_early()
         dead = self._peers.dead()
         if dead is None and waited < _LOOK_S:
             return
@@ -251,6 +270,7 @@ class Wire:
         while time.monotonic() < end:
             if self._closing:
                 return Finding(1, self.rank)
+            self._look_early()
             dead = self._peers.dead()
             finding = Finding(110, dead) if dead is not None else self._noted(step)
             if finding is not None:
@@ -300,24 +320,22 @@ class Wire:
         late = f"for rank {self._suspect(step.seq)} in {step.op}{name}"
         _log.warning(f"W101: rank {self.rank} has waited {waited:.1f} s {late}")
 
-    def _introduce(self) -> _Peers:
-        """Learn which ranks are processes we can watch."""
-        boot, namespace = host_identity()
-        boot_words = [int.from_bytes(boot[i : i + 8], "little", signed=True) for i in (0, 8)]
-        me = torch.tensor([[*boot_words, namespace, os.getpid()]])
+    def _meet(self) -> None:
+        """The first exchange connects whatever the group connects late."""
         ones = [1] * self.size
         step = Step("construction", 0, "", announced=False)
-        cards = self.exchange(me.expand(self.size, -1).contiguous(), ones, ones, step).tolist()
-        pids = {
-            r: card[3]
-            for r, card in enumerate(cards)
-            if r != self.rank and card[:3] == cards[self.rank][:3] and card[3] != os.getpid()
-        }
-        pidfds = {}
-        for r, pid in pids.items():
-            with contextlib.suppress(OSError, AttributeError):
-                pidfds[r] = os.pidfd_open(pid)
-        return _Peers(pids, pidfds)
+        self.exchange(torch.zeros((self.size, 1), dtype=torch.int64), ones, ones, step)
+
+    def _look_early(self) -> None:
+        """During construction: raise when a rank that we wait for will not come."""
+        if self._construction is None:
+            return
+        if (failure := self._construction.failure()) is not None:
+            raise failure
+        if (dead := self._peers.dead()) is not None:
+            error = died_early(self.rank, dead)
+            self._construction.fail(error)  # who looks later may find us ended, too
+            raise error
 
 
 @dataclass
@@ -326,6 +344,15 @@ class _Peers:
 
     pids: dict[int, int]
     pidfds: dict[int, int]
+
+    @classmethod
+    def of(cls, me: int, hellos: Sequence[Hello]) -> _Peers:
+        pids = {h.rank: h.pid for h in hellos if h.shares_processes(hellos[me])}
+        pidfds = {}
+        for rank, pid in pids.items():
+            with contextlib.suppress(OSError, AttributeError):
+                pidfds[rank] = os.pidfd_open(pid)
+        return cls(pids, pidfds)
 
     def dead(self) -> int | None:
         for rank, fd in self.pidfds.items():
@@ -382,6 +409,31 @@ def _open(
         options._timeout = timedelta(seconds=_NEVER_S)  # ours raises; its own ends the process
         return dist.ProcessGroupNCCL(store, group.rank, group.size, options), on, False
     return _Borrowed(group.process_group), on, False
+
+
+def _meanwhile(work: Callable[[], T], look: Callable[[], None]) -> T:
+    """The result of `work`, which may wait long and hear nothing, unless `look` raises before.
+
+    Then it goes on by itself until its own limit.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:  # handed on, whatever it is
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_SLICE_S)
+        if thread.is_alive():
+            look()
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 def _kind(process_group: Any, device: torch.device) -> tuple[str, torch.device]:
