@@ -26,7 +26,7 @@ from torch import Tensor
 import ep_comm.ops  # noqa: F401  # defines torch.ops.ep_comm
 from ep_comm.buffer import Buffer
 from ep_comm.checks import flag
-from ep_comm.errors import EPError, make_error
+from ep_comm.errors import EPError, make_error, shown
 from ep_comm.handle import Handle, HandleMeta
 from ep_comm.ops.dispatch import HOLD, Arrived
 from ep_comm.ops.library import TURN, in_turn
@@ -112,7 +112,7 @@ def dispatch(
     if quantize is not None and x.requires_grad and torch.is_grad_enabled():
         what = "rejected quantize: want None, rounding to fp8 has no gradient"
         raise _refusal(buffer, "dispatch", make_error("E203", what), tag)
-    options = (scale_block, quantize, output, transfer, num_sms, str(tag))
+    options = (scale_block, quantize, output, transfer, num_sms, _text(buffer, "dispatch", tag))
     arrived: Arrived | Rearrived
     if topk_idx is not None:
         arrived = Arrived(
@@ -196,7 +196,7 @@ def combine(
         )  # fmt: skip
     total, home = in_turn(
         torch.ops.ep_comm.combine, _turn(), x, topk_weights, *pair, *handle, buffer.number,
-        weighted, order, num_sms, str(tag),
+        weighted, order, num_sms, _text(buffer, "combine", tag),
     )  # fmt: skip
     return total if topk_weights is None else (total, home)
 
@@ -217,6 +217,17 @@ def _flags(buffer: Buffer, op: str, tag: object, **values: Any) -> tuple[bool, .
         return tuple(flag(name, value) for name, value in values.items())
     except EPError as error:
         raise _refusal(buffer, op, error, tag) from None
+
+
+def _text(buffer: Buffer, op: str, tag: object) -> str:
+    """A tag as native calls take it."""
+    if isinstance(tag, str):
+        return tag
+    try:
+        return str(tag)
+    except Exception as error:  # of an object of the caller's
+        what = f"rejected tag: {shown(error)}, want a text"
+        raise _refusal(buffer, op, make_error("E203", what), "") from error
 
 
 def _read_shape(buffer: Buffer, handle: Handle, tag: object) -> tuple[tuple[int, ...], str, bool]:
@@ -277,8 +288,10 @@ def _are_ints(one: object, *optional: object) -> bool:
 
 
 def _is_int(value: object) -> bool:
-    """Symbols of compilers are no ints, and True is none."""
-    return type(value) is int or isinstance(value, torch.SymInt)
+    """One of 64 bits; symbols of compilers are no ints, and True is none."""
+    if type(value) is int:
+        return -(1 << 63) <= value < 1 << 63
+    return isinstance(value, torch.SymInt)
 
 
 def _are_texts(one: object, two: object = "", three: object = "", optional: object = None) -> bool:

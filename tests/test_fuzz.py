@@ -18,6 +18,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from ep_comm import Buffer, EPConfig, Handle, StoreGroup
+from ep_comm import Buffer, EPConfig, Handle, StoreGroup, autograd
 from ep_comm.backends import mapping
 from ep_comm.bootstrap import Exchange, Group, Hello, Listener, check_agreement
 from ep_comm.errors import EPError
@@ -328,6 +329,8 @@ def answer_of_a_peer_is_read_or_refused(answer: bytes) -> None:
     exchange = Exchange(Group(Answers(answer), 0, 3), 1.0)
     error = attack(lambda: mapping.agree(exchange, "created", 0, None))
     assert error is not None or answer == b""
+    failure = exchange.failure()  # the same bytes as the note of a rank that failed
+    assert failure is None or (failure.code in ("E110", "E111") and failure.peer in (1, 2))
 
 
 def greeting_is_never_believed(data: bytes) -> None:
@@ -476,9 +479,13 @@ def hostile_options_are_refused_or_taken(change: dict[str, Any]) -> None:
 
 
 def hostile_call_of_a_peer_ends_everywhere(
-    two: Home, culprit: int, change: dict[str, Any], combine: bool
+    two: Home, culprit: int, change: dict[str, Any], combine: bool, recorded: bool
 ) -> None:
-    """One rank's nonsense: both ranks come back, and both come back usable."""
+    """One rank's nonsense: both ranks come back, and both come back usable.
+
+    Args:
+        recorded: through ep_comm.autograd, of tensors with gradients.
+    """
 
     def work(rank: int) -> str:
         buffer = two.cluster.buffers[rank]
@@ -490,6 +497,9 @@ def hostile_call_of_a_peer_ends_everywhere(
         else:
             options = {"x": x, "topk_idx": ids, "topk_weights": weights}
             call = buffer.dispatch
+        if recorded:
+            call = partial(autograd.combine if combine else autograd.dispatch, buffer)
+            options["x"].requires_grad_()
         if rank == culprit:
             options |= change
         error = attack(lambda: settle(call(**options)))
@@ -511,7 +521,10 @@ def test_hostile_handshakes_are_e406_or_a_disagreement(data: list[bytes]) -> Non
 
 @short(300)
 @given(
-    st.one_of(st.binary(max_size=400), st.sampled_from([b"E110 x", b"E203", b"E232 \n", b"\xff"]))
+    st.one_of(
+        st.binary(max_size=400),
+        st.sampled_from([b"E110 x", b"E203", b"E232 \n", b"\xff", b"E111 1 x", b"E110 0", b"E9 2"]),
+    )
 )
 def test_hostile_answers_in_the_store_are_refused(answer: bytes) -> None:
     answer_of_a_peer_is_read_or_refused(answer)
@@ -551,20 +564,40 @@ def test_hostile_options_of_a_buffer(change: dict[str, Any]) -> None:
 
 
 @short(150)
-@given(culprit=st.integers(0, 1), change=changes(DISPATCH), combine=st.just(False))
+@given(culprit=st.integers(0, 1), change=changes(DISPATCH))
 def test_hostile_dispatch_of_one_rank_ends_on_both(
-    two: Home, culprit: int, change: dict[str, Any], combine: bool
+    two: Home, culprit: int, change: dict[str, Any]
 ) -> None:
     if affordable(change):
-        hostile_call_of_a_peer_ends_everywhere(two, culprit, change, combine)
+        hostile_call_of_a_peer_ends_everywhere(two, culprit, change, combine=False, recorded=False)
 
 
 @short(150)
-@given(culprit=st.integers(0, 1), change=changes(COMBINE), combine=st.just(True))
+@given(culprit=st.integers(0, 1), change=changes(COMBINE))
 def test_hostile_combine_of_one_rank_ends_on_both(
-    two: Home, culprit: int, change: dict[str, Any], combine: bool
+    two: Home, culprit: int, change: dict[str, Any]
 ) -> None:
-    hostile_call_of_a_peer_ends_everywhere(two, culprit, change, combine)
+    hostile_call_of_a_peer_ends_everywhere(two, culprit, change, combine=True, recorded=False)
+
+
+@short(150)
+@given(culprit=st.integers(0, 1), change=changes([n for n in DISPATCH if n != "origins"]))
+def test_hostile_differentiable_dispatch_of_one_rank_ends_on_both(
+    two: Home, culprit: int, change: dict[str, Any]
+) -> None:
+    if affordable(change):
+        hostile_call_of_a_peer_ends_everywhere(two, culprit, change, combine=False, recorded=True)
+
+
+@short(150)
+@given(
+    culprit=st.integers(0, 1),
+    change=changes([n for n in COMBINE if n not in ("sum_weights", "out", "wait")]),
+)
+def test_hostile_differentiable_combine_of_one_rank_ends_on_both(
+    two: Home, culprit: int, change: dict[str, Any]
+) -> None:
+    hostile_call_of_a_peer_ends_everywhere(two, culprit, change, combine=True, recorded=True)
 
 
 @short(300)
@@ -624,6 +657,8 @@ LONG = {
     "options": (3_000, test_hostile_options_of_a_buffer),
     "dispatch-two": (1_500, test_hostile_dispatch_of_one_rank_ends_on_both),
     "combine-two": (1_500, test_hostile_combine_of_one_rank_ends_on_both),
+    "dispatch-ops": (1_500, test_hostile_differentiable_dispatch_of_one_rank_ends_on_both),
+    "combine-ops": (1_500, test_hostile_differentiable_combine_of_one_rank_ends_on_both),
 }
 assert sum(inputs for inputs, _ in LONG.values()) >= 100_000
 
