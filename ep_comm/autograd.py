@@ -25,9 +25,19 @@ from torch import Tensor
 
 import ep_comm.ops  # noqa: F401  # defines torch.ops.ep_comm
 from ep_comm.buffer import Buffer
-from ep_comm.checks import flag
-from ep_comm.errors import EPError, make_error, shown
+from ep_comm.errors import EPError, make_error
 from ep_comm.handle import Handle, HandleMeta
+from ep_comm.ops.arguments import (
+    are_flags,
+    are_ints,
+    are_tensors,
+    are_texts,
+    flags,
+    is_routing,
+    is_whole,
+    refusal,
+    text,
+)
 from ep_comm.ops.dispatch import HOLD, Arrived
 from ep_comm.ops.library import TURN, in_turn
 from ep_comm.ops.redispatch import Rearrived
@@ -89,15 +99,15 @@ def dispatch(
     Collective: every rank calls it, in the same order; its backward, too (see the module).
     Cost: backward is one combine.
     """
-    if not _are_flags(row_index, sync, wait):
-        row_index, sync, wait = _flags(
+    if not are_flags(row_index, sync, wait):
+        row_index, sync, wait = flags(
             buffer, "dispatch", tag, row_index=row_index, sync=sync, wait=wait
         )
     fits = (
-        _are_tensors(x, topk_idx, topk_weights, scales)
-        and _is_routing(topk_idx, handle)
-        and _are_ints(alignment, scale_block, layer, capacity, num_sms)
-        and _are_texts(layout, output, transfer, quantize)
+        are_tensors(x, topk_idx, topk_weights, scales)
+        and is_routing(topk_idx, handle)
+        and are_ints(alignment, scale_block, layer, capacity, num_sms)
+        and are_texts(layout, output, transfer, quantize)
     )
     if not fits:
         return buffer.dispatch(  # which says what is wrong, to all ranks
@@ -108,11 +118,11 @@ def dispatch(
         )  # fmt: skip
     if not wait:
         what = "rejected wait=False: want True, autograd needs the result"
-        raise _refusal(buffer, "dispatch", make_error("E203", what), tag)
+        raise refusal(buffer, "dispatch", make_error("E203", what), tag)
     if quantize is not None and x.requires_grad and torch.is_grad_enabled():
         what = "rejected quantize: want None, rounding to fp8 has no gradient"
-        raise _refusal(buffer, "dispatch", make_error("E203", what), tag)
-    options = (scale_block, quantize, output, transfer, num_sms, _text(buffer, "dispatch", tag))
+        raise refusal(buffer, "dispatch", make_error("E203", what), tag)
+    options = (scale_block, quantize, output, transfer, num_sms, text(buffer, "dispatch", tag))
     arrived: Arrived | Rearrived
     if topk_idx is not None:
         arrived = Arrived(
@@ -180,14 +190,14 @@ def combine(
         a combine more: scaling x by `recv.topk_weights` before a plain combine needs none.
     """
     pair: Any = bias if isinstance(bias, tuple | list) else (bias, None)
-    if not _are_flags(weighted):
-        (weighted,) = _flags(buffer, "combine", tag, weighted=weighted)
+    if not are_flags(weighted):
+        (weighted,) = flags(buffer, "combine", tag, weighted=weighted)
     fits = (
-        _is_whole(handle)
+        is_whole(handle)
         and len(pair) == 2
-        and _are_tensors(x, topk_weights, *pair)
-        and _are_ints(1, num_sms)
-        and _are_texts(order)
+        and are_tensors(x, topk_weights, *pair)
+        and are_ints(1, num_sms)
+        and are_texts(order)
     )
     if not fits:
         return buffer.combine(  # which says what is wrong, to all ranks
@@ -196,7 +206,7 @@ def combine(
         )  # fmt: skip
     total, home = in_turn(
         torch.ops.ep_comm.combine, _turn(), x, topk_weights, *pair, *handle, buffer.number,
-        weighted, order, num_sms, _text(buffer, "combine", tag),
+        weighted, order, num_sms, text(buffer, "combine", tag),
     )  # fmt: skip
     return total if topk_weights is None else (total, home)
 
@@ -206,36 +216,12 @@ def _turn() -> Tensor | None:
     return TURN if torch.compiler.is_compiling() else None
 
 
-def _refusal(buffer: Buffer, op: str, error: EPError, tag: object) -> EPError:
-    """The error to raise; peers raise it, too, unless this happens while a graph is made."""
-    return error if torch.compiler.is_compiling() else buffer._refused(op, error, tag)
-
-
-def _flags(buffer: Buffer, op: str, tag: object, **values: Any) -> tuple[bool, ...]:
-    """Each as True or False; ops take nothing else."""
-    try:
-        return tuple(flag(name, value) for name, value in values.items())
-    except EPError as error:
-        raise _refusal(buffer, op, error, tag) from None
-
-
-def _text(buffer: Buffer, op: str, tag: object) -> str:
-    """A tag as native calls take it."""
-    if isinstance(tag, str):
-        return tag
-    try:
-        return str(tag)
-    except Exception as error:  # of an object of the caller's
-        what = f"rejected tag: {shown(error)}, want a text"
-        raise _refusal(buffer, op, make_error("E203", what), "") from error
-
-
 def _read_shape(buffer: Buffer, handle: Handle, tag: object) -> tuple[tuple[int, ...], str, bool]:
     """Shape of the x that a handle makes, its layout, its sync."""
     try:
         meta = HandleMeta.unpack(handle.meta)
     except EPError as error:
-        raise _refusal(buffer, "dispatch", error, tag) from None
+        raise refusal(buffer, "dispatch", error, tag) from None
     return meta.x_shape, meta.layout, meta.sync
 
 
@@ -256,56 +242,3 @@ def _received(x: Tensor, **fields: Any) -> Received:
     kind, hold = held
     received: Received = kind(x=x, hold=hold, **fields)
     return received
-
-
-def _are_tensors(x: object, *others: object) -> bool:
-    """Whether x is a tensor, and each other one, too, or left out."""
-    if not _is_tensor(x):
-        return False
-    for other in others:  # noqa: SIM110  # all() of a generator takes three times as long
-        if other is not None and not _is_tensor(other):
-            return False
-    return True
-
-
-def _is_tensor(value: object) -> bool:
-    """On the meta device there is none: an op would run its fake implementation, on this rank."""
-    return isinstance(value, Tensor) and not value.is_meta
-
-
-def _are_flags(first: object, second: object = True, third: object = True) -> bool:
-    return type(first) is type(second) is type(third) is bool
-
-
-def _are_ints(one: object, *optional: object) -> bool:
-    """Whether an op takes them for numbers; the optional ones may be None."""
-    if not _is_int(one):
-        return False
-    for value in optional:  # noqa: SIM110
-        if value is not None and not _is_int(value):
-            return False
-    return True
-
-
-def _is_int(value: object) -> bool:
-    """One of 64 bits; symbols of compilers are no ints, and True is none."""
-    if type(value) is int:
-        return -(1 << 63) <= value < 1 << 63
-    return isinstance(value, torch.SymInt)
-
-
-def _are_texts(one: object, two: object = "", three: object = "", optional: object = None) -> bool:
-    return type(one) is type(two) is type(three) is str and (
-        optional is None or type(optional) is str
-    )
-
-
-def _is_routing(topk_idx: object, handle: object) -> bool:
-    """Whether there are ids or a whole handle, and not both."""
-    return _is_whole(handle) if topk_idx is None else handle is None
-
-
-def _is_whole(handle: object) -> bool:
-    if not isinstance(handle, tuple | list) or len(handle) != len(Handle._fields):
-        return False
-    return _are_tensors(*handle)

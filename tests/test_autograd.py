@@ -345,6 +345,8 @@ SPOILED: dict[str, Callable[[Handle], Any]] = {
     "meta": lambda h: h._replace(meta=torch.zeros_like(h.meta)),
     "short-meta": lambda h: h._replace(meta=h.meta[:3]),
     "float-meta": lambda h: h._replace(meta=h.meta.float()),
+    "no-weights": lambda h: h._replace(topk_weights=None),
+    "no-rows": lambda h: h._replace(send_row=h.send_row.to("meta")),
 }
 
 
