@@ -13,7 +13,9 @@ Collective: a backward pass communicates as the forward pass did. All ranks must
 same operations in the same order, which autograd does when all ranks build the same graph: let
 `recv.x` pass through the experts also where no token arrived, and ask for the same gradients. A
 checkpoint that recomputes a dispatch or a combine does it again on all ranks, in backward; with
-`context_fn=partial(create_selective_checkpoint_contexts, OPS)` it keeps their results instead.
+`context_fn=partial(create_selective_checkpoint_contexts, OPS)` it keeps their results instead. In a
+graph, whose calls have one order, it recomputes those of all layers before the first gradient, so
+there keeping the results may even take less memory.
 """
 
 from __future__ import annotations

@@ -426,7 +426,8 @@ def compile_unused(rank: int, buffer: Buffer, compiler: str) -> dict[str, bool]:
 
 
 def compile_independent(rank: int) -> dict[str, bool]:
-    """Three batches that share nothing, far more tokens on one rank: inductor goes by sizes."""
+    """Three batches, or recomputed layers, that share nothing, and far more tokens on one rank:
+    inductor goes by sizes, which must not show in the order of calls."""
     num_tokens = (2048, 4)[rank]
     g = torch.Generator().manual_seed(rank)
     x = [torch.randn(num_tokens, HIDDEN, generator=g).requires_grad_() for _ in range(3)]
@@ -438,16 +439,34 @@ def compile_independent(rank: int) -> dict[str, bool]:
         sums = [combine(buffer, sent[i].x * (2 + i), sent[i].handle) for i in (2, 0, 1)]
         return torch.stack([s.square().sum() for s in sums]).sum()
 
+    def recompute(x: list[Tensor]) -> Tensor:
+        y = x[0]
+        for i in range(3):
+            y = checkpoint(deeper, y, i, use_reentrant=False)  # type: ignore[assignment]
+        return y.square().sum()
+
+    def deeper(y: Tensor, i: int) -> Tensor:
+        sent = dispatch(buffer, y.relu(), idx, tag=str(i))
+        out: Tensor = combine(buffer, sent.x * (2 + i), sent.handle, bias=y)
+        return out
+
+    found = {}
     with Buffer(**{**SIZES, "max_tokens": 2048}) as buffer:
         native: Any = buffer.dispatch
         recorded = lambda *a, **o: (order.append(o["tag"]), native(*a, **o))[1]  # noqa: E731
         buffer.dispatch = recorded  # type: ignore[method-assign]
-        grads = []
-        for function in (run, torch.compile(run, fullgraph=True, dynamic=True)):
-            grads.append(torch.autograd.grad(function(x), x))
+        for name, function, leaves in (("independent", run, x), ("recomputed", recompute, x[:1])):
+            orders, grads = [], []
+            for way in (function, torch.compile(function, fullgraph=True, dynamic=True)):
+                order.clear()
+                grads.append(torch.autograd.grad(way(x), leaves))
+                orders.append(list(order))
+            same = sorted(orders[0]) == sorted(orders[1])
+            if name == "independent":
+                same = orders[0] == orders[1]
+            found[name] = same and equal(*map(list, grads))
         del buffer.dispatch
-    half = len(order) // 2
-    return {"independent": order[:half] == order[half:] and equal(*map(list, grads))}
+    return found
 
 
 def code_of(call: Any) -> str:
@@ -475,7 +494,7 @@ CHECKS = [
     *("checkpoint-recomputed", "checkpoint-selective", "checkpoint-selective-keeps"),
     *("moe-plain", "moe-capacity", "unused-aot_eager", "closed"),
 ]
-INDUCTOR_CHECKS = ["inductor", "unused-inductor", "independent"]
+INDUCTOR_CHECKS = ["inductor", "unused-inductor", "independent", "recomputed"]
 
 
 @pytest.mark.parametrize("check", CHECKS)
