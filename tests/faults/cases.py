@@ -61,7 +61,7 @@ CASES: Final[dict[str, Case]] = {
     "B9": Case("overlapping groups, several buffers per process", "independent"),
     "B10": Case("a rank constructs alone", "E120 listing the absent"),
     "B11": Case("wrong world size, rank taken twice", "E406"),
-    "C1": Case("killed before and during construction, at seven points", "E110 within 2 s; before it is known: E120"),
+    "C1": Case("killed, or raising anything, before and during construction", "E110, or E111, within 2 s; killed before it is known: E120"),
     "C2": Case("killed in dispatch, any moment", "E110 naming it, within 1 s, survivors healthy"),
     "C3": Case("killed in combine, any moment", "the same"),
     "C4": Case("stopped and continued", "a warning at most, exact"),
