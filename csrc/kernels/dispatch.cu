@@ -347,10 +347,12 @@ __device__ __forceinline__ void conclude_call(const PackJob& pack, const Spread&
 }
 
 // A call with an id that names no expert counts no load. Of tokens that were counted by this block.
-__device__ __noinline__ void take_back_load(const DispatchJob& job, const Entering& in, Span own) {
+__device__ __noinline__ void take_back_load(const DispatchJob& job, const Spread& spread,
+                                            const Entering& in) {
     const NoticeWords ours(job.view, in.slot, job.view.peers.rank);
     if (job.args.cached || code_of(ours.get(NoticeLayout::kWhat)) != kBadExpertId) return;
     const DispatchArgs& a = job.args;
+    const Span own = block_span(job, spread, 0).own;
     const int64_t end = int64_t{own.end} * a.num_topk;
     for (int64_t i = int64_t{own.begin} * a.num_topk + threadIdx.x; i < end; i += blockDim.x - 32) {
         const int64_t id = a.topk_idx[i];
@@ -362,8 +364,7 @@ __device__ __noinline__ void take_back_load(const DispatchJob& job, const Enteri
 // Those that move rows, once all are stored. `barrier` is theirs.
 template <Phase kPhase, class Barrier>
 __device__ __forceinline__ void finish_block(const DispatchJob& job, const Spread& spread,
-                                             const Entering& in, Span own, bool good,
-                                             Barrier barrier) {
+                                             const Entering& in, bool good, Barrier barrier) {
     const Tables tables(spread);
     const int num_movers = spread.num_movers;
     const RankView& view = job.view;
@@ -378,7 +379,7 @@ __device__ __forceinline__ void finish_block(const DispatchJob& job, const Sprea
     }
     if (kPhase == Phase::kMove) return;
     if (!good && job.args.logical_load != nullptr) {
-        take_back_load(job, in, own);
+        take_back_load(job, spread, in);
         barrier();  // it reads our notice
     }
     if (threadIdx.x == 0) count_block(view);
@@ -460,7 +461,7 @@ __global__ void __launch_bounds__((Config::kMaxMovers + 1) * 32, 1)
     mover.abandon();
     const auto barrier = [num_movers] { ptx::barrier_sync_aligned(1, 32 * num_movers); };
     barrier();
-    if (!failed) finish_block<kPhase>(job, spread, in, span.own, good, barrier);
+    if (!failed) finish_block<kPhase>(job, spread, in, good, barrier);
 }
 
 // Behind the copies on their stream, the packing before them: all our rows are there. One warp.
