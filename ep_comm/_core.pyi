@@ -72,6 +72,7 @@ class Site:
     BASE: ClassVar[Site]
     ROWS: ClassVar[Site]
     PULLED: ClassVar[Site]
+    LINE: ClassVar[Site]
     def __init__(self, value: int) -> None: ...
     def __int__(self) -> int: ...
     @property
@@ -87,6 +88,9 @@ class Shape:
     max_local_experts: int
     num_topk: int
     max_tokens: int
+    stage_bytes: int
+
+def stage_bytes_for(shape: Shape, hidden: int) -> int: ...
 
 class ControlLayout:
     def __init__(self, shape: Shape) -> None: ...
@@ -224,6 +228,8 @@ class DispatchArgs:
     replicas: Replicas
     routed_idx: int
     logical_load: int
+    recv_stats: int
+    wait_stats: int
     def row_bytes(self) -> int: ...
 
 class UnpackArgs:
@@ -269,6 +275,9 @@ class CombineArgs:
     with_weights: bool
     sum_weights: bool
     topk_order: bool
+    per_rank: bool
+    row_weights: int
+    wait_stats: int
     routing: int
 
 class SystemCallError(OSError): ...
@@ -431,8 +440,23 @@ class DispatchWants:
     row_token: bool
     reports: bool
     by_copies: bool
+    begun: int
+    in_halves: bool
+
+class CombineWants:
+    def __init__(self) -> None: ...
+    begun: int
+    num_sms: int
+    num_stages: int
+    in_halves: bool
+
+class BegunCombine:
+    @property
+    def is_half(self) -> bool: ...
 
 class Flight:
+    @property
+    def is_half(self) -> bool: ...
     @property
     def outcome(self) -> Outcome: ...
     @property
@@ -478,7 +502,11 @@ class DeviceRank:
     def has_report(self, flight: Flight) -> bool: ...
     def await_report(self, flight: Flight) -> None: ...
     def settle(self, flight: Flight) -> None: ...
-    def combine(self, args: CombineArgs, num_sms: int, num_stages: int, stream: int) -> None: ...
+    def combine(self, args: CombineArgs, wants: CombineWants, stream: int) -> BegunCombine: ...
+    def finish_dispatch(self, flight: Flight, stream: int) -> None: ...
+    def finish_combine(self, begun: BegunCombine, stream: int) -> None: ...
+    def stages_dispatch(self, args: DispatchArgs) -> bool: ...
+    def stages_combine(self, args: CombineArgs) -> bool: ...
     def refuse(self, kind: OpKind, why: Outcome, stream: int) -> None: ...
     def take_deferred(self) -> Outcome | None: ...
     def failed(self) -> bool: ...

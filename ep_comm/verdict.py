@@ -17,6 +17,7 @@ _SITES = {
     _core.Site.BASE: "to place our rows",
     _core.Site.ROWS: "to send its rows",
     _core.Site.PULLED: "to read our rows",
+    _core.Site.LINE: "to send its rows",
 }
 _OPS = {int(_core.OpKind.DISPATCH): "dispatch", int(_core.OpKind.COMBINE): "combine"}
 _DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2", "int8", "uint8")
@@ -157,6 +158,6 @@ def _name(field: str, value: int) -> str:
     if field == "routing" and value & KEY_MARK:
         return f"placement {value >> 16 & (1 << 45) - 1:x} layer {value & 0xFFFF}"
     if field == "flags":
-        bits = ("weights", "static", "cached", "weighted")
+        bits = ("weights", "static", "cached", "weighted", "per_rank")
         return "+".join(name for i, name in enumerate(bits) if value >> i & 1) or "none"
     return "none" if field == "capacity" and value < 0 else str(value)

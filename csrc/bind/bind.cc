@@ -20,6 +20,7 @@
 #include "contract/layout.h"
 #include "contract/records.h"
 #include "contract/shape.h"
+#include "contract/stage.h"
 #include "contract/status.h"
 #include "cpu/communicator.h"
 #include "cpu/rank.h"
@@ -156,12 +157,14 @@ void bind_contract(py::module_& m) {
         .value("ENTRY", Site::kEntry)
         .value("BASE", Site::kBase)
         .value("ROWS", Site::kRows)
-        .value("PULLED", Site::kPulled);
+        .value("PULLED", Site::kPulled)
+        .value("LINE", Site::kLine);
 
     py::class_<Shape>(m, "Shape")
         .def(py::init<>()) EP_FIELD(Shape, num_ranks) EP_FIELD(Shape, num_slots)
             EP_FIELD(Shape, num_experts) EP_FIELD(Shape, max_local_experts)
-                EP_FIELD(Shape, num_topk) EP_FIELD(Shape, max_tokens);
+                EP_FIELD(Shape, num_topk) EP_FIELD(Shape, max_tokens) EP_FIELD(Shape, stage_bytes);
+    m.def("stage_bytes_for", &stage_bytes_for, "shape"_a, "hidden"_a);
     py::class_<ControlLayout>(m, "ControlLayout")
         .def(py::init<const Shape&>())
         .def_readonly("end", &ControlLayout::end)
@@ -216,6 +219,7 @@ void bind_args(py::module_& m) {
                                     EP_FIELD(D, routing) EP_ADDRESS(D, rank_ends)
                                         EP_FIELD(D, x_offset) EP_FIELD(D, replicas)
                                             EP_ADDRESS(D, routed_idx) EP_ADDRESS(D, logical_load)
+                                                EP_ADDRESS(D, recv_stats) EP_ADDRESS(D, wait_stats)
         .def("row_bytes", &D::row_bytes);
     using U = UnpackArgs;
     py::class_<U>(m, "UnpackArgs")
@@ -234,7 +238,9 @@ void bind_args(py::module_& m) {
                             EP_FIELD(C, hidden) EP_FIELD(C, arena_offset) EP_FIELD(C, num_topk)
                                 EP_FIELD(C, layout) EP_FIELD(C, dtype) EP_FIELD(C, weighted)
                                     EP_FIELD(C, with_weights) EP_FIELD(C, sum_weights)
-                                        EP_FIELD(C, topk_order) EP_FIELD(C, routing);
+                                        EP_FIELD(C, topk_order) EP_FIELD(C, per_rank)
+                                            EP_FIELD(C, routing) EP_ADDRESS(C, row_weights)
+                                                EP_ADDRESS(C, wait_stats);
 }
 
 // Memory of one rank: extents of its arena as arrays.

@@ -187,12 +187,21 @@ void bind_flight(py::module_& m) {
             EP_ADDRESS(W, source_range) EP_ADDRESS(W, recv_row) EP_FIELD(W, max_recv)
                 EP_FIELD(W, max_rows) EP_FIELD(W, num_sms) EP_FIELD(W, num_warps)
                     EP_FIELD(W, wide_ids) EP_FIELD(W, row_index) EP_FIELD(W, row_token)
-                        EP_FIELD(W, reports) EP_FIELD(W, by_copies);
+                        EP_FIELD(W, reports) EP_FIELD(W, by_copies) EP_ADDRESS(W, begun)
+                            EP_FIELD(W, in_halves);
+    using C = CombineWants;
+    py::class_<C>(m, "CombineWants")
+        .def(py::init<>()) EP_ADDRESS(C, begun) EP_FIELD(C, num_sms) EP_FIELD(C, num_stages)
+            EP_FIELD(C, in_halves);
+    py::class_<BegunCombine, std::shared_ptr<BegunCombine>>(m, "BegunCombine")
+        .def_property_readonly("is_half",
+                               [](const BegunCombine& b) { return b.half == Half::kSend; });
     py::class_<Flight, std::shared_ptr<Flight>>(m, "Flight")
         .def_property_readonly("outcome", [](const Flight& f) { return f.report.outcome; })
         .def_property_readonly("num_recv", [](const Flight& f) { return f.report.num_recv; })
         .def_property_readonly("num_rows", [](const Flight& f) { return f.report.num_rows; })
         .def_property_readonly("index_rows", [](const Flight& f) { return f.report.index_rows; })
+        .def_property_readonly("is_half", [](const Flight& f) { return f.half == Half::kSend; })
         .def_readonly("x", &Flight::x)
         .def_readonly("ids", &Flight::ids)
         .def_readonly("weights", &Flight::weights)
@@ -223,12 +232,36 @@ void bind_rank(py::module_& m) {
         .def("settle", &DeviceRank::settle, "flight"_a)
         .def(
             "combine",
-            [](DeviceRank& self, const CombineArgs& args, int num_sms, int num_stages,
+            [](DeviceRank& self, const CombineArgs& args, const CombineWants& wants,
                uintptr_t stream) {
                 py::gil_scoped_release nogil;
-                self.combine(args, num_sms, num_stages, as_stream(stream));
+                return self.combine(args, wants, as_stream(stream));
             },
-            "args"_a, "num_sms"_a, "num_stages"_a, "stream"_a)
+            "args"_a, "wants"_a, "stream"_a)
+        .def(
+            "finish_dispatch",
+            [](DeviceRank& self, Flight& flight, uintptr_t stream) {
+                py::gil_scoped_release nogil;
+                self.finish(flight, as_stream(stream));
+            },
+            "flight"_a, "stream"_a)
+        .def(
+            "finish_combine",
+            [](DeviceRank& self, BegunCombine& begun, uintptr_t stream) {
+                py::gil_scoped_release nogil;
+                self.finish(begun, as_stream(stream));
+            },
+            "begun"_a, "stream"_a)
+        .def(
+            "stages_dispatch",
+            [](const DeviceRank& self, const DispatchArgs& a) {
+                return is_staged(self.shape(), a);
+            },
+            "args"_a)
+        .def(
+            "stages_combine",
+            [](const DeviceRank& self, const CombineArgs& a) { return is_staged(self.shape(), a); },
+            "args"_a)
         .def(
             "refuse",
             [](DeviceRank& self, OpKind kind, const Outcome& why, uintptr_t stream) {

@@ -30,8 +30,10 @@ struct DispatchArgs {
     int64_t* rank_counts = nullptr;    // [2, num_ranks] unique tokens sent to, received from
     int32_t* expert_counts = nullptr;  // [num_local_experts] selections received
     // out, null = not wanted
-    int32_t* rank_ends = nullptr;  // [num_ranks, num_ranks] where the rows of each source end at
-                                   // each owner: inclusive prefix sums over sources
+    int32_t* rank_ends = nullptr;   // [num_ranks, num_ranks] where the rows of each source end at
+                                    // each owner: inclusive prefix sums over sources
+    int32_t* recv_stats = nullptr;  // [num_local_experts] adds the selections received
+    int64_t* wait_stats = nullptr;  // [num_ranks] adds the nanoseconds waited for each source
     // scalars
     int64_t num_tokens = 0;
     int64_t x_stride = 0;
@@ -82,9 +84,10 @@ struct UnpackArgs {
 
 struct CombineArgs {
     // in
-    const std::byte* x = nullptr;       // [num_rows, hidden] expert output, dtype, contiguous
-    const float* y_weights = nullptr;   // to send back: [num_recv, num_topk] or [num_rows]; or null
-    const int64_t* topk_idx = nullptr;  // [num_tokens, num_topk] of the handle
+    const std::byte* x = nullptr;      // [num_rows, hidden] expert output, dtype, contiguous
+    const float* y_weights = nullptr;  // to send back: [num_recv, num_topk] or [num_rows]; or null
+    const float* row_weights = nullptr;    // [num_rows] top-k weight of each row; weighted per_rank
+    const int64_t* topk_idx = nullptr;     // [num_tokens, num_topk] of the handle
     const float* topk_weights = nullptr;   // [num_tokens, num_topk], applied when weighted
     const int32_t* send_row = nullptr;     // [num_tokens, num_topk] of the handle
     const int64_t* rank_counts = nullptr;  // [2, num_ranks] of the handle
@@ -93,8 +96,9 @@ struct CombineArgs {
     const std::byte* bias0 = nullptr;      // [num_tokens, hidden] or null
     const std::byte* bias1 = nullptr;
     // out
-    std::byte* out = nullptr;      // [num_tokens, hidden]
-    float* out_weights = nullptr;  // [num_tokens, num_topk] or null
+    std::byte* out = nullptr;       // [num_tokens, hidden]
+    float* out_weights = nullptr;   // [num_tokens, num_topk] or null
+    int64_t* wait_stats = nullptr;  // [num_ranks] adds the nanoseconds waited for each owner
     // scalars
     int64_t num_tokens = 0, num_recv = 0, num_rows = 0, hidden = 0;
     int64_t arena_offset = -1;  // of x when it lies in the arena
@@ -105,6 +109,7 @@ struct CombineArgs {
     bool with_weights = false;  // weights come back; the same on all ranks
     bool sum_weights = false;   // compact: add what all ranks of the token hold for a slot
     bool topk_order = false;    // add in slot order, whoever owns the expert
+    bool per_rank = false;  // owners add up their rows of a token and round, the source the rest
     uint64_t routing = 0;
 
     EP_HD constexpr int64_t row_bytes() const { return hidden * dtype_bytes(dtype); }

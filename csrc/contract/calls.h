@@ -33,7 +33,8 @@ inline Descriptor describe(const CombineArgs& a) {
     d[Field::kDtype] = static_cast<int64_t>(a.dtype);
     d[Field::kHidden] = a.hidden;
     d[Field::kTopk] = a.num_topk;
-    d[Field::kFlags] = (a.with_weights ? kFlagWeights : 0) | (a.weighted ? kFlagWeighted : 0);
+    d[Field::kFlags] = (a.with_weights ? kFlagWeights : 0) | (a.weighted ? kFlagWeighted : 0) |
+                       (a.per_rank ? kFlagPerRank : 0);
     d[Field::kRouting] = static_cast<int64_t>(a.routing);
     return d;
 }

@@ -16,6 +16,7 @@
 #include "contract/notice.h"
 #include "contract/records.h"
 #include "contract/shape.h"
+#include "contract/stage.h"
 #include "contract/status.h"
 
 namespace ep {
@@ -30,6 +31,13 @@ struct OpState {
     int64_t num_recv;    // unique tokens that arrive here
     int64_t num_rows;    // rows of x in use: compact num_recv, grouped with padding
     int64_t index_rows;  // entries of a row index
+};
+
+// Of an operation in two halves: what the first leaves for the second. It lies in memory of the call, so
+// that a graph has its own.
+struct Begun {
+    uint64_t seq;
+    int32_t slot, unused;
 };
 
 // Private device memory of a rank. Pointers of one allocation, laid out once (StateLayout).
@@ -144,6 +152,7 @@ struct DispatchWants {
     int32_t* offsets = nullptr;       // [num_local_experts + 1]
     int64_t* source_range = nullptr;  // [num_local_experts, num_ranks]
     int32_t* recv_row = nullptr;      // cached: of the handle
+    Begun* begun = nullptr;           // [1] for what may go in two halves
     int64_t max_recv = 0;             // cached: of the handle, as max_rows, over all local experts
     int64_t max_rows = 0;
     int32_t num_sms = 0, num_warps = 0;  // 0 = computed
@@ -151,6 +160,14 @@ struct DispatchWants {
     bool row_index = false, row_token = false;
     bool reports = false;    // the host waits for sizes
     bool by_copies = false;  // rows travel by copy engine
+    bool in_halves = false;  // of a small batch: only the first one now
+};
+
+// The same of a combine.
+struct CombineWants {
+    Begun* begun = nullptr;
+    int32_t num_sms = 0, num_stages = 0;  // 0 = computed
+    bool in_halves = false;
 };
 
 // How a call begins: what it tells every rank, and whom it tells the verdict.
@@ -177,6 +194,7 @@ struct DispatchJob {
     int32_t tokens_per_chunk = 0;  // counted side by side; each block gets its share of a chunk
     int32_t* status = nullptr;     // [1] the code of the failure, or 0
     int32_t* num_recv = nullptr;   // [1]
+    Begun* begun = nullptr;        // small batches
 };
 static_assert(std::is_trivially_copyable_v<DispatchJob> && sizeof(DispatchJob) <= 2048);
 
@@ -185,8 +203,12 @@ struct CombineJob {
     Begin begin;
     CombineArgs args;
     std::byte* staged = nullptr;  // [num_rows, hidden] copy of what remote sources need; or null
+    Begun* begun = nullptr;       // small batches
 };
 static_assert(std::is_trivially_copyable_v<CombineJob> && sizeof(CombineJob) <= 2048);
+
+// What of an operation of a small batch a kernel does.
+enum class Half { kBoth, kSend, kReceive };
 
 // Where and how wide a kernel runs.
 struct LaunchPlan {

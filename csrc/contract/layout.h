@@ -43,12 +43,14 @@ struct NamedRegion {
 // said otherwise.
 struct ControlLayout {
     Region header, entries, counts, bases, expert_rows, arrived, pulled, released, staged, taken,
-        notices, lives;
+        notices, lives, rows;
     int64_t end = 0;
+    int64_t stage_bytes = 0;
     int32_t num_ranks, num_experts, max_local_experts, notice_words;
 
     EP_HD constexpr explicit ControlLayout(const Shape& s)
-        : num_ranks(s.num_ranks),
+        : stage_bytes(s.stage_bytes),
+          num_ranks(s.num_ranks),
           num_experts(s.num_experts),
           max_local_experts(s.max_local_experts),
           notice_words(NoticeLayout(s).words) {
@@ -67,6 +69,7 @@ struct ControlLayout {
         taken = at.take(s.num_ranks * kWordStride);             // [rank] uint64 per source
         lives = at.take(s.num_ranks * 8);                       // GPU: uint64 Life per rank
         notices = at.take(pairs * notice_words * 8);            // GPU: packed words per source
+        rows = at.take(s.num_slots * s.stage_bytes);            // GPU: lines, see stage.h
         end = at.end();
     }
 
@@ -103,9 +106,10 @@ struct ControlLayout {
         return notices.offset + pair(slot, src) * notice_words * 8;
     }
 
+    EP_HD constexpr int64_t stage(int slot) const { return rows.offset + slot * stage_bytes; }
     EP_HD constexpr int64_t life_word(int rank) const { return lives.offset + rank * 8; }
 
-    constexpr std::array<NamedRegion, 12> regions() const {
+    constexpr std::array<NamedRegion, 13> regions() const {
         return {{{"header", header},
                  {"entries", entries},
                  {"counts", counts},
@@ -117,7 +121,8 @@ struct ControlLayout {
                  {"staged", staged},
                  {"taken", taken},
                  {"notices", notices},
-                 {"lives", lives}}};
+                 {"lives", lives},
+                 {"rows", rows}}};
     }
 
 private:

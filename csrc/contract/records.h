@@ -50,6 +50,7 @@ inline constexpr int64_t kFlagWeights =
 inline constexpr int64_t kFlagStatic = 2;  // sync=False
 inline constexpr int64_t kFlagCached = 4;  // routing of a handle
 inline constexpr int64_t kFlagWeighted = 8;  // combine multiplies by the top-k weights
+inline constexpr int64_t kFlagPerRank = 16;  // owners add up their rows of a token first
 
 // "I entered operation seq, and this is what I bring you." Written by a source into every
 // receiver's block.

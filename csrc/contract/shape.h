@@ -12,6 +12,7 @@ struct Shape {
     int32_t max_local_experts = 1;  // of the rank that owns most
     int32_t num_topk = 1;           // largest top-k of any call
     int64_t max_tokens = 0;         // per rank and call
+    int64_t stage_bytes = 0;        // GPU: of a slot, for rows of small batches, see stage.h
 
     bool operator==(const Shape&) const = default;
 };

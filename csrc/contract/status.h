@@ -47,7 +47,7 @@ EP_HD constexpr bool may_poison_base(int code) {
 }
 
 // Where a rank waits. Names are exported to Python for the sentence a user reads.
-enum class Site : uint8_t { kNone = 0, kSlot, kEntry, kBase, kRows, kPulled };
+enum class Site : uint8_t { kNone = 0, kSlot, kEntry, kBase, kRows, kPulled, kLine };
 
 // One expired or refused wait. 64 bytes; on a GPU it lies in mapped host memory.
 struct Incident {

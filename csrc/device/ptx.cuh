@@ -95,6 +95,30 @@ __device__ __forceinline__ void st_relaxed_sys(uint64_t* addr, uint64_t value) {
     asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(addr), "l"(value) : "memory");
 }
 
+// ld.relaxed.sys.global.u64 d, [a];                                    PTX ISA 6.0, sm_70
+// Orders nothing; reads past L1.
+__device__ __forceinline__ uint64_t ld_relaxed_sys(const uint64_t* addr) {
+    uint64_t value;
+    asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(addr) : "memory");
+    return value;
+}
+
+// st.relaxed.sys.global.v2.u64 [a], {b, c};                            PTX ISA 6.0, sm_70
+// Orders nothing. Eight lanes that store 128 bytes together are one transaction, see device/lines.cuh.
+__device__ __forceinline__ void st_relaxed_sys_v2(uint64_t* addr, uint64_t b, uint64_t c) {
+    asm volatile("st.relaxed.sys.global.v2.u64 [%0], {%1, %2};" ::"l"(addr), "l"(b), "l"(c)
+                 : "memory");
+}
+
+// ld.relaxed.sys.global.v2.u64 {d, e}, [a];                            PTX ISA 6.0, sm_70
+// Orders nothing; reads past L1. Of lanes together as st_relaxed_sys_v2.
+__device__ __forceinline__ void ld_relaxed_sys_v2(const uint64_t* addr, uint64_t& d, uint64_t& e) {
+    asm volatile("ld.relaxed.sys.global.v2.u64 {%0, %1}, [%2];"
+                 : "=l"(d), "=l"(e)
+                 : "l"(addr)
+                 : "memory");
+}
+
 // st.release.sys.global.u64 [a], b;                                    PTX ISA 6.0, sm_70
 // Orders: whoever acquires b sees our earlier writes, and those of threads we met at a barrier.
 __device__ __forceinline__ void st_release_sys(uint64_t* addr, uint64_t value) {
@@ -129,6 +153,16 @@ __device__ __forceinline__ uint32_t ld_acquire_gpu(const uint32_t* addr) {
 __device__ __forceinline__ uint32_t atom_acq_rel_gpu_exch(uint32_t* addr, uint32_t value) {
     uint32_t old;
     asm volatile("atom.acq_rel.gpu.global.exch.b32 %0, [%1], %2;"
+                 : "=r"(old)
+                 : "l"(addr), "r"(value)
+                 : "memory");
+    return old;
+}
+
+// atom.acq_rel.gpu.global.add.u32 d, [a], b;                           PTX ISA 6.0, sm_70
+__device__ __forceinline__ uint32_t atom_acq_rel_gpu_add(uint32_t* addr, uint32_t value) {
+    uint32_t old;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
                  : "=r"(old)
                  : "l"(addr), "r"(value)
                  : "memory");

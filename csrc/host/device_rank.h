@@ -49,7 +49,15 @@ struct Flight {
     std::shared_ptr<StreamHold> token_scales;  // grouped, slab: as they came
     Stream stream = nullptr;
     int32_t num_blocks = 1;
+    Half half = Half::kBoth;    // kSend: the other one is to be queued
     HostPage::Report report{};  // once waited for
+};
+
+// A combine that has been queued, or its first half.
+struct BegunCombine {
+    CombineJob job;
+    int32_t num_blocks = 1;
+    Half half = Half::kBoth;
 };
 
 class DeviceRank {
@@ -78,8 +86,11 @@ public:
     // Extents shrink to what the report says.
     void settle(Flight& flight);
 
-    // 0: computed.
-    void combine(const CombineArgs& args, int num_sms, int num_stages, Stream stream);
+    std::shared_ptr<BegunCombine> combine(const CombineArgs& args, const CombineWants& wants,
+                                          Stream stream);
+    // The second half of an operation, when only its first one has been queued.
+    void finish(Flight& flight, Stream stream);
+    void finish(BegunCombine& begun, Stream stream);
     // Makes every peer fail this operation instead of waiting for us.
     void refuse(OpKind kind, const Outcome& why, Stream stream);
 
@@ -93,6 +104,7 @@ public:
     void interrupt();  // every wait of ours ends soon
     void leave();      // peers that wait for us raise E111 from now on; waits for our kernels
 
+    const Shape& shape() const { return shape_; }
     uint64_t seq() const { return begun_; }
     int default_sms(OpKind kind) const;
     const std::shared_ptr<DeviceArena>& arena() const { return arena_; }
@@ -104,6 +116,8 @@ private:
     bool take_extents(Flight& flight, int64_t rows, int64_t tokens);
     void refuse_memory(Flight& flight, int64_t needed, int64_t free);
     void expand(Flight& flight);
+    void launch_staged(Flight& flight, Half half, int num_sms);
+    void launch_staged(BegunCombine& begun, Half half, int num_sms, Stream stream);
     int blocks(OpKind kind, int num_sms) const;
     std::optional<Outcome> incident() const;
 

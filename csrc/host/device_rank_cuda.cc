@@ -43,7 +43,8 @@ int64_t slabs_of(const DispatchArgs& a, int num_local) {
 }
 
 // All that a dispatch is granted, x first.
-std::vector<Part> parts_of(const DispatchArgs& a, const DispatchWants& wants, int num_local) {
+std::vector<Part> parts_of(const DispatchArgs& a, const DispatchWants& wants, int num_local,
+                           bool staged) {
     const bool compact = a.layout == RecvLayout::kCompact, slab = a.layout == RecvLayout::kSlab;
     const int64_t slots = compact ? a.num_topk : 1;  // of a row
     std::vector<Part> parts{{&Flight::x, a.row_bytes(), 0, 0}};
@@ -57,7 +58,7 @@ std::vector<Part> parts_of(const DispatchArgs& a, const DispatchWants& wants, in
         const int64_t apart = (a.capacity + 3) / 4 * 4;  // columns of a slab
         parts.push_back({&Flight::scales, slab ? 0 : a.scale_bytes, 0,
                          slab ? num_local * a.scale_bytes * apart : 0});
-        if (!compact) parts.push_back({&Flight::token_scales, 0, a.scale_bytes, 0});
+        if (!compact && !staged) parts.push_back({&Flight::token_scales, 0, a.scale_bytes, 0});
     }
     if (wants.row_token) parts.push_back({&Flight::row_token, 4, 0, 0});
     if (wants.row_index && a.index_capacity >= 0) {
@@ -198,6 +199,11 @@ std::shared_ptr<Flight> DeviceRank::dispatch(const DispatchArgs& args, const Dis
         copies_->begin(job, stream);
         return flight;
     }
+    if (is_staged(shape_, args)) {
+        job.begun = wants.begun;
+        launch_staged(*flight, wants.in_halves ? Half::kSend : Half::kBoth, wants.num_sms);
+        return flight;
+    }
     if (wants.num_sms == 0) {
         flight->num_blocks =
             std::clamp(kernels::default_sms(job.args, shape_.num_ranks), 1, max_blocks_);
@@ -208,6 +214,24 @@ std::shared_ptr<Flight> DeviceRank::dispatch(const DispatchArgs& args, const Dis
     EP_CUDA(kernels::launch_dispatch(job, plan, stream));
     expand(*flight);
     return flight;
+}
+
+void DeviceRank::launch_staged(Flight& flight, Half half, int num_sms) {
+    const DispatchJob& job = flight.job;
+    const int most = num_sms > 0 ? std::min(num_sms, max_blocks_) : max_blocks_;
+    flight.num_blocks = std::min(kernels::stage_blocks(job), most);
+    EP_CUDA(kernels::launch_stage_dispatch(job, half, flight.num_blocks, flight.stream));
+    flight.half = half;
+    if (half == Half::kSend) return;
+    EP_CUDA(kernels::launch_row_index(job, state_->num_local(), flight.stream));
+    flight.token_scales.reset();
+}
+
+void DeviceRank::finish(Flight& flight, Stream stream) {
+    if (flight.half != Half::kSend) return;
+    enter(stream);
+    flight.stream = stream;
+    launch_staged(flight, Half::kReceive, flight.num_blocks);
 }
 
 // Behind the rows, for calls that need it.
@@ -230,7 +254,7 @@ void DeviceRank::push_copies(Flight& flight) {
 void DeviceRank::grant(Flight& flight, const DispatchWants& wants) {
     const DispatchArgs& args = flight.job.args;
     const int num_local = state_->num_local();
-    flight.parts = parts_of(args, wants, num_local);
+    flight.parts = parts_of(args, wants, num_local, is_staged(shape_, args));
     const int64_t worst = int64_t{shape_.num_ranks} * shape_.max_tokens;
     const bool compact = args.layout == RecvLayout::kCompact;
     const bool grouped = args.layout == RecvLayout::kGrouped;
@@ -382,11 +406,18 @@ bool DeviceRank::await_report(Flight& flight, std::chrono::milliseconds limit) {
     }
 }
 
-void DeviceRank::combine(const CombineArgs& args, int num_sms, int num_stages, Stream stream) {
+std::shared_ptr<BegunCombine> DeviceRank::combine(const CombineArgs& args,
+                                                  const CombineWants& wants, Stream stream) {
     enter(stream);
-    CombineJob job{view_, begin(OpKind::kCombine), args, nullptr};
+    auto begun = std::make_shared<BegunCombine>(
+        BegunCombine{{view_, begin(OpKind::kCombine), args, nullptr, wants.begun}});
+    CombineJob& job = begun->job;
     job.begin.report_later = true;
     job.begin.describe(describe(args), args.num_tokens);
+    if (is_staged(shape_, args)) {
+        launch_staged(*begun, wants.in_halves ? Half::kSend : Half::kBoth, wants.num_sms, stream);
+        return begun;
+    }
     Output& output = job.begin.head.output;
     output.num_rows = static_cast<int32_t>(args.num_rows);
     const auto set = [](uint32_t (&words)[2], int64_t offset) {
@@ -423,10 +454,24 @@ void DeviceRank::combine(const CombineArgs& args, int num_sms, int num_stages, S
         if (weights) set(output.weights, weights->extent().offset);
     }
     LaunchPlan plan = kernels::combine_plan(args, shape_.num_ranks,
-                                            blocks(OpKind::kCombine, num_sms), smem_bytes_);
+                                            blocks(OpKind::kCombine, wants.num_sms), smem_bytes_);
     plan.all_blocks = max_blocks_;
-    if (num_stages > 0) plan.num_stages = std::min(plan.num_stages, num_stages);
+    if (wants.num_stages > 0) plan.num_stages = std::min(plan.num_stages, wants.num_stages);
     EP_CUDA(kernels::launch_combine(job, plan, stream));
+    return begun;
+}
+
+void DeviceRank::launch_staged(BegunCombine& begun, Half half, int num_sms, Stream stream) {
+    const int most = num_sms > 0 ? std::min(num_sms, max_blocks_) : max_blocks_;
+    begun.num_blocks = std::min(kernels::stage_blocks(begun.job), most);
+    EP_CUDA(kernels::launch_stage_combine(begun.job, half, begun.num_blocks, stream));
+    begun.half = half;
+}
+
+void DeviceRank::finish(BegunCombine& begun, Stream stream) {
+    if (begun.half != Half::kSend) return;
+    enter(stream);
+    launch_staged(begun, Half::kReceive, begun.num_blocks, stream);
 }
 
 void DeviceRank::refuse(OpKind kind, const Outcome& why, Stream stream) {

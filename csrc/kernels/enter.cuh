@@ -301,20 +301,30 @@ __device__ __forceinline__ bool await_blocks(const RankView& view, Operation op)
     return true;
 }
 
-// All blocks have read all there is in this slot, and the operation is over here. One warp. Nobody needs
-// more than the value: a rank that hears our next notice knows as much.
-__device__ __forceinline__ void leave_slot(const RankView& view, uint64_t seq, int slot) {
-    const int lane = ptx::lane_id();
+// All blocks have read all there is in this slot. One warp. Nobody needs more than the value: a rank that
+// hears our next notice knows as much.
+__device__ __forceinline__ void release_slot(const RankView& view, uint64_t seq, int slot) {
 #pragma unroll 1
-    for (int p = lane; p < view.shape.num_ranks; p += 32) {
+    for (int p = ptx::lane_id(); p < view.shape.num_ranks; p += 32) {
         // pairs with the acquire in acquire_slot; what we have read there has come long ago
         ptx::st_relaxed_sys(at<uint64_t>(view, p, view.layout.released_word(slot, view.peers.rank)),
                             seq);
     }
-    if (lane != 0) return;
-    at<ControlHeader>(view, view.peers.rank, 0)->finished_seq = seq;  // for sentences only
+    if (ptx::lane_id() == 0) {
+        at<ControlHeader>(view, view.peers.rank, 0)->finished_seq = seq;  // for sentences only
+    }
+}
+
+// The next operation has the next number and slot. One thread, once all blocks have read theirs.
+__device__ __forceinline__ void advance(const RankView& view, uint64_t seq, int slot) {
     view.state.seq[0] = seq;
     view.state.seq[1] = slot + 1 == view.shape.num_slots ? 0 : slot + 1;
+}
+
+// The operation is over here. One warp.
+__device__ __forceinline__ void leave_slot(const RankView& view, uint64_t seq, int slot) {
+    release_slot(view, seq, slot);
+    if (ptx::lane_id() == 0) advance(view, seq, slot);
 }
 
 // One thread. Tells our host what came of the call.
@@ -338,10 +348,11 @@ __device__ inline void report(const RankView& view, const Begin& begin, uint64_t
 // The call fails here as it does everywhere; the next one works, unless the ranks are out of step. One
 // warp, once all blocks have read.
 __device__ __noinline__ inline void fail_call(const RankView& view, const Begin& begin,
-                                              Entering& in) {
+                                              Entering& in, bool advances = true) {
     const Incident& incident = in.outcome.incident;
-    if (!ends_communicator(incident.code)) leave_slot(view, in.seq, in.slot);
+    if (!ends_communicator(incident.code)) release_slot(view, in.seq, in.slot);
     if (ptx::lane_id() != 0) return;
+    if (!ends_communicator(incident.code) && advances) advance(view, in.seq, in.slot);
     if (ends_communicator(incident.code)) {
         device::give_up(view.watch, {kind_of(begin.head.what), in.seq}, incident.code,
                         {incident.site, incident.peer, uint64_t(incident.want)},

@@ -216,6 +216,10 @@ int launch_expand(const DispatchJob& job, int num_local, int num_blocks, int sme
         const int error = launch(expand_kernel, grid, stream, job, static_cast<int>(stage));
         if (error != 0) return error;
     }
+    return launch_row_index(job, num_local, stream);
+}
+
+int launch_row_index(const DispatchJob& job, int num_local, Stream stream) {
     if (job.out.row_index == nullptr || num_local == 0) return 0;
     return launch(index_rows_kernel, {num_local, 1024, 0}, stream, job);
 }

@@ -17,6 +17,11 @@ int launch_dispatch(const DispatchJob& job, const LaunchPlan& plan, Stream strea
 int launch_expand(const DispatchJob& job, int num_local, int num_blocks, int smem_bytes,
                   Stream stream);
 bool needs_expansion(const DispatchJob& job);
+// The index of compact rows by expert, alone.
+int launch_row_index(const DispatchJob& job, int num_local, Stream stream);
+// Small batches, whole or in halves, see contract/stage.h: is_staged.
+int launch_stage_dispatch(const DispatchJob& job, Half half, int num_blocks, Stream stream);
+int launch_stage_combine(const CombineJob& job, Half half, int num_blocks, Stream stream);
 int launch_combine(const CombineJob& job, const LaunchPlan& plan, Stream stream);
 // Enters an operation only to make it fail on every rank.
 int launch_refuse(const RankView& view, const Begin& begin, Stream stream);
@@ -34,6 +39,9 @@ bool fits_shared(const Shape& shape, int smem_bytes);
 int link_sms(int num_ranks);
 // SMs of a dispatch that names none: a small one is bound by latency, and spreads.
 int default_sms(const DispatchArgs& args, int num_ranks);
+// As many as have something to do.
+int stage_blocks(const DispatchJob& job);
+int stage_blocks(const CombineJob& job);
 // Into how many ranges of tokens a dispatch on so many blocks is counted.
 void divide_tokens(DispatchJob& job, int num_blocks);
 // How dispatch and combine spread over `num_blocks` SMs.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ep_comm import _core
 from ep_comm.backends import calls, mapping
-from ep_comm.backends.nvlink_calls import ArenaReceived, Combine, Dispatch
+from ep_comm.backends.nvlink_calls import ArenaReceived, Combine, Dispatch, Outstanding
 from ep_comm.backends.nvlink_memory import Lease, Memory, kind_of_memory, refusal
 from ep_comm.bootstrap import Exchange, Group, Hello, Listener
 from ep_comm.checks import BufferSpec, CombineCall, DispatchCall
@@ -80,6 +80,7 @@ class NvlinkBackend:
         # Streams of one device share few hardware queues; ours goes first when SMs are short.
         self.aside: Any = torch.cuda.Stream(spec.device, priority=-1)  # type: ignore[no-untyped-call]
         self.unfinished: list[Dispatch] = []  # begun, their sizes not read
+        self.halves = Outstanding()
         self._in_flight: list[tuple[Any, object]] = []  # (event, begun operation)
         mesh, ranks = memory.mesh, range(spec.num_ranks)
         self._peer_pids = [mesh.pids.get(r, 0) for r in ranks]
@@ -124,8 +125,10 @@ class NvlinkBackend:
             raise make_error("E310", what, rank=self.spec.rank)
 
     def make_room(self) -> None:
-        """The report of what is begun is read before a later one takes its place."""
+        """The report of what is begun is read before a later one takes its place, and its slot is
+        left before a later one needs it."""
         following = self.seq() + 1
+        self.halves.make_room(following - self.spec.num_slots)
         while self.unfinished and self.unfinished[0].number + _core.MAX_REPORTS <= following:
             self.unfinished[0].settle()
 
@@ -349,6 +352,7 @@ def open_backend(
     kind = kind_of_memory(spec.device.index or 0, group.rank)
     ranks_on_device = sum(h.same_process(hellos[group.rank]) for h in hellos)
     size = default_arena_bytes(spec, ranks_on_device) if arena_bytes is None else arena_bytes
+    shape.stage_bytes = _core.stage_bytes_for(shape, spec.hidden)
     control_bytes = _core.ControlLayout(shape).end
     memory = mapping.connect(kind, group, hellos, listener, exchange, control_bytes, size)
     for region in memory.own:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -73,6 +74,88 @@ class Begun:
         return result
 
 
+class Halves:
+    """An operation of a small batch whose first half has been queued, on the caller's stream.
+
+    Between the halves nothing of ours is on the GPU. The second one is queued by `finish()`, or
+    before an operation that needs its slot, or, when nobody wants its result, before the next one.
+
+    Args:
+        queue: queues the second half on the current stream.
+        result: what `wait()` returns; called once, after `queue`.
+        ready: whether `wait()` would return at once.
+    """
+
+    def __init__(
+        self,
+        backend: NvlinkBackend,
+        queue: Callable[[], None],
+        result: Callable[[], Any],
+        ready: bool,
+        promised: Promised | None = None,
+    ) -> None:
+        self._backend, self._queue, self._result, self._ready = backend, queue, result, ready
+        self.promised = promised
+        self.number = backend.seq()
+        self._queued: Any = None  # the stream, once it has been
+        backend.halves.append(self.number, self)
+
+    def done(self) -> bool:
+        return self._ready
+
+    def queue(self) -> None:
+        """Queue the second half, once."""
+        if self._queued is not None:
+            return
+        self._queued = torch.cuda.current_stream(self._backend.spec.device)
+        self._backend.halves.remove(self.number)
+        with self._backend.cuda_faults():
+            self._queue()
+
+    def finish(self) -> Any:
+        self._backend.check_usable()
+        self.queue()
+        result = self._result()
+        stream = torch.cuda.current_stream(self._backend.spec.device)
+        if stream != self._queued:
+            stream.wait_stream(self._queued)
+        if isinstance(result, Received):
+            result.use_on(stream)
+        return result
+
+    def __del__(self) -> None:
+        if self._queued is None:
+            self._backend.halves.abandon(self.number, self._queue)
+
+
+class Outstanding:
+    """Operations whose second half nobody has queued yet."""
+
+    def __init__(self) -> None:
+        self._begun: dict[int, weakref.ref[Halves]] = {}  # by number, ascending
+        self._abandoned: dict[int, Callable[[], None]] = {}
+
+    def append(self, number: int, halves: Halves) -> None:
+        self._begun[number] = weakref.ref(halves)
+
+    def remove(self, number: int) -> None:
+        self._begun.pop(number, None)
+
+    def abandon(self, number: int, queue: Callable[[], None]) -> None:
+        """Its `Halves` is gone; from any thread, at any time."""
+        if self._begun.pop(number, None) is not None:
+            self._abandoned[number] = queue
+
+    def make_room(self, last: int) -> None:
+        """Queue what nobody waits for, and operations up to `last`, whose slots are needed."""
+        while self._abandoned:
+            _, queue = self._abandoned.popitem()
+            queue()
+        for number in [n for n in self._begun if n <= last]:
+            if (halves := self._begun[number]()) is not None:
+                halves.queue()
+
+
 class Dispatch(calls.Dispatch):
     """One dispatch, queued on the current stream or begun on the buffer's own."""
 
@@ -90,7 +173,7 @@ class Dispatch(calls.Dispatch):
             what = f"rejected hidden={backend.spec.hidden}: want rows <= {_MAX_QUANTIZED_BYTES} B"
             raise make_error("E211", f"{what} with quantize= and backend 'nvlink'")
         super().__init__(backend.spec, call)
-        self.numbers = self._empty((2,), torch.int32)  # status, tokens received
+        self.numbers = self._empty((8,), torch.int32)  # status, tokens received; a `Begun`
         self.offsets: Tensor | None = None
         self.source_range: Tensor | None = None
         if call.layout == "grouped" or call.row_index:
@@ -110,10 +193,17 @@ class Dispatch(calls.Dispatch):
         self._copy()
         return self._finish()
 
-    def begin(self) -> Begun:
+    def begin(self) -> Begun | Halves:
         """Waits for no peer. With transfer="copy_engine" it waits for sizes."""
         backend = self.backend
         backend.enter()
+        if backend.rank.stages_dispatch(self.args):
+            self._start(in_halves=True)
+            if self.call.layout == "slab" and self.flight.x is not None:
+                self._promise()
+            return Halves(
+                backend, self._second_half, self._take_second, not self.call.sync, self.promised
+            )
         with backend.on_own_stream(self):
             self._start()
             if self.call.layout == "slab" and self.flight.x is not None:
@@ -150,19 +240,30 @@ class Dispatch(calls.Dispatch):
         except EPError as error:
             self._error = error
 
-    def _start(self) -> None:
+    def _start(self, in_halves: bool = False) -> None:
         backend, call = self.backend, self.call
         if not call.sync:
             backend.will_look()
+        wants = self._wants()
+        wants.in_halves = in_halves
         with backend.cuda_faults():
-            self.flight = backend.rank.dispatch(self.args, self._wants(), backend.stream())
+            self.flight = backend.rank.dispatch(self.args, wants, backend.stream())
         self.number = backend.seq()
+
+    def _second_half(self) -> None:
+        self.backend.rank.finish_dispatch(self.flight, self.backend.stream())
+
+    def _take_second(self) -> Received:
+        if self.call.sync:
+            self._await_sizes()
+        return self._finish()
 
     def _wants(self) -> _core.DispatchWants:
         """What differs from a DispatchWants' defaults."""
         call, wants = self.call, _core.DispatchWants()
         wants.status = self.numbers.data_ptr()
         wants.num_recv = self.numbers.data_ptr() + 4
+        wants.begun = self.numbers.data_ptr() + 16
         wants.num_sms = self.backend.blocks(call.num_sms)
         wants.num_warps = self.backend.num_warps
         wants.reports = call.sync
@@ -216,7 +317,7 @@ class Dispatch(calls.Dispatch):
             x=x,
             **values,
             num_tokens_per_expert=self.counts,
-            num_recv=arrival.num_recv if call.sync else self.numbers[1:],
+            num_recv=arrival.num_recv if call.sync else self.numbers[1:2],
             offsets=self.offsets,
             row_index=out.get("row_index"),
             status=self.numbers[:1],
@@ -307,15 +408,35 @@ class Combine(calls.Combine):
         super().__init__(backend.spec, call, out, offset)
 
     def run(self) -> Combined:
-        backend = self.backend
-        backend.enter()
-        backend.will_look()
-        with backend.cuda_faults():
-            sms = backend.blocks(self.call.num_sms)
-            backend.rank.combine(self.args, sms, backend.num_stages, backend.stream())
+        self._queue(in_halves=False)
         return self.result()
 
-    def begin(self) -> Begun:
+    def begin(self) -> Begun | Halves:
+        if self.backend.rank.stages_combine(self.args):
+            self._queue(in_halves=True)
+            return Halves(self.backend, self._second_half, self.result, True)
         with self.backend.on_own_stream(self):
             result = self.run()
             return Begun(self.backend, lambda: result, self.backend.when_over())
+
+    def _queue(self, in_halves: bool) -> None:
+        backend = self.backend
+        backend.enter()
+        backend.will_look()
+        wants = _core.CombineWants()
+        wants.num_sms = backend.blocks(self.call.num_sms)
+        wants.num_stages = backend.num_stages
+        if in_halves:
+            self._halves = torch.empty(4, dtype=torch.int32, device=backend.spec.device)
+            wants.begun, wants.in_halves = self._halves.data_ptr(), True
+            self._stream = torch.cuda.current_stream(backend.spec.device)
+        with backend.cuda_faults():
+            self._begun = backend.rank.combine(self.args, wants, backend.stream())
+
+    def _second_half(self) -> None:
+        backend = self.backend
+        stream = torch.cuda.current_stream(backend.spec.device)
+        if stream != self._stream:
+            for tensor in (self.out, self._halves, self.call.x, *self.call.handle[1:]):
+                tensor.record_stream(stream)
+        backend.rank.finish_combine(self._begun, int(stream.cuda_stream))

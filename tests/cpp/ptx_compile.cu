@@ -56,4 +56,8 @@ __global__ void every_wrapper(void** out) {
     keep(out, 35, &ptx::dynamic_shared);
     keep(out, 36, &ptx::nanosleep);
     keep(out, 37, &ptx::fence_acq_rel_sys);
+    keep(out, 38, &ptx::ld_relaxed_sys);
+    keep(out, 39, &ptx::st_relaxed_sys_v2);
+    keep(out, 40, &ptx::ld_relaxed_sys_v2);
+    keep(out, 41, &ptx::atom_acq_rel_gpu_add);
 }

@@ -28,6 +28,8 @@ struct Case {
     int64_t capacity = -1;
     bool is_static = false, weights = true, wide = true, row_index = false, origins = false;
     bool by_copies = false, one_expert = false, replicas = false;
+    bool staged = false, halves = false;  // as small batches go
+    bool weighted = false, per_rank = false, topk_order = false;
     Quantize quantize = Quantize::kNone;
     unsigned seed = 1;
 };
@@ -41,6 +43,7 @@ struct Rank {
     std::vector<int32_t> send_row, counts, offsets, rank_ends, numbers;
     std::vector<int64_t> rank_counts, source_range;
     std::vector<int64_t> logical, routed, load;  // with replicas: what `ids` follows from
+    Begun begun[2];                              // of the dispatch, and of the combine
     std::unique_ptr<DeviceRank> device;
     std::shared_ptr<DeviceArena> arena;
     cudaStream_t stream = nullptr;
@@ -83,6 +86,7 @@ struct World {
             shape.max_local_experts =
                 std::max<int>(shape.max_local_experts, std::count(owner.begin(), owner.end(), r));
         }
+        if (c.staged) shape.stage_bytes = stage_bytes_for(shape, c.hidden);
         for (int r = 0; r < c.ranks; ++r)
             make_inputs(ranks[r], c.tokens[r % c.tokens.size()], random);
         std::vector<DevicePeer> peers;
@@ -204,6 +208,8 @@ struct World {
         w.wide_ids = c.wide;
         w.reports = reports;
         w.by_copies = c.by_copies;
+        w.begun = &r.begun[0];
+        w.in_halves = c.halves;
         w.row_index = c.row_index;
         if (c.row_index || c.layout == RecvLayout::kGrouped) {
             r.offsets.assign(num_local(i) + 1, -7);
@@ -224,6 +230,7 @@ struct World {
     }
 
     void finish(bool reports) {
+        for (Rank& r : ranks) r.device->finish(*r.flight, r.stream);
         for (Rank& r : ranks) {
             if (reports) {
                 while (!r.device->await_report(*r.flight, std::chrono::milliseconds(100))) {
@@ -404,13 +411,26 @@ uint16_t to_bf16(float v) {
     return static_cast<uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16);
 }
 
-// Sends every received row back, doubled; from the arena or from ordinary memory.
+// What a rank sends back of one token, by loops: the sum of its rows, each times its weight.
+struct Sum {
+    std::vector<float> value;
+    bool rounds;  // each rank's part by itself
+
+    void add(const std::vector<float>& part) {
+        for (size_t h = 0; h < value.size(); ++h) {
+            value[h] += rounds ? to_float(to_bf16(part[h])) : part[h];
+        }
+    }
+};
+
+// Sends every received row back; from the arena or from ordinary memory.
 void check_combine(World& w, const Expected& e, bool in_arena) {
     const Case& c = w.c;
     const bool compact = c.layout == RecvLayout::kCompact;
     std::vector<std::vector<uint16_t>> y(c.ranks), out(c.ranks);
     std::vector<std::vector<float>> back(c.ranks), home(c.ranks);
     std::vector<std::shared_ptr<StreamHold>> holds;
+    std::vector<std::shared_ptr<BegunCombine>> begun;
     for (int d = 0; d < c.ranks; ++d) {
         Rank& r = w.ranks[d];
         const int64_t rows = r.flight->job.out.max_rows;
@@ -429,9 +449,11 @@ void check_combine(World& w, const Expected& e, bool in_arena) {
             a.x = holds.back()->data();
             a.arena_offset = holds.back()->extent().offset;
         }
-        a.y_weights = back[d].data();
-        a.out_weights = home[d].data();
-        a.with_weights = true;
+        if (!c.staged) {
+            a.y_weights = back[d].data();
+            a.out_weights = home[d].data();
+            a.with_weights = true;
+        }
         a.topk_idx = r.ids.data();
         a.send_row = r.send_row.data();
         a.rank_counts = r.rank_counts.data();
@@ -444,26 +466,56 @@ void check_combine(World& w, const Expected& e, bool in_arena) {
         a.hidden = c.hidden;
         a.num_topk = c.topk;
         a.layout = c.layout;
-        r.device->combine(a, c.num_sms, 0, r.stream);
+        a.weighted = c.weighted;
+        a.per_rank = c.per_rank;
+        a.topk_order = c.topk_order;
+        if (c.weighted) a.topk_weights = r.weights.data();
+        if (c.weighted) a.row_weights = r.flight->job.out.topk_weights;
+        CombineWants wants;
+        wants.num_sms = c.num_sms;
+        wants.begun = &r.begun[1];
+        wants.in_halves = c.halves;
+        begun.push_back(r.device->combine(a, wants, r.stream));
     }
+    for (int d = 0; d < c.ranks; ++d) w.ranks[d].device->finish(*begun[d], w.ranks[d].stream);
     for (Rank& r : w.ranks) cudaStreamSynchronize(r.stream);
     for (int s = 0; s < c.ranks; ++s) {
         for (int t = 0; t < w.tokens(s); ++t) {
-            std::vector<float> sum(c.hidden, 0.0f);
-            for (int d = 0; d < c.ranks; ++d) {
-                bool any = false;
-                for (int k = 0; k < c.topk; ++k) {
-                    const int64_t id = w.ranks[s].ids[t * c.topk + k];
-                    if (id < 0 || w.owner[id] != d) continue;
-                    const int64_t row = e.send_row[s][t * c.topk + k];
-                    expect_eq(home[s][t * c.topk + k], back[d][compact ? row * c.topk + k : row]);
-                    if (compact && any) continue;
-                    any = true;
-                    for (int h = 0; h < c.hidden; ++h) sum[h] += to_float(y[d][row * c.hidden + h]);
+            Sum sum{std::vector<float>(c.hidden, 0.0f), c.per_rank};
+            const auto add = [&](int d, int k, std::vector<float>& to) {
+                const int64_t row = e.send_row[s][t * c.topk + k];
+                const float weight = c.weighted ? w.ranks[s].weights[t * c.topk + k] : 1.0f;
+                for (int h = 0; h < c.hidden; ++h) {
+                    to[h] += weight * to_float(y[d][row * c.hidden + h]);
+                }
+            };
+            const auto here = [&](int d, int k) {
+                const int64_t id = w.ranks[s].ids[t * c.topk + k];
+                return id >= 0 && w.owner[id] == d;
+            };
+            for (int k = 0; c.topk_order && k < c.topk; ++k) {
+                for (int d = 0; d < c.ranks; ++d) {
+                    if (here(d, k)) add(d, k, sum.value);
                 }
             }
+            for (int d = 0; !c.topk_order && d < c.ranks; ++d) {
+                bool any = false;
+                std::vector<float> part(c.hidden, 0.0f);
+                for (int k = 0; k < c.topk; ++k) {
+                    if (!here(d, k)) continue;
+                    const int64_t row = e.send_row[s][t * c.topk + k];
+                    if (!c.staged) {
+                        expect_eq(home[s][t * c.topk + k],
+                                  back[d][compact ? row * c.topk + k : row]);
+                    }
+                    if (compact && any) continue;
+                    any = true;
+                    add(d, k, c.per_rank ? part : sum.value);
+                }
+                if (c.per_rank && any) sum.add(part);
+            }
             for (int h = 0; h < c.hidden; ++h) {
-                expect_eq(out[s][t * c.hidden + h], to_bf16(sum[h]));
+                expect_eq(out[s][t * c.hidden + h], to_bf16(sum.value[h]));
             }
         }
     }
@@ -477,7 +529,7 @@ void run(const Case& c) {
         const Expected e = expect_of(w);
         for (int d = 0; d < c.ranks; ++d) check_rank(w, e, d, false);
         if (c.quantize == Quantize::kNone) check_combine(w, e, round != 1);
-        if (c.is_static || c.row_index || c.origins) continue;
+        if (c.is_static || c.row_index || c.origins || c.staged) continue;
         std::vector<std::shared_ptr<Flight>> kept;
         for (int i = 0; i < c.ranks; ++i) {
             kept.push_back(w.ranks[i].flight);
@@ -573,6 +625,92 @@ int main() {
     test("by copy engine", [] {
         run(with(ranks(3, 4), [](Case& c) { c.by_copies = true, c.tokens = {50, 0, 33}; }));
     });
+    for (const bool halves : {false, true}) {
+        const std::string how = halves ? ", in halves" : "";
+        const auto small = [halves](int ranks_, int sms, Case c) {
+            Case all = ranks(ranks_, sms, c);
+            all.staged = true, all.halves = halves;
+            return all;
+        };
+        const auto fixed = with({}, [](Case& c) { c.is_static = true; });
+        test(("small: compact" + how).c_str(), [&] {
+            run(small(3, 2, fixed));
+            run(small(1, 1, fixed));
+            run(with(small(5, 3, fixed), [](Case& c) { c.wide = c.weights = false; }));
+        });
+        test(("small: slab" + how).c_str(), [&] {
+            run(small(3, 2, slab()));
+            run(with(small(2, 5, slab()), [](Case& c) { c.topk = 32, c.experts = 40; }));
+            run(with(small(4, 1, slab()), [](Case& c) { c.is_static = true; }));
+            run(with(small(3, 2, slab()), [](Case& c) { c.one_expert = true, c.capacity = 90; }));
+        });
+        test(("small: rows in pieces, scales" + how).c_str(), [&] {
+            for (const Case& base : {fixed, slab()}) {
+                run(with(small(2, 4, base),
+                         [](Case& c) { c.hidden = 2408, c.scale_words = 7, c.tokens = {5, 0}; }));
+                run(with(small(3, 2, base), [](Case& c) { c.hidden = 8, c.scale_words = 1; }));
+                run(with(small(2, 2, base), [](Case& c) { c.scale_words = 700; }));
+            }
+        });
+        test(("small: sums in every order" + how).c_str(), [&] {
+            for (const int hidden : {24, 2408}) {
+                const Case base = with(small(3, 4, slab()), [hidden](Case& c) {
+                    c.hidden = hidden, c.topk = 5, c.weighted = true;
+                });
+                run(base);
+                run(with(base, [](Case& c) { c.topk_order = true; }));
+                run(with(base, [](Case& c) { c.per_rank = true; }));
+                run(with(base, [](Case& c) { c.per_rank = true, c.weighted = false; }));
+            }
+        });
+        test(("small: origins, row index, replicas" + how).c_str(), [&] {
+            for (const Case& base : {fixed, slab()}) {
+                run(with(small(3, 2, base), [](Case& c) { c.origins = true; }));
+                run(with(small(3, 2, base), [](Case& c) { c.replicas = true; }));
+            }
+            run(with(small(3, 2, fixed), [](Case& c) { c.row_index = true, c.alignment = 4; }));
+        });
+        test(("small: what fails, fails everywhere" + how).c_str(), [&] {
+            World w(with(small(3, 2, slab()), [](Case& c) { c.replicas = true; }));
+            const int64_t good = w.ranks[2].logical[7];
+            w.ranks[2].logical[7] = 5;
+            w.dispatch();
+            for (const Rank& r : w.ranks) {
+                expect_eq(code_of(r), int{kBadExpertId});
+                expect_eq(r.flight->report.outcome.detail[3], int64_t{5});
+                expect_eq(r.numbers[0], int{kBadExpertId});
+                expect_eq(r.numbers[1], 0);
+                expect(r.send_row == std::vector<int32_t>(r.send_row.size(), -1), "send_row");
+            }
+            expect(w.ranks[2].load == std::vector<int64_t>(5, 0), "load");
+            w.ranks[2].logical[7] = good;
+            w.c.capacity = 2;
+            w.dispatch();
+            for (const Rank& r : w.ranks) expect_eq(code_of(r), int{kOverCapacity});
+            w.c.capacity = 30;
+            for (int i = 0; i < 3; ++i) {
+                DispatchArgs a = w.args_of(i);
+                if (i == 1) a.num_topk = 2;
+                w.queue(i, a, true);
+            }
+            w.finish(true);
+            for (const Rank& r : w.ranks) expect_eq(code_of(r), int{kCallDiffers});
+            Outcome why;
+            why.incident.code = kBadShape;
+            for (int i = 0; i < 2; ++i) w.queue(i, w.args_of(i), true);
+            w.ranks[2].device->refuse(OpKind::kDispatch, why, w.ranks[2].stream);
+            for (int i = 0; i < 2; ++i) {
+                Rank& r = w.ranks[i];
+                r.device->finish(*r.flight, r.stream);
+                while (!r.device->await_report(*r.flight, std::chrono::milliseconds(50))) {
+                }
+                expect_eq(code_of(r), int{kBadShape});
+            }
+            w.dispatch();
+            const Expected e = expect_of(w);
+            for (int d = 0; d < 3; ++d) check_rank(w, e, d, false);
+        });
+    }
     test("bad ids fail everywhere, and the next call works", [] {
         World w(ranks(3, 2));
         const int64_t good = w.ranks[2].ids[7];

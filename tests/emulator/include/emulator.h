@@ -125,6 +125,9 @@ T __ldg(const T* p) {
 }
 inline int __popc(unsigned v) { return std::popcount(v); }
 inline int __ffs(unsigned v) { return v == 0 ? 0 : std::countr_zero(v) + 1; }
+inline int __ffsll(long long v) {
+    return v == 0 ? 0 : std::countr_zero(static_cast<unsigned long long>(v)) + 1;
+}
 inline float __uint_as_float(unsigned v) { return std::bit_cast<float>(v); }
 inline float __int_as_float(int v) { return std::bit_cast<float>(v); }
 inline unsigned __float_as_uint(float v) { return std::bit_cast<unsigned>(v); }
@@ -177,6 +180,12 @@ inline int __reduce_max_sync(unsigned, int v) {
     int most = emulator::from_bits<int>(all[0]);
     for (const uint64_t bits : all) most = max(most, emulator::from_bits<int>(bits));
     return most;
+}
+inline unsigned __reduce_min_sync(unsigned, unsigned v) {
+    const auto& all = emulator::meet_warp(v, 8);
+    unsigned least = v;
+    for (const uint64_t bits : all) least = std::min(least, static_cast<unsigned>(bits));
+    return least;
 }
 inline int __reduce_add_sync(unsigned, int v) {
     const auto& all = emulator::meet_warp(emulator::to_bits(v), 7);

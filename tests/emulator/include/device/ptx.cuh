@@ -55,11 +55,33 @@ void st_relaxed_sys(T* addr, std::type_identity_t<T> value) {
     std::atomic_ref(*addr).store(value, std::memory_order_release);
 }
 template <class T>
+T ld_relaxed_sys(const T* addr) {
+    return load(addr, std::memory_order_relaxed);
+}
+// Lanes of a line store it as a whole, and load it so: the number in its last word comes last, and is
+// looked at first. Another turn for all lanes makes that so.
+inline void st_relaxed_sys_v2(uint64_t* addr, uint64_t b, uint64_t c) {
+    const bool last = lane_id() % 8 == 7;
+    if (last) emulator::yield();
+    std::atomic_ref(addr[0]).store(b, std::memory_order_relaxed);
+    std::atomic_ref(addr[1]).store(c, last ? std::memory_order_release : std::memory_order_relaxed);
+}
+inline void ld_relaxed_sys_v2(const uint64_t* addr, uint64_t& d, uint64_t& e) {
+    auto* words = const_cast<uint64_t*>(addr);
+    if (lane_id() % 8 != 7) emulator::yield();
+    e = std::atomic_ref(words[1]).load(std::memory_order_acquire);
+    d = std::atomic_ref(words[0]).load(std::memory_order_relaxed);
+    if (lane_id() % 8 == 7) emulator::yield();
+}
+template <class T>
 void st_release_sys(T* addr, std::type_identity_t<T> value) {
     std::atomic_ref(*addr).store(value, std::memory_order_release);
 }
 inline void red_release_sys_add(uint64_t* addr, uint64_t value) {
     std::atomic_ref(*addr).fetch_add(value, std::memory_order_release);
+}
+inline uint32_t atom_acq_rel_gpu_add(uint32_t* addr, uint32_t value) {
+    return std::atomic_ref(*addr).fetch_add(value);
 }
 inline void red_release_gpu_add(uint32_t* addr, uint32_t value) {
     std::atomic_ref(*addr).fetch_add(value, std::memory_order_release);

@@ -1,0 +1,107 @@
+// Small batches: a source puts its rows in front of their receivers at once, where each has a place of
+// its own, and hears nobody first. Here is how a row travels and where it stands.
+//
+// A record is a run of lines of 128 bytes: 15 words of 8 bytes and the number of the operation, which
+// travel together (device/lines.cuh). So rows need no flag behind them, and places are never cleared.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "contract/args.h"
+#include "contract/config.h"
+#include "contract/shape.h"
+
+namespace ep {
+
+inline constexpr int kLineBytes = 128, kLineWords = 15;
+// Every block of a dispatch looks at all tokens before its own, and at what all ranks bring to all
+// experts.
+inline constexpr int kMostStagedTokens = 1024, kMostStagedRanks = 64;
+inline constexpr int kMostStagedCounts = 12 * 1024;
+
+constexpr int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+// A row in pieces, one for a warp. Of a dispatch the first lines say what becomes of the row, and every
+// piece has its share of the scales behind it.
+struct Record {
+    int32_t meta_lines = 0;
+    int32_t num_pieces = 1;
+    int32_t piece_bytes = 0;  // of the row; the last one may be shorter
+    int32_t scale_bytes = 0;  // of a piece
+    int32_t piece_lines = 0;
+
+    EP_HD constexpr int64_t bytes() const {
+        return int64_t{kLineBytes} * (meta_lines + num_pieces * piece_lines);
+    }
+};
+static_assert(std::is_trivially_copyable_v<Record>);
+
+// `unit`: bytes of which a piece is a multiple.
+constexpr Record record_of(int64_t row_bytes, int64_t scale_bytes, int64_t unit) {
+    constexpr int64_t kPiece = 16 * kLineWords * 8;  // 16 lines
+    Record r;
+    const int64_t pieces = std::max<int64_t>(divide_up(row_bytes + scale_bytes, kPiece), 1);
+    r.piece_bytes = static_cast<int32_t>(divide_up(divide_up(row_bytes, pieces), unit) * unit);
+    r.num_pieces = static_cast<int32_t>(
+        std::max<int64_t>(divide_up(row_bytes, std::max(r.piece_bytes, 1)), 1));
+    r.scale_bytes = static_cast<int32_t>(4 * divide_up(scale_bytes / 4, r.num_pieces));
+    r.piece_lines = static_cast<int32_t>(
+        divide_up(r.piece_bytes + divide_up(r.scale_bytes, 8) * 8, 8 * kLineWords));
+    return r;
+}
+
+constexpr Record record_of(const DispatchArgs& a) {
+    const int64_t block = a.quantize == Quantize::kNone ? 16 : a.scale_block;
+    Record r = record_of(a.row_bytes(), a.scale_bytes,
+                         a.quantize == Quantize::kFp8Ue8m0 ? 4 * block : block);
+    // The row's number, then expert and turn of every slot, and weights of two slots a word.
+    const int64_t words = 1 + a.num_topk + (a.with_weights ? divide_up(a.num_topk, 2) : 0);
+    r.meta_lines = static_cast<int32_t>(divide_up(words, kLineWords));
+    return r;
+}
+
+constexpr Record record_of(const CombineArgs& a) { return record_of(a.row_bytes(), 0, 16); }
+
+// A selection as its receiver hears of it: whose expert it is, and its number there.
+inline constexpr uint32_t kNoStagedExpert = ~uint32_t{0};
+EP_HD constexpr uint32_t staged_expert(int rank, int local) {
+    return static_cast<uint32_t>(rank) << 20 | static_cast<uint32_t>(local);
+}
+EP_HD constexpr int staged_rank(uint32_t code) { return static_cast<int>(code >> 20); }
+EP_HD constexpr int staged_local(uint32_t code) { return static_cast<int>(code & 0xfffff); }
+
+// Rows that may come back for a token: one of each rank, or one of each slot.
+constexpr int64_t rows_back(const Shape& s, const CombineArgs& a) {
+    return a.layout == RecvLayout::kCompact || a.per_rank ? s.num_ranks : a.num_topk;
+}
+
+// Whether a call goes this way: all ranks know what this depends on.
+constexpr bool fits_stage(const Shape& s) {
+    return s.max_tokens <= kMostStagedTokens && s.num_ranks <= kMostStagedRanks &&
+           s.num_ranks * s.num_experts <= kMostStagedCounts;
+}
+constexpr bool is_staged(const Shape& s, const DispatchArgs& a) {
+    const bool has_shape =
+        a.layout == RecvLayout::kSlab || (a.layout == RecvLayout::kCompact && a.is_static);
+    return fits_stage(s) && has_shape && !a.cached &&
+           s.num_ranks * s.max_tokens * record_of(a).bytes() <= s.stage_bytes;
+}
+constexpr bool is_staged(const Shape& s, const CombineArgs& a) {
+    return fits_stage(s) && !a.with_weights &&
+           rows_back(s, a) * s.max_tokens * record_of(a).bytes() <= s.stage_bytes;
+}
+
+// What a slot has for rows of 16 bits, within reason. The same on all ranks.
+constexpr int64_t stage_bytes_for(const Shape& s, int64_t hidden) {
+    constexpr int64_t kMost = int64_t{256} << 20;  // in all slots
+    if (!fits_stage(s)) return 0;
+    DispatchArgs widest;
+    widest.hidden = hidden, widest.num_topk = s.num_topk, widest.with_weights = true;
+    const int64_t bytes =
+        std::max(s.num_ranks, s.num_topk) * s.max_tokens * record_of(widest).bytes();
+    return bytes * s.num_slots <= kMost ? bytes : 0;
+}
+
+}  // namespace ep

@@ -1,0 +1,71 @@
+// Lines: 15 words of 8 bytes and the number of their operation, of which a reader who finds the number
+// has all words.
+//
+// Eight lanes store or load a line with one instruction, 16 bytes each. The hardware moves its 128 bytes
+// as a whole, over NVLink, too; the PTX memory model does not promise it, but NCCL's LL128 protocol lives
+// on it, and tests/stress_nvlink.py looks for torn lines. Nothing has to be ordered behind such a store: it
+// costs one trip over the link, where rows and a flag behind them cost two and a fence.
+//
+// defines: Words, LineLane, put_line, get_line, await_lines
+#pragma once
+
+#include <cstdint>
+
+#include "contract/stage.h"
+#include "device/ptx.cuh"
+#include "device/wait.cuh"
+
+namespace ep::device {
+
+// What one lane has of a line. In the last lane of a line `b` is the number of the operation.
+struct Words {
+    uint64_t a = 0, b = 0;
+};
+
+// Of a lane: which of four lines it works at, and where.
+struct LineLane {
+    static constexpr int kAtOnce = 4;  // lines a warp stores or loads with one instruction
+
+    int line, unit;  // unit: of 16 bytes
+
+    __device__ __forceinline__ LineLane()
+        : line(static_cast<int>(ptx::lane_id()) / 8), unit(static_cast<int>(ptx::lane_id()) % 8) {}
+    __device__ __forceinline__ bool is_last() const { return unit == 7; }
+    // Its first word, of the words of all lines from the one on that the warp begins with.
+    __device__ __forceinline__ int word(int first_line) const {
+        return kLineWords * (first_line + line) + 2 * unit;
+    }
+    __device__ __forceinline__ int64_t offset(int first_line) const {
+        return int64_t{kLineBytes} * (first_line + line) + 16 * unit;
+    }
+};
+
+// Lanes of a line come here together.
+__device__ __forceinline__ void put_line(std::byte* to, const Words& words) {
+    ptx::st_relaxed_sys_v2(reinterpret_cast<uint64_t*>(to), words.a, words.b);
+}
+
+__device__ __forceinline__ Words get_line(const std::byte* from) {
+    Words words;
+    ptx::ld_relaxed_sys_v2(reinterpret_cast<const uint64_t*>(from), words.a, words.b);
+    return words;
+}
+
+// Until lines [begin, end) of `peer` are there; then they can be loaded. All lanes of a warp. False: leave.
+[[nodiscard]] __device__ __noinline__ inline bool await_lines(const Watch& watch, Operation op,
+                                                              int peer, const std::byte* from,
+                                                              int begin, int end) {
+    const LineLane at;
+    bool ok = true;
+#pragma unroll 1
+    for (int line = begin; ok && line < end; line += LineLane::kAtOnce) {
+        if (at.is_last() && line + at.line < end) {
+            const auto* number = reinterpret_cast<const uint64_t*>(from + at.offset(line)) + 1;
+            ok = wait_word(watch, op, {Site::kLine, peer, op.seq}, number);
+        }
+        ok = __all_sync(~0u, ok);
+    }
+    return ok;
+}
+
+}  // namespace ep::device

@@ -1,0 +1,79 @@
+// What dispatch and combine of small batches share: how they begin and end, and where rows stand meanwhile.
+//
+// Rows go to their receivers as lines (device/lines.cuh) before anybody is heard; the receiver hears all
+// ranks' notices as always, comes to the same verdict as everybody, and only then makes anything of the
+// lines. Both halves are one kernel, or two with nothing of ours on the GPU in between.
+//
+// defines: kStageWarps, StageView, begin_half, last_block, end_half
+#pragma once
+
+#include <cstdint>
+
+#include "contract/gpu.h"
+#include "contract/stage.h"
+#include "device/lines.cuh"
+#include "device/ptx.cuh"
+#include "device/wait.cuh"
+#include "kernels/enter.cuh"
+
+namespace ep::kernels {
+
+constexpr int kStageWarps = 16;  // of a block
+
+// The places of one operation.
+struct StageView {
+    const RankView& view;
+    const Record& record;
+    Operation op;
+    int slot;
+
+    // Place `index` in what rank p has for this slot.
+    __device__ __forceinline__ std::byte* place(int p, int64_t index) const {
+        return view.peers.control[p] + view.layout.stage(slot) + index * record.bytes();
+    }
+    // Where a piece begins in a record.
+    __device__ __forceinline__ int64_t piece_at(int piece) const {
+        return int64_t{kLineBytes} * (record.meta_lines + piece * record.piece_lines);
+    }
+    // Bytes of a row that a piece has.
+    __device__ __forceinline__ int piece_bytes(int piece, int64_t row_bytes) const {
+        return static_cast<int>(
+            min(int64_t{record.piece_bytes}, row_bytes - int64_t{piece} * record.piece_bytes));
+    }
+};
+
+// The number and the slot of an operation: the next ones, or those its first half took. One warp also waits
+// until the slot is ours; nobody writes before that. A barrier of the block must follow. False: leave.
+template <Half kHalf>
+__device__ __forceinline__ bool begin_half(const RankView& view, const Begin& begin,
+                                           const Begun* begun, Entering& in) {
+    if (threadIdx.x >= 32) return true;
+    if (threadIdx.x == 0) {
+        init_entering(view, begin, in);
+        if constexpr (kHalf == Half::kReceive) in.seq = begun->seq, in.slot = begun->slot;
+    }
+    __syncwarp();
+    if constexpr (kHalf == Half::kReceive) return true;
+    return acquire_slot(view, {kind_of(begin.head.what), in.seq}, in.slot);
+}
+
+// Whether this block is the last of the grid that comes here; all have read what they will. One warp.
+__device__ __forceinline__ bool last_block(const RankView& view) {
+    if (gridDim.x == 1) return true;
+    uint32_t before = 0;
+    if (ptx::lane_id() == 0) before = ptx::atom_acq_rel_gpu_add(view.state.finished, 1);
+    if (__shfl_sync(~0u, before, 0) + 1 != gridDim.x) return false;
+    if (ptx::lane_id() == 0) *view.state.finished = 0;
+    return true;
+}
+
+// The end of a half that went well here. One warp of the last block.
+template <Half kHalf>
+__device__ __forceinline__ void end_half(const RankView& view, Begun* begun, const Entering& in) {
+    if constexpr (kHalf != Half::kSend) release_slot(view, in.seq, in.slot);
+    if (ptx::lane_id() != 0) return;
+    if constexpr (kHalf == Half::kSend) *begun = {in.seq, in.slot, 0};
+    if constexpr (kHalf != Half::kReceive) advance(view, in.seq, in.slot);
+}
+
+}  // namespace ep::kernels

@@ -1,0 +1,447 @@
+// Combine of a small batch, bound by latency: owners put rows of outputs, or what their rows of a token
+// come to, in front of the token's source; sources add up what has come (kernels/stage.cuh).
+//
+// Sums are those of pull.cu, bit for bit. Of a call with per_rank an owner adds its rows in the order of
+// slots and rounds, and a source adds what owners send in ascending order.
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+
+#include "contract/gpu.h"
+#include "contract/stage.h"
+#include "device/lines.cuh"
+#include "device/ptx.cuh"
+#include "device/reduce.cuh"
+#include "device/wait.cuh"
+#include "kernels/enter.cuh"
+#include "kernels/launch.cuh"
+#include "kernels/stage.cuh"
+
+namespace ep::kernels {
+namespace {
+
+using device::LineLane;
+using device::Words;
+
+constexpr int kWarps = 12;  // of a block, which has registers for so many
+constexpr int kAtOnce = 4;  // times four lines that a warp has in flight
+constexpr int kAtOnceWords = LineLane::kAtOnce * kLineWords;
+
+// Of a warp: pieces of rows, first, first + step, ...; a piece of `items` after the other.
+struct Pieces {
+    int item, piece;
+    int items_apart, pieces_apart, num_pieces;
+
+    __device__ __forceinline__ Pieces(int pieces, int first, int step)
+        : item(first / pieces), num_pieces(pieces) {
+        piece = first - item * pieces;
+        items_apart = step / pieces;
+        pieces_apart = step - items_apart * pieces;
+    }
+    __device__ __forceinline__ void next() {
+        item += items_apart;
+        piece += pieces_apart;
+        if (piece >= num_pieces) piece -= num_pieces, ++item;
+    }
+};
+
+__device__ __forceinline__ uint4 as_unit(const Words& w) {
+    return make_uint4(static_cast<uint32_t>(w.a), static_cast<uint32_t>(w.a >> 32),
+                      static_cast<uint32_t>(w.b), static_cast<uint32_t>(w.b >> 32));
+}
+__device__ __forceinline__ Words as_words(const uint4& u) {
+    return {uint64_t{u.y} << 32 | u.x, uint64_t{u.w} << 32 | u.z};
+}
+
+// Sums of a warp: what its lanes have of sixteen lines.
+template <DType kDtype>
+struct LineSums {
+    device::Unit<kDtype> unit[kAtOnce];
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (auto& u : unit) u.clear();
+    }
+    __device__ __forceinline__ void add(const Words (&w)[kAtOnce]) {
+#pragma unroll
+        for (int v = 0; v < kAtOnce; ++v) unit[v].add(as_unit(w[v]));
+    }
+    __device__ __forceinline__ void add(const Words (&w)[kAtOnce], float weight) {
+#pragma unroll
+        for (int v = 0; v < kAtOnce; ++v) unit[v].add(as_unit(w[v]), weight);
+    }
+};
+
+// Words of a row in memory, from word `first` of a lane on. The second word of the last lane of a line is no
+// word of the row.
+__device__ __forceinline__ void load_words(const std::byte* row, int first, int words,
+                                           Words (&w)[kAtOnce]) {
+    const auto* from = reinterpret_cast<const uint64_t*>(row);
+    const bool last = LineLane().is_last();
+#pragma unroll
+    for (int v = 0; v < kAtOnce; ++v) {
+        const int i = first + v * kAtOnceWords;
+        w[v] = {};
+        if (i < words) w[v].a = from[i];
+        if (i + 1 < words && !last) w[v].b = from[i + 1];
+    }
+}
+
+// ---- the owner ----
+
+template <DType kDtype>
+struct PartSender {
+    const CombineJob& job;
+    StageView stage;
+
+    // False: leave.
+    __device__ __forceinline__ bool run(int first, int step) const {
+        bool ok = true;
+#pragma unroll 1
+        for (Pieces at(stage.record.num_pieces, first, step); ok && at.item < job.args.num_recv;
+             at.next()) {
+            ok = send(at.item, at.piece);
+        }
+        return ok;
+    }
+
+private:
+    __device__ const CombineArgs& args() const { return job.args; }
+
+    // Of a token that came here: its rows, held by the lanes of their slots.
+    __device__ __forceinline__ bool send(int i, int p) const {
+        const CombineArgs& a = args();
+        const RankView& view = job.view;
+        const int lane = ptx::lane_id();
+        const bool compact = a.layout == RecvLayout::kCompact;
+        const int src = a.recv_src[2 * i], t = a.recv_src[2 * i + 1];
+        int row = -1;
+        if (compact) {
+            row = lane == 0 ? i : -1;
+        } else if (lane < a.num_topk) {
+            row = a.recv_row[int64_t{i} * a.num_topk + lane];
+        }
+        if (src < 0) return true;  // nobody's
+        // Tensors of a handle, which anybody may have changed.
+        const bool bad =
+            src >= view.shape.num_ranks || t < 0 || t >= view.shape.max_tokens || row >= a.num_rows;
+        if (__any_sync(~0u, bad)) {
+            device::give_up(view.watch, stage.op, kMiscount,
+                            {Site::kPulled, view.peers.rank, uint64_t(a.num_rows)}, uint64_t(row),
+                            0);
+            return false;
+        }
+        const uint32_t rows = __ballot_sync(~0u, row >= 0);
+        if (compact || !a.per_rank) return send_each(src, t, p, row, rows);
+        return send_sum(src, t, p, row, rows);
+    }
+
+    __device__ const std::byte* piece_of(int row, int p) const {
+        return args().x + row * args().row_bytes() + int64_t{p} * stage.record.piece_bytes;
+    }
+
+    __device__ __forceinline__ bool send_each(int src, int t, int p, int own, uint32_t rows) const {
+        const CombineArgs& a = args();
+        const RankView& view = job.view;
+        const int words = stage.piece_bytes(p, a.row_bytes()) / 8;
+        const bool per_rank = a.layout == RecvLayout::kCompact;
+#pragma unroll 1
+        for (uint32_t left = rows; left != 0; left &= left - 1) {
+            const int slot = __ffs(left) - 1, row = __shfl_sync(~0u, own, slot);
+            const int64_t place = per_rank ? int64_t{view.peers.rank} * view.shape.max_tokens + t
+                                           : int64_t{t} * a.num_topk + slot;
+            std::byte* to = stage.place(src, place) + stage.piece_at(p);
+#pragma unroll 1
+            for (int line = 0; line * kLineWords < words; line += kAtOnce * LineLane::kAtOnce) {
+                Words w[kAtOnce];
+                load_words(piece_of(row, p), LineLane().word(line), words, w);
+                put(to, line, words, w);
+            }
+        }
+        return true;
+    }
+
+    __device__ __forceinline__ bool send_sum(int src, int t, int p, int own, uint32_t rows) const {
+        const CombineArgs& a = args();
+        const RankView& view = job.view;
+        const int words = stage.piece_bytes(p, a.row_bytes()) / 8;
+        float weight = 1.0f;
+        if (a.weighted && own >= 0) weight = a.row_weights[own];
+        const int64_t place = int64_t{view.peers.rank} * view.shape.max_tokens + t;
+        std::byte* to = stage.place(src, place) + stage.piece_at(p);
+#pragma unroll 1
+        for (int line = 0; line * kLineWords < words; line += kAtOnce * LineLane::kAtOnce) {
+            const int first = LineLane().word(line);
+            LineSums<kDtype> sums;
+            sums.clear();
+            Words next[kAtOnce];
+            load_words(piece_of(__shfl_sync(~0u, own, __ffs(rows) - 1), p), first, words, next);
+#pragma unroll 1
+            for (uint32_t left = rows; left != 0;) {
+                const float factor = __shfl_sync(~0u, weight, __ffs(left) - 1);
+                Words w[kAtOnce];
+#pragma unroll
+                for (int v = 0; v < kAtOnce; ++v) w[v] = next[v];
+                left &= left - 1;
+                if (left != 0) {
+                    const int row = __shfl_sync(~0u, own, __ffs(left) - 1);
+                    load_words(piece_of(row, p), first, words, next);
+                }
+                if (a.weighted) {
+                    sums.add(w, factor);
+                } else {
+                    sums.add(w);
+                }
+            }
+            Words out[kAtOnce];
+#pragma unroll
+            for (int v = 0; v < kAtOnce; ++v) out[v] = as_words(sums.unit[v].rounded());
+            put(to, line, words, out);
+        }
+        return true;
+    }
+
+    __device__ __forceinline__ void put(std::byte* to, int line, int words,
+                                        Words (&w)[kAtOnce]) const {
+        const LineLane at;
+#pragma unroll
+        for (int v = 0; v < kAtOnce; ++v) {
+            const int l = line + v * LineLane::kAtOnce;
+            if (at.is_last()) w[v].b = stage.op.seq;
+            __syncwarp();
+            if ((l + at.line) * kLineWords < words) device::put_line(to + at.offset(l), w[v]);
+        }
+    }
+};
+
+// ---- the source ----
+
+template <DType kDtype>
+struct PartReceiver {
+    const CombineJob& job;
+    StageView stage;
+
+    // False: leave.
+    __device__ __forceinline__ bool run(int first, int step) const {
+        bool ok = true;
+#pragma unroll 1
+        for (Pieces at(stage.record.num_pieces, first, step); ok && at.item < job.args.num_tokens;
+             at.next()) {
+            ok = receive(at.item, at.piece);
+        }
+        return ok;
+    }
+
+private:
+    // What a lane knows of the slot that is its: in which order its row is added, if it is.
+    struct Part {
+        uint32_t key = ~0u;
+        float weight = 1.0f;
+    };
+
+    __device__ const CombineArgs& args() const { return job.args; }
+    __device__ bool per_rank() const {
+        return args().layout == RecvLayout::kCompact || args().per_rank;
+    }
+
+    __device__ __forceinline__ Part part_of(int t) const {
+        const CombineArgs& a = args();
+        const int lane = ptx::lane_id();
+        const int64_t i = int64_t{t} * a.num_topk + lane;
+        int owner = -1;
+        Part part;
+        if (lane < a.num_topk) {
+            const int64_t id = a.topk_idx[i];
+            const bool here = a.send_row[i] >= 0 && id >= 0 && id < job.view.shape.num_experts;
+            if (here) owner = __ldg(job.view.state.owner + id);
+            if (a.weighted && !a.per_rank) part.weight = a.topk_weights[i];
+        }
+        const uint32_t same = __match_any_sync(~0u, owner);
+        const bool adds = owner >= 0 && (!per_rank() || (same & ptx::lanemask_lt()) == 0);
+        if (adds) part.key = a.topk_order && !per_rank() ? lane : owner * 32 + lane;
+        return part;
+    }
+
+    __device__ __forceinline__ bool receive(int t, int p) const {
+        const CombineArgs& a = args();
+        const int words = stage.piece_bytes(p, a.row_bytes()) / 8;
+        const Part part = part_of(t);
+#pragma unroll 1
+        for (int line = 0; line * kLineWords < words; line += kAtOnce * LineLane::kAtOnce) {
+            LineSums<kDtype> sums;
+            start(sums, t, p, LineLane().word(line), words);
+            // One row is added while the next one comes.
+            Words next[kAtOnce];
+            uint32_t now = __reduce_min_sync(~0u, part.key);
+            if (now != ~0u) get(from(t, p, now), line, words, next);
+#pragma unroll 1
+            while (now != ~0u) {
+                const uint32_t then = __reduce_min_sync(~0u, part.key > now ? part.key : ~0u);
+                if (!there(line, words, next)) {
+                    if (!await(t, p, now, line, words)) return false;
+                    get(from(t, p, now), line, words, next);
+                    continue;
+                }
+                Words w[kAtOnce];
+#pragma unroll
+                for (int v = 0; v < kAtOnce; ++v) w[v] = next[v];
+                if (then != ~0u) get(from(t, p, then), line, words, next);
+                if (a.weighted && !a.per_rank) {
+                    sums.add(w, __shfl_sync(~0u, part.weight, now % 32));
+                } else {
+                    sums.add(w);
+                }
+                now = then;
+            }
+            finish(sums, t, p, LineLane().word(line), words);
+        }
+        return true;
+    }
+
+    __device__ __forceinline__ bool await(int t, int p, uint32_t key, int line, int words) const {
+        const int64_t slot = int64_t{t} * args().num_topk + key % 32;
+        const int owner = __ldg(job.view.state.owner + args().topk_idx[slot]);
+        const int end = (words + kLineWords - 1) / kLineWords;
+        return device::await_lines(job.view.watch, stage.op, owner, from(t, p, key), line,
+                                   min(line + kAtOnce * LineLane::kAtOnce, end));
+    }
+    __device__ __forceinline__ const std::byte* from(int t, int p, uint32_t key) const {
+        const RankView& view = job.view;
+        const int64_t place = per_rank() ? int64_t{key / 32} * view.shape.max_tokens + t
+                                         : int64_t{t} * args().num_topk + key % 32;
+        return stage.place(view.peers.rank, place) + stage.piece_at(p);
+    }
+
+    __device__ __forceinline__ void get(const std::byte* piece, int line, int words,
+                                        Words (&w)[kAtOnce]) const {
+        const LineLane at;
+#pragma unroll
+        for (int v = 0; v < kAtOnce; ++v) {
+            const int l = line + v * LineLane::kAtOnce;
+            if ((l + at.line) * kLineWords < words) w[v] = device::get_line(piece + at.offset(l));
+        }
+    }
+    __device__ __forceinline__ bool there(int line, int words, const Words (&w)[kAtOnce]) const {
+        const LineLane at;
+        bool all = true;
+#pragma unroll
+        for (int v = 0; v < kAtOnce; ++v) {
+            const int l = line + v * LineLane::kAtOnce + at.line;
+            all = all && (l * kLineWords >= words || !at.is_last() || w[v].b == stage.op.seq);
+        }
+        return __all_sync(~0u, all);
+    }
+
+    __device__ __forceinline__ void start(LineSums<kDtype>& sums, int t, int p, int first,
+                                          int words) const {
+        const CombineArgs& a = args();
+        sums.clear();
+        if (a.bias0 == nullptr && a.bias1 == nullptr) return;
+        const int64_t at = t * a.row_bytes() + int64_t{p} * stage.record.piece_bytes;
+        Words w[kAtOnce];
+        load_words((a.bias0 != nullptr ? a.bias0 : a.bias1) + at, first, words, w);
+#pragma unroll
+        for (int v = 0; v < kAtOnce; ++v) sums.unit[v].set(as_unit(w[v]));
+        if (a.bias0 == nullptr || a.bias1 == nullptr) return;
+        load_words(a.bias1 + at, first, words, w);
+        sums.add(w);
+    }
+
+    __device__ __forceinline__ void finish(const LineSums<kDtype>& sums, int t, int p, int first,
+                                           int words) const {
+        auto* out = reinterpret_cast<uint64_t*>(args().out + t * args().row_bytes() +
+                                                int64_t{p} * stage.record.piece_bytes);
+        const bool last = LineLane().is_last();
+#pragma unroll
+        for (int v = 0; v < kAtOnce; ++v) {
+            const int i = first + v * kAtOnceWords;
+            const Words w = as_words(sums.unit[v].rounded());
+            if (i < words) out[i] = w.a;
+            if (i + 1 < words && !last) out[i + 1] = w.b;
+        }
+    }
+};
+
+// ---- the kernel ----
+
+template <DType kDtype, Half kHalf>
+__global__ void __launch_bounds__(kWarps * 32, 1)
+    stage_combine_kernel(const __grid_constant__ CombineJob job,
+                         const __grid_constant__ Record record) {
+    __shared__ Uninitialized<Entering> entering;
+    Entering& in = entering.get();
+    const RankView& view = job.view;
+    ptx::griddepcontrol_launch_dependents();
+    ptx::griddepcontrol_wait();
+    bool ok = !device::gave_up(view.watch);
+    ok = begin_half<kHalf>(view, job.begin, job.begun, in) && ok;
+    if (!__syncthreads_and(ok)) return;
+    const StageView stage{view, record, {OpKind::kCombine, in.seq}, in.slot};
+    const int first = threadIdx.x / 32 * gridDim.x + blockIdx.x, step = kWarps * gridDim.x;
+    if constexpr (kHalf != Half::kReceive) {
+        if (blockIdx.x == gridDim.x - 1) publish_head(view, job.begin, in);
+        ok = PartSender<kDtype>{job, stage}.run(first, step);
+    }
+    bool good = true;
+    if constexpr (kHalf != Half::kSend) {
+        const auto nothing = [](int, const NoticeWords&, const Head&) { return true; };
+        if (!await_notices(view, job.begin, in, nothing)) return;
+        good = in.first_bad == kNoObjection;
+        if (ok && good) ok = PartReceiver<kDtype>{job, stage}.run(first, step);
+    }
+    if (!__syncthreads_and(ok) || threadIdx.x >= 32 || !last_block(view)) return;
+    if (good) return end_half<kHalf>(view, job.begun, in);
+    if (ptx::lane_id() == 0) explain(view, job.begin, in);
+    __syncwarp();
+    fail_call(view, job.begin, in, kHalf == Half::kBoth);
+}
+
+using Kernel = void (*)(CombineJob, Record);
+
+template <Half kHalf>
+Kernel kernel_of(DType dtype) {
+    switch (dtype) {
+        case DType::kBF16:
+            return stage_combine_kernel<DType::kBF16, kHalf>;
+        case DType::kF16:
+            return stage_combine_kernel<DType::kF16, kHalf>;
+        default:
+            return stage_combine_kernel<DType::kF32, kHalf>;
+    }
+}
+
+Kernel kernel_for(DType dtype, Half half) {
+    switch (half) {
+        case Half::kBoth:
+            return kernel_of<Half::kBoth>(dtype);
+        case Half::kSend:
+            return kernel_of<Half::kSend>(dtype);
+        default:
+            return kernel_of<Half::kReceive>(dtype);
+    }
+}
+
+}  // namespace
+
+int stage_blocks(const CombineJob& job) {
+    const int64_t pieces = record_of(job.args).num_pieces;
+    return static_cast<int>(std::max<int64_t>(
+        divide_up(std::max(job.args.num_tokens, job.args.num_recv) * pieces, kWarps), 1));
+}
+
+int launch_stage_combine(const CombineJob& job, Half half, int num_blocks, Stream stream) {
+    return launch_dependent(kernel_for(job.args.dtype, half), {num_blocks, kWarps * 32, 0}, true,
+                            stream, job, record_of(job.args));
+}
+
+int load_stage_combine(int smem_bytes) {
+    for (const Half half : {Half::kBoth, Half::kSend, Half::kReceive}) {
+        for (const DType dtype : {DType::kBF16, DType::kF16, DType::kF32}) {
+            const auto kernel = reinterpret_cast<const void*>(kernel_for(dtype, half));
+            if (const int error = load_kernel(kernel, smem_bytes)) return error;
+        }
+    }
+    return 0;
+}
+
+}  // namespace ep::kernels

@@ -1,0 +1,286 @@
+// Dispatch of a small batch, bound by latency: rows leave before anybody is heard (kernels/stage.cuh).
+//
+// Each block counts the tokens before its own, puts its tokens in front of their receivers and says what
+// becomes of them; one tells every rank what we bring. Then all blocks hear everybody, and their warps
+// take what has come, piece by piece, to its rows.
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+
+#include "contract/gpu.h"
+#include "contract/stage.h"
+#include "device/ptx.cuh"
+#include "device/wait.cuh"
+#include "kernels/enter.cuh"
+#include "kernels/launch.cuh"
+#include "kernels/mover.cuh"
+#include "kernels/origins.cuh"
+#include "kernels/stage.cuh"
+#include "kernels/stage_hear.cuh"
+#include "kernels/stage_receive.cuh"
+#include "kernels/stage_send.cuh"
+#include "kernels/stage_tables.cuh"
+
+namespace ep::kernels {
+namespace {
+
+// What does not depend on anything that happens on the GPU.
+__device__ __forceinline__ void prepare(const DispatchJob& job, const StageTables& tables) {
+    const State& state = job.view.state;
+#pragma unroll 1
+    for (int c = threadIdx.x; c < tables.columns() + 2; c += blockDim.x) {
+        if (c < tables.columns()) tables.before()[c] = 0;
+        tables.all()[c] = c == tables.columns() + 1 ? kNoBadId : 0;
+    }
+#pragma unroll 1
+    for (int e = threadIdx.x; e < job.view.shape.num_experts; e += blockDim.x) {
+        const uint32_t code = staged_expert(__ldg(state.owner + e), __ldg(state.local + e));
+        tables.experts()[e] = {code, __ldg(state.position + e)};
+    }
+}
+
+__device__ __forceinline__ Span tokens_of_block(const DispatchJob& job, const StageSpread& spread) {
+    const auto num_tokens = static_cast<int>(job.args.num_tokens);
+    const int begin = min(static_cast<int>(blockIdx.x) * spread.tokens_per_block, num_tokens);
+    return {begin, min(begin + spread.tokens_per_block, num_tokens)};
+}
+
+// ---- the first half ----
+
+// False: leave.
+template <class Config>
+__device__ __forceinline__ bool send(const DispatchJob& job, const StageSpread& spread,
+                                     const StageTables& tables, Entering& in,
+                                     const device::Stage& memory) {
+    const RankView& view = job.view;
+    const int warp = threadIdx.x / 32, pieces = spread.record.num_pieces;
+    const bool publishes = blockIdx.x == gridDim.x - 1;
+    const Span own = tokens_of_block(job, spread);
+    Sender sender{job, spread, tables, {view, spread.record, {OpKind::kDispatch, 0}, 0}, memory};
+    // The first warp says what becomes of tokens, while the others send them.
+    const int all = (own.end - own.begin) * pieces, movers = kStageWarps - 1;
+    int i = warp == 0 ? all : warp - 1;
+    if (i < all) sender.load(own.begin + i / pieces, i % pieces);
+    bool ok = !device::gave_up(view.watch);
+    ok = begin_half<Half::kSend>(view, job.begin, nullptr, in) && ok;
+    count_tokens(job, spread, own.begin, publishes);
+    if (!__syncthreads_and(ok)) {
+        sender.abandon();
+        return false;
+    }
+    sender.stage.op.seq = in.seq;
+    sender.stage.slot = in.slot;
+    if (publishes) publish_counts(job, tables, in);
+    if (warp == 0) sender.describe(own);
+#pragma unroll 1
+    for (; ok && i < all; i += movers) {
+        ok = sender.template send_piece<Config>(own.begin + i / pieces, i % pieces);
+        if (i + movers >= all) break;
+        ptx::fence_proxy_async_shared();  // our accesses, before the load that follows
+        __syncwarp();
+        sender.load(own.begin + (i + movers) / pieces, (i + movers) % pieces);
+    }
+    if (!ok) sender.abandon();
+    if (publishes && job.args.logical_load != nullptr) count_load(job, tables.bad()[0] == 0);
+    return ok;
+}
+
+// ---- the second half ----
+
+// What the host and kernels behind this one need to know, and what callers read. One warp of one block.
+__device__ __noinline__ void tell_outputs(const DispatchJob& job, const StageSpread& spread,
+                                          const Entering& in, bool ok) {
+    const StageTables tables{spread, job.view.shape};
+    const RankView& view = job.view;
+    const DispatchArgs& a = job.args;
+    const int lane = ptx::lane_id(), num_ranks = view.shape.num_ranks, me = view.peers.rank;
+    const int first = view.state.first[me], num_local = view.state.first[me + 1] - first;
+    int64_t group_end = 0;
+#pragma unroll 1
+    for (int e0 = 0; e0 < num_local; e0 += 32) {
+        const int e = e0 + lane, count = ok && e < num_local ? tables.total(first + e) : 0;
+        if (e < num_local) a.expert_counts[e] = count;
+        if (job.out.offsets == nullptr) continue;
+        int sum = (count + a.alignment - 1) / a.alignment * a.alignment;
+        const int rows = sum;
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2) {
+            const int other = __shfl_up_sync(~0u, sum, step);
+            if (lane >= step) sum += other;
+        }
+        if (e < num_local) job.out.offsets[e] = static_cast<int32_t>(group_end + sum - rows);
+        group_end += __shfl_sync(~0u, sum, 31);
+    }
+    if (job.out.offsets != nullptr && lane == 0) {
+        job.out.offsets[num_local] = static_cast<int32_t>(group_end);
+    }
+#pragma unroll 1
+    for (int p = lane; p < num_ranks; p += 32) {
+        a.rank_counts[num_ranks + p] = ok ? tables.rows(p + 1, me) - tables.rows(p, me) : 0;
+        if (!ok) a.rank_counts[p] = 0;
+    }
+    if (lane == 0) {
+        OpState& state = *view.state.op;
+        state = {in.seq, ok ? int{kOk} : int{in.outcome.incident.code}, in.slot, 0, 0, 0};
+        if (ok) {
+            state.num_recv = tables.total_rows(me);
+            state.num_rows = rows_of(job, tables, me);
+            state.index_rows = group_end;
+            report(view, job.begin, in.seq, nullptr, state);
+        }
+        if (job.status != nullptr) *job.status = state.code;
+        if (job.num_recv != nullptr) *job.num_recv = static_cast<int32_t>(state.num_recv);
+    }
+    if (a.rank_ends != nullptr || job.out.source_range != nullptr) tell_origins(job, in, ok);
+}
+
+// An index of rows whose size does not depend on what comes has to hold it.
+__device__ __noinline__ void judge_index(const DispatchJob& job, const StageSpread& spread,
+                                         Entering& in) {
+    const StageTables tables{spread, job.view.shape};
+    const RankView& view = job.view;
+    const DispatchArgs& a = job.args;
+#pragma unroll 1
+    for (int p = threadIdx.x; p < view.shape.num_ranks; p += blockDim.x) {
+        int64_t rows = 0;
+#pragma unroll 1
+        for (int e = view.state.first[p]; e < view.state.first[p + 1]; ++e) {
+            rows += (tables.total(e) + a.alignment - 1) / a.alignment * a.alignment;
+        }
+        if (rows <= a.index_capacity) continue;
+        atomicMin(&in.size_bad, objection(kSizeObjection, p));
+    }
+    __syncthreads();
+}
+
+__device__ __noinline__ void explain_any(const DispatchJob& job, const StageSpread& spread,
+                                         Entering& in) {
+    if (ptx::lane_id() == 0 && in.first_bad < objection(kNumberObjection, 0)) {
+        explain(job.view, job.begin, in);
+    } else if (ptx::lane_id() == 0) {
+        explain_stage(job, StageTables{spread, job.view.shape}, in);
+    }
+    __syncwarp();
+}
+
+// False: leave. `good`: the verdict.
+__device__ __forceinline__ bool receive(const DispatchJob& job, const StageSpread& spread,
+                                        const StageTables& tables, Entering& in, bool& good) {
+    const RankView& view = job.view;
+    const int warp = threadIdx.x / 32;
+    const CountsListener counts{job, tables, in};
+    const uint64_t count = counts.look();
+    if (!await_notices(view, job.begin, in, HeadListener{tables})) return false;
+    good = in.first_bad == kNoObjection;
+    if (good) {
+        if (!__syncthreads_and(counts.take(count))) return false;
+        judge_stage(job, tables, in);
+        __syncthreads();
+        if (job.args.index_capacity >= 0) judge_index(job, spread, in);
+        good = min(in.first_bad, in.size_bad) == kNoObjection;
+    }
+    const int me = view.peers.rank, first = view.state.first[me];
+    const int num_local = view.state.first[me + 1] - first;
+    const Span own = tokens_of_block(job, spread);
+    // Those that come last to rows of x tell what has come.
+    if (blockIdx.x == gridDim.x - 1 && warp == kStageWarps - 1) {
+        if (!good) explain_any(job, spread, in);
+        tell_outputs(job, spread, in, good);
+    }
+    settle_rows(job, tables, own.begin, own.end, good);
+    const int from = warp * gridDim.x + blockIdx.x, step = kStageWarps * gridDim.x;
+    const auto total = [&](int e) { return good ? tables.total(first + e) : 0; };
+    StagePadder{job, from, step}.run(num_local, good ? tables.total_rows(me) : 0, total);
+    if (!good) return true;
+    const StageView stage{view, spread.record, {OpKind::kDispatch, in.seq}, in.slot};
+    return Receiver{job, tables, stage}.run(from, step);
+}
+
+template <class Config, Half kHalf>
+__global__ void __launch_bounds__(kStageWarps * 32, 1)
+    stage_dispatch_kernel(const __grid_constant__ DispatchJob job,
+                          const __grid_constant__ StageSpread spread) {
+    __shared__ uint64_t loaded[kStageWarps];
+    __shared__ Uninitialized<Entering> entering;
+    Entering& in = entering.get();
+    const RankView& view = job.view;
+    const StageTables tables{spread, view.shape};
+    const int warp = threadIdx.x / 32;
+    const device::Stage memory{
+        ptx::dynamic_shared() + spread.pieces + int64_t{warp} * spread.piece_bytes, &loaded[warp]};
+    ptx::griddepcontrol_launch_dependents();
+    prepare(job, tables);
+    if (ptx::lane_id() == 0) device::init_stage(memory);
+    __syncthreads();
+    ptx::griddepcontrol_wait();
+    bool ok = true, good = true;
+    if constexpr (kHalf == Half::kReceive) {
+        ok = !device::gave_up(view.watch) &&
+             begin_half<Half::kReceive>(view, job.begin, job.begun, in);
+        ok = __syncthreads_and(ok);
+    } else {
+        ok = send<Config>(job, spread, tables, in, memory);
+    }
+    if constexpr (kHalf != Half::kSend) ok = ok && receive(job, spread, tables, in, good);
+    if (!__syncthreads_and(ok) || warp != 0 || !last_block(view)) return;
+    if (good) return end_half<kHalf>(view, job.begun, in);
+    explain_any(job, spread, in);
+    fail_call(view, job.begin, in, kHalf == Half::kBoth);
+}
+
+using Kernel = void (*)(DispatchJob, StageSpread);
+
+template <Half kHalf>
+Kernel kernel_of(Quantize quantize, DType dtype) {
+    if (quantize == Quantize::kNone) return stage_dispatch_kernel<Verbatim, kHalf>;
+    switch (dtype) {
+        case DType::kBF16:
+            return stage_dispatch_kernel<Quantized<DType::kBF16>, kHalf>;
+        case DType::kF16:
+            return stage_dispatch_kernel<Quantized<DType::kF16>, kHalf>;
+        default:
+            return stage_dispatch_kernel<Quantized<DType::kF32>, kHalf>;
+    }
+}
+
+Kernel kernel_for(const DispatchArgs& a, Half half) {
+    switch (half) {
+        case Half::kBoth:
+            return kernel_of<Half::kBoth>(a.quantize, a.dtype);
+        case Half::kSend:
+            return kernel_of<Half::kSend>(a.quantize, a.dtype);
+        default:
+            return stage_dispatch_kernel<Verbatim, Half::kReceive>;
+    }
+}
+
+}  // namespace
+
+int stage_blocks(const DispatchJob& job) {
+    const Shape& s = job.view.shape;
+    const int64_t pieces = s.num_ranks * s.max_tokens * record_of(job.args).num_pieces;
+    return static_cast<int>(
+        std::max<int64_t>({job.args.num_tokens, divide_up(pieces, kStageWarps), 1}));
+}
+
+int launch_stage_dispatch(const DispatchJob& job, Half half, int num_blocks, Stream stream) {
+    const StageSpread spread(job.view.shape, job.args, num_blocks);
+    return launch_dependent(kernel_for(job.args, half), {num_blocks, kStageWarps * 32, spread.end},
+                            true, stream, job, spread);
+}
+
+int load_stage_dispatch(int smem_bytes) {
+    for (const Half half : {Half::kBoth, Half::kSend, Half::kReceive}) {
+        for (const DType dtype : {DType::kBF16, DType::kF16, DType::kF32}) {
+            for (const Quantize quantize : {Quantize::kNone, Quantize::kFp8}) {
+                DispatchArgs a;
+                a.dtype = dtype, a.quantize = quantize;
+                const auto kernel = reinterpret_cast<const void*>(kernel_for(a, half));
+                if (const int error = load_kernel(kernel, smem_bytes)) return error;
+            }
+        }
+    }
+    return 0;
+}
+
+}  // namespace ep::kernels

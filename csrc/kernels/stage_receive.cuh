@@ -1,0 +1,358 @@
+// The second half of a small dispatch: lines become rows of x and what belongs to them; and what follows
+// from counts alone is filled in.
+//
+// defines: Receiver, StagePadder, settle_rows
+#pragma once
+
+#include <cstdint>
+
+#include "contract/gpu.h"
+#include "device/lines.cuh"
+#include "device/ptx.cuh"
+#include "device/wait.cuh"
+#include "kernels/enter.cuh"
+#include "kernels/stage.cuh"
+#include "kernels/stage_tables.cuh"
+
+namespace ep::kernels {
+
+// Of a warp, which takes pieces of tokens of any source.
+struct Receiver {
+    static constexpr int kAtOnce = 4;  // times four lines that a warp has in flight
+
+    const DispatchJob& job;
+    StageTables tables;
+    StageView stage;
+
+    // Pieces first, first + step, ... of all tokens that all ranks may have. False: leave.
+    __device__ __forceinline__ bool run(int first, int step) const {
+        const int pieces = stage.record.num_pieces;
+        const auto most = static_cast<int>(job.view.shape.max_tokens);
+        const int tokens = step / pieces, rest = step - tokens * pieces;
+        int src = 0, t = first / pieces, p = first - t * pieces;
+        bool ok = true;
+#pragma unroll 1
+        while (ok) {
+            for (; t >= most; t -= most) ++src;
+            if (src >= job.view.shape.num_ranks) break;
+            if (t < tables.heard()[src].num_tokens) ok = take(src, t, p);
+            t += tokens;
+            p += rest;
+            if (p >= pieces) p -= pieces, ++t;
+        }
+        return ok;
+    }
+
+private:
+    // What becomes of a token here; a slot's row is held by its lane.
+    struct Arrival {
+        int index = -1;  // among the tokens of its source
+        int row = -1, local = -1;
+        float weight = 0.0f;
+    };
+
+    __device__ const DispatchArgs& args() const { return job.args; }
+    __device__ bool compact() const { return args().layout == RecvLayout::kCompact; }
+
+    __device__ std::byte* x() const {
+        const RankView& view = job.view;
+        return view.peers.arena[view.peers.rank] +
+               int64_t{job.begin.head.grant.page[Grant::kX]} * kExtentAlign;
+    }
+
+    __device__ bool take(int src, int t, int p) const {
+        const RankView& view = job.view;
+        const std::byte* record =
+            stage.place(view.peers.rank, int64_t{src} * view.shape.max_tokens + t);
+        const std::byte* piece = record + stage.piece_at(p);
+        const device::LineLane at;
+        const int row_words = stage.piece_bytes(p, args().row_bytes()) / 8;
+        const int words = row_words + (stage.record.scale_bytes + 7) / 8;
+        const bool tells = at.line < stage.record.meta_lines;
+        device::Words meta, w[kAtOnce];
+        if (tells) meta = device::get_line(record + at.offset(0));
+        get(piece, 0, words, w);
+        while (!__all_sync(~0u, !tells || !at.is_last() || is_ours(meta))) {
+            if (!await(src, record, 0, stage.record.meta_lines)) return false;
+            if (tells) meta = device::get_line(record + at.offset(0));
+        }
+        const Arrival to = understand(src, meta);
+        if (to.index < 0) return true;  // it does not come here
+        if (!in_bounds(src, to)) return false;
+        if (p == 0) describe(src, t, to);
+        const int lines = (words + kLineWords - 1) / kLineWords;
+#pragma unroll 1
+        for (int line = 0;;) {
+            while (!there(line, words, w)) {
+                if (!await(src, piece, line, lines)) return false;
+                get(piece, line, words, w);
+            }
+            put(p, line, row_words, words, to, w);
+            line += kAtOnce * device::LineLane::kAtOnce;
+            if (line >= lines) return true;
+            get(piece, line, words, w);
+        }
+    }
+
+    __device__ __forceinline__ bool is_ours(const device::Words& w) const {
+        return w.b == stage.op.seq;
+    }
+    __device__ __forceinline__ bool there(int line, int words,
+                                          const device::Words (&w)[kAtOnce]) const {
+        const device::LineLane at;
+        bool all = true;
+#pragma unroll
+        for (int v = 0; v < kAtOnce; ++v) {
+            const int l = line + v * device::LineLane::kAtOnce + at.line;
+            all = all && (l * kLineWords >= words || !at.is_last() || is_ours(w[v]));
+        }
+        return __all_sync(~0u, all);
+    }
+    __device__ __forceinline__ bool await(int src, const std::byte* from, int line,
+                                          int lines) const {
+        const int end = min(line + kAtOnce * device::LineLane::kAtOnce, lines);
+        return device::await_lines(job.view.watch, stage.op, src, from, line, end);
+    }
+    __device__ __forceinline__ void get(const std::byte* piece, int line, int words,
+                                        device::Words (&w)[kAtOnce]) const {
+        const device::LineLane at;
+#pragma unroll
+        for (int v = 0; v < kAtOnce; ++v) {
+            const int l = line + v * device::LineLane::kAtOnce;
+            if ((l + at.line) * kLineWords < words) w[v] = device::get_line(piece + at.offset(l));
+        }
+    }
+
+    // From what the source told: see Sender::describe.
+    __device__ __forceinline__ Arrival understand(int src, const device::Words& meta) const {
+        const DispatchArgs& a = args();
+        const RankView& view = job.view;
+        const int slot = min(static_cast<int>(ptx::lane_id()), a.num_topk - 1);
+        Arrival r;
+        r.index = static_cast<int>(__shfl_sync(~0u, static_cast<uint32_t>(meta.a), 0));
+        const uint64_t told = word(meta, 1 + slot);
+        uint64_t pair = 0;
+        if (a.with_weights) pair = word(meta, 1 + a.num_topk + slot / 2);
+        const auto code = static_cast<uint32_t>(told);
+        if (static_cast<int>(ptx::lane_id()) >= a.num_topk || code == kNoStagedExpert ||
+            staged_rank(code) != view.peers.rank) {
+            return r;
+        }
+        const auto turn = static_cast<int>(told >> 32);
+        r.local = staged_local(code);
+        r.weight = __uint_as_float(static_cast<uint32_t>(slot % 2 != 0 ? pair >> 32 : pair));
+        if (compact()) {
+            r.row = tables.rows(src, view.peers.rank) + r.index;
+        } else if (const int position = view.state.first[view.peers.rank] + r.local;
+                   position < view.state.first[view.peers.rank + 1]) {
+            const int row = tables.selections(src, position) + turn;
+            const bool fits = turn >= 0 && row < a.capacity;
+            r.row = fits ? static_cast<int>(r.local * a.capacity) + row : -2;
+        } else {
+            r.row = -2;
+        }
+        return r;
+    }
+
+    // Word i, which may differ between lanes.
+    __device__ __forceinline__ static uint64_t word(const device::Words& w, int i) {
+        const int line = i / kLineWords, of_line = i - line * kLineWords;
+        const int from = 8 * line + of_line / 2;
+        const uint64_t a = __shfl_sync(~0u, w.a, from), b = __shfl_sync(~0u, w.b, from);
+        return of_line % 2 != 0 ? b : a;
+    }
+
+    // What a peer told is looked at before it becomes an address.
+    __device__ __forceinline__ bool in_bounds(int src, const Arrival& to) const {
+        const int64_t at = int64_t{tables.rows(src, job.view.peers.rank)} + to.index;
+        const bool bad = to.row == -2 || at >= job.out.max_recv || to.row >= job.out.max_rows ||
+                         to.local >= job.view.shape.max_local_experts;
+        if (!__any_sync(~0u, bad)) return true;
+        if (bad) {
+            device::give_up(job.view.watch, stage.op, kBadCount,
+                            {Site::kLine, src, uint64_t(job.out.max_rows)}, uint64_t(to.row), 0);
+        }
+        return false;
+    }
+
+    __device__ __forceinline__ void describe(int src, int t, const Arrival& to) const {
+        const DispatchArgs& a = args();
+        const UnpackArgs& out = job.out;
+        const int lane = ptx::lane_id();
+        const int64_t i = int64_t{tables.rows(src, job.view.peers.rank)} + to.index;
+        if (lane < 2) out.recv_src[2 * i + lane] = lane == 0 ? src : t;
+        if (compact()) {
+            if (lane < a.num_topk) {
+                put_id(i * a.num_topk + lane, to.local);
+                if (a.with_weights) out.topk_weights[i * a.num_topk + lane] = to.weight;
+            }
+            if (out.row_token != nullptr && lane == 0) out.row_token[i] = t;
+            return;
+        }
+        if (lane < a.num_topk) out.recv_row[i * a.num_topk + lane] = to.row;
+        if (to.row < 0) return;
+        if (a.with_weights) out.topk_weights[to.row] = to.weight;
+        if (out.row_token != nullptr) out.row_token[to.row] = t;
+    }
+
+    __device__ __forceinline__ void put_id(int64_t at, int local) const {
+        if (job.out.idx_is_int64) {
+            static_cast<int64_t*>(job.out.topk_idx)[at] = local;
+        } else {
+            static_cast<int32_t*>(job.out.topk_idx)[at] = local;
+        }
+    }
+
+    // Four times four lines of a piece to every row the token has here.
+    __device__ __forceinline__ void put(int p, int line, int row_words, int words,
+                                        const Arrival& to,
+                                        const device::Words (&w)[kAtOnce]) const {
+        const device::LineLane at;
+        const int64_t row_bytes = args().row_bytes();
+        const uint32_t own = __ballot_sync(~0u, to.row >= 0);
+        const uint32_t rows = compact() ? own & (0u - own) : own;  // compact: all slots have one
+        std::byte* out = x() + int64_t{p} * stage.record.piece_bytes + 8 * at.word(line);
+#pragma unroll 1
+        for (uint32_t left = rows; left != 0; left &= left - 1) {
+            const int row = __shfl_sync(~0u, to.row, __ffs(left) - 1);
+            auto* data = reinterpret_cast<uint64_t*>(out + row * row_bytes);
+#pragma unroll
+            for (int v = 0; v < kAtOnce; ++v) {
+                constexpr int kWords = device::LineLane::kAtOnce * kLineWords;
+                const int i = at.word(line) + v * kWords;
+                if (i < row_words) data[v * kWords] = w[v].a;
+                if (i + 1 < row_words && !at.is_last()) data[v * kWords + 1] = w[v].b;
+            }
+        }
+        if (words == row_words) return;
+#pragma unroll 1
+        for (int v = 0; v < kAtOnce; ++v) {
+            const int pair = at.word(line + v * device::LineLane::kAtOnce) - row_words;
+            if (!__any_sync(~0u, pair + 1 >= 0 && pair < words - row_words)) continue;
+            device::Words two = w[0];
+#pragma unroll
+            for (int u = 1; u < kAtOnce; ++u) {
+                if (v == u) two = w[u];
+            }
+#pragma unroll 1
+            for (uint32_t left = rows; left != 0; left &= left - 1) {
+                put_scales(p, __shfl_sync(~0u, to.row, __ffs(left) - 1), 2 * pair, two);
+            }
+        }
+    }
+
+    // Words of a piece's scales from the i-th on. Of slabs column-major, columns 16 bytes aligned.
+    __device__ __forceinline__ void put_scales(int p, int row, int i,
+                                               const device::Words& words) const {
+        const DispatchArgs& a = args();
+        const auto all = static_cast<int>(a.scale_bytes / 4);
+        const int of_piece = stage.record.scale_bytes / 4, first = p * of_piece;
+        const int end = min(min(of_piece, all - first), i + (device::LineLane().is_last() ? 2 : 4));
+        int64_t at = int64_t{row} * all, apart = 1;
+        if (!compact()) {
+            const auto capacity = static_cast<int>(a.capacity), expert = row / capacity;
+            apart = (capacity + 3) / 4 * 4;
+            at = int64_t{expert} * all * apart + (row - expert * capacity);
+        }
+        auto* out = reinterpret_cast<uint32_t*>(job.out.scales) + at;
+        uint64_t pair = words.a;
+#pragma unroll 1
+        for (int s = i; s < end; ++s) {
+            if (s == i + 2) pair = words.b;
+            if (s >= 0) out[(first + s) * apart] = static_cast<uint32_t>(pair);
+            pair >>= 32;
+        }
+    }
+};
+
+// What nobody sent: rows of fixed shapes that are in no use. Of a warp, one of `step` of the grid.
+struct StagePadder {
+    const DispatchJob& job;
+    int64_t first, step;
+
+    // `total(e)`: selections of local expert e; `recv`: tokens; of nothing when the call failed.
+    template <class Total>
+    __device__ __forceinline__ void run(int num_local, int recv, Total total) const {
+        const DispatchArgs& a = job.args;
+        const UnpackArgs& out = job.out;
+        const int lane = ptx::lane_id();
+#pragma unroll 1
+        for (int64_t i = recv + first * 32 + lane; i < out.max_recv; i += step * 32) {
+            *reinterpret_cast<int2*>(out.recv_src + 2 * i) = make_int2(-1, -1);
+        }
+        if (a.layout == RecvLayout::kCompact) return pad_compact(recv);
+        const int64_t slots = (out.max_recv - recv) * a.num_topk;
+#pragma unroll 1
+        for (int64_t i = first * 32 + lane; i < slots; i += step * 32) {
+            out.recv_row[int64_t{recv} * a.num_topk + i] = -1;
+        }
+#pragma unroll 1
+        for (int64_t e = first; e < num_local; e += step) {
+            const int used = total(static_cast<int>(e));
+#pragma unroll 2
+            for (int64_t i = lane; i < a.capacity; i += 32) {
+                const bool is_used = i < used;
+                const int64_t row = e * a.capacity + i;
+                if (out.idx_is_int64) {
+                    static_cast<int64_t*>(out.topk_idx)[row] = is_used ? e : -1;
+                } else {
+                    static_cast<int32_t*>(out.topk_idx)[row] = is_used ? static_cast<int>(e) : -1;
+                }
+                if (is_used) continue;
+                if (a.with_weights) out.topk_weights[row] = 0.0f;
+                if (out.row_token != nullptr) out.row_token[row] = -1;
+            }
+        }
+    }
+
+private:
+    __device__ __forceinline__ void pad_compact(int recv) const {
+        const DispatchArgs& a = job.args;
+        const UnpackArgs& out = job.out;
+        const int lane = ptx::lane_id();
+#pragma unroll 1
+        for (int64_t row = recv + first; row < out.max_rows; row += step) {
+            if (lane < a.num_topk) {
+                const int64_t at = row * a.num_topk + lane;
+                if (out.idx_is_int64) {
+                    static_cast<int64_t*>(out.topk_idx)[at] = -1;
+                } else {
+                    static_cast<int32_t*>(out.topk_idx)[at] = -1;
+                }
+                if (a.with_weights) out.topk_weights[at] = 0.0f;
+            }
+            if (out.row_token != nullptr && lane == 0) out.row_token[row] = -1;
+#pragma unroll 1
+            for (int64_t w = lane; w < a.scale_bytes / 4; w += 32) {
+                reinterpret_cast<uint32_t*>(out.scales)[row * (a.scale_bytes / 4) + w] = 0;
+            }
+        }
+    }
+};
+
+// Of our own tokens, which know by now only their turn among ours: their rows at their owners. A thread
+// takes a selection. Of a call that failed: none.
+__device__ __forceinline__ void settle_rows(const DispatchJob& job, const StageTables& tables,
+                                            int begin, int end, bool good) {
+    const DispatchArgs& a = job.args;
+    const RankView& view = job.view;
+    const int64_t* ids = a.routed_idx != nullptr ? a.routed_idx : a.topk_idx;
+    const int64_t last = int64_t{end} * a.num_topk;
+#pragma unroll 1
+    for (int64_t i = int64_t{begin} * a.num_topk + threadIdx.x; i < last; i += blockDim.x) {
+        const int turn = a.send_row[i];
+        const int64_t id = ids[i];
+        const Expert expert = tables.expert(id);
+        if (turn < 0 || expert.position < 0) continue;
+        if (!good) {
+            a.send_row[i] = -1;
+        } else if (a.layout == RecvLayout::kCompact) {
+            a.send_row[i] = tables.rows(view.peers.rank, staged_rank(expert.code)) + turn;
+        } else {
+            const auto slab = static_cast<int>(staged_local(expert.code) * a.capacity);
+            a.send_row[i] = slab + tables.selections(view.peers.rank, expert.position) + turn;
+        }
+    }
+}
+
+}  // namespace ep::kernels

@@ -1,0 +1,105 @@
+// Shared memory of a block of a small dispatch: what it counts of its own rank's tokens, what it hears from
+// everybody, and the pieces its warps are at. One walk, for the host that sizes it and the kernel.
+//
+// defines: StageSpread, StageTables
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "contract/gpu.h"
+#include "contract/stage.h"
+#include "device/ptx.cuh"
+#include "kernels/stage.cuh"
+
+namespace ep::kernels {
+
+// What the notice of a rank says about itself.
+struct Heard {
+    int32_t num_tokens;
+    int32_t max_rows, max_recv;  // granted
+    uint32_t free_pages;
+};
+
+// What is known of an expert.
+struct Expert {
+    uint32_t code;     // see staged_expert
+    int32_t position;  // counted owner by owner
+};
+
+struct StageSpread {
+    Record record;
+    int32_t tokens_per_block;
+    int32_t experts, before, all, heard, prefix, pieces, end;  // byte offsets
+    int32_t piece_bytes;                                       // of shared memory, for a warp
+    int32_t scales_at;  // in it, behind the piece as it is loaded
+
+    StageSpread(const Shape& s, const DispatchArgs& a, int num_blocks)
+        : record(record_of(a)),
+          tokens_per_block(static_cast<int32_t>(divide_up(a.num_tokens, num_blocks))) {
+        int at = 0;
+        const auto take = [&at](int64_t bytes) {
+            const int offset = at;
+            at += static_cast<int>(divide_up(bytes, 128) * 128);
+            return offset;
+        };
+        const int64_t columns = s.num_ranks + s.num_experts;
+        experts = take(s.num_experts * int64_t{sizeof(Expert)});
+        before = take(4 * columns);
+        all = take(4 * (columns + 2));
+        heard = take(s.num_ranks * int64_t{sizeof(Heard)});
+        prefix = take(4 * (s.num_ranks + 1) * columns);
+        pieces = at;
+        const int wire = dtype_bytes(a.wire_dtype()), source = dtype_bytes(a.dtype);
+        scales_at = static_cast<int32_t>(divide_up(record.piece_bytes / wire * source, 16) * 16);
+        piece_bytes =
+            static_cast<int32_t>(divide_up(scales_at + record.scale_bytes + 8, 128) * 128);
+        end = at + kStageWarps * piece_bytes;
+    }
+};
+static_assert(std::is_trivially_copyable_v<StageSpread>);
+
+// Columns are tokens for every rank, then selections of every expert by position.
+struct StageTables {
+    const StageSpread& spread;
+    const Shape& shape;
+
+    __device__ __forceinline__ int columns() const { return shape.num_ranks + shape.num_experts; }
+    // [num_experts]
+    __device__ __forceinline__ Expert* experts() const { return at<Expert>(spread.experts); }
+    // [columns] of the tokens before those of this block; then of these, too
+    __device__ __forceinline__ int32_t* before() const { return at<int32_t>(spread.before); }
+    // [columns] of the block that publishes: of all tokens
+    __device__ __forceinline__ int32_t* all() const { return at<int32_t>(spread.all); }
+    // [2] ids that name no expert, and the first of them
+    __device__ __forceinline__ int32_t* bad() const { return all() + columns(); }
+    // [num_ranks]
+    __device__ __forceinline__ Heard* heard() const { return at<Heard>(spread.heard); }
+    // [num_ranks + 1][columns] what sources below each rank bring; last: all of them
+    __device__ __forceinline__ int32_t* prefix() const { return at<int32_t>(spread.prefix); }
+
+    // Nobody's, for ids that name no expert.
+    __device__ __forceinline__ Expert expert(int64_t id) const {
+        const bool known = static_cast<uint64_t>(id) < static_cast<uint64_t>(shape.num_experts);
+        return known ? experts()[id] : Expert{kNoStagedExpert, -1};
+    }
+    // Of tokens for rank `dst`, or of selections, from sources below `src`.
+    __device__ __forceinline__ int rows(int src, int dst) const {
+        return prefix()[src * columns() + dst];
+    }
+    __device__ __forceinline__ int selections(int src, int position) const {
+        return prefix()[src * columns() + shape.num_ranks + position];
+    }
+    __device__ __forceinline__ int total_rows(int dst) const { return rows(shape.num_ranks, dst); }
+    __device__ __forceinline__ int total(int position) const {
+        return selections(shape.num_ranks, position);
+    }
+
+private:
+    template <class T>
+    __device__ __forceinline__ static T* at(int offset) {
+        return reinterpret_cast<T*>(ptx::dynamic_shared() + offset);
+    }
+};
+
+}  // namespace ep::kernels
