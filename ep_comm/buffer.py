@@ -252,25 +252,29 @@ class Buffer:
     @overload
     def combine(
         self, x: Any, handle: Any, *, weighted: bool = ..., topk_weights: None = ...,
-        order: str = ..., sum_weights: bool = ..., bias: Any = ..., out: Tensor | None = ...,
+        order: str = ..., sum_weights: bool = ..., per_rank: bool = ..., row_weights: Any = ...,
+        bias: Any = ..., out: Tensor | None = ...,
         wait: Literal[True] = ..., num_sms: int | None = ..., tag: str = ...,
     ) -> Tensor: ...
     @overload
     def combine(
         self, x: Any, handle: Any, *, weighted: bool = ..., topk_weights: Tensor,
-        order: str = ..., sum_weights: bool = ..., bias: Any = ..., out: Tensor | None = ...,
+        order: str = ..., sum_weights: bool = ..., per_rank: bool = ..., row_weights: Any = ...,
+        bias: Any = ..., out: Tensor | None = ...,
         wait: Literal[True] = ..., num_sms: int | None = ..., tag: str = ...,
     ) -> tuple[Tensor, Tensor]: ...
     @overload
     def combine(
         self, x: Any, handle: Any, *, weighted: bool = ..., topk_weights: None = ...,
-        order: str = ..., sum_weights: bool = ..., bias: Any = ..., out: Tensor | None = ...,
+        order: str = ..., sum_weights: bool = ..., per_rank: bool = ..., row_weights: Any = ...,
+        bias: Any = ..., out: Tensor | None = ...,
         wait: Literal[False], num_sms: int | None = ..., tag: str = ...,
     ) -> Begun[Tensor]: ...
     @overload
     def combine(
         self, x: Any, handle: Any, *, weighted: bool = ..., topk_weights: Tensor,
-        order: str = ..., sum_weights: bool = ..., bias: Any = ..., out: Tensor | None = ...,
+        order: str = ..., sum_weights: bool = ..., per_rank: bool = ..., row_weights: Any = ...,
+        bias: Any = ..., out: Tensor | None = ...,
         wait: Literal[False], num_sms: int | None = ..., tag: str = ...,
     ) -> Begun[tuple[Tensor, Tensor]]: ...
     # fmt: on
@@ -284,6 +288,8 @@ class Buffer:
         topk_weights: Any = None,
         order: str = "rank",
         sum_weights: bool = False,
+        per_rank: bool = False,
+        row_weights: Any = None,
         bias: Any = None,
         out: Tensor | None = None,
         wait: bool = True,
@@ -310,6 +316,13 @@ class Buffer:
             order: "rank" or "topk" (grouped, slab).
             sum_weights: compact: a slot gets the sum over all ranks the token went to, in ascending
                 order, of what they hold for it; False: what the owner of its expert holds.
+            per_rank: grouped, slab: a rank first adds up its own rows of a token in float32, in the
+                order of slots, and sends the sum rounded to x's dtype: fewer bytes for one more
+                rounding for each rank of a token. The result then differs from the exact one by at
+                most (u + u^2) * sum over ranks of |their sum|, beside its own rounding; u = 2^-9
+                for bfloat16.
+            row_weights: with per_rank: float32 in the shape of x without hidden, `recv.topk_weights`:
+                each row is multiplied by it at its owner, in float32, product rounded.
             bias: [num_tokens, hidden] of x's dtype, or a pair of them (either None, summed in
                 float32), added first.
             out: [num_tokens, hidden] of x's dtype, no memory of x; written and returned.
@@ -330,8 +343,9 @@ class Buffer:
             try:
                 call = check_combine(
                     self._spec, self._backend.generation, x, handle, weighted=weighted,
-                    topk_weights=topk_weights, order=order, sum_weights=sum_weights, bias=bias,
-                    out=out, num_sms=num_sms, tag=tag,
+                    topk_weights=topk_weights, order=order, sum_weights=sum_weights,
+                    per_rank=per_rank, row_weights=row_weights, bias=bias, out=out,
+                    num_sms=num_sms, tag=tag,
                 )  # fmt: skip
                 waits = flag("wait", wait)
                 work = self._backend.prepare_combine(call)

@@ -115,6 +115,8 @@ class CombineCall:
     topk_weights: Tensor | None  # float32, to send back; shape: see Buffer.combine
     order: Order
     sum_weights: bool
+    per_rank: bool
+    row_weights: Tensor | None  # float32 [rows] in the shape of x, of each row at its owner
     bias: tuple[Tensor | None, Tensor | None]  # each [T, H]
     out: Tensor | None  # [T, H]
     num_sms: int | None
@@ -572,6 +574,21 @@ def _check_handle_counts(handle: Handle, meta: HandleMeta) -> None:
 # ---- combine ----
 
 
+def check_per_rank(meta: HandleMeta, *, weighted: bool, order: str, topk_weights: Any) -> None:
+    """E203 unless owners can add up their rows of a token."""
+    what = None
+    if meta.layout == "compact":
+        what = "want a grouped or slab handle, compact rows are one for each rank"
+    elif weighted:
+        what = "want row_weights= with it, owners multiply"
+    elif order != "rank":
+        what = f"want order='rank' with it, got {order!r}"
+    elif topk_weights is not None:
+        what = "want topk_weights=None with it"
+    if what is not None:
+        raise make_error("E203", f"rejected per_rank=True: {what}")
+
+
 def check_combine(
     spec: BufferSpec,
     generation: int,
@@ -582,6 +599,8 @@ def check_combine(
     topk_weights: Any,
     order: Any,
     sum_weights: Any,
+    per_rank: Any,
+    row_weights: Any,
     bias: Any,
     out: Any,
     num_sms: Any,
@@ -612,6 +631,16 @@ def check_combine(
     if sum_weights and meta.layout != "compact":
         what = "rejected sum_weights=True: want a compact handle, other rows hold one slot"
         raise make_error("E203", what)
+    per_rank = flag("per_rank", per_rank)
+    if per_rank:
+        check_per_rank(meta, weighted=weighted, order=order, topk_weights=topk_weights)
+    if row_weights is not None:
+        if not per_rank:
+            raise make_error("E203", "rejected row_weights: want per_rank=True with them")
+        row_weights = dense(
+            "row_weights",
+            check_tensor("row_weights", row_weights, spec, (torch.float32,), meta.x_shape[:-1]),
+        )
     weights = topk_weights
     if weights is not None:
         shape: tuple[int, ...] = meta.x_shape[:-1]
@@ -638,6 +667,8 @@ def check_combine(
         weights,
         order,
         sum_weights,
+        per_rank,
+        row_weights,
         (first, second),
         out,
         num_sms,

@@ -228,6 +228,10 @@ class Combine:
         a.dtype = _DTYPES[call.x.dtype]
         a.topk_order, a.sum_weights = call.order == "topk", call.sum_weights
         a.routing = meta.routing_number
+        if call.per_rank:
+            a.per_rank = True
+            if call.row_weights is not None:
+                a.weighted, a.row_weights = True, call.row_weights.data_ptr()
         if call.weighted:
             a.weighted, a.topk_weights = True, handle.topk_weights.data_ptr()
         if call.topk_weights is not None:
