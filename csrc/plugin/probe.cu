@@ -47,16 +47,20 @@ ProbeResult probe_nvshmem(const NvshmemSegment& segment, const RailShape& shape,
     const auto pes = on_device(pe.data(), pe.size());
     const auto abort = on_device<uint32_t>(nullptr, 1);
     const auto wrong = on_device<unsigned long long>(nullptr, 1);
-    const auto blank = on_device<ControlHeader>(nullptr, 2);
-    std::vector<std::byte*> headers(pe.size(), reinterpret_cast<std::byte*>(blank.get() + 1));
-    headers[rank] = reinterpret_cast<std::byte*>(blank.get());
+    // Our own header and a blank one for all others, each with room for everybody's life behind it.
+    const int64_t lives = sizeof(ControlHeader);
+    const int64_t block = lives + 8 * static_cast<int64_t>(pe.size());
+    const auto blocks = on_device<std::byte>(nullptr, 2 * block);
+    std::vector<std::byte*> headers(pe.size(), blocks.get() + block);
+    headers[rank] = blocks.get();
     const auto control = on_device(headers.data(), headers.size());
 
     Job job{
         {segment.data, pes.get(), has_network}, shape, {}, wrong.get(), first, rank, num_chunks};
     const auto limit_ns = static_cast<int64_t>(limit_s * 1e9);
-    job.watch = {abort.get(), page.get(), control.get(), limit_ns,
-                 limit_ns,    limit_ns,   rank,          static_cast<int32_t>(pe.size())};
+    job.watch = {lives,         abort.get(), page.get(),
+                 control.get(), limit_ns,    limit_ns,
+                 limit_ns,      rank,        static_cast<int32_t>(pe.size())};
     check(kernels::launch_rail_probe(job, nullptr), "rail_probe_kernel");
     check(cudaStreamSynchronize(nullptr), "cudaStreamSynchronize");
 

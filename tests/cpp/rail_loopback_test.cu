@@ -65,14 +65,15 @@ public:
         shape_.entry_bytes = 128;
         const int size = num_nodes * ranks_per_node;
         std::vector<std::byte*> segments;
+        const int64_t block = kLives + 8 * size;  // a header, and everybody's life behind it
         for (int r = 0; r < size; ++r) {
             auto rank = std::make_unique<Rank>();
             rank->segment = zeroed(ep::RailLayout(shape_).end);
-            rank->headers = zeroed(2 * sizeof(ep::ControlHeader));  // our own, and a blank one
+            rank->headers = zeroed(2 * block);  // our own, and a blank one
             rank->abort = zeroed(4);
             rank->wrong = zeroed(8);
             rank->held = zeroed(sizeof(ep::device::HeldPuts) * num_nodes);
-            std::vector<std::byte*> control(size, rank->headers.get() + sizeof(ep::ControlHeader));
+            std::vector<std::byte*> control(size, rank->headers.get() + block);
             control[r] = rank->headers.get();
             rank->control = on_device(control);
             must(cudaHostAlloc(reinterpret_cast<void**>(&rank->page), sizeof(ep::HostPage),
@@ -86,6 +87,8 @@ public:
         limit_ns_ = static_cast<int64_t>(limit_s * 1e9);
     }
 
+    static constexpr int64_t kLives = sizeof(ep::ControlHeader);
+
     // All ranks at once; `trouble` of each, or of all.
     void probe(int num_chunks, const std::vector<Trouble>& trouble) {
         for (size_t r = 0; r < ranks_.size(); ++r) {
@@ -95,7 +98,8 @@ public:
                         reinterpret_cast<ep::device::HeldPuts*>(rank.held.get()), shape_.nodes,
                         static_cast<int>(r), trouble[r % trouble.size()]};
             job.shape = shape_;
-            job.watch = {reinterpret_cast<uint32_t*>(rank.abort.get()),
+            job.watch = {kLives,
+                         reinterpret_cast<uint32_t*>(rank.abort.get()),
                          rank.page,
                          reinterpret_cast<std::byte* const*>(rank.control.get()),
                          limit_ns_,
