@@ -321,8 +321,8 @@ class Buffer:
                 rounding for each rank of a token. The result then differs from the exact one by at
                 most (u + u^2) * sum over ranks of |their sum|, beside its own rounding; u = 2^-9
                 for bfloat16.
-            row_weights: with per_rank: float32 in the shape of x without hidden, `recv.topk_weights`:
-                each row is multiplied by it at its owner, in float32, product rounded.
+            row_weights: with per_rank: float32 in the shape of x without hidden, as
+                `recv.topk_weights`; owners multiply each row by it in float32, product rounded.
             bias: [num_tokens, hidden] of x's dtype, or a pair of them (either None, summed in
                 float32), added first.
             out: [num_tokens, hidden] of x's dtype, no memory of x; written and returned.
