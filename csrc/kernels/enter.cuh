@@ -260,8 +260,8 @@ __device__ __forceinline__ uint32_t judge(const Begin& begin, int p, const Head&
 }
 
 // Waits for everybody's notice; in.first_bad is the verdict on them. A warp calls read(p, words, head)
-// for one it has found nothing wrong with; `false` from there: leave.
-template <class Read>
+// for one it has found nothing wrong with; `false` from there: leave. kCopies: bulk copies of ours follow.
+template <bool kCopies = true, class Read>
 __device__ __forceinline__ bool await_notices(const RankView& view, const Begin& begin,
                                               Entering& in, Read read) {
     const int num_warps = blockDim.x / 32;
@@ -281,7 +281,7 @@ __device__ __forceinline__ bool await_notices(const RankView& view, const Begin&
         } else if (ptx::lane_id() == 0) {
             atomicMin(&in.first_bad, objected);
         }
-        ptx::fence_proxy_async();  // what we have heard, before anybody's bulk copies
+        if constexpr (kCopies) ptx::fence_proxy_async();  // what we have heard, before them
     }
     return __syncthreads_and(ok);
 }

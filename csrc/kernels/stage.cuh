@@ -24,12 +24,13 @@ constexpr int kStageWarps = 16;  // of a block
 struct StageView {
     const RankView& view;
     const Record& record;
+    std::byte* const* control;  // [num_ranks] control blocks
     Operation op;
     int slot;
 
     // Place `index` in what rank p has for this slot.
     __device__ __forceinline__ std::byte* place(int p, int64_t index) const {
-        return view.peers.control[p] + view.layout.stage(slot) + index * record.bytes();
+        return control[p] + view.layout.stage(slot) + index * record.bytes();
     }
     // Where a piece begins in a record.
     __device__ __forceinline__ int64_t piece_at(int piece) const {
@@ -42,13 +43,13 @@ struct StageView {
     }
 };
 
-// The number and the slot of an operation: the next ones, or those its first half took. One warp also waits
-// until the slot is ours; nobody writes before that. A barrier of the block must follow. False: leave.
+// The number and the slot of an operation: the next ones, or those its first half took. One warp, which
+// also waits until the slot is ours; nobody writes before that. A barrier of the block must follow.
+// False: leave.
 template <Half kHalf>
 __device__ __forceinline__ bool begin_half(const RankView& view, const Begin& begin,
                                            const Begun* begun, Entering& in) {
-    if (threadIdx.x >= 32) return true;
-    if (threadIdx.x == 0) {
+    if (ptx::lane_id() == 0) {
         init_entering(view, begin, in);
         if constexpr (kHalf == Half::kReceive) in.seq = begun->seq, in.slot = begun->slot;
     }

@@ -94,13 +94,33 @@ struct PartSender {
     const CombineJob& job;
     StageView stage;
 
-    // False: leave.
-    __device__ __forceinline__ bool run(int first, int step) const {
+    // A token that came here: its rows are held by the lanes of their slots.
+    struct Token {
+        int src = -1, t = -1, row = -1;
+    };
+    __device__ __forceinline__ Token look(int64_t i) const {
+        const CombineArgs& a = args();
+        const int lane = ptx::lane_id();
+        Token token;
+        if (i >= a.num_recv) return token;
+        const int2 from = *reinterpret_cast<const int2*>(a.recv_src + 2 * i);
+        token.src = from.x, token.t = from.y;
+        if (a.layout == RecvLayout::kCompact) {
+            token.row = lane == 0 ? static_cast<int>(i) : -1;
+        } else if (lane < a.num_topk) {
+            token.row = a.recv_row[i * a.num_topk + lane];
+        }
+        return token;
+    }
+
+    // From `token` on, the first of this warp. False: leave.
+    __device__ __forceinline__ bool run(Pieces at, Token token) const {
         bool ok = true;
 #pragma unroll 1
-        for (Pieces at(stage.record.num_pieces, first, step); ok && at.item < job.args.num_recv;
-             at.next()) {
-            ok = send(at.item, at.piece);
+        while (ok && at.item < job.args.num_recv) {
+            ok = send(token, at.piece);
+            at.next();
+            token = look(at.item);
         }
         return ok;
     }
@@ -108,19 +128,11 @@ struct PartSender {
 private:
     __device__ const CombineArgs& args() const { return job.args; }
 
-    // Of a token that came here: its rows, held by the lanes of their slots.
-    __device__ __forceinline__ bool send(int i, int p) const {
+    __device__ __forceinline__ bool send(const Token& token, int p) const {
         const CombineArgs& a = args();
         const RankView& view = job.view;
-        const int lane = ptx::lane_id();
         const bool compact = a.layout == RecvLayout::kCompact;
-        const int src = a.recv_src[2 * i], t = a.recv_src[2 * i + 1];
-        int row = -1;
-        if (compact) {
-            row = lane == 0 ? i : -1;
-        } else if (lane < a.num_topk) {
-            row = a.recv_row[int64_t{i} * a.num_topk + lane];
-        }
+        const int src = token.src, t = token.t, row = token.row;
         if (src < 0) return true;  // nobody's
         // Tensors of a handle, which anybody may have changed.
         const bool bad =
@@ -221,36 +233,19 @@ struct PartReceiver {
     const CombineJob& job;
     StageView stage;
 
-    // False: leave.
-    __device__ __forceinline__ bool run(int first, int step) const {
-        bool ok = true;
-#pragma unroll 1
-        for (Pieces at(stage.record.num_pieces, first, step); ok && at.item < job.args.num_tokens;
-             at.next()) {
-            ok = receive(at.item, at.piece);
-        }
-        return ok;
-    }
-
-private:
     // What a lane knows of the slot that is its: in which order its row is added, if it is.
     struct Part {
         uint32_t key = ~0u;
         float weight = 1.0f;
     };
 
-    __device__ const CombineArgs& args() const { return job.args; }
-    __device__ bool per_rank() const {
-        return args().layout == RecvLayout::kCompact || args().per_rank;
-    }
-
-    __device__ __forceinline__ Part part_of(int t) const {
+    __device__ __forceinline__ Part part_of(int64_t t) const {
         const CombineArgs& a = args();
         const int lane = ptx::lane_id();
-        const int64_t i = int64_t{t} * a.num_topk + lane;
+        const int64_t i = t * a.num_topk + lane;
         int owner = -1;
         Part part;
-        if (lane < a.num_topk) {
+        if (t < a.num_tokens && lane < a.num_topk) {
             const int64_t id = a.topk_idx[i];
             const bool here = a.send_row[i] >= 0 && id >= 0 && id < job.view.shape.num_experts;
             if (here) owner = __ldg(job.view.state.owner + id);
@@ -262,10 +257,27 @@ private:
         return part;
     }
 
-    __device__ __forceinline__ bool receive(int t, int p) const {
+    // From the token with this part on, the first of this warp. False: leave.
+    __device__ __forceinline__ bool run(Pieces at, Part part) const {
+        bool ok = true;
+#pragma unroll 1
+        while (ok && at.item < job.args.num_tokens) {
+            ok = receive(at.item, at.piece, part);
+            at.next();
+            part = part_of(at.item);
+        }
+        return ok;
+    }
+
+private:
+    __device__ const CombineArgs& args() const { return job.args; }
+    __device__ bool per_rank() const {
+        return args().layout == RecvLayout::kCompact || args().per_rank;
+    }
+
+    __device__ __forceinline__ bool receive(int t, int p, const Part& part) const {
         const CombineArgs& a = args();
         const int words = stage.piece_bytes(p, a.row_bytes()) / 8;
-        const Part part = part_of(t);
 #pragma unroll 1
         for (int line = 0; line * kLineWords < words; line += kAtOnce * LineLane::kAtOnce) {
             LineSums<kDtype> sums;
@@ -368,26 +380,38 @@ template <DType kDtype, Half kHalf>
 __global__ void __launch_bounds__(kWarps * 32, 1)
     stage_combine_kernel(const __grid_constant__ CombineJob job,
                          const __grid_constant__ Record record) {
+    auto** control = reinterpret_cast<std::byte**>(ptx::dynamic_shared());  // [num_ranks] blocks
     __shared__ Uninitialized<Entering> entering;
     Entering& in = entering.get();
     const RankView& view = job.view;
+    const int warp = threadIdx.x / 32;
     ptx::griddepcontrol_launch_dependents();
+    for (int p = threadIdx.x; p < view.shape.num_ranks; p += blockDim.x) {
+        control[p] = view.peers.control[p];
+    }
+    const Pieces pieces(record.num_pieces, warp * gridDim.x + blockIdx.x, kWarps * gridDim.x);
+    PartSender<kDtype> sender{job, {view, record, control, {OpKind::kCombine, 0}, 0}};
     ptx::griddepcontrol_wait();
-    bool ok = !device::gave_up(view.watch);
-    ok = begin_half<kHalf>(view, job.begin, job.begun, in) && ok;
+    typename PartSender<kDtype>::Token token;
+    if constexpr (kHalf != Half::kReceive) token = sender.look(pieces.item);
+    bool ok = true;
+    if (warp == kWarps - 1) ok = begin_half<kHalf>(view, job.begin, job.begun, in);
+    if (warp == kWarps - 2) ok = !device::gave_up(view.watch);
     if (!__syncthreads_and(ok)) return;
-    const StageView stage{view, record, {OpKind::kCombine, in.seq}, in.slot};
-    const int first = threadIdx.x / 32 * gridDim.x + blockIdx.x, step = kWarps * gridDim.x;
+    sender.stage.op.seq = in.seq;
+    sender.stage.slot = in.slot;
     if constexpr (kHalf != Half::kReceive) {
         if (blockIdx.x == gridDim.x - 1) publish_head(view, job.begin, in);
-        ok = PartSender<kDtype>{job, stage}.run(first, step);
+        ok = sender.run(pieces, token);
     }
     bool good = true;
     if constexpr (kHalf != Half::kSend) {
+        const PartReceiver<kDtype> receiver{job, sender.stage};
+        const auto part = receiver.part_of(pieces.item);
         const auto nothing = [](int, const NoticeWords&, const Head&) { return true; };
-        if (!await_notices(view, job.begin, in, nothing)) return;
+        if (!await_notices<false>(view, job.begin, in, nothing)) return;
         good = in.first_bad == kNoObjection;
-        if (ok && good) ok = PartReceiver<kDtype>{job, stage}.run(first, step);
+        if (ok && good) ok = receiver.run(pieces, part);
     }
     if (!__syncthreads_and(ok) || threadIdx.x >= 32 || !last_block(view)) return;
     if (good) return end_half<kHalf>(view, job.begun, in);
@@ -430,8 +454,10 @@ int stage_blocks(const CombineJob& job) {
 }
 
 int launch_stage_combine(const CombineJob& job, Half half, int num_blocks, Stream stream) {
-    return launch_dependent(kernel_for(job.args.dtype, half), {num_blocks, kWarps * 32, 0}, true,
-                            stream, job, record_of(job.args));
+    const int control_bytes = 8 * job.view.shape.num_ranks;
+    return launch_dependent(kernel_for(job.args.dtype, half),
+                            {num_blocks, kWarps * 32, control_bytes}, true, stream, job,
+                            record_of(job.args));
 }
 
 int load_stage_combine(int smem_bytes) {

@@ -28,6 +28,10 @@ namespace {
 __device__ __forceinline__ void prepare(const DispatchJob& job, const StageTables& tables) {
     const State& state = job.view.state;
 #pragma unroll 1
+    for (int p = threadIdx.x; p < job.view.shape.num_ranks; p += blockDim.x) {
+        tables.control()[p] = job.view.peers.control[p];
+    }
+#pragma unroll 1
     for (int c = threadIdx.x; c < tables.columns() + 2; c += blockDim.x) {
         if (c < tables.columns()) tables.before()[c] = 0;
         tables.all()[c] = c == tables.columns() + 1 ? kNoBadId : 0;
@@ -47,7 +51,7 @@ __device__ __forceinline__ Span tokens_of_block(const DispatchJob& job, const St
 
 // ---- the first half ----
 
-// False: leave.
+// False: leave. What does not need the number of the operation comes before it is known.
 template <class Config>
 __device__ __forceinline__ bool send(const DispatchJob& job, const StageSpread& spread,
                                      const StageTables& tables, Entering& in,
@@ -56,14 +60,30 @@ __device__ __forceinline__ bool send(const DispatchJob& job, const StageSpread& 
     const int warp = threadIdx.x / 32, pieces = spread.record.num_pieces;
     const bool publishes = blockIdx.x == gridDim.x - 1;
     const Span own = tokens_of_block(job, spread);
-    Sender sender{job, spread, tables, {view, spread.record, {OpKind::kDispatch, 0}, 0}, memory};
-    // The first warp says what becomes of tokens, while the others send them.
-    const int all = (own.end - own.begin) * pieces, movers = kStageWarps - 1;
-    int i = warp == 0 ? all : warp - 1;
-    if (i < all) sender.load(own.begin + i / pieces, i % pieces);
-    bool ok = !device::gave_up(view.watch);
-    ok = begin_half<Half::kSend>(view, job.begin, nullptr, in) && ok;
-    count_tokens(job, spread, own.begin, publishes);
+    Sender sender{job,
+                  spread,
+                  tables,
+                  {view, spread.record, tables.control(), {OpKind::kDispatch, 0}, 0},
+                  memory};
+    // The first warp says what becomes of tokens, others send them.
+    constexpr int kMovers = kSenders - 1;
+    const int all = (own.end - own.begin) * pieces;
+    int i = warp == 0 || warp >= kSenders ? all : warp - 1;
+    int t = own.begin + i / pieces, p = i % pieces;
+    Sender::Slot slot;
+    bool ok = true;
+    if (warp == kStageWarps - 1) {
+        ok = begin_half<Half::kSend>(view, job.begin, nullptr, in);
+    } else if (warp == kStageWarps - 2) {
+        ok = !device::gave_up(view.watch);
+    } else {
+        if (i < all) sender.load(t, p);
+        if (i < all || (warp == 0 && own.begin < own.end)) {
+            slot = sender.slot_of(warp == 0 ? own.begin : t);
+        }
+        count_tokens(job, spread, own.begin, publishes);
+        if (i < all) ok = sender.template prepare<Config>(t, p);
+    }
     if (!__syncthreads_and(ok)) {
         sender.abandon();
         return false;
@@ -71,16 +91,20 @@ __device__ __forceinline__ bool send(const DispatchJob& job, const StageSpread& 
     sender.stage.op.seq = in.seq;
     sender.stage.slot = in.slot;
     if (publishes) publish_counts(job, tables, in);
-    if (warp == 0) sender.describe(own);
+    if (warp == 0) sender.describe(own, slot);
 #pragma unroll 1
-    for (; ok && i < all; i += movers) {
-        ok = sender.template send_piece<Config>(own.begin + i / pieces, i % pieces);
-        if (i + movers >= all) break;
+    while (i < all) {
+        sender.send(t, p, slot);
+        i += kMovers;
+        if (i >= all) break;
+        t = own.begin + i / pieces, p = i % pieces;
         ptx::fence_proxy_async_shared();  // our accesses, before the load that follows
         __syncwarp();
-        sender.load(own.begin + (i + movers) / pieces, (i + movers) % pieces);
+        sender.load(t, p);
+        slot = sender.slot_of(t);
+        ok = sender.template prepare<Config>(t, p);
+        if (!ok) break;
     }
-    if (!ok) sender.abandon();
     if (publishes && job.args.logical_load != nullptr) count_load(job, tables.bad()[0] == 0);
     return ok;
 }
@@ -170,7 +194,7 @@ __device__ __forceinline__ bool receive(const DispatchJob& job, const StageSprea
     const int warp = threadIdx.x / 32;
     const CountsListener counts{job, tables, in};
     const uint64_t count = counts.look();
-    if (!await_notices(view, job.begin, in, HeadListener{tables})) return false;
+    if (!await_notices<false>(view, job.begin, in, HeadListener{tables})) return false;
     good = in.first_bad == kNoObjection;
     if (good) {
         if (!__syncthreads_and(counts.take(count))) return false;
@@ -179,21 +203,21 @@ __device__ __forceinline__ bool receive(const DispatchJob& job, const StageSprea
         if (job.args.index_capacity >= 0) judge_index(job, spread, in);
         good = min(in.first_bad, in.size_bad) == kNoObjection;
     }
-    const int me = view.peers.rank, first = view.state.first[me];
-    const int num_local = view.state.first[me + 1] - first;
-    const Span own = tokens_of_block(job, spread);
-    // Those that come last to rows of x tell what has come.
+    // A warp that has little else to do tells what has come.
     if (blockIdx.x == gridDim.x - 1 && warp == kStageWarps - 1) {
         if (!good) explain_any(job, spread, in);
         tell_outputs(job, spread, in, good);
     }
-    settle_rows(job, tables, own.begin, own.end, good);
     const int from = warp * gridDim.x + blockIdx.x, step = kStageWarps * gridDim.x;
-    const auto total = [&](int e) { return good ? tables.total(first + e) : 0; };
-    StagePadder{job, from, step}.run(num_local, good ? tables.total_rows(me) : 0, total);
-    if (!good) return true;
-    const StageView stage{view, spread.record, {OpKind::kDispatch, in.seq}, in.slot};
-    return Receiver{job, tables, stage}.run(from, step);
+    if (good) {
+        const StageView stage{
+            view, spread.record, tables.control(), {OpKind::kDispatch, in.seq}, in.slot};
+        if (!Receiver{job, tables, stage}.run(from, step)) return false;
+    }
+    const Span own = tokens_of_block(job, spread);
+    settle_rows(job, tables, own.begin, own.end, good);
+    StagePadder{job, from, step}.run(tables, good);
+    return true;
 }
 
 template <class Config, Half kHalf>
@@ -215,8 +239,8 @@ __global__ void __launch_bounds__(kStageWarps * 32, 1)
     ptx::griddepcontrol_wait();
     bool ok = true, good = true;
     if constexpr (kHalf == Half::kReceive) {
-        ok = !device::gave_up(view.watch) &&
-             begin_half<Half::kReceive>(view, job.begin, job.begun, in);
+        if (warp == 0) ok = begin_half<Half::kReceive>(view, job.begin, job.begun, in);
+        if (warp == 1) ok = !device::gave_up(view.watch);
         ok = __syncthreads_and(ok);
     } else {
         ok = send<Config>(job, spread, tables, in, memory);

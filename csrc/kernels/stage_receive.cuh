@@ -270,10 +270,12 @@ struct StagePadder {
     const DispatchJob& job;
     int64_t first, step;
 
-    // `total(e)`: selections of local expert e; `recv`: tokens; of nothing when the call failed.
-    template <class Total>
-    __device__ __forceinline__ void run(int num_local, int recv, Total total) const {
+    // `good`: the call did not fail; else nothing has come.
+    __device__ __forceinline__ void run(const StageTables& tables, bool good) const {
         const DispatchArgs& a = job.args;
+        const int me = job.view.peers.rank, first_expert = job.view.state.first[me];
+        const int num_local = job.view.state.first[me + 1] - first_expert;
+        const int recv = good ? tables.total_rows(me) : 0;
         const UnpackArgs& out = job.out;
         const int lane = ptx::lane_id();
 #pragma unroll 1
@@ -288,7 +290,7 @@ struct StagePadder {
         }
 #pragma unroll 1
         for (int64_t e = first; e < num_local; e += step) {
-            const int used = total(static_cast<int>(e));
+            const int used = good ? tables.total(first_expert + static_cast<int>(e)) : 0;
 #pragma unroll 2
             for (int64_t i = lane; i < a.capacity; i += 32) {
                 const bool is_used = i < used;

@@ -19,6 +19,9 @@
 
 namespace ep::kernels {
 
+// Warps of a block that count and send; the other two look after the operation itself.
+constexpr int kSenders = kStageWarps - 2;
+
 // ---- counting ----
 
 // A thread takes a token. Tokens below `own` are before the block's; all of them, when it publishes.
@@ -28,7 +31,7 @@ __device__ __forceinline__ void count_each(const DispatchJob& job, const StageTa
     const DispatchArgs& a = job.args;
     const int end = publishes ? static_cast<int>(a.num_tokens) : own;
 #pragma unroll 1
-    for (int t = threadIdx.x; t < end; t += blockDim.x) {
+    for (int t = threadIdx.x; t < end; t += 32 * kSenders) {
         const int64_t* ids = a.topk_idx + int64_t{t} * a.num_topk;
         const bool earlier = t < own;
         uint64_t ranks = 0;
@@ -143,22 +146,33 @@ struct Sender {
         loading = false;
     }
 
-    // A piece whose load is under way, to every rank the token goes to. False: leave.
+    // What a lane knows of its slot of a token.
+    struct Slot {
+        Expert expert{kNoStagedExpert, -1};
+        float weight = 0.0f;
+
+        __device__ __forceinline__ bool chosen() const { return expert.position >= 0; }
+        __device__ __forceinline__ int dst() const {
+            return chosen() ? staged_rank(expert.code) : -1;
+        }
+    };
+    __device__ __forceinline__ Slot slot_of(int t) const {
+        const DispatchArgs& a = args();
+        Slot slot;
+        const int64_t i = int64_t{t} * a.num_topk + ptx::lane_id();
+        if (static_cast<int>(ptx::lane_id()) >= a.num_topk) return slot;
+        const int64_t id = expert_of(job, t, a.topk_idx[i]);
+        if (a.topk_weights != nullptr) slot.weight = a.topk_weights[i];
+        if (a.routed_idx != nullptr) a.routed_idx[i] = id;
+        slot.expert = tables.expert(id);
+        return slot;
+    }
+
+    // Piece p of token t is made ready in shared memory; its load is under way. False: leave.
     template <class Config>
-    __device__ __forceinline__ bool send_piece(int t, int p) {
+    __device__ __forceinline__ bool prepare(int t, int p) {
         const DispatchArgs& a = args();
         const RankView& view = job.view;
-        const int lane = ptx::lane_id();
-        Expert expert{kNoStagedExpert, -1};
-        if (lane < a.num_topk) {
-            const int64_t id = expert_of(job, t, a.topk_idx[int64_t{t} * a.num_topk + lane]);
-            expert = tables.expert(id);
-        }
-        const int dst = expert.position < 0 ? -1 : staged_rank(expert.code);
-        const uint32_t same = __match_any_sync(~0u, dst);
-        const bool first = dst >= 0 && (same & ptx::lanemask_lt()) == 0;
-        std::byte* to = first ? record_at(dst, t) + stage.piece_at(p) : nullptr;
-        const uint32_t leaders = __ballot_sync(~0u, first);
         loading = false;
         if (!device::await_stage(view.watch, stage.op, piece, view.peers.rank)) return false;
         std::byte* scales = piece.data + spread.scales_at;
@@ -168,31 +182,28 @@ struct Sender {
         } else if (a.scale_bytes > 0) {
             load_scales(t, p, scales);
         }
-        put_lines(p, scales, to, leaders);
         return true;
     }
 
-    // What becomes of the block's tokens, to every rank; each in turn, by one warp.
-    __device__ __forceinline__ void describe(Span own) const {
+    // It goes to every rank the token goes to.
+    __device__ __forceinline__ void send(int t, int p, const Slot& slot) const {
+        const int dst = slot.dst();
+        const uint32_t same = __match_any_sync(~0u, dst);
+        const bool first = dst >= 0 && (same & ptx::lanemask_lt()) == 0;
+        std::byte* to = first ? record_at(dst, t) + stage.piece_at(p) : nullptr;
+        put_lines(p, piece.data + spread.scales_at, to, __ballot_sync(~0u, first));
+    }
+
+    // What becomes of the block's tokens, to every rank; each in turn, by one warp. `slot`: of the first.
+    __device__ __forceinline__ void describe(Span own, Slot slot) const {
         const DispatchArgs& a = args();
-        const RankView& view = job.view;
         const device::LineLane at;
         const int lane = ptx::lane_id();
         const bool compact = a.layout == RecvLayout::kCompact;
 #pragma unroll 1
         for (int t = own.begin; t < own.end; ++t) {
-            Expert expert{kNoStagedExpert, -1};
-            float weight = 0.0f;
-            const int64_t i = int64_t{t} * a.num_topk + lane;
-            if (lane < a.num_topk) {
-                const int64_t id = expert_of(job, t, a.topk_idx[i]);
-                if (a.topk_weights != nullptr) weight = a.topk_weights[i];
-                if (a.routed_idx != nullptr) a.routed_idx[i] = id;
-                expert = tables.expert(id);
-            }
-            const uint32_t code = expert.code;
-            const int position = expert.position, dst = position < 0 ? -1 : staged_rank(code);
-            const bool chosen = dst >= 0;
+            const int dst = slot.dst(), position = slot.expert.position;
+            const bool chosen = slot.chosen();
             const uint32_t same = __match_any_sync(~0u, dst);
             const bool first = chosen && (same & ptx::lanemask_lt()) == 0;
             const int index = take(first, dst, 1);
@@ -202,21 +213,22 @@ struct Sender {
             const int earlier =
                 take(chosen && ahead == 0, tables.shape.num_ranks + position, __popc(rivals));
             const int turn = __shfl_sync(~0u, earlier, __ffs(rivals) - 1) + ahead;
-            if (lane < a.num_topk) a.send_row[i] = !chosen ? -1 : compact ? number : turn;
-
-            device::Words words{word(at.word(0), code, turn, weight),
-                                word(at.word(0) + 1, code, turn, weight)};
+            device::Words words{word(at.word(0), slot, turn), word(at.word(0) + 1, slot, turn)};
             if (at.is_last()) words.b = stage.op.seq;
 #pragma unroll 1
-            for (int p = 0; p < view.shape.num_ranks; ++p) {
+            for (int p = 0; p < tables.shape.num_ranks; ++p) {
                 const uint32_t here = __ballot_sync(~0u, first && dst == p);
                 const int n = __shfl_sync(~0u, index, here == 0 ? 0 : __ffs(here) - 1);
                 if (lane == 0) words.a = static_cast<uint32_t>(here == 0 ? -1 : n);
+                __syncwarp();
                 if (at.line < stage.record.meta_lines) {
                     device::put_line(record_at(p, t) + at.offset(0), words);
                 }
-                __syncwarp();
             }
+            if (lane < a.num_topk) {
+                a.send_row[int64_t{t} * a.num_topk + lane] = !chosen ? -1 : compact ? number : turn;
+            }
+            if (t + 1 < own.end) slot = slot_of(t + 1);
         }
     }
 
@@ -233,14 +245,14 @@ private:
     }
 
     // Word i of what is told of a token.
-    __device__ __forceinline__ uint64_t word(int i, uint32_t code, int turn, float weight) const {
+    __device__ __forceinline__ uint64_t word(int i, const Slot& slot, int turn) const {
         const int num_topk = args().num_topk;
-        const int slot = (i - 1) & 31, pair = 2 * (i - 1 - num_topk) & 31;
-        const uint32_t c = __shfl_sync(~0u, code, slot);
-        const uint32_t n = __shfl_sync(~0u, turn, slot);
-        const uint32_t low = __shfl_sync(~0u, __float_as_uint(weight), pair);
-        const uint32_t high = __shfl_sync(~0u, __float_as_uint(weight), pair + 1);
-        return i <= num_topk ? uint64_t{n} << 32 | c : uint64_t{high} << 32 | low;
+        const int from = (i - 1) & 31, pair = 2 * (i - 1 - num_topk) & 31;
+        const uint32_t code = __shfl_sync(~0u, slot.expert.code, from);
+        const uint32_t n = __shfl_sync(~0u, turn, from);
+        const uint32_t low = __shfl_sync(~0u, __float_as_uint(slot.weight), pair);
+        const uint32_t high = __shfl_sync(~0u, __float_as_uint(slot.weight), pair + 1);
+        return i <= num_topk ? uint64_t{n} << 32 | code : uint64_t{high} << 32 | low;
     }
 
     // Given scales of a piece.

@@ -30,9 +30,10 @@ struct Expert {
 struct StageSpread {
     Record record;
     int32_t tokens_per_block;
-    int32_t experts, before, all, heard, prefix, pieces, end;  // byte offsets
-    int32_t piece_bytes;                                       // of shared memory, for a warp
-    int32_t scales_at;  // in it, behind the piece as it is loaded
+    // Byte offsets.
+    int32_t control, experts, before, all, heard, prefix, pieces, end;
+    int32_t piece_bytes;  // of shared memory, for a warp
+    int32_t scales_at;    // in it, behind the piece as it is loaded
 
     StageSpread(const Shape& s, const DispatchArgs& a, int num_blocks)
         : record(record_of(a)),
@@ -44,6 +45,7 @@ struct StageSpread {
             return offset;
         };
         const int64_t columns = s.num_ranks + s.num_experts;
+        control = take(8 * s.num_ranks);
         experts = take(s.num_experts * int64_t{sizeof(Expert)});
         before = take(4 * columns);
         all = take(4 * (columns + 2));
@@ -65,6 +67,10 @@ struct StageTables {
     const Shape& shape;
 
     __device__ __forceinline__ int columns() const { return shape.num_ranks + shape.num_experts; }
+    // [num_ranks] control blocks
+    __device__ __forceinline__ std::byte** control() const {
+        return at<std::byte*>(spread.control);
+    }
     // [num_experts]
     __device__ __forceinline__ Expert* experts() const { return at<Expert>(spread.experts); }
     // [columns] of the tokens before those of this block; then of these, too
