@@ -300,6 +300,7 @@ static uint32_t e4m3(float value) {
     const uint32_t sign = std::signbit(value) ? 0x80 : 0;
     const float a = std::fabs(value);
     if (std::isnan(value)) return sign | 0x7f;
+    if (a == 0.0f) return sign;
     if (a >= 448.0f) return sign | 0x7e;
     int exponent = 0;
     std::frexp(a, &exponent);
