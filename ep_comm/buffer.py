@@ -230,6 +230,16 @@ class Buffer:
             # waits for nothing.
             if sync is not False and wait is not False:
                 self._raise_deferred()
+            plans, options = self._backend.plans, None
+            if plans is not None and wait is True and self._is_physical(layer):
+                options = _options(
+                    scale_block, alignment, capacity, num_sms,
+                    others=(quantize, layout, row_index, origins, sync, output, transfer),
+                )  # fmt: skip
+            if plans is not None and options is not None:
+                received = plans.dispatch(x, topk_idx, topk_weights, scales, handle, options, tag)
+                if received is not None:
+                    return received
             try:
                 call = check_dispatch(
                     self._spec, self._backend.generation, x, topk_idx, topk_weights,
@@ -246,7 +256,12 @@ class Buffer:
             except Exception as error:
                 self._refused("dispatch", _unexpected(error), tag)
                 raise
-            return work.run() if waits else Begun[Received](work.begin())
+            if not waits:
+                return Begun[Received](work.begin())
+            received = work.run()
+            if plans is not None and options is not None:
+                plans.learn_dispatch(options, work)
+            return received
 
     # fmt: off
     @overload
@@ -340,6 +355,13 @@ class Buffer:
         """
         self._enter()
         with self._lock:
+            plans, options = self._backend.plans, None
+            if plans is not None and wait is True and topk_weights is bias is out is None:
+                options = _options(num_sms, others=(weighted, order, sum_weights, per_rank))
+            if plans is not None and options is not None:
+                combined = plans.combine(x, handle, row_weights, options)
+                if combined is not None:
+                    return combined
             try:
                 call = check_combine(
                     self._spec, self._backend.generation, x, handle, weighted=weighted,
@@ -354,7 +376,12 @@ class Buffer:
             except Exception as error:
                 self._refused("combine", _unexpected(error), tag)
                 raise
-            return work.run() if waits else Begun[Combined](work.begin())
+            if not waits:
+                return Begun[Combined](work.begin())
+            result = work.run()
+            if plans is not None and options is not None:
+                plans.learn_combine(options, work)
+            return result
 
     # ---- placement ----
 
@@ -417,9 +444,13 @@ class Buffer:
         """
         return None if self._replicas is None else self._replicas.load
 
+    def _is_physical(self, layer: Any) -> bool:
+        """Whether ids of this layer name physical experts."""
+        return layer is None or (self._replicas is None and type(layer) is int and layer == 0)
+
     def _replicas_of(self, layer: Any, call: DispatchCall) -> LayerReplicas | None:
         tables = self._replicas
-        if layer is None or (tables is None and type(layer) is int and layer == 0):
+        if self._is_physical(layer):
             return None
         if tables is None:
             raise make_error("E203", f"rejected layer={shown(layer)}: want set_placement() first")
@@ -623,6 +654,17 @@ class Buffer:
         told = tag if isinstance(tag, str) else ""
         facts = {"rank": self._spec.rank, "op": op, "seq": self._backend.seq(), "tag": told}
         return make_error(error.code, error.what, fix=error.fix, **facts)
+
+
+_NUMBERS = frozenset({int, type(None)})
+_OTHERS = frozenset({str, bool, type(None)})
+
+
+def _options(*numbers: Any, others: tuple[Any, ...]) -> Any:
+    """Options of a call as a key; None when one is of an odd type: 1 is equal to True and 1.0."""
+    if not ({*map(type, numbers)} <= _NUMBERS and {*map(type, others)} <= _OTHERS):
+        return None
+    return (numbers, others)
 
 
 _numbers = itertools.count()

@@ -99,6 +99,10 @@ class DispatchCall:
         return self.topk_idx.shape[1]
 
     @property
+    def has_weights(self) -> bool:
+        return self.topk_weights is not None
+
+    @property
     def wire_dtype(self) -> torch.dtype:
         """Of the rows as they travel and arrive."""
         return self.x.dtype if self.quantize is None else torch.float8_e4m3fn

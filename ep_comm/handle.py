@@ -159,7 +159,7 @@ def parse_handle(
     wanted = len(Handle._fields)
     if not isinstance(handle, tuple | list) or len(handle) != wanted:
         reject_handle(_describe(handle), f"the {wanted} tensors of Received.handle")
-    parsed = Handle(*handle)
+    parsed = handle if isinstance(handle, Handle) else Handle(*handle)
     meta = HandleMeta.unpack(parsed.meta)
     if generation is not None and meta.generation != generation:
         reject_handle(f"generation {meta.generation}", str(generation))

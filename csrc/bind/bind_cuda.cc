@@ -6,12 +6,15 @@
 #include <chrono>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <tuple>
 #include <utility>
 #include <vector>
 
 #include "bind/dlpack.h"
+#include "bind/exchange.h"
 #include "bind/fields.h"
+#include "bind/plans.h"
 #include "contract/args.h"
 #include "host/device_arena.h"
 #include "host/device_rank.h"
@@ -26,34 +29,9 @@ namespace {
 
 Stream as_stream(uintptr_t address) { return reinterpret_cast<Stream>(address); }
 
-// The start of an extent as a DLPack capsule, dense; the extent retires when the last tensor over it
-// dies.
-struct HeldTensor {
-    dlpack::ManagedTensor managed;
-    std::vector<int64_t> shape;
-    std::shared_ptr<StreamHold> hold;
-};
-
-py::capsule to_dlpack(std::shared_ptr<StreamHold> hold, std::vector<int64_t> shape, int code,
-                      int bits) {
-    auto* held = new HeldTensor{{}, std::move(shape), std::move(hold)};
-    held->managed.tensor = {held->hold->data(),
-                            {dlpack::kCuda, held->hold->device()},
-                            static_cast<int32_t>(held->shape.size()),
-                            {static_cast<uint8_t>(code), static_cast<uint8_t>(bits), 1},
-                            held->shape.data(),
-                            nullptr,
-                            0};
-    held->managed.context = held;
-    held->managed.deleter = [](dlpack::ManagedTensor* self) {
-        delete static_cast<HeldTensor*>(self->context);
-    };
-    return py::capsule(&held->managed, "dltensor", [](PyObject* capsule) {
-        if (!PyCapsule_IsValid(capsule, "dltensor")) return;  // taken over by a tensor
-        auto* managed =
-            static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
-        managed->deleter(managed);
-    });
+// (code, bits)
+dlpack::DataType as_type(std::pair<int, int> type) {
+    return {static_cast<uint8_t>(type.first), static_cast<uint8_t>(type.second), 1};
 }
 
 // Waits for a begun call without the GIL; a signal handler that raises ends the communicator.
@@ -119,10 +97,11 @@ void bind_memory(py::module_& m) {
             },
             "bytes"_a, "stream"_a)
         .def(
-            "array",
+            "tensor",
             [](DeviceArena&, std::shared_ptr<StreamHold> hold, std::vector<int64_t> shape,
                std::pair<int, int> type) {
-                return to_dlpack(std::move(hold), std::move(shape), type.first, type.second);
+                std::byte* const data = hold->data();
+                return as_tensor(std::move(hold), data, std::move(shape), as_type(type));
             },
             "hold"_a, "shape"_a, "type"_a)
         .def("offset_of", &DeviceArena::offset_of, "address"_a, "bytes"_a)
@@ -187,8 +166,8 @@ void bind_flight(py::module_& m) {
             EP_ADDRESS(W, source_range) EP_ADDRESS(W, recv_row) EP_FIELD(W, max_recv)
                 EP_FIELD(W, max_rows) EP_FIELD(W, num_sms) EP_FIELD(W, num_warps)
                     EP_FIELD(W, wide_ids) EP_FIELD(W, row_index) EP_FIELD(W, row_token)
-                        EP_FIELD(W, reports) EP_FIELD(W, by_copies) EP_ADDRESS(W, begun)
-                            EP_FIELD(W, in_halves);
+                        EP_FIELD(W, reports) EP_FIELD(W, grants_all) EP_FIELD(W, by_copies)
+                            EP_ADDRESS(W, begun) EP_FIELD(W, in_halves);
     using C = CombineWants;
     py::class_<C>(m, "CombineWants")
         .def(py::init<>()) EP_ADDRESS(C, begun) EP_FIELD(C, num_sms) EP_FIELD(C, num_stages)
@@ -202,14 +181,81 @@ void bind_flight(py::module_& m) {
         .def_property_readonly("num_rows", [](const Flight& f) { return f.report.num_rows; })
         .def_property_readonly("index_rows", [](const Flight& f) { return f.report.index_rows; })
         .def_property_readonly("is_half", [](const Flight& f) { return f.half == Half::kSend; })
-        .def_readonly("x", &Flight::x)
-        .def_readonly("ids", &Flight::ids)
-        .def_readonly("weights", &Flight::weights)
-        .def_readonly("src", &Flight::src)
-        .def_readonly("rows", &Flight::rows)
-        .def_readonly("scales", &Flight::scales)
-        .def_readonly("row_index", &Flight::row_index)
-        .def_readonly("row_token", &Flight::row_token);
+        .def_readonly("number", &Flight::number)
+        .def_property_readonly(
+            "stream", [](const Flight& f) { return reinterpret_cast<uintptr_t>(f.stream); })
+        .def(
+            "has", [](const Flight& f, Out out) { return bool(f[out]); }, "out"_a)
+        .def(
+            "tensor",
+            [](const Flight& f, Out out, std::vector<int64_t> shape, std::pair<int, int> type,
+               int64_t skip) {
+                return as_tensor(f[out].hold, f[out].data() + skip, std::move(shape),
+                                 as_type(type));
+            },
+            "out"_a, "shape"_a, "type"_a, "skip_bytes"_a = 0)
+        .def(
+            "use_on", [](const Flight& f, uintptr_t stream) { f.use_on(as_stream(stream)); },
+            "stream"_a)
+        .def("routing", &Flight::routing);
+    py::class_<Routing, std::shared_ptr<Routing>>(m, "Routing");
+    m.attr("BEGUN_AT") = kBegunAt;
+    py::enum_<Out>(m, "Out")
+        .value("X", Out::kX)
+        .value("SCALES", Out::kScales)
+        .value("IDS", Out::kIds)
+        .value("WEIGHTS", Out::kWeights)
+        .value("SRC", Out::kSrc)
+        .value("ROWS", Out::kRows)
+        .value("ROW_INDEX", Out::kRowIndex)
+        .value("ROW_TOKEN", Out::kRowToken)
+        .value("SEND_ROW", Out::kSendRow)
+        .value("RANK_COUNTS", Out::kRankCounts)
+        .value("COUNTS", Out::kCounts)
+        .value("OFFSETS", Out::kOffsets)
+        .value("SOURCE_RANGE", Out::kSourceRange)
+        .value("RANK_ENDS", Out::kRankEnds)
+        .value("NUMBERS", Out::kNumbers);
+}
+
+// Of the tensor a plan is made for; None for none.
+std::optional<dlpack::DataType> type_of(const py::object& tensor) {
+    dlpack::Tensor view;
+    if (tensor.is_none() || exchange() == nullptr || !see(tensor, view)) return std::nullopt;
+    return view.dtype;
+}
+
+void bind_plans(py::module_& m) {
+    py::class_<DispatchPlan>(m, "DispatchPlan")
+        .def(py::init([](const DispatchArgs& args, const DispatchWants& wants, const py::object& x,
+                         const py::object& scales) {
+                 return DispatchPlan{args, wants, type_of(x), type_of(scales)};
+             }),
+             "args"_a, "wants"_a, "x"_a, "scales"_a)
+        .def(
+            "run",
+            [](const DispatchPlan& self, DeviceRank& rank, py::object x, py::object topk_idx,
+               py::object topk_weights, py::object scales, const Routing* routing) {
+                return run(rank, self, x, topk_idx, topk_weights, scales, routing);
+            },
+            "rank"_a, "x"_a, "topk_idx"_a, "topk_weights"_a, "scales"_a, "routing"_a);
+    py::class_<CombinePlan>(m, "CombinePlan")
+        .def(py::init([](const CombineArgs& args, const CombineWants& wants, const py::object& x) {
+                 return CombinePlan{args, wants, type_of(x)};
+             }),
+             "args"_a, "wants"_a, "x"_a)
+        .def(
+            "run",
+            [](const CombinePlan& self, DeviceRank& rank, const Routing& routing, py::object x,
+               py::object topk_idx, py::object topk_weights, py::object row_weights,
+               py::object out) -> std::optional<uintptr_t> {
+                const auto stream =
+                    run(rank, self, routing, x, topk_idx, topk_weights, row_weights, out);
+                if (!stream) return std::nullopt;
+                return reinterpret_cast<uintptr_t>(*stream);
+            },
+            "rank"_a, "routing"_a, "x"_a, "topk_idx"_a, "topk_weights"_a, "row_weights"_a, "out"_a);
+    m.def("has_plans", [] { return exchange() != nullptr; });
 }
 
 void bind_rank(py::module_& m) {
@@ -290,6 +336,7 @@ void bind_cuda(py::module_& m) {
     bind_memory(m);
     bind_flight(m);
     bind_rank(m);
+    bind_plans(m);
 }
 
 }  // namespace ep

@@ -1,5 +1,5 @@
-// The part of the DLPack ABI that hands arena memory to an array library
-// (https://dmlc.github.io/dlpack, version 0).
+// The part of the DLPack ABI that hands arena memory to an array library, and sees its tensors
+// (https://dmlc.github.io/dlpack: capsules of version 0, the exchange table of version 1).
 #pragma once
 
 #include <cstdint>
@@ -29,6 +29,28 @@ struct ManagedTensor {
     Tensor tensor;
     void* context;
     void (*deleter)(ManagedTensor*);
+};
+
+struct Version {
+    uint32_t major, minor;
+};
+struct VersionedTensor {
+    Version version;
+    void* context;
+    void (*deleter)(VersionedTensor*);
+    uint64_t flags;
+    Tensor tensor;
+};
+
+// What a type of tensors offers in C. Functions return 0, or -1 with a Python exception set.
+struct Exchange {
+    Version version;
+    Exchange* older;
+    int (*allocate)(Tensor*, VersionedTensor**, void*, void (*)(void*, const char*, const char*));
+    int (*from_object)(void*, VersionedTensor**);
+    int (*to_object)(VersionedTensor*, void**);  // takes it over
+    int (*view)(void*, Tensor*);                 // valid as long as the object is
+    int (*current_stream)(int32_t device_type, int32_t device, void**);
 };
 
 }  // namespace ep::dlpack

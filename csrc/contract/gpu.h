@@ -145,7 +145,7 @@ struct RankView {
     Watch watch;
 };
 
-// What a dispatch on a GPU is asked for beside its arguments; addresses 0 = not wanted.
+// What a dispatch on a GPU is asked for beside its arguments; addresses 0 = not wanted, or granted.
 struct DispatchWants {
     int32_t* status = nullptr;        // [1] the code of the failure, or 0
     int32_t* num_recv = nullptr;      // [1]
@@ -158,9 +158,10 @@ struct DispatchWants {
     int32_t num_sms = 0, num_warps = 0;  // 0 = computed
     bool wide_ids = true;
     bool row_index = false, row_token = false;
-    bool reports = false;    // the host waits for sizes
-    bool by_copies = false;  // rows travel by copy engine
-    bool in_halves = false;  // of a small batch: only the first one now
+    bool grants_all = false;  // the memory of all that is wanted; no call without room for it
+    bool reports = false;     // the host waits for sizes
+    bool by_copies = false;   // rows travel by copy engine
+    bool in_halves = false;   // of a small batch: only the first one now
 };
 
 // The same of a combine.

@@ -39,6 +39,8 @@ public:
     std::byte* data() const { return memory_->data(); }
     int device() const { return memory_->device(); }
     ArenaStats stats() const { return extents_.stats(); }
+    int64_t in_use() const { return extents_.in_use(); }
+    int64_t capacity() const { return memory_->bytes(); }
 
 private:
     friend class StreamHold;

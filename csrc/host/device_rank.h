@@ -5,6 +5,7 @@
 // and what is too much comes back once the kernel has reported them, which is while the rows travel.
 #pragma once
 
+#include <array>
 #include <chrono>
 #include <cstdint>
 #include <functional>
@@ -27,11 +28,38 @@ struct DevicePeer {
     PeerProcess process;
 };
 
-struct Flight;
+// What a dispatch is granted: outputs, and memory it needs meanwhile.
+enum class Out : uint8_t {
+    kX,
+    kScales,
+    kTokenScales,  // grouped, slab: as they came
+    kIds,
+    kWeights,
+    kSrc,
+    kRows,
+    kRowIndex,
+    kRowToken,
+    // of the routing, unless the caller has memory for it
+    kSendRow,
+    kRankCounts,
+    kCounts,
+    kOffsets,
+    kSourceRange,
+    kRankEnds,
+    kNumbers,  // int32 [8]: status, tokens received; 16 bytes on, a Begun
+    kEnd,
+};
+inline constexpr int kNumOuts = static_cast<int>(Out::kEnd);
+inline constexpr int kBegunAt = 16;  // in kNumbers
 
-// One extent a dispatch is granted, and what it needs of it.
+// Which extent an output lies in: one of its own, whose end may come back; with what else there is of
+// rows; or with what handles keep.
+enum class Lies : uint8_t { kAlone, kBeside, kInRouting };
+
+// One of them, and what it needs.
 struct Part {
-    std::shared_ptr<StreamHold> Flight::* hold;
+    Out out;
+    Lies lies;
     int64_t per_row, per_token, rest;  // bytes
 
     int64_t bytes(int64_t rows, int64_t tokens) const {
@@ -39,18 +67,44 @@ struct Part {
     }
 };
 
-// A dispatch that has been queued: the extents its outputs lie in, and what is known of their sizes.
+// Memory in an extent, which it keeps.
+struct Granted {
+    std::shared_ptr<StreamHold> hold;
+    int64_t at = 0;  // in the extent
+
+    explicit operator bool() const { return hold != nullptr; }
+    std::byte* data() const { return hold ? hold->data() + at : nullptr; }
+    int64_t offset() const { return hold->extent().offset + at; }  // in the arena
+};
+
+// What a dispatch leaves to those that go by its routing, and keeps it.
+struct Routing {
+    DispatchArgs args;  // of the dispatch
+    int32_t *recv_src, *recv_row;
+    int64_t num_recv, num_rows;  // rows of recv_src and of x, over all local experts
+    uint64_t number;
+    std::shared_ptr<StreamHold> hold;
+};
+
+// A dispatch that has been queued: where its outputs lie, and what is known of their sizes.
 struct Flight {
     explicit Flight(const DispatchJob& j) : job(j) {}
 
     DispatchJob job;
     std::vector<Part> parts;
-    std::shared_ptr<StreamHold> x, ids, weights, src, rows, scales, row_index, row_token;
-    std::shared_ptr<StreamHold> token_scales;  // grouped, slab: as they came
+    std::array<Granted, kNumOuts> granted;
     Stream stream = nullptr;
+    uint64_t number = 0;
     int32_t num_blocks = 1;
     Half half = Half::kBoth;    // kSend: the other one is to be queued
     HostPage::Report report{};  // once waited for
+
+    Granted& operator[](Out out) { return granted[static_cast<int>(out)]; }
+    const Granted& operator[](Out out) const { return granted[static_cast<int>(out)]; }
+    // Declares that a stream uses all of it.
+    void use_on(Stream other) const;
+    // Of a fresh dispatch that was granted all, once its sizes are known.
+    Routing routing() const;
 };
 
 // A combine that has been queued, or its first half.
@@ -73,7 +127,7 @@ public:
     DeviceRank& operator=(const DeviceRank&) = delete;
 
     // Queues all of it. With `reports` sizes are known once the report is there; then, or at once when
-    // shapes are static, call settle.
+    // shapes are static, call settle. Null: with `grants_all`, and nothing has happened.
     std::shared_ptr<Flight> dispatch(const DispatchArgs& args, const DispatchWants& wants,
                                      Stream stream);
     // Moves the rows of a dispatch by copies, once its report is there and good. Compact, not
@@ -107,13 +161,14 @@ public:
     const Shape& shape() const { return shape_; }
     uint64_t seq() const { return begun_; }
     int default_sms(OpKind kind) const;
+    int num_local() const { return state_->num_local(); }  // experts of this rank
     const std::shared_ptr<DeviceArena>& arena() const { return arena_; }
 
 private:
     void enter(Stream stream);
-    Begin begin(OpKind kind);
-    void grant(Flight& flight, const DispatchWants& wants);
+    bool grant(Flight& flight, const DispatchWants& wants);
     bool take_extents(Flight& flight, int64_t rows, int64_t tokens);
+    void tell_extents(Flight& flight, int64_t rows, int64_t tokens);
     void refuse_memory(Flight& flight, int64_t needed, int64_t free);
     void expand(Flight& flight);
     void launch_staged(Flight& flight, Half half, int num_sms);

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <limits>
 #include <thread>
+#include <utility>
 
 #include "contract/calls.h"
 #include "host/cuda_check.h"
@@ -42,42 +43,76 @@ int64_t slabs_of(const DispatchArgs& a, int num_local) {
     return a.layout == RecvLayout::kSlab ? num_local : 1;
 }
 
-// All that a dispatch is granted, x first.
-std::vector<Part> parts_of(const DispatchArgs& a, const DispatchWants& wants, int num_local,
-                           bool staged) {
+// All that a dispatch is granted. Where sizes are known later, what is large comes back in part.
+std::vector<Part> parts_of(const DispatchArgs& a, const DispatchWants& wants, const Shape& shape,
+                           int num_local, bool staged) {
     const bool compact = a.layout == RecvLayout::kCompact, slab = a.layout == RecvLayout::kSlab;
     const int64_t slots = compact ? a.num_topk : 1;  // of a row
-    std::vector<Part> parts{{&Flight::x, a.row_bytes(), 0, 0}};
-    if (!a.cached) {
-        parts.push_back({&Flight::ids, slots * (wants.wide_ids ? 8 : 4), 0, 0});
-        parts.push_back({&Flight::src, 0, 8, 0});
-        if (!compact) parts.push_back({&Flight::rows, 0, int64_t{4} * a.num_topk, 0});
-    }
-    if (a.with_weights) parts.push_back({&Flight::weights, 4 * slots, 0, 0});
+    std::vector<Part> parts;
+    parts.reserve(kNumOuts);
+    parts.push_back({Out::kX, Lies::kAlone, a.row_bytes(), 0, 0});
     if (a.scale_bytes > 0) {
         const int64_t apart = (a.capacity + 3) / 4 * 4;  // columns of a slab
-        parts.push_back({&Flight::scales, slab ? 0 : a.scale_bytes, 0,
+        const Lies lies = a.is_static || a.cached ? Lies::kBeside : Lies::kAlone;
+        parts.push_back({Out::kScales, lies, slab ? 0 : a.scale_bytes, 0,
                          slab ? num_local * a.scale_bytes * apart : 0});
-        if (!compact && !staged) parts.push_back({&Flight::token_scales, 0, a.scale_bytes, 0});
+        if (!compact && !staged) {
+            parts.push_back({Out::kTokenScales, Lies::kAlone, 0, a.scale_bytes, 0});
+        }
     }
-    if (wants.row_token) parts.push_back({&Flight::row_token, 4, 0, 0});
+    const auto beside = [&parts](Out out, int64_t per_row, int64_t per_token, int64_t rest) {
+        parts.push_back({out, Lies::kBeside, per_row, per_token, rest});
+    };
+    const auto in_routing = [&parts](Out out, int64_t per_token, int64_t rest) {
+        parts.push_back({out, Lies::kInRouting, 0, per_token, rest});
+    };
+    if (!a.cached) {
+        beside(Out::kIds, slots * (wants.wide_ids ? 8 : 4), 0, 0);
+        in_routing(Out::kSrc, 8, 0);
+        if (!compact) in_routing(Out::kRows, int64_t{4} * a.num_topk, 0);
+    }
+    if (a.with_weights) beside(Out::kWeights, 4 * slots, 0, 0);
+    if (wants.row_token) beside(Out::kRowToken, 4, 0, 0);
     if (wants.row_index && a.index_capacity >= 0) {
-        parts.push_back({&Flight::row_index, 0, 0, 4 * a.index_capacity});
+        beside(Out::kRowIndex, 0, 0, 4 * a.index_capacity);
     } else if (wants.row_index) {
         const int64_t each = std::min(a.num_topk, num_local);
-        parts.push_back(
-            {&Flight::row_index, 0, 4 * each, int64_t{4} * num_local * (a.alignment - 1)});
+        beside(Out::kRowIndex, 0, 4 * each, int64_t{4} * num_local * (a.alignment - 1));
     }
+    if (!wants.grants_all) return parts;
+    const int64_t ranks = shape.num_ranks;
+    in_routing(Out::kNumbers, 0, kBegunAt + int64_t{sizeof(Begun)});
+    if (!a.cached) {
+        in_routing(Out::kSendRow, 0, 4 * a.num_tokens * a.num_topk);
+        in_routing(Out::kRankCounts, 0, 2 * 8 * ranks);
+        in_routing(Out::kCounts, 0, int64_t{4} * num_local);
+    }
+    if (wants.row_index || a.layout == RecvLayout::kGrouped) {
+        beside(Out::kOffsets, 0, 0, int64_t{4} * (num_local + 1));
+    }
+    if (wants.row_token && compact) beside(Out::kRankEnds, 0, 0, 4 * ranks * ranks);
+    if (wants.row_token && !compact) beside(Out::kSourceRange, 0, 0, 8 * num_local * ranks);
     return parts;
 }
 
-// Of extents that lie in one free piece.
+int64_t in_pages(int64_t bytes) { return (bytes + kExtentAlign - 1) / kExtentAlign * kExtentAlign; }
+
+// Of parts that lie in one free piece.
 int64_t bytes_of(const std::vector<Part>& parts, int64_t rows, int64_t tokens) {
     int64_t bytes = 0;
-    for (const Part& part : parts) {
-        bytes += (part.bytes(rows, tokens) + kExtentAlign - 1) / kExtentAlign * kExtentAlign;
-    }
+    for (const Part& part : parts) bytes += in_pages(part.bytes(rows, tokens));
     return bytes;
+}
+
+Begin begin_of(OpKind kind) {
+    Begin begin{};
+    begin.head.set(kind, kOk);
+    return begin;
+}
+
+template <class T>
+void set_granted(T*& pointer, const Granted& granted) {
+    if (granted) pointer = reinterpret_cast<T*>(granted.data());
 }
 
 }  // namespace
@@ -170,22 +205,16 @@ void DeviceRank::enter(Stream stream) {
     has_stream_ = true;
 }
 
-Begin DeviceRank::begin(OpKind kind) {
-    ++begun_;
-    Begin begin{};
-    begin.head.set(kind, kOk);
-    return begin;
-}
-
 std::shared_ptr<Flight> DeviceRank::dispatch(const DispatchArgs& args, const DispatchWants& wants,
                                              Stream stream) {
     enter(stream);
-    auto flight = std::make_shared<Flight>(DispatchJob{
-        view_, begin(OpKind::kDispatch), args, UnpackArgs{}, 1, 0, wants.status, wants.num_recv});
+    auto flight =
+        std::make_shared<Flight>(DispatchJob{view_, begin_of(OpKind::kDispatch), args, UnpackArgs{},
+                                             1, 0, wants.status, wants.num_recv});
     DispatchJob& job = flight->job;
     flight->stream = stream;
     job.begin.describe(describe(args), args.num_tokens);
-    job.begin.call = wants.reports ? begun_ : 0;
+    job.begin.call = wants.reports ? begun_ + 1 : 0;
     job.begin.report_later = !wants.reports;
     job.begin.head.grant.wide_ids = wants.wide_ids;
     job.out.offsets = wants.offsets;
@@ -193,14 +222,15 @@ std::shared_ptr<Flight> DeviceRank::dispatch(const DispatchArgs& args, const Dis
     job.out.recv_row = wants.recv_row;
     job.out.idx_is_int64 = wants.wide_ids;
     job.out.row_alignment = args.alignment;
-    grant(*flight, wants);
+    job.begun = wants.begun;
+    if (!grant(*flight, wants)) return nullptr;
+    flight->number = ++begun_;
     flight->num_blocks = blocks(OpKind::kDispatch, wants.num_sms);
     if (wants.by_copies) {
         copies_->begin(job, stream);
         return flight;
     }
     if (is_staged(shape_, args)) {
-        job.begun = wants.begun;
         launch_staged(*flight, wants.in_halves ? Half::kSend : Half::kBoth, wants.num_sms);
         return flight;
     }
@@ -224,7 +254,7 @@ void DeviceRank::launch_staged(Flight& flight, Half half, int num_sms) {
     flight.half = half;
     if (half == Half::kSend) return;
     EP_CUDA(kernels::launch_row_index(job, state_->num_local(), flight.stream));
-    flight.token_scales.reset();
+    flight[Out::kTokenScales] = {};
 }
 
 void DeviceRank::finish(Flight& flight, Stream stream) {
@@ -240,7 +270,7 @@ void DeviceRank::expand(Flight& flight) {
     if (!kernels::needs_expansion(job)) return;
     EP_CUDA(
         kernels::launch_expand(job, state_->num_local(), max_blocks_, smem_bytes_, flight.stream));
-    flight.token_scales.reset();
+    flight[Out::kTokenScales] = {};
 }
 
 void DeviceRank::push_copies(Flight& flight) {
@@ -250,11 +280,11 @@ void DeviceRank::push_copies(Flight& flight) {
 }
 
 // Granted before the size is known: the worst case, or all there is of it. What is too much comes
-// back in settle.
-void DeviceRank::grant(Flight& flight, const DispatchWants& wants) {
+// back in settle. False: see dispatch.
+bool DeviceRank::grant(Flight& flight, const DispatchWants& wants) {
     const DispatchArgs& args = flight.job.args;
     const int num_local = state_->num_local();
-    flight.parts = parts_of(args, wants, num_local, is_staged(shape_, args));
+    flight.parts = parts_of(args, wants, shape_, num_local, is_staged(shape_, args));
     const int64_t worst = int64_t{shape_.num_ranks} * shape_.max_tokens;
     const bool compact = args.layout == RecvLayout::kCompact;
     const bool grouped = args.layout == RecvLayout::kGrouped;
@@ -267,7 +297,8 @@ void DeviceRank::grant(Flight& flight, const DispatchWants& wants) {
         rows = args.capacity * slabs_of(args, num_local);
         if (compact) tokens = std::min(worst, args.capacity);
     }
-    if (take_extents(flight, rows, tokens)) return;
+    if (take_extents(flight, rows, tokens)) return true;
+    if (wants.grants_all) return false;
 
     // As many tokens as one free piece holds with all that belongs to them.
     const int64_t free = arena_->reclaim(flight.stream);
@@ -287,48 +318,80 @@ void DeviceRank::grant(Flight& flight, const DispatchWants& wants) {
     const bool fits = some > 0 && take_extents(flight, rows_for(some), some);
     if (!fits) refuse_memory(flight, bytes_of(flight.parts, rows, tokens), free);
     flight.job.begin.head.grant.free_pages = static_cast<uint32_t>(free / kExtentAlign);
+    return true;
 }
 
 // False: nothing is granted.
 bool DeviceRank::take_extents(Flight& flight, int64_t rows, int64_t tokens) {
+    int64_t sizes[2] = {};  // of the extents of many
+    const auto index = [](const Part& part) { return part.lies == Lies::kInRouting ? 1 : 0; };
+    bool ok = true;
     for (const Part& part : flight.parts) {
         const int64_t bytes = part.bytes(rows, tokens);
-        auto& hold = flight.*part.hold;
-        if (bytes > 0) hold = arena_->grant(bytes, flight.stream);
-        if (bytes == 0 || hold) continue;
-        for (const Part& taken : flight.parts) (flight.*taken.hold).reset();
-        return false;
+        Granted& granted = flight[part.out] = {};
+        if (part.lies != Lies::kAlone) {
+            granted.at = std::exchange(sizes[index(part)], sizes[index(part)] + in_pages(bytes));
+        } else if (ok && bytes > 0) {
+            granted.hold = arena_->grant(bytes, flight.stream);
+            ok = granted.hold != nullptr;
+        }
     }
-    const auto page = [](const std::shared_ptr<StreamHold>& hold) {
-        return hold ? static_cast<uint32_t>(hold->extent().offset / kExtentAlign) : Grant::kNone;
+    std::shared_ptr<StreamHold> holds[2];
+    for (int i = 0; i < 2; ++i) {
+        if (ok && sizes[i] > 0) holds[i] = arena_->grant(sizes[i], flight.stream);
+        ok = ok && (sizes[i] == 0 || holds[i]);
+    }
+    for (const Part& part : flight.parts) {
+        if (!ok) {
+            flight[part.out] = {};
+        } else if (part.lies != Lies::kAlone && part.bytes(rows, tokens) > 0) {
+            flight[part.out].hold = holds[index(part)];
+        }
+    }
+    if (ok) tell_extents(flight, rows, tokens);
+    return ok;
+}
+
+// Where they are: peers, and kernels of ours.
+void DeviceRank::tell_extents(Flight& flight, int64_t rows, int64_t tokens) {
+    const auto page = [&flight](Out out) {
+        return flight[out] ? static_cast<uint32_t>(flight[out].offset() / kExtentAlign)
+                           : Grant::kNone;
     };
     DispatchJob& job = flight.job;
     const bool compact = job.args.layout == RecvLayout::kCompact;
     Grant& grant = job.begin.head.grant;
-    grant.page[Grant::kX] = page(flight.x);
-    grant.page[Grant::kIds] = page(flight.ids);
-    grant.page[Grant::kWeights] = page(flight.weights);
-    grant.page[Grant::kSrc] = page(flight.src);
-    grant.page[Grant::kRows] = page(flight.rows);
-    grant.page[Grant::kScales] = page(compact ? flight.scales : flight.token_scales);
+    grant.page[Grant::kX] = page(Out::kX);
+    grant.page[Grant::kIds] = page(Out::kIds);
+    grant.page[Grant::kWeights] = page(Out::kWeights);
+    grant.page[Grant::kSrc] = page(Out::kSrc);
+    grant.page[Grant::kRows] = page(Out::kRows);
+    grant.page[Grant::kScales] = page(compact ? Out::kScales : Out::kTokenScales);
     constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
     grant.max_rows = static_cast<int32_t>(std::min(rows, kMost));
     grant.max_recv = static_cast<int32_t>(std::min(tokens, kMost));
-    const auto data = [](const std::shared_ptr<StreamHold>& hold) {
-        return hold ? hold->data() : nullptr;
-    };
     UnpackArgs& out = job.out;
-    out.topk_idx = data(flight.ids);
-    out.topk_weights = reinterpret_cast<float*>(data(flight.weights));
-    out.recv_src = reinterpret_cast<int32_t*>(data(flight.src));
-    if (flight.rows) out.recv_row = reinterpret_cast<int32_t*>(data(flight.rows));
-    out.scales = data(flight.scales);
-    out.row_index = reinterpret_cast<int32_t*>(data(flight.row_index));
-    out.row_token = reinterpret_cast<int32_t*>(data(flight.row_token));
+    set_granted(out.topk_idx, flight[Out::kIds]);
+    set_granted(out.topk_weights, flight[Out::kWeights]);
+    set_granted(out.recv_src, flight[Out::kSrc]);
+    set_granted(out.recv_row, flight[Out::kRows]);
+    set_granted(out.scales, flight[Out::kScales]);
+    set_granted(out.row_index, flight[Out::kRowIndex]);
+    set_granted(out.row_token, flight[Out::kRowToken]);
+    set_granted(out.offsets, flight[Out::kOffsets]);
+    set_granted(out.source_range, flight[Out::kSourceRange]);
+    set_granted(job.args.send_row, flight[Out::kSendRow]);
+    set_granted(job.args.rank_counts, flight[Out::kRankCounts]);
+    set_granted(job.args.expert_counts, flight[Out::kCounts]);
+    set_granted(job.args.rank_ends, flight[Out::kRankEnds]);
+    if (const Granted& numbers = flight[Out::kNumbers]) {
+        job.status = reinterpret_cast<int32_t*>(numbers.data());
+        job.num_recv = job.status + 1;
+        job.begun = reinterpret_cast<Begun*>(numbers.data() + kBegunAt);
+    }
     out.max_rows = rows;
     out.max_recv = tokens;
     out.max_index = job.args.index_capacity;
-    return true;
 }
 
 // Peers learn it from what we tell them: a fresh call when it does not fit, a cached one at once.
@@ -343,16 +406,34 @@ void DeviceRank::refuse_memory(Flight& flight, int64_t needed, int64_t free) {
 
 void DeviceRank::settle(Flight& flight) {
     const DispatchArgs& args = flight.job.args;
-    flight.token_scales.reset();
+    flight[Out::kTokenScales] = {};
     if (args.is_static || args.cached) return;
     const HostPage::Report& report = flight.report;
     for (const Part& part : flight.parts) {
-        const auto& hold = flight.*part.hold;
-        if (hold == nullptr) continue;
-        const bool index = hold == flight.row_index;
-        arena_->trim(*hold,
-                     index ? 4 * report.index_rows : part.bytes(report.num_rows, report.num_recv));
+        const Granted& granted = flight[part.out];
+        if (part.lies == Lies::kAlone && granted) {
+            arena_->trim(*granted.hold, part.bytes(report.num_rows, report.num_recv));
+        }
     }
+}
+
+void Flight::use_on(Stream other) const {
+    const StreamHold* last = nullptr;
+    for (const Granted& g : granted) {
+        if (g && g.hold.get() != last) g.hold->use_on(other);
+        last = g.hold.get();
+    }
+}
+
+Routing Flight::routing() const {
+    const bool is_fixed = job.args.is_static || job.args.cached;
+    return {job.args,
+            job.out.recv_src,
+            job.out.recv_row,
+            is_fixed ? job.out.max_recv : report.num_recv,
+            is_fixed ? job.out.max_rows : report.num_rows,
+            number,
+            (*this)[Out::kRankCounts].hold};
 }
 
 std::optional<Outcome> DeviceRank::incident() const {
@@ -410,7 +491,8 @@ std::shared_ptr<BegunCombine> DeviceRank::combine(const CombineArgs& args,
                                                   const CombineWants& wants, Stream stream) {
     enter(stream);
     auto begun = std::make_shared<BegunCombine>(
-        BegunCombine{{view_, begin(OpKind::kCombine), args, nullptr, wants.begun}});
+        BegunCombine{{view_, begin_of(OpKind::kCombine), args, nullptr, wants.begun}});
+    ++begun_;
     CombineJob& job = begun->job;
     job.begin.report_later = true;
     job.begin.describe(describe(args), args.num_tokens);
@@ -476,7 +558,8 @@ void DeviceRank::finish(BegunCombine& begun, Stream stream) {
 
 void DeviceRank::refuse(OpKind kind, const Outcome& why, Stream stream) {
     enter(stream);
-    Begin refusal = begin(kind);
+    ++begun_;
+    Begin refusal = begin_of(kind);
     refusal.head.set(kind, why.incident.code);
     std::memcpy(refusal.refusal.detail, why.detail, sizeof(why.detail));
     std::memcpy(refusal.refusal.reason, why.reason, sizeof(why.reason));

@@ -33,6 +33,18 @@ class Work(Protocol[R_co]):
     def begin(self) -> BegunOp: ...
 
 
+class Plans(Protocol):
+    """Calls that look like an earlier one and need not be checked again, see nvlink_plans.py."""
+
+    def dispatch(
+        self, x: Any, topk_idx: Any, topk_weights: Any, scales: Any, handle: Any, options: Any,
+        tag: Any,
+    ) -> Received | None: ...  # fmt: skip
+    def learn_dispatch(self, options: Any, work: Any) -> None: ...
+    def combine(self, x: Any, handle: Any, row_weights: Any, options: Any) -> Tensor | None: ...
+    def learn_combine(self, options: Any, work: Any) -> None: ...
+
+
 class Backend(Protocol):
     """One rank's end of a buffer. Calls are checked before they come here.
 
@@ -42,6 +54,9 @@ class Backend(Protocol):
 
     name: str
     generation: int  # id of the buffer, the same on all ranks
+
+    @property
+    def plans(self) -> Plans | None: ...
 
     def prepare_dispatch(self, call: DispatchCall) -> Work[Received]: ...
     def prepare_combine(self, call: CombineCall) -> Work[Combined]: ...

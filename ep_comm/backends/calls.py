@@ -6,14 +6,16 @@ what comes back becomes the caller's tensors.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ep_comm import _core
-from ep_comm.checks import BufferSpec, CombineCall, DispatchCall, worst_grouped_rows
+from ep_comm.checks import BufferSpec, CombineCall, DispatchCall, Layout, worst_grouped_rows
 from ep_comm.handle import Handle, HandleMeta
 from ep_comm.received import Origins
 from ep_comm.replicas import LayerReplicas
@@ -60,11 +62,101 @@ class Arrival(NamedTuple):
     seq: int
 
 
+@dataclass(frozen=True)
+class Look:
+    """What dispatches that look alike have in common, and the shapes of results follow from."""
+
+    layout: Layout
+    alignment: int
+    num_topk: int
+    given_capacity: int | None
+    capacity: int | None
+    index_capacity: int | None  # entries of a static row index
+    sync: bool
+    cached: bool
+    has_weights: bool
+    idx_dtype: torch.dtype
+    wire_dtype: torch.dtype
+    scale_words: int
+    scale_dtype: torch.dtype | None
+    row_index: bool
+    origins: bool
+    serial: int = field(default_factory=itertools.count().__next__, compare=False)
+
+    @classmethod
+    def of(cls, spec: BufferSpec, call: DispatchCall) -> Look:
+        static_index = call.row_index and not call.sync
+        return cls(
+            layout=call.layout,
+            alignment=call.alignment,
+            num_topk=call.num_topk,
+            given_capacity=call.given_capacity,
+            capacity=call.capacity,
+            index_capacity=worst_grouped_rows(spec, call) if static_index else None,
+            sync=call.sync,
+            cached=call.handle is not None,
+            has_weights=call.has_weights,
+            idx_dtype=call.idx_dtype,
+            wire_dtype=call.wire_dtype,
+            scale_words=call.scale_words,
+            scale_dtype=call.scale_dtype,
+            row_index=call.row_index,
+            origins=call.origins,
+        )
+
+
+def max_recv(spec: BufferSpec, call: DispatchCall | Look, num_recv: int) -> int:
+    """Rows of the tensors that have one per unique token."""
+    if call.sync:
+        return num_recv
+    worst = spec.num_ranks * spec.max_tokens
+    if call.layout != "compact" or call.capacity is None:
+        return worst
+    return min(worst, call.capacity)
+
+
+def make_meta(
+    spec: BufferSpec, call: DispatchCall | Look, generation: int, num_tokens: int, num_unique: int,
+    num_rows: int, seq: int,
+) -> Tensor:  # fmt: skip
+    """`meta` of the handle of a fresh dispatch."""
+    meta = HandleMeta(
+        generation=generation,
+        routing_number=seq,
+        layout=call.layout,
+        alignment=call.alignment,
+        num_tokens=num_tokens,
+        num_unique=num_unique,
+        num_rows=num_rows,
+        num_topk=call.num_topk,
+        capacity=-1 if call.given_capacity is None else call.given_capacity,
+        sync=call.sync,
+        has_weights=call.has_weights,
+        num_ranks=spec.num_ranks,
+        num_experts=spec.num_experts,
+        num_local_experts=spec.num_local_experts,
+        hidden=spec.hidden,
+    )
+    return meta.pack()
+
+
 class Dispatch:
     """One dispatch: the tensors of its routing, and its arguments as the core wants them."""
 
+    send_row: Any  # tensors, or None: the core has the memory
+    rank_counts: Any
+    counts: Any
+    routed_idx: Tensor
+    rank_ends: Tensor | None = None
+
     def __init__(self, spec: BufferSpec, call: DispatchCall) -> None:
         self.spec, self.call = spec, call
+        self._make_tensors()
+        self.args = self._fill(_core.DispatchArgs())
+
+    def _make_tensors(self) -> None:
+        """Memory for the routing: new, or that of the handle."""
+        spec, call = self.spec, self.call
         device = spec.device
         if call.handle is None:
             # torch makes a tensor like another one, of sizes that are no tuple, in half the time.
@@ -72,18 +164,14 @@ class Dispatch:
             self.send_row = torch.empty(tokens, topk, dtype=torch.int32, device=device)
             self.rank_counts = torch.empty(2, spec.num_ranks, dtype=torch.int64, device=device)
             self.counts = self.send_row.new_empty(spec.num_local_experts)
-            # The handle's ids: the caller may write to its own. The notify of GPUs copies none.
-            self.routed_idx = call.topk_idx
-            if device.type == "cpu":
-                self.routed_idx = self.rank_counts.new_empty(tokens, topk)
+            # The handle's ids: the caller may write to its own.
+            self.routed_idx = self.rank_counts.new_empty(tokens, topk)
         else:
             self.send_row = call.handle.send_row
             self.rank_counts = call.handle.rank_counts
             self.counts = call.handle.num_tokens_per_expert
-        self.rank_ends: Tensor | None = None
         if call.origins and call.layout == "compact":
             self.rank_ends = self.send_row.new_empty(spec.num_ranks, spec.num_ranks)
-        self.args = self._fill(_core.DispatchArgs())
 
     def _fill(self, a: _core.DispatchArgs) -> _core.DispatchArgs:
         """Set what differs from a DispatchArgs' defaults: each assignment costs as much as a copy
@@ -92,9 +180,9 @@ class Dispatch:
         x = call.x
         a.x, a.x_stride = x.data_ptr(), x.stride(0) * x.itemsize
         a.topk_idx = call.topk_idx.data_ptr()
-        a.send_row = self.send_row.data_ptr()
-        a.rank_counts = self.rank_counts.data_ptr()
-        a.expert_counts = self.counts.data_ptr()
+        a.send_row = address(self.send_row)
+        a.rank_counts = address(self.rank_counts)
+        a.expert_counts = address(self.counts)
         a.num_tokens, a.hidden = x.shape
         a.num_topk = call.num_topk
         a.alignment = call.alignment
@@ -119,7 +207,7 @@ class Dispatch:
         if call.meta is not None:
             a.cached, a.routing = True, call.meta.routing_number
             return a
-        if self.spec.device.type == "cpu":
+        if self.routed_idx is not call.topk_idx:
             a.routed_idx = self.routed_idx.data_ptr()
         if call.replicas is not None:
             self._fill_replicas(a, call.replicas)
@@ -132,16 +220,6 @@ class Dispatch:
         tables.until, tables.num_logical = replicas.until.data_ptr(), replicas.num_logical
         a.replicas = tables
         a.logical_load = replicas.load.data_ptr()
-
-    def _max_recv(self, num_recv: int) -> int:
-        """Rows of the tensors that have one per unique token."""
-        spec, call = self.spec, self.call
-        if call.sync:
-            return num_recv
-        worst = spec.num_ranks * spec.max_tokens
-        if call.layout != "compact" or call.capacity is None:
-            return worst
-        return min(worst, call.capacity)
 
     def _unpack_args(self, arrival: Arrival, out: dict[str, Tensor]) -> _core.UnpackArgs:
         u = _core.UnpackArgs()
@@ -176,25 +254,12 @@ class Dispatch:
                 return call.handle
             meta = call.meta._replace(has_weights=True)
             return call.handle._replace(meta=meta.pack(), topk_weights=self._kept_weights())
-        meta = HandleMeta(
-            generation=generation,
-            routing_number=arrival.seq,
-            layout=call.layout,
-            alignment=call.alignment,
-            num_tokens=call.x.shape[0],
-            num_unique=out["recv_src"].shape[0],
-            num_rows=arrival.num_rows,
-            num_topk=call.num_topk,
-            capacity=-1 if call.given_capacity is None else call.given_capacity,
-            sync=call.sync,
-            has_weights=call.topk_weights is not None,
-            num_ranks=spec.num_ranks,
-            num_experts=spec.num_experts,
-            num_local_experts=spec.num_local_experts,
-            hidden=spec.hidden,
-        )
+        packed = make_meta(
+            spec, call, generation, call.x.shape[0], out["recv_src"].shape[0], arrival.num_rows,
+            arrival.seq,
+        )  # fmt: skip
         return Handle(
-            meta=meta.pack(),
+            meta=packed,
             topk_idx=self.routed_idx,
             topk_weights=self._kept_weights(),
             send_row=self.send_row,

@@ -15,7 +15,7 @@ from typing import Any, Final, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from ep_comm.backends.base import Combined
+from ep_comm.backends.base import Combined, Plans
 from ep_comm.backends.record import (
     CACHED,
     KINDS,
@@ -72,6 +72,7 @@ class CollectiveBackend:
     """
 
     name = "collective"
+    plans: Plans | None = None
 
     def __init__(
         self,

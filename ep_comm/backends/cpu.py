@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ep_comm import _core
 from ep_comm.backends import calls, mapping
-from ep_comm.backends.base import Combined
+from ep_comm.backends.base import Combined, Plans
 from ep_comm.backends.calls import Arrival
 from ep_comm.bootstrap import Exchange, Group, Hello, Listener
 from ep_comm.checks import BufferSpec, CombineCall, DispatchCall
@@ -43,6 +43,7 @@ class CpuBackend:
     """One rank of a buffer over shared memory. Collective to construct; see `connect`."""
 
     name = "cpu"
+    plans: Plans | None = None
 
     def __init__(
         self,
@@ -323,7 +324,7 @@ class _Dispatch(calls.Dispatch):
             if call.scale_dtype is not None:
                 out["scales"] = torch.zeros((rows, call.scale_words), dtype=call.scale_dtype)
         if call.handle is None:
-            max_recv = self._max_recv(arrival.num_recv)
+            max_recv = calls.max_recv(self.spec, self.call, arrival.num_recv)
             with_rows = max_recv if call.layout != "compact" else 0
             out["recv_src"] = self.send_row.new_empty(max_recv, 2)
             out["recv_row"] = self.send_row.new_empty(with_rows, topk)

@@ -20,8 +20,10 @@ from torch import Tensor
 
 from ep_comm import _core
 from ep_comm.backends import calls, mapping
-from ep_comm.backends.nvlink_calls import ArenaReceived, Combine, Dispatch, Outstanding
+from ep_comm.backends.nvlink_calls import Combine, Dispatch, Outstanding
 from ep_comm.backends.nvlink_memory import Lease, Memory, kind_of_memory, refusal
+from ep_comm.backends.nvlink_plans import Plans
+from ep_comm.backends.nvlink_results import ArenaReceived, as_dtype
 from ep_comm.bootstrap import Exchange, Group, Hello, Listener
 from ep_comm.checks import BufferSpec, CombineCall, DispatchCall
 from ep_comm.config import EPConfig
@@ -30,16 +32,6 @@ from ep_comm.verdict import PeerState, error_of
 
 _log = logging.getLogger("ep_comm")
 
-# Types as DLPack numbers them; others travel as bytes.
-_DLPACK: Final = {
-    torch.bfloat16: (_core.DLPACK_BFLOAT, 16),
-    torch.float16: (_core.DLPACK_FLOAT, 16),
-    torch.float32: (_core.DLPACK_FLOAT, 32),
-    torch.int32: (_core.DLPACK_INT, 32),
-    torch.int64: (_core.DLPACK_INT, 64),
-    torch.int8: (_core.DLPACK_INT, 8),
-    torch.uint8: (_core.DLPACK_UINT, 8),
-}
 # Of the free memory of a GPU, what one rank takes for its arena at most.
 _ARENA_SHARE: Final = 0.25
 
@@ -76,11 +68,13 @@ class NvlinkBackend:
         self._memory = memory
         self.arena = _core.DeviceArena(memory.own.arena)
         self._copies_out = 0
-        self._unseen: set[torch.cuda.Stream] = set()  # of calls whose failure nobody looked for
+        # By address, streams of calls whose failure nobody has looked for.
+        self._unseen: dict[int, torch.cuda.Stream] = {}
         # Streams of one device share few hardware queues; ours goes first when SMs are short.
         self.aside: Any = torch.cuda.Stream(spec.device, priority=-1)  # type: ignore[no-untyped-call]
         self.unfinished: list[Dispatch] = []  # begun, their sizes not read
         self.halves = Outstanding()
+        self.plans = Plans(self)
         self._in_flight: list[tuple[Any, object]] = []  # (event, begun operation)
         mesh, ranks = memory.mesh, range(spec.num_ranks)
         self._peer_pids = [mesh.pids.get(r, 0) for r in ranks]
@@ -124,6 +118,9 @@ class NvlinkBackend:
             what = "has no arena: it was given back, want resume() first"
             raise make_error("E310", what, rank=self.spec.rank)
 
+    def is_usable(self) -> bool:
+        return not self._lease.released and not self.rank.failed()
+
     def make_room(self) -> None:
         """The report of what is begun is read before a later one takes its place, and its slot is
         left before a later one needs it."""
@@ -156,14 +153,19 @@ class NvlinkBackend:
 
     def will_look(self) -> None:
         """A call has begun on the current stream whose failure is raised later."""
-        self._unseen.add(torch.cuda.current_stream(self.spec.device))
+        self.will_look_at(self.stream())
+
+    def will_look_at(self, address: int) -> None:
+        """The same; `address` is that of the current stream."""
+        if address not in self._unseen:
+            self._unseen[address] = torch.cuda.current_stream(self.spec.device)
 
     def take_deferred(self) -> EPError | None:
         """Waits for static calls and combines queued since the last look, and for what is begun."""
         while self.unfinished:
             self.unfinished[0].settle()
         while self._unseen:
-            self._join(self._unseen.pop())
+            self._join(self._unseen.popitem()[1])
         outcome = self.rank.take_deferred()
         return None if outcome is None else self.error(outcome, "")
 
@@ -232,20 +234,8 @@ class NvlinkBackend:
             free = self.arena.stats()["largest_free"]
             what = f"is out of arena memory: need {num_bytes} B in one piece, free {free} B"
             raise make_error("E231", what, rank=self.spec.rank)
-        return self.tensor(hold, shape, dtype)
-
-    def tensor(
-        self, hold: _core.StreamHold | None, shape: Sequence[int], dtype: torch.dtype
-    ) -> Tensor:
-        """The start of an extent as a tensor that keeps it."""
-        if hold is None or 0 in shape:
-            return torch.empty(tuple(shape), dtype=dtype, device=self.spec.device)
-        if (type_ := _DLPACK.get(dtype)) is not None:
-            dense: Tensor = torch.from_dlpack(self.arena.array(hold, shape, type_))
-            return dense
-        byte_shape = calls.byte_shape(shape, dtype)
-        array = self.arena.array(hold, byte_shape, (_core.DLPACK_UINT, 8))
-        return torch.from_dlpack(array).view(dtype)
+        arena = self.arena
+        return as_dtype(lambda s, type_: arena.tensor(hold, s, type_), shape, dtype)
 
     def wants_copy(self, output: str) -> bool:
         """Whether an output should leave the arena at once."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -13,33 +12,16 @@ from torch import Tensor
 from ep_comm import _core
 from ep_comm.backends import calls
 from ep_comm.backends.base import Combined
-from ep_comm.backends.calls import Arrival
+from ep_comm.backends.nvlink_results import ArenaReceived, Outputs
 from ep_comm.checks import CombineCall, DispatchCall
 from ep_comm.errors import EPError, make_error
-from ep_comm.received import Origins, Promised, Received
+from ep_comm.received import Promised, Received
 
 if TYPE_CHECKING:
     from ep_comm.backends.nvlink import NvlinkBackend
 
 # A row that is quantized on the way lies whole in the shared memory of an SM, with its scales.
 _MAX_QUANTIZED_BYTES: Final = 192 << 10
-
-
-@dataclass
-class ArenaReceived(Received):
-    """Received in arena memory, which `record_stream` does not reach."""
-
-    holds: tuple[Any, ...] = ()  # extents
-
-    def use_on(self, stream: Any) -> None:
-        for hold in self.holds:
-            hold.use_on(int(stream.cuda_stream))
-        fields = (self.topk_idx, self.topk_weights, self.scales, self.offsets, self.row_index)
-        counts = (self.num_tokens_per_expert, self.num_recv, self.status)
-        origins = () if self.origins is None else tuple(vars(self.origins).values())
-        for tensor in (*fields, *counts, *origins, *self.handle[1:]):
-            if isinstance(tensor, Tensor) and tensor.is_cuda:
-                tensor.record_stream(stream)  # does nothing to memory that is not torch's
 
 
 class Begun:
@@ -135,6 +117,9 @@ class Outstanding:
         self._begun: dict[int, weakref.ref[Halves]] = {}  # by number, ascending
         self._abandoned: dict[int, Callable[[], None]] = {}
 
+    def is_idle(self) -> bool:
+        return not self._begun and not self._abandoned
+
     def append(self, number: int, halves: Halves) -> None:
         self._begun[number] = weakref.ref(halves)
 
@@ -160,6 +145,7 @@ class Dispatch(calls.Dispatch):
     """One dispatch, queued on the current stream or begun on the buffer's own."""
 
     flight: _core.Flight
+    outputs: Outputs
     promised: Promised | None = None  # outputs whose shapes do not depend on what arrives
 
     def __init__(self, backend: NvlinkBackend, call: DispatchCall) -> None:
@@ -172,15 +158,8 @@ class Dispatch(calls.Dispatch):
         if call.quantize is not None and row_bytes > _MAX_QUANTIZED_BYTES:
             what = f"rejected hidden={backend.spec.hidden}: want rows <= {_MAX_QUANTIZED_BYTES} B"
             raise make_error("E211", f"{what} with quantize= and backend 'nvlink'")
+        self.given: dict[_core.Out, Tensor] = {}
         super().__init__(backend.spec, call)
-        self.numbers = self._empty((8,), torch.int32)  # status, tokens received; a `Begun`
-        self.offsets: Tensor | None = None
-        self.source_range: Tensor | None = None
-        if call.layout == "grouped" or call.row_index:
-            self.offsets = self._empty((backend.spec.num_local_experts + 1,), torch.int32)
-        if call.origins and call.layout != "compact":
-            shape = (backend.spec.num_local_experts, backend.spec.num_ranks)
-            self.source_range = self._empty(shape, torch.int64)
         self._settled = False
         self._result: Received | None = None
         self._error: EPError | None = None
@@ -199,15 +178,13 @@ class Dispatch(calls.Dispatch):
         backend.enter()
         if backend.rank.stages_dispatch(self.args):
             self._start(in_halves=True)
-            if self.call.layout == "slab" and self.flight.x is not None:
-                self._promise()
+            self._promise()
             return Halves(
                 backend, self._second_half, self._take_second, not self.call.sync, self.promised
             )
         with backend.on_own_stream(self):
             self._start()
-            if self.call.layout == "slab" and self.flight.x is not None:
-                self._promise()
+            self._promise()
             if not self.call.sync or self.call.transfer == "copy_engine":
                 self._settle()  # the host queues the copies, and peers count on them
                 return Begun(backend, self._take, backend.when_over(), self.promised)
@@ -244,11 +221,20 @@ class Dispatch(calls.Dispatch):
         backend, call = self.backend, self.call
         if not call.sync:
             backend.will_look()
-        wants = self._wants()
+        wants = self.wants()
         wants.in_halves = in_halves
         with backend.cuda_faults():
-            self.flight = backend.rank.dispatch(self.args, wants, backend.stream())
-        self.number = backend.seq()
+            flight = backend.rank.dispatch(self.args, wants, backend.stream())
+            if flight is None:  # no room in the arena: the rest is ordinary memory
+                self._give(wants)
+                flight = backend.rank.dispatch(self.args, wants, backend.stream())
+        assert flight is not None
+        self.flight = flight
+        self.number = flight.number
+        self.outputs = Outputs(
+            backend, backend.plans.look_of(call), flight, call.x.shape[0], self.routed_idx,
+            call.topk_weights, call.handle, self.given,
+        )  # fmt: skip
 
     def _second_half(self) -> None:
         self.backend.rank.finish_dispatch(self.flight, self.backend.stream())
@@ -258,22 +244,17 @@ class Dispatch(calls.Dispatch):
             self._await_sizes()
         return self._finish()
 
-    def _wants(self) -> _core.DispatchWants:
+    def wants(self) -> _core.DispatchWants:
         """What differs from a DispatchWants' defaults."""
         call, wants = self.call, _core.DispatchWants()
-        wants.status = self.numbers.data_ptr()
-        wants.num_recv = self.numbers.data_ptr() + 4
-        wants.begun = self.numbers.data_ptr() + 16
+        wants.grants_all = True
         wants.num_sms = self.backend.blocks(call.num_sms)
         wants.num_warps = self.backend.num_warps
         wants.reports = call.sync
         if call.idx_dtype is not torch.int64:
             wants.wide_ids = False
-        if self.offsets is not None:
-            wants.offsets = self.offsets.data_ptr()
-            wants.row_index = call.row_index
-        if call.origins:
-            wants.row_token, wants.source_range = True, calls.address(self.source_range)
+        wants.row_index = call.row_index
+        wants.row_token = call.origins
         if call.transfer == "copy_engine":
             wants.by_copies = True
         if call.handle is not None and call.meta is not None:
@@ -296,101 +277,57 @@ class Dispatch(calls.Dispatch):
                 self.backend.rank.push_copies(self.flight)
 
     def _finish(self) -> Received:
-        backend, call, flight = self.backend, self.call, self.flight
-        if call.sync:
-            rows = call.capacity if call.layout == "slab" else flight.num_rows
-            arrival = Arrival(flight.num_recv, rows or 0, self.number)
-        else:
-            arrival = Arrival(0, call.capacity or 0, self.number)
-        backend.rank.settle(flight)
-        given = self.promised or self._given(arrival)
-        x, hold, out = given.x, flight.x, self._routing(arrival)
-        values = {
-            "topk_idx": given.topk_idx, "topk_weights": given.topk_weights, "scales": given.scales
-        }  # fmt: skip
-        if self.promised is None and backend.wants_copy(call.output):
-            x, hold = x.clone(), None
-            values = {k: None if t is None else t.clone() for k, t in values.items()}
-            if call.handle is None:
-                out = {k: t.clone() for k, t in out.items()}
-        return ArenaReceived(
-            x=x,
-            **values,
-            num_tokens_per_expert=self.counts,
-            num_recv=arrival.num_recv if call.sync else self.numbers[1:2],
-            offsets=self.offsets,
-            row_index=out.get("row_index"),
-            status=self.numbers[:1],
-            handle=self._handle(backend.generation, arrival, out),
-            layout=call.layout,
-            origins=given.origins,
-            holds=() if hold is None else self._holds(),
-        )
+        backend = self.backend
+        backend.rank.settle(self.flight)
+        received = ArenaReceived.of(self.outputs)
+        if self.promised is None and backend.wants_copy(self.call.output):
+            return received.copied()
+        return received
 
     # ---- tensors ----
 
-    def _holds(self) -> tuple[Any, ...]:
-        f = self.flight
-        held = (f.x, f.ids, f.weights, f.src, f.rows, f.scales, f.row_index, f.row_token)
-        return tuple(h for h in held if h is not None)
+    def _make_tensors(self) -> None:
+        """None at first: a dispatch is granted the memory of its routing."""
+        handle, ids = self.call.handle, self.call.topk_idx
+        # The handle keeps the ids as they were given, or what replicas have made of them.
+        self.routed_idx = ids if self.call.replicas is None else torch.empty_like(ids)
+        self.send_row = self.rank_counts = self.counts = None
+        if handle is not None:
+            self.send_row, self.rank_counts = handle.send_row, handle.rank_counts
+            self.counts = handle.num_tokens_per_expert
+
+    def _give(self, wants: _core.DispatchWants) -> None:
+        """What would have been granted, of torch's memory."""
+        spec, call, out = self.backend.spec, self.call, _core.Out
+        routed = self.routed_idx
+        super()._make_tensors()
+        self.routed_idx = routed
+        self.args = self._fill(_core.DispatchArgs())
+        numbers = torch.empty(8, dtype=torch.int32, device=spec.device)
+        given = self.given
+        given[out.NUMBERS] = numbers
+        wants.grants_all = False
+        wants.status, wants.num_recv = numbers.data_ptr(), numbers.data_ptr() + 4
+        wants.begun = numbers.data_ptr() + _core.BEGUN_AT
+        if call.handle is None:
+            given[out.SEND_ROW], given[out.RANK_COUNTS] = self.send_row, self.rank_counts
+            given[out.COUNTS] = self.counts
+        if call.layout == "grouped" or call.row_index:
+            given[out.OFFSETS] = numbers.new_empty(spec.num_local_experts + 1)
+            wants.offsets = given[out.OFFSETS].data_ptr()
+        if self.rank_ends is not None:
+            given[out.RANK_ENDS] = self.rank_ends
+        elif call.origins:
+            shape = (spec.num_local_experts, spec.num_ranks)
+            given[out.SOURCE_RANGE] = torch.empty(shape, dtype=torch.int64, device=spec.device)
+            wants.source_range = given[out.SOURCE_RANGE].data_ptr()
 
     def _promise(self) -> None:
         """The outputs of a slab, whose shapes do not depend on what arrives."""
-        if self.call.output == "torch" or self.backend.crowded():
+        is_there = self.call.layout == "slab" and self.flight.has(_core.Out.X)
+        if not is_there or self.call.output == "torch" or self.backend.crowded():
             return  # copied out when the rows are there
-        self.promised = self._given(Arrival(0, self.call.capacity or 0, 0))
-
-    def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return torch.empty(tuple(shape), dtype=dtype, device=self.backend.spec.device)
-
-    def _given(self, arrival: Arrival) -> Promised:
-        """What there is of every row: where the kernels put it."""
-        spec, call, flight = self.backend.spec, self.call, self.flight
-        tensor = self.backend.tensor
-        rows, local = arrival.num_rows, spec.num_local_experts
-        slabs = (local,) if call.layout == "slab" else ()
-        per_row = (*slabs, rows) if call.layout != "compact" else (rows, call.num_topk)
-        ids = weights = scales = None
-        if call.handle is None:
-            ids = tensor(flight.ids, per_row, call.idx_dtype)
-        if call.topk_weights is not None:
-            weights = tensor(flight.weights, per_row, torch.float32)
-        if call.scale_dtype is not None:
-            words = call.scale_words
-            if call.layout == "slab":  # column-major, columns 16 bytes aligned
-                shape = (local, words, -(-rows // 4) * 4)
-                scales = tensor(flight.scales, shape, call.scale_dtype)
-                scales = scales.transpose(1, 2)[:, :rows]
-            else:
-                scales = tensor(flight.scales, (rows, words), call.scale_dtype)
-        origins = None
-        if call.origins:
-            token = tensor(flight.row_token, (*slabs, rows), torch.int32)
-            origins = Origins(self.rank_ends, token, self.source_range)
-        return Promised(
-            x=tensor(flight.x, (*slabs, rows, spec.hidden), call.wire_dtype),
-            topk_idx=ids,
-            topk_weights=weights,
-            scales=scales,
-            num_tokens_per_expert=self.counts,
-            origins=origins,
-        )
-
-    def _routing(self, arrival: Arrival) -> dict[str, Tensor]:
-        """What depends on how many tokens arrived: tensors of the handle, and the row index."""
-        call, flight, tensor = self.call, self.flight, self.backend.tensor
-        out: dict[str, Tensor] = {}
-        if call.handle is None:
-            max_recv = self._max_recv(arrival.num_recv)
-            with_rows = max_recv if call.layout != "compact" else 0
-            out["recv_src"] = tensor(flight.src, (max_recv, 2), torch.int32)
-            out["recv_row"] = tensor(flight.rows, (with_rows, call.num_topk), torch.int32)
-        else:
-            out["recv_src"], out["recv_row"] = call.handle.recv_src, call.handle.recv_row
-        if call.row_index:
-            index_rows = flight.index_rows if call.sync else self.args.index_capacity
-            out["row_index"] = tensor(flight.row_index, (index_rows,), torch.int32)
-        return out
+        self.promised = self.outputs.promise()
 
 
 class Combine(calls.Combine):
@@ -419,13 +356,17 @@ class Combine(calls.Combine):
             result = self.run()
             return Begun(self.backend, lambda: result, self.backend.when_over())
 
+    def wants(self) -> _core.CombineWants:
+        wants = _core.CombineWants()
+        wants.num_sms = self.backend.blocks(self.call.num_sms)
+        wants.num_stages = self.backend.num_stages
+        return wants
+
     def _queue(self, in_halves: bool) -> None:
         backend = self.backend
         backend.enter()
         backend.will_look()
-        wants = _core.CombineWants()
-        wants.num_sms = backend.blocks(self.call.num_sms)
-        wants.num_stages = backend.num_stages
+        wants = self.wants()
         if in_halves:
             self._halves = torch.empty(4, dtype=torch.int32, device=backend.spec.device)
             wants.begun, wants.in_halves = self._halves.data_ptr(), True

@@ -327,7 +327,7 @@ void check_rank(const World& w, const Expected& e, int d, bool cached) {
         expect_eq(r.rank_counts[c.ranks + p], int64_t{from});
     }
     std::vector<std::byte> given(out.max_rows, std::byte{0});
-    const auto* x = reinterpret_cast<const uint16_t*>(r.flight->x ? r.flight->x->data() : nullptr);
+    const auto* x = reinterpret_cast<const uint16_t*>((*r.flight)[Out::kX].data());
     for (int i = 0; i < num_recv; ++i) {
         const auto [s, t] = e.recv[d][i];
         if (!cached) {

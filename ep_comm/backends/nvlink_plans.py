@@ -1,0 +1,161 @@
+"""Calls that look like an earlier one: what was checked then is not checked again.
+
+A call in a loop differs from the last one in addresses, in its number of tokens and in nothing
+else. Its options are a key; behind it lie the arguments of the call that was checked in full, and
+the core compares the tensors. What does not fit, for whatever reason, goes the long way, which says
+why.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor
+
+from ep_comm import _core
+from ep_comm.backends import calls
+from ep_comm.backends.nvlink_calls import Combine, Dispatch
+from ep_comm.backends.nvlink_results import ArenaReceived, Outputs, OwnHandle
+from ep_comm.checks import DispatchCall
+from ep_comm.received import Received
+
+if TYPE_CHECKING:
+    from ep_comm.backends.nvlink import NvlinkBackend
+
+# Of each verb; a program has few kinds of calls.
+_MOST_PLANS: Final = 64
+
+
+class Plans:
+    """Of one buffer, whose lock is held."""
+
+    def __init__(self, backend: NvlinkBackend) -> None:
+        self._backend = backend
+        self._looks: dict[calls.Look, calls.Look] = {}
+        self._dispatches: dict[Any, tuple[_core.DispatchPlan, calls.Look]] = {}
+        self._combines: dict[Any, _core.CombinePlan] = {}
+
+    def look_of(self, call: DispatchCall) -> calls.Look:
+        """The same object for calls that look alike."""
+        look = calls.Look.of(self._backend.spec, call)
+        if look not in self._looks:
+            _put(self._looks, look, look)
+        return self._looks[look]
+
+    # ---- dispatch ----
+
+    def dispatch(
+        self, x: Any, topk_idx: Any, topk_weights: Any, scales: Any, handle: Any, options: Any,
+        tag: Any,
+    ) -> Received | None:  # fmt: skip
+        """The call, if it looks like an earlier one; else None, and nothing has happened.
+
+        Args:
+            options: everything else that a caller may pass, hashable when it is sensible.
+        """
+        if type(x) is not Tensor:
+            return None
+        routing, serial = None, -1
+        if handle is not None:
+            if topk_idx is not None or type(handle) is not OwnHandle or handle.routing is None:
+                return None
+            routing, serial = handle.routing, handle.look.serial
+            topk_idx = handle.topk_idx
+        known = _get(self._dispatches, (options, x.dtype, serial))
+        if known is None or not self._is_free() or _is_negated(x, topk_weights, scales):
+            return None
+        plan, look = known
+        backend = self._backend
+        with backend.cuda_faults():
+            flight = plan.run(backend.rank, x, topk_idx, topk_weights, scales, routing)
+        if flight is None:
+            return None
+        if look.sync:
+            self._await(flight, tag)
+        else:
+            backend.will_look_at(flight.stream)
+        outputs = Outputs(backend, look, flight, len(topk_idx), topk_idx, topk_weights, handle)
+        return ArenaReceived.of(outputs)
+
+    def _await(self, flight: _core.Flight, tag: Any) -> None:
+        backend = self._backend
+        with backend.cuda_faults():
+            backend.rank.await_report(flight)
+        if flight.outcome.code != 0:
+            raise backend.error(flight.outcome, str(tag))
+        backend.rank.settle(flight)
+
+    def learn_dispatch(self, options: Any, work: Dispatch) -> None:
+        """The next call with these options may look like this one, which has been made."""
+        call = work.call
+        is_usual = call.transfer == "sm" and call.replicas is None and call.output != "torch"
+        if not is_usual or call.idx_dtype is not torch.int64 or work.given:
+            return
+        handle, serial = call.handle, -1
+        if handle is not None:
+            if type(handle) is not OwnHandle or handle.routing is None:
+                return
+            serial = handle.look.serial
+        plan = _core.DispatchPlan(work.args, work.wants(), call.x, call.scales)
+        key = (options, call.x.dtype, serial)
+        _put(self._dispatches, key, (plan, work.outputs.look))
+
+    # ---- combine ----
+
+    def combine(self, x: Any, handle: Any, row_weights: Any, options: Any) -> Tensor | None:
+        """As dispatch."""
+        if type(x) is not Tensor or type(handle) is not OwnHandle or handle.routing is None:
+            return None
+        key = (options, x.dtype, row_weights is None, handle.look.serial)
+        plan = _get(self._combines, key)
+        if plan is None or not self._is_free() or _is_negated(x, row_weights):
+            return None
+        backend, idx = self._backend, handle.topk_idx
+        spec = backend.spec
+        out = torch.empty((len(idx), spec.hidden), dtype=x.dtype, device=spec.device)
+        with backend.cuda_faults():
+            stream = plan.run(
+                backend.rank, handle.routing, x, idx, handle.topk_weights, row_weights, out
+            )
+        if stream is None:
+            return None
+        backend.will_look_at(stream)
+        return out
+
+    def learn_combine(self, options: Any, work: Combine) -> None:
+        """As learn_dispatch."""
+        call, handle = work.call, work.call.handle
+        if type(handle) is not OwnHandle or handle.routing is None:
+            return
+        key = (options, call.x.dtype, call.row_weights is None, handle.look.serial)
+        _put(self._combines, key, _core.CombinePlan(work.args, work.wants(), call.x))
+
+    # ---- both ----
+
+    def _is_free(self) -> bool:
+        """Whether nothing stands before the call that the long way has to see to."""
+        backend = self._backend
+        return backend.is_usable() and not backend.unfinished and backend.halves.is_idle()
+
+
+def _get(plans: dict[Any, Any], key: Any) -> Any:
+    try:
+        return plans.get(key)
+    except TypeError:  # of no hash: no sensible options
+        return None
+
+
+def _put(plans: dict[Any, Any], key: Any, plan: Any) -> None:
+    if len(plans) >= _MOST_PLANS:
+        plans.clear()
+    plans[key] = plan
+
+
+def _is_negated(x: Any, weights: Any, scales: Any = None) -> bool:
+    """Whether the bytes of a tensor are not its values; what is no tensor is refused later."""
+    return (
+        (type(x) is Tensor and x.is_neg())
+        or (type(weights) is Tensor and weights.is_neg())
+        or (type(scales) is Tensor and scales.is_neg())
+    )
