@@ -75,11 +75,13 @@ __device__ __forceinline__ void record(const Watch& watch, Operation op, int cod
     incident.want = static_cast<int64_t>(awaited.want);
     incident.have = static_cast<int64_t>(have);
     watch.page->incident = incident;
-    ptx::st_release_sys(&watch.page->incident_valid, 1);  // the host acquires it
     ControlHeader* own = header_of(watch, watch.rank);
     own->verdict = incident;
     ptx::st_release_sys(&own->verdict_valid, 1);  // pairs with adopt_failure of a peer
     tell_life(watch, Life::kFailed);
+    // The host last, which acquires it: its user may then write to what peers still read, see
+    // owners_are_healthy.
+    ptx::st_release_sys(&watch.page->incident_valid, 1);
 }
 
 // Ends the communicator. The first thread that comes here says why; the others were too late.
