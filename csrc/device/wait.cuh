@@ -186,6 +186,10 @@ __device__ __noinline__ inline bool wait_long(const Watch& watch, Operation op, 
     const int64_t limit = arriving(awaited.site) ? watch.arrival_ns : watch.progress_ns;
     for (int turn = 1;; turn = turn % kLookFurther + 1) {
         const uint64_t now = have();
+        if (now > awaited.want && awaited.site == Site::kLine) {
+            give_up(watch, op, kBadEpoch, awaited, now, 0);
+            return false;
+        }
         if (now >= awaited.want) return post(watch, op, awaited, start, false);
         if (turn % kLookEvery != 0) continue;
         if (gave_up(watch)) return false;
