@@ -90,12 +90,18 @@ class Bench:
         del result
         return start.elapsed_time(end) * 1e3, call_us
 
-    def measure(self, op: str, work: Work, sms: int, **more: Any) -> None:
-        for _ in range(3):
+    def times(
+        self, work: Work, rounds: int = ROUNDS, warmup: int = 3
+    ) -> tuple[list[float], list[float]]:
+        """GPU and host times of the slower rank of each round."""
+        for _ in range(warmup):
             self.once(work)
-        samples = torch.tensor([self.once(work) for _ in range(ROUNDS)], device="cuda")
+        samples = torch.tensor([self.once(work) for _ in range(rounds)], device="cuda")
         dist.all_reduce(samples, dist.ReduceOp.MAX)
-        self.report(op, samples[:, 0].tolist(), samples[:, 1].tolist(), sms, **more)
+        return samples[:, 0].tolist(), samples[:, 1].tolist()
+
+    def measure(self, op: str, work: Work, sms: int, **more: Any) -> None:
+        self.report(op, *self.times(work), sms, **more)
 
     def report(self, op: str, gpu: list[float], host: list[float], sms: int, **more: Any) -> None:
         if self.rank != 0:
@@ -136,11 +142,8 @@ class Bench:
             for _ in range(calls):
                 work()
         dist.barrier()
-        for _ in range(3):
-            self.once(graph.replay)
-        samples = torch.tensor([self.once(graph.replay) for _ in range(ROUNDS)], device="cuda")
-        dist.all_reduce(samples, dist.ReduceOp.MAX)
-        self.report(f"{op} in a graph", (samples[:, 0] / calls).tolist(), [0.0], sms)
+        gpu, _ = self.times(graph.replay)
+        self.report(f"{op} in a graph", [us / calls for us in gpu], [0.0], sms)
 
 
 def peer_copy(bench: Bench) -> None:

@@ -610,7 +610,8 @@ class Buffer:
         """Arena bytes for `in_flight` dispatches of the worst case and an expert output of each.
 
         The worst case is every rank sending max_tokens tokens to this rank: rarely needed, never
-        exceeded. Local, needs no buffer.
+        exceeded. Local, needs no buffer. A control block comes on top, on GPUs with places for the
+        rows of small batches: see `ep_comm.plan`.
 
         Args:
             num_local_experts: of the rank that owns most; grouped and slab.

@@ -8,6 +8,7 @@ clock of `time.monotonic` is the same in all processes of a host).
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, Self
 
 _context = multiprocessing.get_context("forkserver")
@@ -84,7 +86,8 @@ class Ranks:
         """The next thing this rank says; what it raised instead is raised here."""
         pipe = self._pipes[rank]
         if not pipe.poll(limit_s):
-            raise TimeoutError(f"rank {rank} said nothing for {limit_s} s")
+            what = f"rank {rank} said nothing for {limit_s} s"
+            raise TimeoutError(f"{what}\n{self.stacks()}")
         kind, value = pipe.recv()
         if kind != "said":
             raise RuntimeError(f"rank {rank} ended with {value!r} instead of saying something")
@@ -115,7 +118,7 @@ class Ranks:
                 if kind == "result":
                     self._results[rank] = value
                     return value
-            raise TimeoutError(f"rank {rank} ran longer than {limit_s} s")
+            raise TimeoutError(f"rank {rank} ran longer than {limit_s} s\n{self.stacks()}")
         except (EOFError, ConnectionResetError):
             self.processes[rank].join(5)
             self._results[rank] = Died(self.processes[rank].exitcode)
@@ -128,6 +131,20 @@ class Ranks:
             for rank in range(len(self.processes))
         ]
 
+    def stacks(self) -> str:
+        """What every rank that still runs is doing."""
+        for process in self.processes:
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGUSR1)
+        time.sleep(0.5)
+        found = []
+        for rank, process in enumerate(self.processes):
+            path = Path(self._folder.name, f"stack{rank}")
+            text = path.read_text() if path.exists() else ""
+            state = "runs" if process.is_alive() else f"ended with {process.exitcode}"
+            found.append(f"rank {rank} {state}\n{text}")
+        return "\n".join(found)
+
     def __enter__(self) -> Self:
         return self
 
@@ -135,7 +152,10 @@ class Ranks:
         for process in self.processes:
             if process.is_alive():
                 process.kill()
-            process.join()
+        for rank, process in enumerate(self.processes):
+            process.join(20.0)  # a driver may take its time over a broken context
+            if process.is_alive():
+                print(f"rank {rank} (pid {process.pid}) was killed and does not end")
         for pipe in self._pipes:
             pipe.close()
         self._folder.cleanup()
@@ -163,6 +183,8 @@ def _main(work: Any, me: tuple[Any, ...], args: tuple[Any, ...], path: list[str]
     sys.path[:] = path
     torch.set_num_threads(1)
     rank = Me(*me)
+    stack = Path(rank.store).with_name(f"stack{rank.rank}").open("w")
+    faulthandler.register(signal.SIGUSR1, stack)  # Ranks.stacks asks
     try:
         result = work(rank, *args)
     except BaseException as error:

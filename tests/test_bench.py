@@ -76,6 +76,19 @@ def test_traffic_of_quantized_rows_counts_scales() -> None:
     assert fp8.payload_bytes >= 256 + 2 * 4
 
 
+def test_traffic_of_gpus_counts_what_is_stored_beside_a_row() -> None:
+    compact = traffic(Case(2, 6, 256, 2, 4, backend="nvlink"), "dispatch")
+    cached = traffic(Case(2, 6, 256, 2, 4, backend="nvlink"), "dispatch_cached")
+    scaled = traffic(Case(2, 6, 256, 2, 4, dtype="fp8", backend="nvlink"), "dispatch_cached")
+    # All tokens have both experts on rank 0: two slots a pair, and the rows of both.
+    slots = Case(2, 6, 256, 2, 4, layout="grouped", routing="onehot", backend="nvlink")
+
+    assert compact.payload_bytes == 512 + 2 * 8 + 2 * 4 + 8
+    assert cached.payload_bytes == 512
+    assert scaled.payload_bytes == 256 + 2 * 4
+    assert traffic(slots, "dispatch").payload_bytes == 512 + 2 * 12 + 8 + 2 * 4
+
+
 # ---- the check ----
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from ep_comm import _core
+
 ROOT = Path(__file__).resolve().parents[1]
 PLACES = ("docs", "csrc", "ep_comm", "bench", "tests")
 DOCS = sorted([*ROOT.glob("*.md"), *(p for place in PLACES for p in ROOT.glob(f"{place}/**/*.md"))])
@@ -67,6 +69,32 @@ def dead_paths(document: Path, root: Path) -> Iterator[str]:
 def test_paths_in_document_exist(document: Path) -> None:
     found = list(dead_paths(document, ROOT))
     assert not found, "\n" + "\n".join(found)
+
+
+# ---- what docs/protocol.md calls by name is in the code, and the other way round ----
+
+_IDENTIFIER = re.compile(r"([A-Za-z_]\w*(?:::\w+)?)(?:\[[^\]]*\])*")
+
+
+def names_in(text: str) -> set[str]:
+    """Back-ticked identifiers: functions, words, regions with their indices."""
+    ticked = re.findall(r"`([^`]+)`", _FENCED.sub("", text))
+    found = (_IDENTIFIER.fullmatch(word) for word in ticked)
+    return {part for match in found if match for part in match[1].split("::")}
+
+
+def test_names_in_the_protocol_are_in_the_code() -> None:
+    files = [p for room in ("csrc", "ep_comm") for p in (ROOT / room).rglob("*.*")]
+    code = "\n".join(p.read_text() for p in files if p.suffix[1:] in ("h", "cuh", "cu", "cc", "py"))
+    names = names_in((ROOT / "docs/protocol.md").read_text())
+    assert {"wait_packed", "arrived", "DispatchOp"} <= names
+    assert not [name for name in sorted(names) if name not in code]
+
+
+def test_regions_of_a_control_block_are_in_the_protocol() -> None:
+    names = names_in((ROOT / "docs/protocol.md").read_text())
+    regions = [name for name, *_ in _core.ControlLayout(_core.Shape()).regions()]
+    assert not [name for name in regions if name not in names]
 
 
 # ---- the rule itself, over a fake tree ----

@@ -133,13 +133,28 @@ def test_g2_fallback_is_collective_and_says_why() -> None:
         assert "cuMemSetAccess" in reason
 
 
-def out_of_memory(me: ranks.Me) -> None:
+def out_of_memory(me: ranks.Me) -> int:
+    """Bytes of the GPU that are gone after a construction that fails."""
     case = loopback.Case(num_ranks=me.size)
+    torch.cuda.set_device(me.rank % torch.cuda.device_count())
+    torch.zeros(1, device="cuda")  # a context takes some, also of a peer that shares the GPU
+    me.say()
+    me.wait_for_go()  # all have one
     free = torch.cuda.mem_get_info()[0]
+    me.say()
+    me.wait_for_go()
     with pytest.raises(EPError, match="E232"):
         gpus.buffer_of(me, case, arena_bytes=1 << 45 if me.rank == 0 else ARENA)
-    assert torch.cuda.mem_get_info()[0] > free - (ARENA >> 1)
+    me.say()
+    me.wait_for_go()  # all have given back what they had
+    return free - torch.cuda.mem_get_info()[0]
 
 
 def test_f1_no_memory_on_one_rank_is_told_on_all() -> None:
-    ranks.run(out_of_memory, 2)
+    with ranks.Ranks(out_of_memory, 2) as processes:
+        for _ in range(3):
+            processes.hear_all()
+            processes.go()
+        for gone in processes.results():
+            assert isinstance(gone, int), gone
+            assert gone < ARENA >> 1, f"{gone >> 20} MiB of {ARENA >> 20} did not come back"

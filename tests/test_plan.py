@@ -346,6 +346,15 @@ def test_one_node_needs_no_rails() -> None:
     assert sizes.control_bytes == _core.ControlLayout(shape).end
 
 
+def test_one_node_has_places_for_small_batches() -> None:
+    few, many = (
+        predict(replace(PRESETS["node"], num_tokens=n)).memory.control_bytes for n in (128, 2048)
+    )
+    record = 128 * (1 + 8 * 15)  # 13 words about it, 7168 BF16 elements in pieces of 15 lines
+    assert few - many == 2 * 8 * 128 * record
+    assert few < 256 << 20
+
+
 def test_direct_mode_has_slots_for_every_source_instead_of_rings() -> None:
     sizes = predict(PRESETS["decode"]).memory
     assert sizes.staging_bytes == 0

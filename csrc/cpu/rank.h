@@ -1,6 +1,6 @@
 // One CPU rank: its own and its peers' shared memory, and the two operations on it.
 //
-// The protocol is docs/protocol.md, the same as on GPUs: counts first, the receiver places, rows go
+// The protocol is docs/protocol.md, "Steps on a CPU": counts first, the receiver places, rows go
 // straight to their final place, combine pulls. Operations of one rank run one after the other, in
 // the order they were begun.
 #pragma once

@@ -52,6 +52,7 @@ __device__ __forceinline__ Words get_line(const std::byte* from) {
 }
 
 // Until lines [begin, end) of `peer` are there; then they can be loaded. All lanes of a warp. False: leave.
+// One of a later operation is none of ours, and will not become one: E241.
 [[nodiscard]] __device__ __noinline__ inline bool await_lines(const Watch& watch, Operation op,
                                                               int peer, const std::byte* from,
                                                               int begin, int end) {
@@ -61,7 +62,8 @@ __device__ __forceinline__ Words get_line(const std::byte* from) {
     for (int line = begin; ok && line < end; line += LineLane::kAtOnce) {
         if (at.is_last() && line + at.line < end) {
             const auto* number = reinterpret_cast<const uint64_t*>(from + at.offset(line)) + 1;
-            ok = wait_word(watch, op, {Site::kLine, peer, op.seq}, number);
+            ok = ptx::ld_acquire_sys(number) == op.seq ||
+                 wait_long(watch, op, {Site::kLine, peer, op.seq}, number, Word::kNumber);
         }
         ok = __all_sync(~0u, ok);
     }

@@ -75,11 +75,13 @@ __device__ __forceinline__ void record(const Watch& watch, Operation op, int cod
     incident.want = static_cast<int64_t>(awaited.want);
     incident.have = static_cast<int64_t>(have);
     watch.page->incident = incident;
-    ptx::st_release_sys(&watch.page->incident_valid, 1);  // the host acquires it
     ControlHeader* own = header_of(watch, watch.rank);
     own->verdict = incident;
     ptx::st_release_sys(&own->verdict_valid, 1);  // pairs with adopt_failure of a peer
     tell_life(watch, Life::kFailed);
+    // The host last, which acquires it: its user may then write to what peers still read, see
+    // owners_are_healthy.
+    ptx::st_release_sys(&watch.page->incident_valid, 1);
 }
 
 // Ends the communicator. The first thread that comes here says why; the others were too late.
@@ -184,6 +186,10 @@ __device__ __noinline__ inline bool wait_long(const Watch& watch, Operation op, 
     const int64_t limit = arriving(awaited.site) ? watch.arrival_ns : watch.progress_ns;
     for (int turn = 1;; turn = turn % kLookFurther + 1) {
         const uint64_t now = have();
+        if (now > awaited.want && awaited.site == Site::kLine) {
+            give_up(watch, op, kBadEpoch, awaited, now, 0);
+            return false;
+        }
         if (now >= awaited.want) return post(watch, op, awaited, start, false);
         if (turn % kLookEvery != 0) continue;
         if (gave_up(watch)) return false;

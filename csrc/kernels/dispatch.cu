@@ -28,6 +28,7 @@
 #include "kernels/pad.cuh"
 #include "kernels/place.cuh"
 #include "kernels/tables.cuh"
+#include "kernels/tuned.h"
 
 namespace ep::kernels {
 namespace {
@@ -533,7 +534,8 @@ LaunchPlan dispatch_plan(const DispatchJob& job, int num_blocks, int smem_bytes)
            shared_bytes(job.view.shape, a, movers, plan.stage_bytes) + kFixedBytes > smem_bytes) {
         --movers;
     }
-    plan.num_warps = movers;
+    plan.num_warps = quantizes ? tuned(kQuantizers, plan.stage_bytes, movers)
+                               : tuned(kMovers, plan.stage_bytes, movers);
     return plan;
 }
 

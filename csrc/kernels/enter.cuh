@@ -350,7 +350,12 @@ __device__ inline void report(const RankView& view, const Begin& begin, uint64_t
 __device__ __noinline__ inline void fail_call(const RankView& view, const Begin& begin,
                                               Entering& in, bool advances = true) {
     const Incident& incident = in.outcome.incident;
-    if (!ends_communicator(incident.code)) release_slot(view, in.seq, in.slot);
+    if (!ends_communicator(incident.code)) {
+        // Lines that nobody will load (contract/stage.h), before anybody's next ones to the same places.
+        __syncwarp();
+        ptx::fence_acq_rel_sys();
+        release_slot(view, in.seq, in.slot);
+    }
     if (ptx::lane_id() != 0) return;
     if (!ends_communicator(incident.code) && advances) advance(view, in.seq, in.slot);
     if (ends_communicator(incident.code)) {

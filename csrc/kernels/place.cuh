@@ -65,7 +65,8 @@ private:
             const int64_t unit = spread.unit[i] << (i == Grant::kIds && wide != 0 ? 1 : 0);
             const int count = (spread.of_recv >> i & 1) != 0 ? max_recv : max_rows;
             const bool wanted = head.own != Grant::kNone;
-            fine = !wanted || lies_in_arena(view, p, offset, count, unit);
+            const bool may_lack = count <= 0 || (spread.needed >> i & 1) == 0;
+            fine = wanted ? lies_in_arena(view, p, offset, count, unit) : may_lack;
             target.at[i] = wanted ? view.peers.arena[p] + offset : nullptr;
         } else if (lane == L::kMaxRows) {
             target.max_rows = max_rows, target.max_recv = max_recv, target.wide_ids = wide;

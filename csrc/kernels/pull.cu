@@ -15,6 +15,7 @@
 #include "kernels/contribution.cuh"
 #include "kernels/enter.cuh"
 #include "kernels/launch.cuh"
+#include "kernels/tuned.h"
 
 namespace ep::kernels {
 namespace {
@@ -395,7 +396,8 @@ LaunchPlan combine_plan(const CombineArgs& args, int num_ranks, int num_blocks, 
                             static_cast<int>(sizeof(Entering)) + 1024;
     const int room = smem_bytes - kTables - static_cast<int>(sizeof(Source)) * num_ranks;
     const int aligned = (piece + 127) / 128 * 128;
-    plan.num_stages = std::clamp(room / (plan.num_groups * aligned), 1, kMaxStages);
+    const int fits = std::clamp(room / (plan.num_groups * aligned), 1, kMaxStages);
+    plan.num_stages = tuned(kPullStages, piece, fits);
     return plan;
 }
 

@@ -64,6 +64,7 @@ struct Spread {
     uint32_t slot_magic;            // lane / num_topk == lane * slot_magic >> 16
     int64_t unit[Grant::kExtents];  // bytes of an item of each extent, ids aside
     uint32_t of_recv;               // extents that have an item per received token, not per row
+    uint32_t needed;                // extents without which nobody can be sent anything
     int32_t state_lines;            // cache lines of the tables that never change
 
     constexpr Spread(const Shape& s, const DispatchArgs& a, int movers, bool may_vote = true)
@@ -99,6 +100,10 @@ struct Spread {
                                  4 * a.num_topk, a.scale_bytes};
         for (int i = 0; i < Grant::kExtents; ++i) unit[i] = units[i];
         of_recv = 1u << Grant::kSrc | 1u << Grant::kRows | (compact ? 0u : 1u << Grant::kScales);
+        needed = 1u << Grant::kX;
+        if (a.with_weights) needed |= 1u << Grant::kWeights;
+        if (a.scale_bytes > 0) needed |= 1u << Grant::kScales;
+        if (!a.cached) needed |= 1u << Grant::kSrc | (compact ? 0u : 1u << Grant::kRows);
     }
 
     // Over tokens that `blocks` share, `blocks_of_chunk` a chunk.

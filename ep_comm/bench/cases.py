@@ -152,13 +152,21 @@ def traffic(case: Case, op: str) -> Traffic:
         busiest = int(remote.sum(1).max())
     else:
         row_bytes = case.hidden * case.wire_dtype.itemsize
-        payload = row_bytes + _metadata_bytes(case, cached=op == "dispatch_cached")
+        payload = row_bytes + _metadata_bytes(case, pairs, cached=op == "dispatch_cached")
         busiest = int(remote.sum(0).max())
     return Traffic(payload, row_bytes, pairs.sum(1).tolist(), busiest * payload)
 
 
-def _metadata_bytes(case: Case, cached: bool) -> int:
-    """The record beside each row, as the core lays it out."""
+def _metadata_bytes(case: Case, pairs: Tensor, cached: bool) -> int:
+    """What goes beside each row. CPU: the record, as the core lays it out. GPU: scales, and of a
+    fresh call source, ids and weights; grouped and slab: those of the slots that are there, and
+    the rows of all slots.
+    """
+    if case.device == "cuda":
+        compact = case.layout == "compact"
+        slots = case.topk if compact else case.tokens * case.ranks * case.topk / int(pairs.sum())
+        fresh = 8 + (8 + 4) * slots + (0 if compact else 4 * case.topk)
+        return 4 * case.scale_words + (0 if cached else round(fresh))
     with_rows = not cached and case.layout != "compact"
     layout = _core.MetaLayout(case.topk, not cached, not cached, with_rows, 4 * case.scale_words)
     return int(layout.bytes)

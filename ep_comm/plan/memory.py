@@ -14,8 +14,9 @@ class Memory:
     """Bytes of one rank.
 
     arena: outputs of two dispatches and their expert outputs; in the worst case, that every token
-    comes here, and as the routing has it. control: words and records between ranks of a node.
-    mailboxes, staging: the rails' part of the symmetric segment. direct: receive slots of decode.
+    comes here, and as the routing has it. control: words and records between ranks of a node; on a
+    single node also the places of small batches, up to 256 MiB. mailboxes, staging: the rails' part
+    of the symmetric segment. direct: receive slots of decode.
     """
 
     arena_bytes: int
@@ -46,6 +47,8 @@ def memory(d: Deployment, v: Visits) -> Memory:
     shape.num_ranks, shape.num_slots = d.num_ranks, _IN_FLIGHT
     shape.num_experts, shape.max_local_experts = d.slots, d.local_experts
     shape.num_topk, shape.max_tokens = d.topk, d.num_tokens
+    if d.num_nodes == 1:
+        shape.stage_bytes = _core.stage_bytes_for(shape, d.hidden)
     rails = rail_shape(d)
     rails.entry_bytes = int(_core.RailEntryLayout(shape, rails.num_channels).bytes)
     on_rails = d.num_nodes > 1

@@ -103,6 +103,7 @@ class Machine:
 
     def __init__(self, describe: Callable[[Name], str] = str):
         self.threads: list[Thread] = []
+        self.loads: list[Place] = []  # by thread, see View.is_over
         self.describe = describe
         self.context: Callable[[View], str] = lambda view: ""
         self.check_final: Callable[[View], None] = lambda view: None
@@ -250,6 +251,15 @@ class View:
         clock[thread] += 1
         self._set_clock(thread, tuple(clock))
 
+    def is_over(self, thread: int) -> tuple[int, ...]:
+        """Whose loads have returned, as `thread` knows: those its clock covers, and those that
+        words without an order told of (`Machine.loads`). What was loaded may be overwritten.
+        """
+        clock = self.clock(thread)
+        if not self.machine.loads:
+            return clock
+        return tuple(map(max, clock, self.get(self.machine.loads[thread])))
+
     # ---- words
 
     def peek(self, word: Place) -> Any:
@@ -305,7 +315,8 @@ class View:
         thread = self.thread if by is None else by
         clock = self.clock(thread)
         old, writer, written, reads = self.get(cell)
-        late = [reader for reader, read in reads if clock[reader] < read]
+        over = self.is_over(thread)
+        late = [reader for reader, read in reads if over[reader] < read]
         if late:
             text = f"the read by {self.who(late[0])} is not ordered before it"
             raise Violation(OVERWRITE, f"{self.says(thread, 'writes', cell)} over {old}; {text}")

@@ -11,6 +11,7 @@ between them), so a load that saw what the user wrote later is followed by a loo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from .explorer import BLOCKED, Machine, Step, View, Violation
@@ -158,3 +159,96 @@ class Leaving:
 
     def blame(self, v: View) -> None:
         raise Violation(VERDICTS, "the waiter reports E111 for a peer that did its part")
+
+
+class LatePull:
+    """A combine on GPUs in which the owner of y gives up while a source pulls.
+
+    The source's kernel is two blocks; one of them looks, once the other is through with its loads,
+    and believes what was loaded if the owner has not failed. The owner that gives up tells every
+    peer, in a word of that peer's block, then its host; its user, whose call has ended, writes to
+    y.
+    """
+
+    order: Sequence[str] = ("peer", "host")
+    looks_last = True
+
+    def __init__(self) -> None:
+        self.machine = m = Machine()
+        speaker, mover = m.thread("source speaker"), m.thread("source mover")
+        owner, user = m.thread("owner"), m.thread("owner's user")
+        self.rows = [m.cell("row", 0, 0, row) for row in range(2)]
+        self.notice, self.pulled = m.word("notice"), m.word("pulled")
+        self.finished = m.word("finished")
+        self.told = {"peer": m.word("life told"), "host": m.word("failure told")}
+        self.spoiled = m.var("spoiled", value=False)
+        look = Step("looks at the owner's life", self.look)
+        loads = [
+            Step("loads a row", lambda v: self.load(v, 0)),
+            Step("sees the mover through", lambda v: self.until(v, self.finished)),
+        ]
+        speaker.program(
+            [
+                Step("hears the owner", lambda v: self.until(v, self.notice)),
+                *([*loads, look] if self.looks_last else [look, *loads]),
+                Step("believes its sums", self.believe),
+                Step("tells that it has pulled", lambda v: v.release(self.pulled, 1)),
+                Step("gives up", lambda v: None, label="gives up"),
+            ]
+        )
+        mover.program(
+            [
+                Step("hears the owner", lambda v: self.until(v, self.notice)),
+                Step("loads a row", lambda v: self.load(v, 1)),
+                Step("is through", lambda v: v.release(self.finished, 1)),
+            ]
+        )
+        owner.program(
+            [
+                Step("publishes y", self.publish),
+                Step("is pulled, or its clock runs out", self.is_pulled),
+                *(Step(f"tells its {who}", lambda v, w=who: self.tell(v, w)) for who in self.order),
+                Step("ends", lambda v: "end"),
+                Step("tells its host that all is well", self.succeed, label="pulled"),
+                Step("has ended", lambda v: None, label="end"),
+            ]
+        )
+        user.program(
+            [
+                Step("sees its call end", lambda v: self.until(v, self.told["host"])),
+                *(
+                    Step("writes to y", lambda v, row=row: v.scribble(row, ("scratch", 1)))
+                    for row in self.rows
+                ),
+            ]
+        )
+
+    def until(self, v: View, word: Any) -> Any:
+        return None if v.acquire(word) else BLOCKED
+
+    def publish(self, v: View) -> None:
+        for row in self.rows:
+            v.write(row, ("y", 0))
+        v.release(self.notice, 1)
+
+    def is_pulled(self, v: View) -> str | None:
+        """Whether the clock is over when it is not depends on when this runs."""
+        return "pulled" if v.acquire(self.pulled) else None
+
+    def succeed(self, v: View) -> None:
+        self.tell(v, "host")
+
+    def tell(self, v: View, who: str) -> None:
+        v.release(self.told[who], 1)
+
+    def load(self, v: View, row: int) -> None:
+        """May race with the owner's user."""
+        if v.get(self.rows[row])[0] != ("y", 0):
+            v.put(self.spoiled, True)
+
+    def look(self, v: View) -> str | None:
+        return "gives up" if v.acquire(self.told["peer"]) else None
+
+    def believe(self, v: View) -> None:
+        if v.get(self.spoiled):
+            raise Violation(WRONG_DATA, "the source returns sums of rows their owner had given up")

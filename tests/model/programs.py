@@ -83,6 +83,16 @@ def static(op: Op) -> Op:
     return replace(op, static=True)
 
 
+def copies(op: Op) -> Op:
+    return replace(op, copies=op.kind != "combine" and not op.static)
+
+
+def by_copies(program: Program) -> Program:
+    """Every dispatch that may moves its rows by copy engine."""
+    ops = [copies(op) for op in program.ops]
+    return replace(program, name=f"{program.name}-by-copies", ops=ops)
+
+
 def actions(text: str) -> list[Action]:
     """ "call 0, use 0" as [("call", 0), ("use", 0)]."""
     pairs = (part.split() for part in text.split(","))

@@ -67,6 +67,7 @@ class Op:
     fails: Mapping[int, str] = field(default_factory=dict)  # rank -> invalid | no extent | overflow
     static: bool = False  # the call does not raise; its handle is empty when it failed
     staged: bool = False  # combine: y lies outside the arena
+    copies: bool = False  # dispatch on GPUs: rows travel by copy engine
 
     def handle_of(self, rank: int) -> int:
         return self.handle if isinstance(self.handle, int) else self.handle[rank]
