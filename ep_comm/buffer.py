@@ -301,7 +301,8 @@ class Buffer:
         out[t] = round(((0 or bias) + row + row ...) in float32), rows in ascending order of (owner
         rank, top-k slot) or, with order="topk", of top-k slots alone; one rounding at the end:
         results do not depend on timing. Compact adds one row per (token, rank), grouped and slab
-        one per selection. A token that went nowhere gets 0 (plus bias).
+        one per selection, or with per_rank per (token, rank). A token that went nowhere gets 0
+        (plus bias).
 
         Args:
             x: expert output in the rows of the dispatch, shape of its `recv.x`; bfloat16, float16
@@ -317,12 +318,13 @@ class Buffer:
             sum_weights: compact: a slot gets the sum over all ranks the token went to, in ascending
                 order, of what they hold for it; False: what the owner of its expert holds.
             per_rank: grouped, slab: a rank first adds up its own rows of a token in float32, in the
-                order of slots, and sends the sum rounded to x's dtype: fewer bytes for one more
-                rounding for each rank of a token. The result then differs from the exact one by at
-                most (u + u^2) * sum over ranks of |their sum|, beside its own rounding; u = 2^-9
-                for bfloat16.
+                order of slots, and sends the sum rounded to x's dtype; the source adds these in
+                ascending order. Fewer bytes for one more rounding for each rank of a token: an
+                error of at most u * |its sum|, u = 2^-8 for bfloat16, 2^-11 for float16 (whose sums
+                may also overflow), beside those of float32 sums and the last rounding.
             row_weights: with per_rank: float32 in the shape of x without hidden, as
-                `recv.topk_weights`; owners multiply each row by it in float32, product rounded.
+                `recv.topk_weights`: each row is multiplied by its own at its owner, in float32,
+                product rounded.
             bias: [num_tokens, hidden] of x's dtype, or a pair of them (either None, summed in
                 float32), added first.
             out: [num_tokens, hidden] of x's dtype, no memory of x; written and returned.
@@ -336,7 +338,7 @@ class Buffer:
 
         Stream: as dispatch; on the CPU the call returns when every rank has read its rows of x.
         Collective: every rank calls it, in the same order.
-        Cost: row bytes * unique (token, rank) pairs (compact) or selections, read once.
+        Cost: row bytes * unique (token, rank) pairs (compact, per_rank) or selections, read once.
         """
         self._enter()
         with self._lock:

@@ -419,8 +419,8 @@ DISPATCH = [
     "alignment", "row_index", "origins", "capacity", "sync", "wait", "output", "num_sms", "tag",
 ]  # fmt: skip
 COMBINE = [
-    "x", "handle", "weighted", "topk_weights", "sum_weights", "order", "bias", "out", "wait",
-    "num_sms", "tag",
+    "x", "handle", "weighted", "topk_weights", "sum_weights", "order", "per_rank", "row_weights",
+    "bias", "out", "wait", "num_sms", "tag",
 ]  # fmt: skip
 BUFFER = [
     "num_experts", "num_topk", "hidden", "max_tokens", "num_slots", "expert_map", "backend",

@@ -81,10 +81,6 @@ class CpuBackend:
         return _Dispatch(self, call)
 
     def prepare_combine(self, call: CombineCall) -> _Combine:
-        if call.per_rank:
-            raise make_error(
-                "E203", f"rejected per_rank=True: want backend 'nvlink', got {self.name!r}"
-            )
         return _Combine(self, call)
 
     def keep(self, pending: _core.Pending, work: object) -> None:
