@@ -91,7 +91,8 @@ def test_combine_and_redispatch_pass_opcheck(buffer: Buffer, way: str) -> None:
     values.requires_grad_()
     tail = (*received.handle, buffer.number)
     torch.library.opcheck(
-        OPS.combine.default, (None, y, values, x, None, *tail, False, "rank", None, "")
+        OPS.combine.default,
+        (None, y, values, None, x, None, *tail, False, "rank", False, None, ""),
     )
     shape = list(received.x.shape)
     last = (*tail, shape, received.layout, 128, None, "auto", "sm", None, "")
