@@ -308,7 +308,8 @@ class Buffer:
             x: expert output in the rows of the dispatch, shape of its `recv.x`; bfloat16, float16
                 or float32, contiguous, 16 bytes aligned. Where it lies in the arena (`recv.x`,
                 `buffer.empty()`) peers read it in place; otherwise rows of remote tokens are copied
-                into the arena: piece by piece on the CPU, all at once on GPUs.
+                into the arena: piece by piece on the CPU, all at once on GPUs. With per_rank the
+                sums are, wherever x lies.
             handle: `recv.handle`, or a tuple or list of the same tensors.
             weighted: multiply each row by the top-k weight given at dispatch, in float32, product
                 rounded; grouped, slab.

@@ -113,6 +113,10 @@ struct CombineArgs {
     uint64_t routing = 0;
 
     EP_HD constexpr int64_t row_bytes() const { return hidden * dtype_bytes(dtype); }
+    // What a source adds of a token: one row of each rank, or one of each slot; and whether it
+    // multiplies rows, which owners do otherwise.
+    EP_HD constexpr bool one_per_rank() const { return layout == RecvLayout::kCompact || per_rank; }
+    EP_HD constexpr bool source_weighs() const { return weighted && !per_rank; }
 };
 static_assert(std::is_trivially_copyable_v<CombineArgs>);
 

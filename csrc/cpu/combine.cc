@@ -135,8 +135,6 @@ private:
         return offset < 0 ? nullptr : reinterpret_cast<const float*>(arena_of(owner) + offset);
     }
 
-    bool one_per_rank() const { return a.layout == RecvLayout::kCompact || a.per_rank; }
-
     // Contributions of a token, ascending rank, then slot; or one for all slots of a rank.
     int gather(int64_t t, Contribution* found) const {
         int count = 0;
@@ -147,7 +145,7 @@ private:
             const Contribution next{experts.owner(expert), k, row};
             int at = count;
             while (!a.topk_order && at > 0 && found[at - 1].owner > next.owner) --at;
-            if (one_per_rank() && at > 0 && found[at - 1].owner == next.owner) continue;
+            if (a.one_per_rank() && at > 0 && found[at - 1].owner == next.owner) continue;
             for (int i = count; i > at; --i) found[i] = found[i - 1];
             found[at] = next;
             ++count;
@@ -187,7 +185,7 @@ private:
         Contribution found[kMaxTopk];
         const std::byte* rows[kMaxTopk];
         float weights[kMaxTopk];
-        const bool weighs = a.weighted && !a.per_rank;  // else owners have
+        const bool weighs = a.source_weighs();
         for (; next_token < a.num_tokens; ++next_token) {
             const int64_t t = next_token;
             const int count = gather(t, found);

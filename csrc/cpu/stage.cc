@@ -57,7 +57,7 @@ int64_t Stage::row_at(const Source& source) const {
 }
 
 void Stage::step(Source& source) const {
-    if (one_per_token() || ++source.slot == a_.num_topk) {
+    if (a_.one_per_rank() || ++source.slot == a_.num_topk) {
         ++source.token;
         source.slot = 0;
     }

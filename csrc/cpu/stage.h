@@ -52,7 +52,6 @@ private:
         int64_t staged = 0;
     };
 
-    bool one_per_token() const { return a_.layout == RecvLayout::kCompact || a_.per_rank; }
     int64_t row_at(const Source& source) const;
     void stage_row(std::byte* to, const Source& source) const;
     void step(Source& source) const;
