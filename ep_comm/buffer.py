@@ -26,6 +26,7 @@ from ep_comm.checks import (
     DispatchCall,
     check_combine,
     check_dispatch,
+    check_fills,
     check_memory,
     check_transfer,
     flag,
@@ -130,8 +131,8 @@ class Buffer:
         scale_block: int | None = ..., quantize: str | None = ..., handle: Any = ...,
         layout: str = ..., alignment: int = ..., row_index: bool = ..., origins: bool = ...,
         layer: int | None = ..., capacity: int | None = ..., sync: bool = ...,
-        wait: Literal[True] = ..., output: str = ..., transfer: str = ...,
-        num_sms: int | None = ..., tag: str = ...,
+        wait: Literal[True] = ..., output: str = ..., transfer: str = ..., recv_stats: Any = ...,
+        wait_stats: Any = ..., num_sms: int | None = ..., tag: str = ...,
     ) -> Received: ...
     @overload
     def dispatch(
@@ -139,8 +140,8 @@ class Buffer:
         scale_block: int | None = ..., quantize: str | None = ..., handle: Any = ...,
         layout: str = ..., alignment: int = ..., row_index: bool = ..., origins: bool = ...,
         layer: int | None = ..., capacity: int | None = ..., sync: bool = ...,
-        wait: Literal[False], output: str = ..., transfer: str = ...,
-        num_sms: int | None = ..., tag: str = ...,
+        wait: Literal[False], output: str = ..., transfer: str = ..., recv_stats: Any = ...,
+        wait_stats: Any = ..., num_sms: int | None = ..., tag: str = ...,
     ) -> Begun[Received]: ...
     # fmt: on
 
@@ -164,6 +165,8 @@ class Buffer:
         wait: bool = True,
         output: str = "auto",
         transfer: str = "sm",
+        recv_stats: Any = None,
+        wait_stats: Any = None,
         num_sms: int | None = None,
         tag: str = "",
     ) -> Any:
@@ -204,6 +207,12 @@ class Buffer:
             transfer: how rows travel, nvlink. "sm": pushed by SMs. "copy_engine": packed by
                 destination in a short step on all SMs, then copied, which holds no SM; compact,
                 sync=True, not quantized; takes arena memory for the rows that leave.
+            recv_stats: int32 [num_local_experts], contiguous; num_tokens_per_expert is added to it.
+                Not with `handle`.
+            wait_stats: int64 [num_ranks], contiguous; the nanoseconds for which each rank was
+                waited for are added: until it had entered the call, and from then until its rows
+                were here, each from when all were waited for. A rank that is there at once costs
+                nothing. Not on the collective backend, where ranks cannot be told apart.
             num_sms: SMs for this call, GPU backends.
             tag: your name for the call, quoted in errors.
         Returns:
@@ -235,11 +244,13 @@ class Buffer:
                     self._spec, self._backend.generation, x, topk_idx, topk_weights,
                     scales=scales, scale_block=scale_block, quantize=quantize, handle=handle,
                     layout=layout, alignment=alignment, row_index=row_index, origins=origins,
-                    capacity=capacity, sync=sync, output=output, num_sms=num_sms, tag=tag,
+                    capacity=capacity, sync=sync, output=output, recv_stats=recv_stats,
+                    wait_stats=wait_stats, num_sms=num_sms, tag=tag,
                 )  # fmt: skip
                 waits = flag("wait", wait)
                 call.replicas = self._replicas_of(layer, call)
                 call.transfer = check_transfer(transfer, call, self._backend.name)
+                check_fills(call, self._backend.name, self._backend.fills)
                 work = self._backend.prepare_dispatch(call)
             except EPError as error:
                 raise self._refused("dispatch", error, tag) from None
@@ -253,28 +264,28 @@ class Buffer:
     def combine(
         self, x: Any, handle: Any, *, weighted: bool = ..., topk_weights: None = ...,
         order: str = ..., sum_weights: bool = ..., per_rank: bool = ..., row_weights: Any = ...,
-        bias: Any = ..., out: Tensor | None = ...,
+        bias: Any = ..., out: Tensor | None = ..., wait_stats: Any = ...,
         wait: Literal[True] = ..., num_sms: int | None = ..., tag: str = ...,
     ) -> Tensor: ...
     @overload
     def combine(
         self, x: Any, handle: Any, *, weighted: bool = ..., topk_weights: Tensor,
         order: str = ..., sum_weights: bool = ..., per_rank: bool = ..., row_weights: Any = ...,
-        bias: Any = ..., out: Tensor | None = ...,
+        bias: Any = ..., out: Tensor | None = ..., wait_stats: Any = ...,
         wait: Literal[True] = ..., num_sms: int | None = ..., tag: str = ...,
     ) -> tuple[Tensor, Tensor]: ...
     @overload
     def combine(
         self, x: Any, handle: Any, *, weighted: bool = ..., topk_weights: None = ...,
         order: str = ..., sum_weights: bool = ..., per_rank: bool = ..., row_weights: Any = ...,
-        bias: Any = ..., out: Tensor | None = ...,
+        bias: Any = ..., out: Tensor | None = ..., wait_stats: Any = ...,
         wait: Literal[False], num_sms: int | None = ..., tag: str = ...,
     ) -> Begun[Tensor]: ...
     @overload
     def combine(
         self, x: Any, handle: Any, *, weighted: bool = ..., topk_weights: Tensor,
         order: str = ..., sum_weights: bool = ..., per_rank: bool = ..., row_weights: Any = ...,
-        bias: Any = ..., out: Tensor | None = ...,
+        bias: Any = ..., out: Tensor | None = ..., wait_stats: Any = ...,
         wait: Literal[False], num_sms: int | None = ..., tag: str = ...,
     ) -> Begun[tuple[Tensor, Tensor]]: ...
     # fmt: on
@@ -293,6 +304,7 @@ class Buffer:
         bias: Any = None,
         out: Tensor | None = None,
         wait: bool = True,
+        wait_stats: Any = None,
         num_sms: int | None = None,
         tag: str = "",
     ) -> Any:
@@ -329,6 +341,8 @@ class Buffer:
             bias: [num_tokens, hidden] of x's dtype, or a pair of them (either None, summed in
                 float32), added first.
             out: [num_tokens, hidden] of x's dtype, no memory of x; written and returned.
+            wait_stats: int64 [num_ranks], contiguous; the nanoseconds for which each rank's rows
+                were waited for are added, see dispatch.
             wait, num_sms, tag: as in dispatch.
         Returns:
             [num_tokens, hidden] of x's dtype; with topk_weights a pair, the second float32
@@ -348,9 +362,10 @@ class Buffer:
                     self._spec, self._backend.generation, x, handle, weighted=weighted,
                     topk_weights=topk_weights, order=order, sum_weights=sum_weights,
                     per_rank=per_rank, row_weights=row_weights, bias=bias, out=out,
-                    num_sms=num_sms, tag=tag,
+                    wait_stats=wait_stats, num_sms=num_sms, tag=tag,
                 )  # fmt: skip
                 waits = flag("wait", wait)
+                check_fills(call, self._backend.name, self._backend.fills)
                 work = self._backend.prepare_combine(call)
             except EPError as error:
                 raise self._refused("combine", error, tag) from None

@@ -91,6 +91,8 @@ class Uncopyable:
 
 
 BYTES = torch.zeros(TOKENS, HIDDEN, dtype=torch.float8_e4m3fn)
+COUNTS = torch.zeros(EXPERTS // RANKS, dtype=torch.int32)
+WAITS = torch.zeros(RANKS, dtype=torch.int64)
 DISPATCH: dict[str, Bad] = {
     # x
     "x-none": Bad("E200", ("x", "NoneType", "tensor"), {"x": None}),
@@ -195,6 +197,15 @@ DISPATCH: dict[str, Bad] = {
     # handle together with what it replaces
     "handle-junk": Bad("E320", ("handle", "int"), {"handle": 5, "topk_idx": None}),
     "handle-and-ids": Bad("E203", ("topk_idx", "handle="), {"handle": ()}),
+    # statistics
+    "recv-stats-list": Bad("E200", ("recv_stats", "list"), {"recv_stats": [0, 0]}),
+    "recv-stats-dtype": Bad("E200", ("recv_stats", "int64"), {"recv_stats": COUNTS.long()}),
+    "recv-stats-shape": Bad("E201", ("recv_stats", "[1]"), {"recv_stats": COUNTS[:1]}),
+    "recv-stats-strided": Bad("E202", ("recv_stats", "strides"), {"recv_stats": wide(COUNTS)}),
+    "recv-stats-meta": Bad("E202", ("recv_stats", "meta"), {"recv_stats": COUNTS.to("meta")}),
+    "wait-stats-dtype": Bad("E200", ("wait_stats", "float32"), {"wait_stats": WAITS.float()}),
+    "wait-stats-matrix": Bad("E201", ("wait_stats", "[3, 3]"), {"wait_stats": WAITS.expand(3, 3)}),
+    "wait-stats-strided": Bad("E202", ("wait_stats", "strides"), {"wait_stats": wide(WAITS)}),
 }  # fmt: skip
 
 
@@ -334,6 +345,9 @@ COMBINE: dict[str, Bad] = {
         ("row_weights", "per_rank=True"),
         make=lambda x: {"row_weights": torch.ones(x.shape[0])},
     ),
+    "wait-stats-dtype": Bad("E200", ("wait_stats", "int32"), {"wait_stats": WAITS.int()}),
+    "wait-stats-matrix": Bad("E201", ("wait_stats", "[3, 3]"), {"wait_stats": WAITS.expand(3, 3)}),
+    "wait-stats-strided": Bad("E202", ("wait_stats", "strides"), {"wait_stats": wide(WAITS)}),
     "num-sms": Bad("E203", ("num_sms=-3",), {"num_sms": -3}),
 }  # fmt: skip
 

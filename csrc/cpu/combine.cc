@@ -36,7 +36,7 @@ public:
     Outcome run() {
         if (!acquire_slot()) return fail(watch.outcome());
         publish();
-        if (!await_entries(describe(a)) || !check_peers()) return fail(outcome);
+        if (!await_entries(describe(a), a.wait_stats) || !check_peers()) return fail(outcome);
         if (!pull()) return fail(outcome);
         // A peer that failed meanwhile may have let its user change y under our reads.
         if (!watch.healthy(Site::kPulled)) return fail(watch.outcome());
@@ -170,10 +170,14 @@ private:
             const auto progress = [&] {
                 return stage.progress() + (added ? 0 : staged_by(awaited));
             };
+            const auto start = WaitTimes::Clock::now();
             if (!watch.until(added ? Site::kPulled : Site::kRows, peer, ready, progress, 0,
                              WokenBy::kAnyone)) {
                 outcome = watch.outcome();
                 return false;
+            }
+            if (!added && a.wait_stats != nullptr) {
+                add_to_stats(a.wait_stats[peer], WaitTimes::ns(WaitTimes::Clock::now() - start));
             }
         }
     }

@@ -42,6 +42,7 @@ class Backend(Protocol):
 
     name: str
     generation: int  # id of the buffer, the same on all ranks
+    fills: frozenset[str]  # which of recv_stats and wait_stats
 
     def prepare_dispatch(self, call: DispatchCall) -> Work[Received]: ...
     def prepare_combine(self, call: CombineCall) -> Work[Combined]: ...

@@ -78,6 +78,7 @@ class CollectiveBackend:
     """
 
     name = "collective"
+    fills = frozenset({"recv_stats"})  # an all-to-all does not say whose rows came when
 
     def __init__(
         self,
@@ -248,6 +249,9 @@ class _Dispatch(_Operation[Received]):
             return self._failed(int(error.code[1:]))
         arrived = self._exchange_rows(receives[self.spec.rank].tokens_from.tolist(), step)
         received = self._received(self.plan, receives, arrived, status=0)
+        if self.call.recv_stats is not None:
+            with torch.inference_mode():  # where tensors made in it may be written to, too
+                self.call.recv_stats += received.num_tokens_per_expert
         return self._with_origins(received, [r.rows_to for r in records])
 
     def _options(self, routing_number: int) -> Options:

@@ -43,6 +43,7 @@ class CpuBackend:
     """One rank of a buffer over shared memory. Collective to construct; see `connect`."""
 
     name = "cpu"
+    fills = frozenset({"recv_stats", "wait_stats"})
 
     def __init__(
         self,

@@ -57,6 +57,7 @@ class NvlinkBackend:
     """One rank of a buffer on GPUs. Collective to construct; see `connect`."""
 
     name = "nvlink"
+    fills: frozenset[str] = frozenset()
 
     def __init__(
         self,

@@ -70,6 +70,7 @@ def dispatch(
     sync: bool = True,
     handles: Sequence[Handle | Sequence[Tensor]] | None = None,
     replicas: Sequence[LayerReplicas] | None = None,
+    recv_stats: Sequence[Tensor] | None = None,
     generation: int = 0,
     routing_number: int = 0,
 ) -> list[Received]:
@@ -90,6 +91,7 @@ def dispatch(
             Layout, alignment, capacity and sync are the handle's; those passed are ignored.
         replicas: of each rank: topk_idx names logical experts, and each selection goes to one of
             num_experts physical ones; handles hold those. Adds to `load` of each rank.
+        recv_stats: int32 [El] per rank; num_tokens_per_expert is added to it. Not with handles.
         generation, routing_number: written into the handles.
     Returns:
         One Received per rank. With handles: topk_idx and row_index are None, the handle is the one
@@ -107,6 +109,8 @@ def dispatch(
     if handles is not None:
         if topk_idx is not None:
             _reject("E203", "rejected topk_idx: the handle has the routing, want None with handle=")
+        if recv_stats is not None:
+            _reject("E203", "rejected recv_stats: want None with handle=")
         return _dispatch_cached(x, scales, weights, handles, expert_map)
     if topk_idx is None:
         _reject("E200", "rejected topk_idx: got None, want int64 or int32 [T, K]")
@@ -130,6 +134,8 @@ def dispatch(
         rank_rows = torch.stack([r.handle.rank_counts[0] for r in received])
         for r in received:
             r.origins = trace_origins(rank_rows, r.handle, HandleMeta.unpack(r.handle.meta))
+    for stats, r in zip(recv_stats or [], received, strict=recv_stats is not None):
+        stats += r.num_tokens_per_expert
     return received
 
 
