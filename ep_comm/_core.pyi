@@ -517,6 +517,8 @@ class DispatchPlan:
         topk_idx: object,
         topk_weights: object,
         scales: object,
+        recv_stats: object,
+        wait_stats: object,
         routing: Routing | None,
     ) -> Flight | None: ...
 
@@ -530,6 +532,7 @@ class CombinePlan:
         topk_idx: object,
         topk_weights: object,
         row_weights: object,
+        wait_stats: object,
         out: object,
     ) -> int | None: ...
 

@@ -171,16 +171,20 @@ def combine(
     weighted: bool = False,
     topk_weights: Tensor | None = None,
     order: str = "rank",
+    per_rank: bool = False,
+    row_weights: Tensor | None = None,
     bias: Bias = None,
     num_sms: int | None = None,
     tag: str = "",
 ) -> Any:
-    """`buffer.combine`, differentiable in x, bias, topk_weights and, when weighted, the weights.
+    """`buffer.combine`, differentiable in x, bias, topk_weights, row_weights and, when weighted,
+    the weights.
 
     Args:
-        x, handle, weighted, topk_weights, order, bias, num_sms, tag: as `Buffer.combine`, but x and
-            bias are copied where not contiguous or aligned. The weights of weighted=True are those
-            in the handle: keep the one `dispatch` returned to have their gradients.
+        x, handle, weighted, topk_weights, order, per_rank, row_weights, bias, num_sms, tag: as
+            `Buffer.combine`, but tensors are copied where not contiguous or aligned. The weights of
+            weighted=True are those in the handle: keep the one `dispatch` returned to have their
+            gradients. The rounding of a rank's sum (per_rank) has the gradient of any rounding: 1.
     Returns:
         [num_tokens, hidden]; with topk_weights a pair, the second float32 [num_tokens, num_topk].
     Raises:
@@ -189,26 +193,26 @@ def combine(
     Stream: the current stream.
     Collective: every rank calls it, in the same order; its backward, too (see the module).
     Cost: backward is one cached dispatch. With weighted=True and weights that need gradients it is
-        a combine more: scaling x by `recv.topk_weights` before a plain combine needs none.
+        a combine more: row_weights, or scaling x by `recv.topk_weights` before, need none.
     """
     pair: Any = bias if isinstance(bias, tuple | list) else (bias, None)
-    if not are_flags(weighted):
-        (weighted,) = flags(buffer, "combine", tag, weighted=weighted)
+    if not are_flags(weighted, per_rank):
+        weighted, per_rank = flags(buffer, "combine", tag, weighted=weighted, per_rank=per_rank)
     fits = (
         is_whole(handle)
         and len(pair) == 2
-        and are_tensors(x, topk_weights, *pair)
+        and are_tensors(x, topk_weights, row_weights, *pair)
         and are_ints(1, num_sms)
         and are_texts(order)
     )
     if not fits:
         return buffer.combine(  # which says what is wrong, to all ranks
-            x, handle, weighted=weighted, topk_weights=topk_weights, order=order, bias=bias,
-            num_sms=num_sms, tag=tag,
+            x, handle, weighted=weighted, topk_weights=topk_weights, order=order,
+            per_rank=per_rank, row_weights=row_weights, bias=bias, num_sms=num_sms, tag=tag,
         )  # fmt: skip
     total, home = in_turn(
-        torch.ops.ep_comm.combine, _turn(), x, topk_weights, *pair, *handle, buffer.number,
-        weighted, order, num_sms, text(buffer, "combine", tag),
+        torch.ops.ep_comm.combine, _turn(), x, topk_weights, row_weights, *pair, *handle,
+        buffer.number, weighted, order, per_rank, num_sms, text(buffer, "combine", tag),
     )  # fmt: skip
     return total if topk_weights is None else (total, home)
 

@@ -26,6 +26,7 @@ from ep_comm.checks import (
     DispatchCall,
     check_combine,
     check_dispatch,
+    check_fills,
     check_memory,
     check_transfer,
     flag,
@@ -130,8 +131,8 @@ class Buffer:
         scale_block: int | None = ..., quantize: str | None = ..., handle: Any = ...,
         layout: str = ..., alignment: int = ..., row_index: bool = ..., origins: bool = ...,
         layer: int | None = ..., capacity: int | None = ..., sync: bool = ...,
-        wait: Literal[True] = ..., output: str = ..., transfer: str = ...,
-        num_sms: int | None = ..., tag: str = ...,
+        wait: Literal[True] = ..., output: str = ..., transfer: str = ..., recv_stats: Any = ...,
+        wait_stats: Any = ..., num_sms: int | None = ..., tag: str = ...,
     ) -> Received: ...
     @overload
     def dispatch(
@@ -139,8 +140,8 @@ class Buffer:
         scale_block: int | None = ..., quantize: str | None = ..., handle: Any = ...,
         layout: str = ..., alignment: int = ..., row_index: bool = ..., origins: bool = ...,
         layer: int | None = ..., capacity: int | None = ..., sync: bool = ...,
-        wait: Literal[False], output: str = ..., transfer: str = ...,
-        num_sms: int | None = ..., tag: str = ...,
+        wait: Literal[False], output: str = ..., transfer: str = ..., recv_stats: Any = ...,
+        wait_stats: Any = ..., num_sms: int | None = ..., tag: str = ...,
     ) -> Begun[Received]: ...
     # fmt: on
 
@@ -164,6 +165,8 @@ class Buffer:
         wait: bool = True,
         output: str = "auto",
         transfer: str = "sm",
+        recv_stats: Any = None,
+        wait_stats: Any = None,
         num_sms: int | None = None,
         tag: str = "",
     ) -> Any:
@@ -204,6 +207,12 @@ class Buffer:
             transfer: how rows travel, nvlink. "sm": pushed by SMs. "copy_engine": packed by
                 destination in a short step on all SMs, then copied, which holds no SM; compact,
                 sync=True, not quantized; takes arena memory for the rows that leave.
+            recv_stats: int32 [num_local_experts], contiguous; num_tokens_per_expert is added to it.
+                Not with `handle`.
+            wait_stats: int64 [num_ranks], contiguous; the nanoseconds for which each rank was
+                waited for are added: until it had entered the call, and from then until its rows
+                were here, each from when all were waited for. A rank that is there at once costs
+                nothing. Not on the collective backend, where ranks cannot be told apart.
             num_sms: SMs for this call, GPU backends.
             tag: your name for the call, quoted in errors.
         Returns:
@@ -237,7 +246,10 @@ class Buffer:
                     others=(quantize, layout, row_index, origins, sync, output, transfer),
                 )  # fmt: skip
             if plans is not None and options is not None:
-                received = plans.dispatch(x, topk_idx, topk_weights, scales, handle, options, tag)
+                received = plans.dispatch(
+                    x, topk_idx, topk_weights, scales, handle, (recv_stats, wait_stats), options,
+                    tag,
+                )  # fmt: skip
                 if received is not None:
                     return received
             try:
@@ -245,11 +257,13 @@ class Buffer:
                     self._spec, self._backend.generation, x, topk_idx, topk_weights,
                     scales=scales, scale_block=scale_block, quantize=quantize, handle=handle,
                     layout=layout, alignment=alignment, row_index=row_index, origins=origins,
-                    capacity=capacity, sync=sync, output=output, num_sms=num_sms, tag=tag,
+                    capacity=capacity, sync=sync, output=output, recv_stats=recv_stats,
+                    wait_stats=wait_stats, num_sms=num_sms, tag=tag,
                 )  # fmt: skip
                 waits = flag("wait", wait)
                 call.replicas = self._replicas_of(layer, call)
                 call.transfer = check_transfer(transfer, call, self._backend.name)
+                check_fills(call, self._backend.name, self._backend.fills)
                 work = self._backend.prepare_dispatch(call)
             except EPError as error:
                 raise self._refused("dispatch", error, tag) from None
@@ -268,28 +282,28 @@ class Buffer:
     def combine(
         self, x: Any, handle: Any, *, weighted: bool = ..., topk_weights: None = ...,
         order: str = ..., sum_weights: bool = ..., per_rank: bool = ..., row_weights: Any = ...,
-        bias: Any = ..., out: Tensor | None = ...,
+        bias: Any = ..., out: Tensor | None = ..., wait_stats: Any = ...,
         wait: Literal[True] = ..., num_sms: int | None = ..., tag: str = ...,
     ) -> Tensor: ...
     @overload
     def combine(
         self, x: Any, handle: Any, *, weighted: bool = ..., topk_weights: Tensor,
         order: str = ..., sum_weights: bool = ..., per_rank: bool = ..., row_weights: Any = ...,
-        bias: Any = ..., out: Tensor | None = ...,
+        bias: Any = ..., out: Tensor | None = ..., wait_stats: Any = ...,
         wait: Literal[True] = ..., num_sms: int | None = ..., tag: str = ...,
     ) -> tuple[Tensor, Tensor]: ...
     @overload
     def combine(
         self, x: Any, handle: Any, *, weighted: bool = ..., topk_weights: None = ...,
         order: str = ..., sum_weights: bool = ..., per_rank: bool = ..., row_weights: Any = ...,
-        bias: Any = ..., out: Tensor | None = ...,
+        bias: Any = ..., out: Tensor | None = ..., wait_stats: Any = ...,
         wait: Literal[False], num_sms: int | None = ..., tag: str = ...,
     ) -> Begun[Tensor]: ...
     @overload
     def combine(
         self, x: Any, handle: Any, *, weighted: bool = ..., topk_weights: Tensor,
         order: str = ..., sum_weights: bool = ..., per_rank: bool = ..., row_weights: Any = ...,
-        bias: Any = ..., out: Tensor | None = ...,
+        bias: Any = ..., out: Tensor | None = ..., wait_stats: Any = ...,
         wait: Literal[False], num_sms: int | None = ..., tag: str = ...,
     ) -> Begun[tuple[Tensor, Tensor]]: ...
     # fmt: on
@@ -308,6 +322,7 @@ class Buffer:
         bias: Any = None,
         out: Tensor | None = None,
         wait: bool = True,
+        wait_stats: Any = None,
         num_sms: int | None = None,
         tag: str = "",
     ) -> Any:
@@ -316,13 +331,15 @@ class Buffer:
         out[t] = round(((0 or bias) + row + row ...) in float32), rows in ascending order of (owner
         rank, top-k slot) or, with order="topk", of top-k slots alone; one rounding at the end:
         results do not depend on timing. Compact adds one row per (token, rank), grouped and slab
-        one per selection. A token that went nowhere gets 0 (plus bias).
+        one per selection, or with per_rank per (token, rank). A token that went nowhere gets 0
+        (plus bias).
 
         Args:
             x: expert output in the rows of the dispatch, shape of its `recv.x`; bfloat16, float16
                 or float32, contiguous, 16 bytes aligned. Where it lies in the arena (`recv.x`,
                 `buffer.empty()`) peers read it in place; otherwise rows of remote tokens are copied
-                into the arena: piece by piece on the CPU, all at once on GPUs.
+                into the arena: piece by piece on the CPU, all at once on GPUs. With per_rank the
+                sums are, wherever x lies.
             handle: `recv.handle`, or a tuple or list of the same tensors.
             weighted: multiply each row by the top-k weight given at dispatch, in float32, product
                 rounded; grouped, slab.
@@ -332,15 +349,18 @@ class Buffer:
             sum_weights: compact: a slot gets the sum over all ranks the token went to, in ascending
                 order, of what they hold for it; False: what the owner of its expert holds.
             per_rank: grouped, slab: a rank first adds up its own rows of a token in float32, in the
-                order of slots, and sends the sum rounded to x's dtype: fewer bytes for one more
-                rounding for each rank of a token. The result then differs from the exact one by at
-                most (u + u^2) * sum over ranks of |their sum|, beside its own rounding; u = 2^-9
-                for bfloat16.
+                order of slots, and sends the sum rounded to x's dtype; the source adds these in
+                ascending order. Fewer bytes for one more rounding for each rank of a token: an
+                error of at most u * |its sum|, u = 2^-8 for bfloat16, 2^-11 for float16 (whose sums
+                may also overflow), beside those of float32 sums and the last rounding.
             row_weights: with per_rank: float32 in the shape of x without hidden, as
-                `recv.topk_weights`; owners multiply each row by it in float32, product rounded.
+                `recv.topk_weights`: each row is multiplied by its own at its owner, in float32,
+                product rounded.
             bias: [num_tokens, hidden] of x's dtype, or a pair of them (either None, summed in
                 float32), added first.
             out: [num_tokens, hidden] of x's dtype, no memory of x; written and returned.
+            wait_stats: int64 [num_ranks], contiguous; the nanoseconds for which each rank's rows
+                were waited for are added, see dispatch.
             wait, num_sms, tag: as in dispatch.
         Returns:
             [num_tokens, hidden] of x's dtype; with topk_weights a pair, the second float32
@@ -351,7 +371,7 @@ class Buffer:
 
         Stream: as dispatch; on the CPU the call returns when every rank has read its rows of x.
         Collective: every rank calls it, in the same order.
-        Cost: row bytes * unique (token, rank) pairs (compact) or selections, read once.
+        Cost: row bytes * unique (token, rank) pairs (compact, per_rank) or selections, read once.
         """
         self._enter()
         with self._lock:
@@ -359,7 +379,7 @@ class Buffer:
             if plans is not None and wait is True and topk_weights is bias is out is None:
                 options = _options(num_sms, others=(weighted, order, sum_weights, per_rank))
             if plans is not None and options is not None:
-                combined = plans.combine(x, handle, row_weights, options)
+                combined = plans.combine(x, handle, row_weights, wait_stats, options)
                 if combined is not None:
                     return combined
             try:
@@ -367,9 +387,10 @@ class Buffer:
                     self._spec, self._backend.generation, x, handle, weighted=weighted,
                     topk_weights=topk_weights, order=order, sum_weights=sum_weights,
                     per_rank=per_rank, row_weights=row_weights, bias=bias, out=out,
-                    num_sms=num_sms, tag=tag,
+                    wait_stats=wait_stats, num_sms=num_sms, tag=tag,
                 )  # fmt: skip
                 waits = flag("wait", wait)
+                check_fills(call, self._backend.name, self._backend.fills)
                 work = self._backend.prepare_combine(call)
             except EPError as error:
                 raise self._refused("combine", error, tag) from None

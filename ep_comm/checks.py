@@ -93,6 +93,8 @@ class DispatchCall:
     tag: str
     replicas: LayerReplicas | None = None  # then topk_idx names logical experts
     transfer: Transfer = "sm"
+    recv_stats: Tensor | None = None  # int32 [local experts], written to, as the next one
+    wait_stats: Tensor | None = None  # int64 [ranks]
 
     @property
     def num_topk(self) -> int:
@@ -123,6 +125,7 @@ class CombineCall:
     row_weights: Tensor | None  # float32 [rows] in the shape of x, of each row at its owner
     bias: tuple[Tensor | None, Tensor | None]  # each [T, H]
     out: Tensor | None  # [T, H]
+    wait_stats: Tensor | None  # int64 [ranks], written to
     num_sms: int | None
     tag: str
 
@@ -141,6 +144,13 @@ def check_transfer(transfer: Any, call: DispatchCall, backend: str) -> Transfer:
     if missing := [want for want, given in wants.items() if not given]:
         raise make_error("E203", f"rejected transfer={transfer!r}: want {missing[0]} with it")
     return "copy_engine"
+
+
+def check_fills(call: DispatchCall | CombineCall, backend: str, fills: frozenset[str]) -> None:
+    """E203 unless the backend fills the statistics asked for."""
+    for name in ("recv_stats", "wait_stats"):
+        if getattr(call, name, None) is not None and name not in fills:
+            raise make_error("E203", f"rejected {name}: want None with backend {backend!r}")
 
 
 def as_tensor(name: str, value: Any) -> Tensor:
@@ -376,6 +386,8 @@ def check_dispatch(
     capacity: Any,
     sync: Any,
     output: Any,
+    recv_stats: Any,
+    wait_stats: Any,
     num_sms: Any,
     tag: Any,
 ) -> DispatchCall:
@@ -413,6 +425,8 @@ def check_dispatch(
     origins = flag("origins", origins)
     if origins and handle is not None:
         raise make_error("E203", "rejected origins=True: want False with handle=")
+    if recv_stats is not None and handle is not None:  # its selections have been counted
+        raise make_error("E203", "rejected recv_stats: want None with handle=")
     if row_index and layout != "compact":
         raise make_error("E203", f"rejected row_index=True: want layout='compact', got {layout!r}")
     scale_tensor, words, scale_dtype = check_scales(spec, x, scales, scale_block, quantize)
@@ -448,6 +462,8 @@ def check_dispatch(
         output=output,
         num_sms=num_sms,
         tag=str(tag),
+        recv_stats=check_stats("recv_stats", recv_stats, spec, torch.int32, spec.num_local_experts),
+        wait_stats=check_stats("wait_stats", wait_stats, spec, torch.int64, spec.num_ranks),
     )
     call.capacity = default_capacity(spec, call)
     slabs = spec.num_local_experts if call.layout == "slab" else 1
@@ -488,6 +504,18 @@ def _check_ids(spec: BufferSpec, topk_idx: Any, num_tokens: int) -> tuple[Tensor
     if not 1 <= idx.shape[1] <= limit:
         raise make_error("E210", f"rejected top_k={idx.shape[1]}: limit {limit}, at least 1")
     return idx.to(torch.int64).contiguous(), idx.dtype
+
+
+def check_stats(
+    name: str, stats: Any, spec: BufferSpec, dtype: torch.dtype, size: int
+) -> Tensor | None:
+    """A tensor that is added to in place."""
+    if stats is None:
+        return None
+    tensor = real(name, check_tensor(name, stats, spec, (dtype,), (size,)))
+    if not tensor.is_contiguous():
+        raise rejected("E202", name, f"strides {list(tensor.stride())}", "contiguous")
+    return tensor
 
 
 def _check_weights(spec: BufferSpec, weights: Any, num_tokens: int, num_topk: int) -> Tensor | None:
@@ -607,6 +635,7 @@ def check_combine(
     row_weights: Any,
     bias: Any,
     out: Any,
+    wait_stats: Any,
     num_sms: Any,
     tag: Any,
 ) -> CombineCall:
@@ -675,6 +704,7 @@ def check_combine(
         row_weights,
         (first, second),
         out,
+        check_stats("wait_stats", wait_stats, spec, torch.int64, spec.num_ranks),
         num_sms,
         str(tag),
     )

@@ -91,6 +91,8 @@ class Uncopyable:
 
 
 BYTES = torch.zeros(TOKENS, HIDDEN, dtype=torch.float8_e4m3fn)
+COUNTS = torch.zeros(EXPERTS // RANKS, dtype=torch.int32)
+WAITS = torch.zeros(RANKS, dtype=torch.int64)
 DISPATCH: dict[str, Bad] = {
     # x
     "x-none": Bad("E200", ("x", "NoneType", "tensor"), {"x": None}),
@@ -195,6 +197,15 @@ DISPATCH: dict[str, Bad] = {
     # handle together with what it replaces
     "handle-junk": Bad("E320", ("handle", "int"), {"handle": 5, "topk_idx": None}),
     "handle-and-ids": Bad("E203", ("topk_idx", "handle="), {"handle": ()}),
+    # statistics
+    "recv-stats-list": Bad("E200", ("recv_stats", "list"), {"recv_stats": [0, 0]}),
+    "recv-stats-dtype": Bad("E200", ("recv_stats", "int64"), {"recv_stats": COUNTS.long()}),
+    "recv-stats-shape": Bad("E201", ("recv_stats", "[1]"), {"recv_stats": COUNTS[:1]}),
+    "recv-stats-strided": Bad("E202", ("recv_stats", "strides"), {"recv_stats": wide(COUNTS)}),
+    "recv-stats-meta": Bad("E202", ("recv_stats", "meta"), {"recv_stats": COUNTS.to("meta")}),
+    "wait-stats-dtype": Bad("E200", ("wait_stats", "float32"), {"wait_stats": WAITS.float()}),
+    "wait-stats-matrix": Bad("E201", ("wait_stats", "[3, 3]"), {"wait_stats": WAITS.expand(3, 3)}),
+    "wait-stats-strided": Bad("E202", ("wait_stats", "strides"), {"wait_stats": wide(WAITS)}),
 }  # fmt: skip
 
 
@@ -327,6 +338,16 @@ COMBINE: dict[str, Bad] = {
     "weighted-array": Bad("E203", ("weighted",), {"weighted": torch.ones(2)}),
     "order": Bad("E203", ("order='any'",), {"order": "any"}),
     "order-compact": Bad("E203", ("order='topk'", "grouped or slab"), {"order": "topk"}),
+    "per-rank-compact": Bad("E203", ("per_rank", "grouped or slab"), {"per_rank": True}),
+    "per-rank-array": Bad("E203", ("per_rank",), {"per_rank": torch.ones(2)}),
+    "row-weights-alone": Bad(
+        "E203",
+        ("row_weights", "per_rank=True"),
+        make=lambda x: {"row_weights": torch.ones(x.shape[0])},
+    ),
+    "wait-stats-dtype": Bad("E200", ("wait_stats", "int32"), {"wait_stats": WAITS.int()}),
+    "wait-stats-matrix": Bad("E201", ("wait_stats", "[3, 3]"), {"wait_stats": WAITS.expand(3, 3)}),
+    "wait-stats-strided": Bad("E202", ("wait_stats", "strides"), {"wait_stats": wide(WAITS)}),
     "num-sms": Bad("E203", ("num_sms=-3",), {"num_sms": -3}),
 }  # fmt: skip
 
@@ -356,6 +377,40 @@ def test_bad_combine_argument_is_refused_everywhere_and_writes_nothing(
         assert torch.equal(out, x_of(rank) * torch.tensor([[2], [1], [2], [1]]))
 
     three.run(again)
+
+
+SLAB_WEIGHTS = torch.ones(EXPERTS // RANKS, 8)
+PER_RANK: dict[str, Bad] = {
+    "weighted": Bad("E203", ("per_rank", "row_weights="), {"weighted": True}),
+    "order": Bad("E203", ("per_rank", "order='rank'", "'topk'"), {"order": "topk"}),
+    "weights-back": Bad("E203", ("per_rank", "topk_weights"), {"topk_weights": SLAB_WEIGHTS}),
+    "weights-type": Bad("E200", ("row_weights", "list"), {"row_weights": [1.0]}),
+    "weights-dtype": Bad("E200", ("row_weights", "float16"), {"row_weights": SLAB_WEIGHTS.half()}),
+    "weights-shape": Bad("E201", ("row_weights", "[2, 8]"), {"row_weights": SLAB_WEIGHTS[:1]}),
+    "weights-strided": Bad("E202", ("row_weights",), {"row_weights": wide(SLAB_WEIGHTS)}),
+    "weights-misaligned": Bad("E202", ("row_weights",), {"row_weights": shifted(SLAB_WEIGHTS, 4)}),
+    "weights-meta": Bad("E202", ("row_weights", "meta"), {"row_weights": SLAB_WEIGHTS.to("meta")}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", PER_RANK.values(), ids=PER_RANK.keys())
+def test_bad_option_of_sums_by_owners_is_refused_everywhere(three: Cluster, bad: Bad) -> None:
+    def dispatch(rank: int) -> Received:
+        weights = torch.ones(TOKENS, TOPK)
+        return three.buffers[rank].dispatch(x_of(rank), ids(), weights, layout="slab", capacity=8)
+
+    received = three.run(dispatch)
+    outs = [torch.full((TOKENS, HIDDEN), -7.0, dtype=torch.bfloat16) for _ in range(RANKS)]
+
+    def good(rank: int) -> dict[str, Any]:
+        recv = received[rank]
+        return {"x": recv.x, "handle": recv.handle, "per_rank": True, "out": outs[rank]}
+
+    expect_refusal(
+        three, bad, lambda rank, arguments: three.buffers[rank].combine(**arguments), good
+    )
+    assert all((out == -7).all() for out in outs)
+    works(three)
 
 
 def test_weighted_combine_needs_weights_at_dispatch(three: Cluster) -> None:
@@ -490,6 +545,7 @@ def test_b5_combine_arguments_that_differ_are_e220_everywhere(three: Cluster) ->
     changes: list[dict[str, Any]] = [
         {"weighted": True},
         {"topk_weights": None},
+        {"topk_weights": None, "per_rank": True},
         {"x": torch.float32},
     ]
     for change in changes:

@@ -147,7 +147,12 @@ def layer(received: Any, back: Any, scale: Tensor, how: str) -> Any:
 
 
 WAYS = [(name, "owner") for name in LAYOUTS]
-WAYS += [(name, "weighted") for name in LAYOUTS if not name.startswith("compact")]
+WAYS += [
+    (name, how)
+    for name in LAYOUTS
+    for how in ("weighted", "per_rank")
+    if not name.startswith("compact")
+]
 
 
 @pytest.mark.parametrize(("layout", "how"), WAYS)
@@ -159,14 +164,18 @@ def test_layer_agrees_with_autograd_through_the_reference(
     bias, probe = numbers.per_rank(HIDDEN), numbers.per_rank(HIDDEN)
     scale = torch.arange(1.0, NUM_EXPERTS + 1)
     scales = [scale.clone().requires_grad_() for _ in TOKENS]
-    weighted = how == "weighted"
-
-    def back(buffer: Buffer, y: Tensor, handle: Any, bias: Tensor) -> Any:
-        return combine(buffer, y, handle, weighted=weighted, bias=bias)
+    weighted, per_rank = how == "weighted", how == "per_rank"
 
     def work(rank: int, buffer: Buffer, x: Tensor, w: Tensor, b: Tensor, s: Tensor) -> Any:
         received = dispatch(buffer, x, ids[rank], w, **options)
-        out = layer(received, lambda y: back(buffer, y, received.handle, b), s, how)
+
+        def back(y: Tensor) -> Any:
+            return combine(
+                buffer, y, received.handle, weighted=weighted, per_rank=per_rank,
+                row_weights=received.topk_weights if per_rank else None, bias=b,
+            )  # fmt: skip
+
+        out = layer(received, back, s, how)
         return out.detach(), *torch.autograd.grad((out * probe[rank]).sum(), [x, w, b, s])
 
     got = cluster.run(work, cluster.buffers, leaves(x), leaves(weights), leaves(bias), scales)
@@ -179,9 +188,35 @@ def test_layer_agrees_with_autograd_through_the_reference(
     ]
     everywhere = reference_dispatch(inputs[0], ids, inputs[1], **options)
     y = [layer(w, lambda y: y, inputs[3][r], how) for r, w in enumerate(everywhere)]
-    outs = reference.combine(y, [w.handle for w in everywhere], weighted=weighted, bias=inputs[2])
+    outs = reference.combine(
+        y, [w.handle for w in everywhere], weighted=weighted, per_rank=per_rank,
+        row_weights=[w.topk_weights for w in everywhere] if per_rank else None, bias=inputs[2],
+    )  # fmt: skip
     sum((o * p).sum() for o, p in zip(outs, probe, strict=True)).backward()  # type: ignore[union-attr]
     equal(got, [(outs[r].detach(), *(i[r].grad for i in inputs)) for r in range(NUM_RANKS)])
+
+
+@pytest.mark.parametrize("layout", ["grouped", "grouped-static", "slab"])
+def test_padding_of_sums_by_owners_has_no_gradient(cluster: Cluster, layout: str) -> None:
+    numbers = Numbers(integers=True)
+    x, ids, weights = numbers.per_rank(HIDDEN), numbers.ids(), numbers.per_rank(NUM_TOPK)
+
+    def work(rank: int, buffer: Buffer) -> Any:
+        received = buffer.dispatch(x[rank], ids[rank], weights[rank], **LAYOUTS[layout])
+        there = has_token(received)
+        y = torch.where(there, received.x, float("nan")).requires_grad_()
+        factors = torch.where(there.squeeze(-1), received.topk_weights, float("nan"))
+        out = combine(
+            buffer, y, received.handle, per_rank=True, row_weights=factors.requires_grad_()
+        )
+        grads = torch.autograd.grad(out.sum(), [y, factors])
+        for grad, used in zip(grads, (there.expand_as(y), there.squeeze(-1)), strict=True):
+            assert grad.isfinite().all()
+            assert (grad[~used] == 0).all()
+            assert (grad[used] != 0).any() or not used.any()
+        return out.isfinite().all()
+
+    assert all(cluster.run(work, cluster.buffers))
 
 
 def test_e6_second_derivative_agrees_with_the_reference(cluster: Cluster) -> None:

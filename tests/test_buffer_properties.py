@@ -22,6 +22,7 @@ from ep_comm.errors import EPError
 from ep_comm.testing import Cluster
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+ORDERS = ("rank", "topk")
 BYTES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)
 # Values on which arithmetic and conversions differ, if they differ anywhere.
 SPECIAL = [0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-40, -1e-40, 6e-8, 448.0, 464.0]
@@ -137,6 +138,8 @@ class Call:
     weighted: bool
     order: str
     sum_weights: bool
+    per_rank: bool
+    row_weights: bool
     num_bias: int
     give_out: bool
     weights_back: bool
@@ -148,6 +151,7 @@ def calls(draw: st.DrawFn, kind: str = "plain") -> Call:
     """kind: "plain" any dtype verbatim, "scales" one-byte rows with scales, "quantize"."""
     layout = draw(st.sampled_from(["compact", "grouped", "slab"]))
     sync = draw(st.booleans())
+    per_rank = layout != "compact" and draw(st.booleans())
     weights = draw(st.sampled_from([None, torch.float32, torch.float32, torch.bfloat16]))
     scale_block = draw(st.sampled_from([128, 32, None] if kind == "scales" else [128, 32]))
     dtype = draw(
@@ -171,12 +175,16 @@ def calls(draw: st.DrawFn, kind: str = "plain") -> Call:
         output=draw(st.sampled_from(["auto", "arena", "torch"])),
         y_dtype=draw(st.sampled_from(FLOATS)),
         y_place=draw(st.sampled_from(["torch", "arena", "recv"])),
-        weighted=layout != "compact" and weights is not None and draw(st.booleans()),
-        order="rank" if layout == "compact" else draw(st.sampled_from(["rank", "topk"])),
+        weighted=(
+            layout != "compact" and not per_rank and weights is not None and draw(st.booleans())
+        ),
+        order=draw(st.sampled_from(["rank"] if layout == "compact" or per_rank else ORDERS)),
         sum_weights=layout == "compact" and draw(st.booleans()),
+        per_rank=per_rank,
+        row_weights=per_rank and draw(st.booleans()),
         num_bias=draw(st.integers(0, 2)),
         give_out=draw(st.booleans()),
-        weights_back=draw(st.booleans()),
+        weights_back=not per_rank and draw(st.booleans()),
         cached_weights=draw(st.booleans()),
     )
 
@@ -308,6 +316,9 @@ class Pair:
             world.payload(salt + 2 + i, call.y_dtype) if i < call.num_bias else None
             for i in range(2)
         ]
+        factors = None
+        if call.row_weights:
+            factors = world.rows(salt + 4, torch.float32, [tuple(w.x.shape[:-1]) for w in want])
         pairs = [
             tuple(None if b is None else b[rank] for b in bias) for rank in range(world.num_ranks)
         ]
@@ -317,6 +328,8 @@ class Pair:
             weighted=weighted,
             order=call.order,
             sum_weights=call.sum_weights and back is not None,
+            per_rank=call.per_rank,
+            row_weights=factors,
             topk_weights=back,  # type: ignore[arg-type]
             bias=pairs,  # type: ignore[arg-type]
             expert_map=world.expert_map,
@@ -336,6 +349,8 @@ class Pair:
                 weighted=weighted,
                 order=call.order,
                 sum_weights=call.sum_weights and back is not None,
+                per_rank=call.per_rank,
+                row_weights=None if factors is None else poisoned(factors[rank], want[rank]),
                 topk_weights=None if back is None else back[rank],
                 bias=pair if call.num_bias == 2 else pair[0],
                 out=out,

@@ -158,21 +158,36 @@ def test_async_finish_returns_an_event(ranks: Ranks) -> None:
     ranks.run(work)
 
 
-def test_statistics_are_added_to(ranks: Ranks) -> None:
+@pytest.mark.parametrize("hooked", [False, True], ids=["whole", "hook"])
+def test_statistics_are_added_to(ranks: Ranks, hooked: bool) -> None:
     data = _inputs()
     want = _expected(data, "bf16")
+    late, nap = 2, 0.2
 
     def work(rank: int, buffer: deep_ep.Buffer) -> None:
         stats = torch.full((EL,), 100, dtype=torch.int32)
-        cost = torch.zeros(R, dtype=torch.int64)
-        for hook in (False, True):
-            got = buffer.low_latency_dispatch(
-                data.x[rank], data.idx[rank], M, E, stats, cost, return_recv_hook=hook
-            )
-            if got[4] is not None:
-                got[4]()
+        costs = torch.full((2, R), 100, dtype=torch.int64)
+        for _ in range(2):
+            time.sleep(nap if rank == late else 0)
+            recv, _, handle, _, hook = buffer.low_latency_dispatch(
+                data.x[rank], data.idx[rank], M, E, stats, costs[0], use_fp8=False,
+                return_recv_hook=hooked,
+            )  # fmt: skip
+            if hook is not None:
+                hook()
+            time.sleep(nap if rank == late else 0)
+            _, _, hook = buffer.low_latency_combine(
+                recv, data.idx[rank], data.weights[rank], handle, return_recv_hook=hooked,
+                combine_wait_recv_cost_stats=costs[1],
+            )  # fmt: skip
+            if hook is not None:
+                hook()
+                hook()
         assert stats.tolist() == [100 + 2 * n for n in want[rank].counts]
-        assert (cost >= 0).all()
+        assert (costs >= 100).all()
+        if rank != late:  # others wait twice for it, in both calls
+            assert (costs[:, late] >= 1.5 * nap * 1e9).all()
+            assert (costs.argmax(1) == late).all()
 
     ranks.run(work)
 
@@ -564,7 +579,19 @@ def test_masked_ranks_are_left_out(masked: tuple[int, ...], hooked: bool) -> Non
             both_halves(buffer, rank, torch.full_like(idx, E) if rank == 1 else idx)
         again = both_halves(buffer, rank, idx)
         same_bits(again[3], want[3])
-        assert buffer.low_latency_dispatch(data.x[rank], idx, M, E)[0][0].shape[1] == R * M
+        costs, late = torch.zeros(2, R, dtype=torch.int64), max({*range(R)} - {*masked})
+        time.sleep(0.1 if rank == late else 0)
+        sent = buffer.low_latency_dispatch(data.x[rank], idx, M, E, None, costs[0], use_fp8=False)
+        assert sent[0].shape[1] == R * M
+        time.sleep(0.1 if rank == late else 0)
+        back = buffer.low_latency_combine(
+            sent[0], idx, data.weights[rank], sent[2], return_recv_hook=hooked,
+            combine_wait_recv_cost_stats=costs[1],
+        )[2]  # fmt: skip
+        if back is not None:
+            back()
+        assert (costs[:, gone] == 0).all()
+        assert rank == late or (costs[:, late] > 75_000_000).all()
         buffer.destroy()
 
     four.run(work)

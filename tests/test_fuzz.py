@@ -416,12 +416,14 @@ def hostile_handle_is_refused_or_used(home: Home, layout: int, damage: Any, weig
 
 DISPATCH = [
     "x", "topk_idx", "topk_weights", "scales", "scale_block", "quantize", "handle", "layout",
-    "alignment", "row_index", "origins", "capacity", "sync", "wait", "output", "num_sms", "tag",
+    "alignment", "row_index", "origins", "capacity", "sync", "wait", "output",
+    "recv_stats", "wait_stats", "num_sms", "tag",
 ]  # fmt: skip
 COMBINE = [
-    "x", "handle", "weighted", "topk_weights", "sum_weights", "order", "bias", "out", "wait",
-    "num_sms", "tag",
+    "x", "handle", "weighted", "topk_weights", "sum_weights", "order", "per_rank", "row_weights",
+    "bias", "out", "wait", "wait_stats", "num_sms", "tag",
 ]  # fmt: skip
+NATIVE = ("origins", "sum_weights", "out", "recv_stats", "wait_stats")  # differentiable calls lack
 BUFFER = [
     "num_experts", "num_topk", "hidden", "max_tokens", "num_slots", "expert_map", "backend",
     "device", "arena_bytes", "num_sms", "config",
@@ -581,7 +583,7 @@ def test_hostile_combine_of_one_rank_ends_on_both(
 
 
 @short(150)
-@given(culprit=st.integers(0, 1), change=changes([n for n in DISPATCH if n != "origins"]))
+@given(culprit=st.integers(0, 1), change=changes([n for n in DISPATCH if n not in NATIVE]))
 def test_hostile_differentiable_dispatch_of_one_rank_ends_on_both(
     two: Home, culprit: int, change: dict[str, Any]
 ) -> None:
@@ -592,7 +594,7 @@ def test_hostile_differentiable_dispatch_of_one_rank_ends_on_both(
 @short(150)
 @given(
     culprit=st.integers(0, 1),
-    change=changes([n for n in COMBINE if n not in ("sum_weights", "out", "wait")]),
+    change=changes([n for n in COMBINE if n not in (*NATIVE, "wait")]),
 )
 def test_hostile_differentiable_combine_of_one_rank_ends_on_both(
     two: Home, culprit: int, change: dict[str, Any]

@@ -335,6 +335,59 @@ def check_combine(cluster: Cluster, case: Case, want: list[Received], got: list[
         same_bits(full[rank][1].cpu(), sums_and_weights[rank][1], f"weights home to {rank}")
 
 
+# ---- sums by owners ----
+
+
+@pytest.mark.parametrize("max_tokens", [40, 1100], ids=["small-batches", "pulled"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("options", [GROUPED, {**SLAB, "capacity": 50}], ids=["grouped", "slab"])
+def test_sums_by_owners_agree_with_the_reference(
+    make_cluster: Callable[..., Cluster],
+    options: dict[str, Any],
+    dtype: torch.dtype,
+    max_tokens: int,
+) -> None:
+    case = Case(num_topk=6, dtype=dtype, hidden=1032, options=options)
+    inputs = case.inputs()
+    want = want_dispatch(case, inputs)
+    cluster = make_cluster(case.num_ranks, **{**case.buffer_options(), "max_tokens": max_tokens})
+    x, idx, weights = (on_gpu(t) for t in (inputs.x, inputs.topk_idx, inputs.topk_weights))
+    assert x is not None
+    assert idx is not None
+    assert weights is not None
+    got = on_streams(
+        cluster,
+        lambda r: cluster.buffers[r].dispatch(x[r], idx[r], weights[r], **dispatch_options(case)),
+    )
+
+    g = torch.Generator().manual_seed(2)
+    y = [torch.randn(w.x.shape, generator=g).to(dtype) for w in want]
+    factors = [torch.randn(w.x.shape[:-1], generator=g) for w in want]
+    bias = [torch.randn((t, case.hidden), generator=g).to(dtype) for t in case.num_tokens()]
+    ordinary, factors_gpu, bias_gpu = on_gpu(y), on_gpu(factors), on_gpu(bias)
+    assert ordinary is not None
+    in_arena = [cluster.buffers[r].empty(t.shape, t.dtype) for r, t in enumerate(y)]
+    for there, t in zip(in_arena, y, strict=True):
+        there.copy_(t)
+    for rows in (ordinary, in_arena):
+        for weighted in (False, True):
+            sums = reference.combine(
+                y, [w.handle for w in want], per_rank=True,
+                row_weights=factors if weighted else None, bias=bias,
+            )  # fmt: skip
+
+            def combine(r: int, rows: list[Tensor] = rows, weighted: bool = weighted) -> Tensor:
+                total: Tensor = cluster.buffers[r].combine(
+                    rows[r], got[r].handle, per_rank=True,
+                    row_weights=of_rank(factors_gpu, r) if weighted else None,
+                    bias=of_rank(bias_gpu, r),
+                )  # fmt: skip
+                return total
+
+            for rank, total in enumerate(on_streams(cluster, combine)):
+                same_values(total.cpu(), sums[rank], f"weighted {weighted}, rank {rank}")
+
+
 # ---- one call after the other ----
 
 

@@ -91,7 +91,8 @@ def test_combine_and_redispatch_pass_opcheck(buffer: Buffer, way: str) -> None:
     values.requires_grad_()
     tail = (*received.handle, buffer.number)
     torch.library.opcheck(
-        OPS.combine.default, (None, y, values, x, None, *tail, False, "rank", None, "")
+        OPS.combine.default,
+        (None, y, values, None, x, None, *tail, False, "rank", False, None, ""),
     )
     shape = list(received.x.shape)
     last = (*tail, shape, received.layout, 128, None, "auto", "sm", None, "")
@@ -152,8 +153,9 @@ def test_differentiable_calls_have_the_options_of_native_ones() -> None:
     def lacks(ours: Any, native: Any) -> set[str]:
         return {*inspect.signature(native).parameters} - {*inspect.signature(ours).parameters}
 
-    assert lacks(dispatch, Buffer.dispatch) == {"self", "origins"}
-    assert lacks(combine, Buffer.combine) == {"self", "sum_weights", "out", "wait"}
+    stats = {"recv_stats", "wait_stats"}
+    assert lacks(dispatch, Buffer.dispatch) == {"self", "origins", *stats}
+    assert lacks(combine, Buffer.combine) == {"self", "sum_weights", "out", "wait", "wait_stats"}
 
 
 # ---- gradients of what compilers and views hand in ----

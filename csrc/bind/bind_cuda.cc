@@ -235,10 +235,13 @@ void bind_plans(py::module_& m) {
         .def(
             "run",
             [](const DispatchPlan& self, DeviceRank& rank, py::object x, py::object topk_idx,
-               py::object topk_weights, py::object scales, const Routing* routing) {
-                return run(rank, self, x, topk_idx, topk_weights, scales, routing);
+               py::object topk_weights, py::object scales, py::object recv_stats,
+               py::object wait_stats, const Routing* routing) {
+                return run(rank, self, x, topk_idx, topk_weights, scales, recv_stats, wait_stats,
+                           routing);
             },
-            "rank"_a, "x"_a, "topk_idx"_a, "topk_weights"_a, "scales"_a, "routing"_a);
+            "rank"_a, "x"_a, "topk_idx"_a, "topk_weights"_a, "scales"_a, "recv_stats"_a,
+            "wait_stats"_a, "routing"_a);
     py::class_<CombinePlan>(m, "CombinePlan")
         .def(py::init([](const CombineArgs& args, const CombineWants& wants, const py::object& x) {
                  return CombinePlan{args, wants, type_of(x)};
@@ -248,13 +251,14 @@ void bind_plans(py::module_& m) {
             "run",
             [](const CombinePlan& self, DeviceRank& rank, const Routing& routing, py::object x,
                py::object topk_idx, py::object topk_weights, py::object row_weights,
-               py::object out) -> std::optional<uintptr_t> {
-                const auto stream =
-                    run(rank, self, routing, x, topk_idx, topk_weights, row_weights, out);
+               py::object wait_stats, py::object out) -> std::optional<uintptr_t> {
+                const auto stream = run(rank, self, routing, x, topk_idx, topk_weights, row_weights,
+                                        wait_stats, out);
                 if (!stream) return std::nullopt;
                 return reinterpret_cast<uintptr_t>(*stream);
             },
-            "rank"_a, "routing"_a, "x"_a, "topk_idx"_a, "topk_weights"_a, "row_weights"_a, "out"_a);
+            "rank"_a, "routing"_a, "x"_a, "topk_idx"_a, "topk_weights"_a, "row_weights"_a,
+            "wait_stats"_a, "out"_a);
     m.def("has_plans", [] { return exchange() != nullptr; });
 }
 

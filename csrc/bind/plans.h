@@ -30,12 +30,13 @@ struct CombinePlan {
 // be None. `routing`: of a cached dispatch.
 std::shared_ptr<Flight> run(DeviceRank& rank, const DispatchPlan& plan, pybind11::handle x,
                             pybind11::handle topk_idx, pybind11::handle topk_weights,
-                            pybind11::handle scales, const Routing* routing);
+                            pybind11::handle scales, pybind11::handle recv_stats,
+                            pybind11::handle wait_stats, const Routing* routing);
 
 // The current stream, when the call has been queued there; `topk_idx`, `topk_weights`: of the handle.
 std::optional<Stream> run(DeviceRank& rank, const CombinePlan& plan, const Routing& routing,
                           pybind11::handle x, pybind11::handle topk_idx,
                           pybind11::handle topk_weights, pybind11::handle row_weights,
-                          pybind11::handle out);
+                          pybind11::handle wait_stats, pybind11::handle out);
 
 }  // namespace ep

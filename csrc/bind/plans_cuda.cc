@@ -12,7 +12,8 @@ namespace py = pybind11;
 namespace ep {
 namespace {
 
-constexpr dlpack::DataType kInt64{dlpack::kInt, 64, 1}, kFloat32{dlpack::kFloat, 32, 1};
+constexpr dlpack::DataType kInt32{dlpack::kInt, 32, 1}, kInt64{dlpack::kInt, 64, 1},
+    kFloat32{dlpack::kFloat, 32, 1};
 
 // Tensors of one call, all on the device of its rank.
 class Tensors {
@@ -78,13 +79,24 @@ bool take_x(Tensors& t, const DispatchPlan& plan, py::handle x, int64_t max_toke
     return a.num_tokens == 0 || a.x_stride % kRowAlign == 0;
 }
 
+// What a call adds to, or null.
+template <class T>
+bool take_stats(Tensors& t, py::handle stats, const dlpack::DataType& type, int64_t size,
+                T*& address) {
+    address = nullptr;
+    if (stats.is_none()) return true;
+    if (!t.take(stats, type, {size}) || !t.is_dense()) return false;
+    address = as<T>(t.data());
+    return true;
+}
+
 bool is_crowded(const DeviceArena& arena) { return arena.in_use() > arena.capacity() / 4 * 3; }
 
 }  // namespace
 
 std::shared_ptr<Flight> run(DeviceRank& rank, const DispatchPlan& plan, py::handle x,
                             py::handle topk_idx, py::handle topk_weights, py::handle scales,
-                            const Routing* routing) {
+                            py::handle recv_stats, py::handle wait_stats, const Routing* routing) {
     if (exchange() == nullptr || rank.failed() || is_crowded(*rank.arena())) return nullptr;
     DispatchArgs a = plan.args;
     DispatchWants wants = plan.wants;
@@ -105,6 +117,10 @@ std::shared_ptr<Flight> run(DeviceRank& rank, const DispatchPlan& plan, py::hand
         }
         a.scales = t.data();
     } else if (!scales.is_none()) {
+        return nullptr;
+    }
+    if (!take_stats(t, recv_stats, kInt32, rank.num_local(), a.recv_stats) ||
+        !take_stats(t, wait_stats, kInt64, rank.shape().num_ranks, a.wait_stats)) {
         return nullptr;
     }
     if (a.cached != (routing != nullptr)) return nullptr;
@@ -128,7 +144,7 @@ std::shared_ptr<Flight> run(DeviceRank& rank, const DispatchPlan& plan, py::hand
 
 std::optional<Stream> run(DeviceRank& rank, const CombinePlan& plan, const Routing& routing,
                           py::handle x, py::handle topk_idx, py::handle topk_weights,
-                          py::handle row_weights, py::handle out) {
+                          py::handle row_weights, py::handle wait_stats, py::handle out) {
     if (exchange() == nullptr || rank.failed()) return std::nullopt;
     CombineArgs a = plan.args;
     a.num_tokens = routing.args.num_tokens;
@@ -160,6 +176,9 @@ std::optional<Stream> run(DeviceRank& rank, const CombinePlan& plan, const Routi
         const bool fit = t.take(topk_weights, kFloat32, {a.num_tokens, a.num_topk});
         if (!fit || !t.is_dense()) return std::nullopt;
         a.topk_weights = as<float>(t.data());
+    }
+    if (!take_stats(t, wait_stats, kInt64, rank.shape().num_ranks, a.wait_stats)) {
+        return std::nullopt;
     }
     if (!t.take(out, plan.x, {a.num_tokens, a.hidden}) || !t.is_dense()) return std::nullopt;
     a.out = t.data();

@@ -33,7 +33,9 @@ struct DispatchArgs {
     int32_t* rank_ends = nullptr;   // [num_ranks, num_ranks] where the rows of each source end at
                                     // each owner: inclusive prefix sums over sources
     int32_t* recv_stats = nullptr;  // [num_local_experts] adds the selections received
-    int64_t* wait_stats = nullptr;  // [num_ranks] adds the nanoseconds waited for each source
+    int64_t* wait_stats =
+        nullptr;  // [num_ranks] adds the nanoseconds waited for each rank to enter
+                  // and for its rows
     // scalars
     int64_t num_tokens = 0;
     int64_t x_stride = 0;
@@ -98,7 +100,7 @@ struct CombineArgs {
     // out
     std::byte* out = nullptr;       // [num_tokens, hidden]
     float* out_weights = nullptr;   // [num_tokens, num_topk] or null
-    int64_t* wait_stats = nullptr;  // [num_ranks] adds the nanoseconds waited for each owner
+    int64_t* wait_stats = nullptr;  // [num_ranks] adds the nanoseconds waited for each rank's rows
     // scalars
     int64_t num_tokens = 0, num_recv = 0, num_rows = 0, hidden = 0;
     int64_t arena_offset = -1;  // of x when it lies in the arena
@@ -113,6 +115,10 @@ struct CombineArgs {
     uint64_t routing = 0;
 
     EP_HD constexpr int64_t row_bytes() const { return hidden * dtype_bytes(dtype); }
+    // What a source adds of a token: one row of each rank, or one of each slot; and whether it
+    // multiplies rows, which owners do otherwise.
+    EP_HD constexpr bool one_per_rank() const { return layout == RecvLayout::kCompact || per_rank; }
+    EP_HD constexpr bool source_weighs() const { return weighted && !per_rank; }
 };
 static_assert(std::is_trivially_copyable_v<CombineArgs>);
 

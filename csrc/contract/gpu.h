@@ -203,8 +203,10 @@ struct CombineJob {
     RankView view;
     Begin begin;
     CombineArgs args;
-    std::byte* staged = nullptr;  // [num_rows, hidden] copy of what remote sources need; or null
-    Begun* begun = nullptr;       // small batches
+    std::byte* staged =
+        nullptr;             // [num_rows, hidden] copy of what remote sources need, per_rank the
+                             // sums for all sources; or null
+    Begun* begun = nullptr;  // small batches
 };
 static_assert(std::is_trivially_copyable_v<CombineJob> && sizeof(CombineJob) <= 2048);
 

@@ -3,7 +3,7 @@
 // when every source has pulled.
 //
 // A y in the arena is read where it lies. Any other streams: while a rank adds the rows that have
-// come, it stages those that others wait for.
+// come, it stages those that others wait for. With per_rank sums stream, whatever y is.
 #include <algorithm>
 #include <cstring>
 
@@ -30,12 +30,13 @@ public:
         : Operation(rank, OpKind::kCombine, sequence, hooks),
           a(args),
           stage(*this, args),
-          incoming(num_ranks) {}
+          incoming(num_ranks),
+          part(args.per_rank ? args.row_bytes() : 0) {}
 
     Outcome run() {
         if (!acquire_slot()) return fail(watch.outcome());
         publish();
-        if (!await_entries(describe(a)) || !check_peers()) return fail(outcome);
+        if (!await_entries(describe(a), a.wait_stats) || !check_peers()) return fail(outcome);
         if (!pull()) return fail(outcome);
         // A peer that failed meanwhile may have let its user change y under our reads.
         if (!watch.healthy(Site::kPulled)) return fail(watch.outcome());
@@ -81,7 +82,7 @@ private:
             }
         }
         for (int p = 0; p < num_ranks; ++p) {
-            entry.streamed_rows = a.arena_offset < 0 ? stage.rows_for(p) : -1;
+            entry.streamed_rows = stage.streams() ? stage.rows_for(p) : -1;
             enter(p, entry, nullptr);
         }
         ring_all();
@@ -134,8 +135,7 @@ private:
         return offset < 0 ? nullptr : reinterpret_cast<const float*>(arena_of(owner) + offset);
     }
 
-    // Contributions of a token, ascending rank, then slot; compact holds one row for all slots of a
-    // rank.
+    // Contributions of a token, ascending rank, then slot; or one for all slots of a rank.
     int gather(int64_t t, Contribution* found) const {
         int count = 0;
         for (int k = 0; k < a.num_topk; ++k) {
@@ -145,9 +145,7 @@ private:
             const Contribution next{experts.owner(expert), k, row};
             int at = count;
             while (!a.topk_order && at > 0 && found[at - 1].owner > next.owner) --at;
-            if (a.layout == RecvLayout::kCompact && at > 0 && found[at - 1].owner == next.owner) {
-                continue;
-            }
+            if (a.one_per_rank() && at > 0 && found[at - 1].owner == next.owner) continue;
             for (int i = count; i > at; --i) found[i] = found[i - 1];
             found[at] = next;
             ++count;
@@ -172,10 +170,14 @@ private:
             const auto progress = [&] {
                 return stage.progress() + (added ? 0 : staged_by(awaited));
             };
+            const auto start = WaitTimes::Clock::now();
             if (!watch.until(added ? Site::kPulled : Site::kRows, peer, ready, progress, 0,
                              WokenBy::kAnyone)) {
                 outcome = watch.outcome();
                 return false;
+            }
+            if (!added && a.wait_stats != nullptr) {
+                add_to_stats(a.wait_stats[peer], WaitTimes::ns(WaitTimes::Clock::now() - start));
             }
         }
     }
@@ -187,19 +189,20 @@ private:
         Contribution found[kMaxTopk];
         const std::byte* rows[kMaxTopk];
         float weights[kMaxTopk];
+        const bool weighs = a.source_weighs();
         for (; next_token < a.num_tokens; ++next_token) {
             const int64_t t = next_token;
             const int count = gather(t, found);
             int have = 0;
             for (; have < count; ++have) {
                 if (!find_row(found[have], &rows[have])) break;
-                if (a.weighted) weights[have] = a.topk_weights[t * a.num_topk + found[have].slot];
+                if (weighs) weights[have] = a.topk_weights[t * a.num_topk + found[have].slot];
             }
             if (have < count) {
                 for (int i = 0; i < have; ++i) --incoming[found[i].owner].next;
                 return outcome.ok();
             }
-            ops.sum(a.dtype, {a.out + t * bytes, rows, a.weighted ? weights : nullptr,
+            ops.sum(a.dtype, {a.out + t * bytes, rows, weighs ? weights : nullptr,
                               a.bias0 != nullptr ? a.bias0 + t * bytes : nullptr,
                               a.bias1 != nullptr ? a.bias1 + t * bytes : nullptr, a.hidden, count});
             if (t % kTellEvery == 0) publish_much_taken();
@@ -215,6 +218,7 @@ private:
 
     // Where a row lies. False: it has not come yet, or there is none.
     bool find_row(const Contribution& c, const std::byte** row) {
+        if (a.per_rank && c.owner == me) return find_own_part(row);
         Incoming& in = incoming[c.owner];
         const EntryRecord& entry = entry_of(c.owner);
         const bool streams = streams_from(c.owner);
@@ -234,6 +238,29 @@ private:
         }
         ++in.next;
         *row = in.rows + (streams ? at % entry.ring_rows : at) * a.row_bytes();
+        return true;
+    }
+
+    // What our own rows of `next_token` come to, once for all looks at the token.
+    bool find_own_part(const std::byte** row) {
+        *row = part.data();
+        ++incoming[me].next;
+        if (part_of == next_token) return true;
+        int32_t rows[kMaxTopk];
+        int count = 0;
+        for (int k = 0; k < a.num_topk; ++k) {
+            const int64_t at = next_token * a.num_topk + k, expert = a.topk_idx[at];
+            const bool ours = expert >= 0 && expert < experts.num_experts() &&
+                              experts.owner(expert) == me && a.send_row[at] >= 0;
+            if (!ours) continue;
+            if (a.send_row[at] >= a.num_rows) {
+                outcome = outcome_of(kMiscount, me, a.num_rows, a.send_row[at]);
+                return false;
+            }
+            rows[count++] = a.send_row[at];
+        }
+        add_part(a, rows, count, part.data());
+        part_of = next_token;
         return true;
     }
 
@@ -326,6 +353,8 @@ private:
     const CombineArgs& a;
     Stage stage;
     std::vector<Incoming> incoming;  // [num_ranks]
+    std::vector<std::byte> part;     // [hidden] per_rank: what our rows of token `part_of` come to
+    int64_t part_of = -1;
     int64_t next_token = 0;
     int awaited = 0;          // the owner whose row `next_token` lacks
     int64_t awaited_row = 0;  // which of the rows it streams

@@ -79,7 +79,7 @@ public:
         result.seq = seq;
         if (!acquire_slot()) return failed(watch.outcome());
         announce();
-        if (!await_entries(describe(a)) || !check_counts()) return failed(outcome);
+        if (!await_entries(describe(a), a.wait_stats) || !check_counts()) return failed(outcome);
         if (placed.ok()) place();
         publish_bases();
         if (!await_bases()) return failed(outcome);
@@ -87,6 +87,9 @@ public:
         if (!push()) return failed(outcome);
         if (!await_rows()) return failed(watch.outcome());
         if (a.paranoid && !verify()) return failed(outcome);
+        for (int e = 0; a.recv_stats != nullptr && e < experts.num_local(me); ++e) {
+            add_to_stats(a.recv_stats[e], a.expert_counts[e]);
+        }
         release_slot();
         return std::move(result);
     }
@@ -139,12 +142,8 @@ private:
         a.topk_idx = a.routed_idx;
     }
 
-    // Atomic: a balancer reads while begun operations run.
     void add_load(const std::vector<int64_t>& logical) const {
-        for (size_t e = 0; e < logical.size(); ++e) {
-            if (logical[e] == 0) continue;
-            std::atomic_ref(a.logical_load[e]).fetch_add(logical[e], std::memory_order_relaxed);
-        }
+        for (size_t e = 0; e < logical.size(); ++e) add_to_stats(a.logical_load[e], logical[e]);
     }
 
     // A handle is a tuple of tensors that anybody may have touched since.
@@ -369,12 +368,21 @@ private:
     bool await_rows() {
         for (int src = 0; src < num_ranks; ++src) {
             expected(src) += static_cast<uint64_t>(entry_of(src).num_rows);
-            const uint64_t want = expected(src);
-            uint64_t& word = at<uint64_t>(me, layout.arrived_word(slot, src));
-            const auto have = [&] { return load_acquire(word); };
-            if (!watch.until(
-                    Site::kRows, src, [&] { return have() >= want; },
-                    [&] { return static_cast<int64_t>(have()); }, static_cast<int64_t>(want))) {
+        }
+        // pairs with the release in Push::arrive
+        const auto have = [&](int src) {
+            return load_acquire(at<uint64_t>(me, layout.arrived_word(slot, src)));
+        };
+        const auto there = [&](int src) { return have(src) >= expected(src); };
+        WaitTimes times(a.wait_stats, num_ranks);
+        for (int src = 0; src < num_ranks; ++src) {
+            const auto ready = [&] {
+                times.look(there);
+                return there(src);
+            };
+            const auto progress = [&] { return static_cast<int64_t>(have(src)); };
+            if (!watch.until(Site::kRows, src, ready, progress, static_cast<int64_t>(expected(src)),
+                             times.woken_by())) {
                 return false;
             }
         }

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cpu/rank.h"
+#include "cpu/wait_times.h"
 
 namespace ep::cpu {
 
@@ -18,8 +19,8 @@ public:
     // 1. Publishes `entry` (and our selections of the peer's experts) to one peer.
     void enter(int peer, EntryRecord entry, const int32_t* expert_counts);
     // 2. Waits for everybody's entry; false when one of them poisons the call or disagrees with
-    // `mine`.
-    bool await_entries(const Descriptor& mine);
+    // `mine`. wait_stats: [num_ranks] or null, see WaitTimes.
+    bool await_entries(const Descriptor& mine, int64_t* wait_stats);
     // 8. We have read all there is in this slot.
     void release_slot();
 

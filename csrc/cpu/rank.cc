@@ -136,17 +136,25 @@ void Operation::ring_all() const {
     }
 }
 
-bool Operation::await_entries(const Descriptor& mine) {
+bool Operation::await_entries(const Descriptor& mine, int64_t* wait_stats) {
+    // pairs with the release in enter
+    const auto seen = [&](int p) {
+        return load_acquire(at<EntryRecord>(me, layout.entry(slot, p)).seq);
+    };
+    const auto there = [&](int p) { return seen(p) >= seq; };
+    WaitTimes times(wait_stats, num_ranks);
     for (int p = 0; p < num_ranks; ++p) {
-        uint64_t& word = at<EntryRecord>(me, layout.entry(slot, p)).seq;
-        // pairs with the release in enter
-        if (!watch.until(Site::kEntry, p, [&] { return load_acquire(word) >= seq; })) {
+        const auto ready = [&] {
+            times.look(there);
+            return there(p);
+        };
+        if (!watch.until(Site::kEntry, p, ready, nullptr, 0, times.woken_by())) {
             outcome = watch.outcome();
             return false;
         }
-        if (load_acquire(word) != seq) {
-            outcome = outcome_of(kBadEpoch, p, static_cast<int64_t>(seq),
-                                 static_cast<int64_t>(load_acquire(word)));
+        if (seen(p) != seq) {
+            outcome =
+                outcome_of(kBadEpoch, p, static_cast<int64_t>(seq), static_cast<int64_t>(seen(p)));
             return false;
         }
         if (p != me) entries_[p] = at<EntryRecord>(me, layout.entry(slot, p));

@@ -14,8 +14,19 @@ constexpr int64_t kOutputShare = 5;
 
 }  // namespace
 
+void add_part(const CombineArgs& a, const int32_t* rows, int count, std::byte* out) {
+    const std::byte* row[kMaxTopk];
+    float weights[kMaxTopk];
+    for (int i = 0; i < count; ++i) {
+        row[i] = a.x + rows[i] * a.row_bytes();
+        if (a.weighted) weights[i] = a.row_weights[rows[i]];
+    }
+    simd().sum(a.dtype,
+               {out, row, a.weighted ? weights : nullptr, nullptr, nullptr, a.hidden, count});
+}
+
 Stage::Stage(Operation& op, const CombineArgs& args) : op_(op), a_(args), sources_(op.num_ranks) {
-    if (args.arena_offset >= 0) return;
+    if (!streams()) return;
     int64_t most = 0, token = 0;
     for (int src = 0; src < op.num_ranks; ++src) {
         Source& source = sources_[src];
@@ -46,7 +57,7 @@ int64_t Stage::row_at(const Source& source) const {
 }
 
 void Stage::step(Source& source) const {
-    if (a_.layout == RecvLayout::kCompact || ++source.slot == a_.num_topk) {
+    if (a_.one_per_rank() || ++source.slot == a_.num_topk) {
         ++source.token;
         source.slot = 0;
     }
@@ -66,6 +77,19 @@ void Stage::skip_none(Source& source) const {
             source.slot = 0;
         }
     }
+}
+
+void Stage::stage_row(std::byte* to, const Source& source) const {
+    if (!a_.per_rank) {
+        return simd().copy(to, a_.x + row_at(source) * a_.row_bytes(), a_.row_bytes());
+    }
+    int32_t rows[kMaxTopk];
+    int count = 0;
+    for (int k = source.slot; k < a_.num_topk; ++k) {
+        const int32_t row = a_.recv_row[source.token * a_.num_topk + k];
+        if (row >= 0 && row < a_.num_rows) rows[count++] = row;
+    }
+    add_part(a_, rows, count, to);
 }
 
 int64_t Stage::taken(int src) const {
@@ -110,8 +134,7 @@ bool Stage::advance() {
         const int64_t until = std::min(source.num_rows, taken(src) + ring_rows_);
         std::byte* rows = rings_ + ring_of(op_.me, src) * ring_rows_ * a_.row_bytes();
         for (; source.staged < until; ++source.staged, --left_, step(source)) {
-            simd().copy(rows + source.staged % ring_rows_ * a_.row_bytes(),
-                        a_.x + row_at(source) * a_.row_bytes(), a_.row_bytes());
+            stage_row(rows + source.staged % ring_rows_ * a_.row_bytes(), source);
         }
         // Releases the rows; pairs with the acquire in CombineOp::staged_by.
         store_release(op_.at<uint64_t>(src, op_.layout.staged_word(op_.me)),

@@ -1,5 +1,6 @@
-// The owner's side of a combine whose y lies outside the arena: rows stream to each source through a
-// ring of its own, in the order in which the source adds them.
+// The owner's side of a combine whose y lies outside the arena, or whose owners add up their rows of a
+// token: rows, or sums, stream to each source through a ring of its own, in the order in which the
+// source adds them.
 //
 // A ring is small: the rows are read while they are still in a cache, and a call needs little memory
 // beside its output.
@@ -13,10 +14,15 @@
 
 namespace ep::cpu {
 
+// What rows of y come to in the order given, rounded: what an owner sends of a token, per_rank.
+void add_part(const CombineArgs& args, const int32_t* rows, int count, std::byte* out);
+
 class Stage {
 public:
     Stage(Operation& op, const CombineArgs& args);
 
+    // Whether anything goes through rings; else sources read y where it lies.
+    bool streams() const { return a_.arena_offset < 0 || a_.per_rank; }
     // What the rings take of the arena; 0 = no source reads rows of ours.
     int64_t bytes() const { return (op_.num_ranks - 1) * ring_rows_ * a_.row_bytes(); }
     int64_t ring_rows() const { return ring_rows_; }
@@ -41,12 +47,13 @@ public:
 private:
     struct Source {
         int64_t token = 0, end = 0;  // received tokens that are still to be staged
-        int slot = 0;                // of `token`; compact has one row for all slots
+        int slot = 0;                // of `token`; one row for all slots: the first it has
         int64_t num_rows = 0;        // in all
         int64_t staged = 0;
     };
 
     int64_t row_at(const Source& source) const;
+    void stage_row(std::byte* to, const Source& source) const;
     void step(Source& source) const;
     void skip_none(Source& source) const;
     int64_t taken(int src) const;

@@ -520,7 +520,8 @@ std::shared_ptr<BegunCombine> DeviceRank::combine(const CombineArgs& args,
         return hold;
     };
     const bool has_peers = shape_.num_ranks > 1;
-    if (has_peers && args.arena_offset < 0) rows = grant(args.num_rows * args.row_bytes());
+    const bool in_place = args.arena_offset >= 0 || !has_peers;
+    if (!in_place || args.per_rank) rows = grant(args.num_rows * args.row_bytes());
     if (rows) {
         job.staged = rows->data();
         set(output.y, rows->extent().offset);

@@ -73,7 +73,7 @@ struct Planner {
         const int owner = chosen ? __ldg(view.state.owner + choice.id) : -1;
         const uint32_t same = __match_any_sync(~0u, owner) & mates;
         bool adds = chosen;
-        if (a.layout == RecvLayout::kCompact) adds = chosen && (same & ptx::lanemask_lt()) == 0;
+        if (a.one_per_rank()) adds = chosen && (same & ptx::lanemask_lt()) == 0;
         Plan plan;
         plan.ok = in_bounds(adds, owner, choice.row);
         if (!plan.ok) return plan;
@@ -82,7 +82,7 @@ struct Planner {
         if (adds) {
             plan.place = place;
             plan.row = sources[owner].y + choice.row * a.row_bytes();
-            if (a.weighted) plan.weight = a.topk_weights[at];
+            if (a.source_weighs()) plan.weight = a.topk_weights[at];
         }
         if (a.out_weights != nullptr) {
             float weight = chosen ? weight_back(owner, choice.row, slot) : 0.0f;

@@ -220,7 +220,7 @@ __device__ bool add_pieces(const Planner& p, const Ring& ring, int adder) {
         if (piece.flags & Piece::kFirst) sums.start(a, piece);
         if (piece.flags & Piece::kRow) {
             const float weight = piece.weight;
-            if (a.weighted) {
+            if (a.source_weighs()) {
                 sums.add(data, piece.bytes,
                          [weight](auto& u, const uint4& b) { u.add(b, weight); });
             } else {
@@ -284,7 +284,7 @@ struct OutputReader {
         const auto num_rows = static_cast<int32_t>(head.word(L::kNumRows));
         if (ptx::lane_id() != 0) return true;
         if (p == view.peers.rank) {
-            sources[p] = {a.x, num_rows, a.y_weights};
+            sources[p] = {a.per_rank ? job.staged : a.x, num_rows, a.y_weights};
             return true;
         }
         const int64_t per_row = a.layout == RecvLayout::kCompact ? a.num_topk : 1;

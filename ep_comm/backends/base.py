@@ -37,11 +37,13 @@ class Plans(Protocol):
     """Calls that look like an earlier one and need not be checked again, see nvlink_plans.py."""
 
     def dispatch(
-        self, x: Any, topk_idx: Any, topk_weights: Any, scales: Any, handle: Any, options: Any,
-        tag: Any,
+        self, x: Any, topk_idx: Any, topk_weights: Any, scales: Any, handle: Any,
+        stats: tuple[Any, Any], options: Any, tag: Any,
     ) -> Received | None: ...  # fmt: skip
     def learn_dispatch(self, options: Any, work: Any) -> None: ...
-    def combine(self, x: Any, handle: Any, row_weights: Any, options: Any) -> Tensor | None: ...
+    def combine(
+        self, x: Any, handle: Any, row_weights: Any, wait_stats: Any, options: Any
+    ) -> Tensor | None: ...
     def learn_combine(self, options: Any, work: Any) -> None: ...
 
 
@@ -54,6 +56,7 @@ class Backend(Protocol):
 
     name: str
     generation: int  # id of the buffer, the same on all ranks
+    fills: frozenset[str]  # which of recv_stats and wait_stats
 
     @property
     def plans(self) -> Plans | None: ...

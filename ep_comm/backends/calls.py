@@ -198,6 +198,10 @@ class Dispatch:
             a.capacity = call.capacity
         if call.given_capacity is not None:
             a.given_capacity = call.given_capacity
+        if call.recv_stats is not None:
+            a.recv_stats = call.recv_stats.data_ptr()
+        if call.wait_stats is not None:
+            a.wait_stats = call.wait_stats.data_ptr()
         if self.rank_ends is not None:
             a.rank_ends = self.rank_ends.data_ptr()
         if not call.sync:
@@ -305,6 +309,8 @@ class Combine:
             a.with_weights = True
             a.y_weights = call.topk_weights.data_ptr()
             a.out_weights = self.out_weights.data_ptr()
+        if call.wait_stats is not None:
+            a.wait_stats = call.wait_stats.data_ptr()
         if call.bias[0] is not None or call.bias[1] is not None:
             a.bias0, a.bias1 = address(call.bias[0]), address(call.bias[1])
         self.args = a

@@ -19,6 +19,7 @@ from ep_comm.backends.base import Combined, Plans
 from ep_comm.backends.record import (
     CACHED,
     KINDS,
+    PER_RANK,
     STATIC,
     WEIGHTED,
     WEIGHTS,
@@ -56,7 +57,12 @@ from ep_comm.reference.rows import (
     row_index_length,
     trace_origins,
 )
-from ep_comm.reference.sums import add_in_order, rows_for_source, weights_home
+from ep_comm.reference.sums import (
+    add_in_order,
+    parts_for_source,
+    rows_for_source,
+    weights_home,
+)
 
 R = TypeVar("R")
 
@@ -73,6 +79,7 @@ class CollectiveBackend:
 
     name = "collective"
     plans: Plans | None = None
+    fills = frozenset({"recv_stats"})  # an all-to-all does not say whose rows came when
 
     def __init__(
         self,
@@ -100,10 +107,6 @@ class CollectiveBackend:
         return _Dispatch(self, call)
 
     def prepare_combine(self, call: CombineCall) -> _Combine:
-        if call.per_rank:
-            raise make_error(
-                "E203", f"rejected per_rank=True: want backend 'nvlink', got {self.name!r}"
-            )
         return _Combine(self, call)
 
     def defer(self, error: EPError) -> None:
@@ -247,6 +250,9 @@ class _Dispatch(_Operation[Received]):
             return self._failed(int(error.code[1:]))
         arrived = self._exchange_rows(receives[self.spec.rank].tokens_from.tolist(), step)
         received = self._received(self.plan, receives, arrived, status=0)
+        if self.call.recv_stats is not None:
+            with torch.inference_mode():  # where tensors made in it may be written to, too
+                self.call.recv_stats += received.num_tokens_per_expert
         return self._with_origins(received, [r.rows_to for r in records])
 
     def _options(self, routing_number: int) -> Options:
@@ -469,11 +475,16 @@ class _Combine(_Operation[Combined]):
         self.call, self.layout = call, call.meta.layout
         self.plan = plan = _plan_of(call.handle, call.meta, backend.experts)
         ranks = range(self.spec.num_ranks)
-        self.back = [rows_for_source(call.handle, call.meta, r) for r in ranks]
+        if call.per_rank:  # one contribution for each rank, like those of compact
+            self.layout = "compact"
+            self.send = call.handle.rank_counts[1].tolist()
+        else:
+            self.back = [rows_for_source(call.handle, call.meta, r) for r in ranks]
+            self.send = [rows.numel() for rows in self.back]
         per_rank = plan.tokens_per_rank
         if self.layout != "compact":
             per_rank = torch.bincount(plan.dst[plan.dst >= 0], minlength=self.spec.num_ranks)
-        self.send, self.recv = [rows.numel() for rows in self.back], per_rank.tolist()
+        self.recv = per_rank.tolist()
         self.record = Record(
             kind=KINDS.index(self.op),
             descriptor=self._descriptor(),
@@ -485,11 +496,8 @@ class _Combine(_Operation[Combined]):
     def go(self, step: Step) -> Combined:
         call, plan, layout = self.call, self.plan, self.layout
         self.backend.announce(self.record, step)
-        index, step = torch.cat(self.back), step.moving()
-        y = _words(call.x.flatten(0, -2))
-        # Compact rows travel as they lie.
-        y = y[: index.numel()] if layout == "compact" else y.index_select(0, index)
-        rows = self.wire.exchange(y, self.send, self.recv, step).view(call.x.dtype)
+        step = step.moving()
+        rows = self.wire.exchange(self._outgoing(), self.send, self.recv, step).view(call.x.dtype)
         weights = call.handle.topk_weights if call.weighted else None
         total = add_in_order(
             rows, plan, layout, topk_weights=weights, bias=call.bias, order=call.order
@@ -499,14 +507,31 @@ class _Combine(_Operation[Combined]):
         if call.topk_weights is None:
             return total
         values = call.topk_weights if layout == "compact" else call.topk_weights.flatten()
-        home = self.wire.exchange(values[index], self.send, self.recv, step)
+        values = values[torch.cat(self.back)]
+        home = self.wire.exchange(values, self.send, self.recv, step)
         bring = add_in_order if call.sum_weights else weights_home
         return total, torch.clone(bring(home, plan, layout), memory_format=torch.contiguous_format)
+
+    def _outgoing(self) -> Tensor:
+        """Rows for every source, one source behind the other, as words."""
+        call, rows = self.call, self.call.x.flatten(0, -2)
+        if call.per_rank:
+            factors = None if call.row_weights is None else call.row_weights.flatten()
+            parts = [
+                parts_for_source(rows, call.handle, call.meta, r, factors)
+                for r in range(self.spec.num_ranks)
+            ]
+            return _words(torch.cat(parts))
+        index = torch.cat(self.back)
+        # Compact rows travel as they lie.
+        words = _words(rows)
+        return words[: index.numel()] if self.layout == "compact" else words.index_select(0, index)
 
     def _descriptor(self) -> list[int]:
         call, meta = self.call, self.call.meta
         flags = WEIGHTS if call.topk_weights is not None else 0
-        flags |= WEIGHTED if call.weighted else 0
+        flags |= WEIGHTED if call.weighted or call.row_weights is not None else 0
+        flags |= PER_RANK if call.per_rank else 0
         return describe(
             layout=LAYOUTS.index(meta.layout),
             dtype=DISPATCHABLE.index(call.x.dtype),

@@ -44,6 +44,7 @@ class CpuBackend:
 
     name = "cpu"
     plans: Plans | None = None
+    fills = frozenset({"recv_stats", "wait_stats"})
 
     def __init__(
         self,
@@ -82,10 +83,6 @@ class CpuBackend:
         return _Dispatch(self, call)
 
     def prepare_combine(self, call: CombineCall) -> _Combine:
-        if call.per_rank:
-            raise make_error(
-                "E203", f"rejected per_rank=True: want backend 'nvlink', got {self.name!r}"
-            )
         return _Combine(self, call)
 
     def keep(self, pending: _core.Pending, work: object) -> None:

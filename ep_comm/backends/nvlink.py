@@ -49,6 +49,7 @@ class NvlinkBackend:
     """One rank of a buffer on GPUs. Collective to construct; see `connect`."""
 
     name = "nvlink"
+    fills: frozenset[str] = frozenset()
 
     def __init__(
         self,

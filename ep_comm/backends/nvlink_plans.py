@@ -32,6 +32,7 @@ class Plans:
 
     def __init__(self, backend: NvlinkBackend) -> None:
         self._backend = backend
+        self._fills_all = backend.fills >= {"recv_stats", "wait_stats"}
         self._looks: dict[calls.Look, calls.Look] = {}
         self._dispatches: dict[Any, tuple[_core.DispatchPlan, calls.Look]] = {}
         self._combines: dict[Any, _core.CombinePlan] = {}
@@ -46,12 +47,13 @@ class Plans:
     # ---- dispatch ----
 
     def dispatch(
-        self, x: Any, topk_idx: Any, topk_weights: Any, scales: Any, handle: Any, options: Any,
-        tag: Any,
+        self, x: Any, topk_idx: Any, topk_weights: Any, scales: Any, handle: Any,
+        stats: tuple[Any, Any], options: Any, tag: Any,
     ) -> Received | None:  # fmt: skip
         """The call, if it looks like an earlier one; else None, and nothing has happened.
 
         Args:
+            stats: recv_stats and wait_stats.
             options: everything else that a caller may pass, hashable when it is sensible.
         """
         if type(x) is not Tensor:
@@ -62,13 +64,16 @@ class Plans:
                 return None
             routing, serial = handle.routing, handle.look.serial
             topk_idx = handle.topk_idx
+        has_stats = stats[0] is not None or stats[1] is not None
+        if has_stats and not self._fills_all:
+            return None
         known = _get(self._dispatches, (options, x.dtype, serial))
         if known is None or not self._is_free() or _is_negated(x, topk_weights, scales):
             return None
         plan, look = known
         backend = self._backend
         with backend.cuda_faults():
-            flight = plan.run(backend.rank, x, topk_idx, topk_weights, scales, routing)
+            flight = plan.run(backend.rank, x, topk_idx, topk_weights, scales, *stats, routing)
         if flight is None:
             return None
         if look.sync:
@@ -103,9 +108,13 @@ class Plans:
 
     # ---- combine ----
 
-    def combine(self, x: Any, handle: Any, row_weights: Any, options: Any) -> Tensor | None:
+    def combine(
+        self, x: Any, handle: Any, row_weights: Any, wait_stats: Any, options: Any
+    ) -> Tensor | None:
         """As dispatch."""
         if type(x) is not Tensor or type(handle) is not OwnHandle or handle.routing is None:
+            return None
+        if wait_stats is not None and not self._fills_all:
             return None
         key = (options, x.dtype, row_weights is None, handle.look.serial)
         plan = _get(self._combines, key)
@@ -116,7 +125,14 @@ class Plans:
         out = torch.empty((len(idx), spec.hidden), dtype=x.dtype, device=spec.device)
         with backend.cuda_faults():
             stream = plan.run(
-                backend.rank, handle.routing, x, idx, handle.topk_weights, row_weights, out
+                backend.rank,
+                handle.routing,
+                x,
+                idx,
+                handle.topk_weights,
+                row_weights,
+                wait_stats,
+                out,
             )
         if stream is None:
             return None

@@ -18,7 +18,7 @@ from ep_comm.backends.wire import Finding
 from ep_comm.checks import BufferSpec
 
 KINDS: Final = ("none", "dispatch", "combine")  # a kind's code is its index, as in OpKind
-WEIGHTS, STATIC, CACHED, WEIGHTED = 1, 2, 4, 8  # bits of the flags of a descriptor
+WEIGHTS, STATIC, CACHED, WEIGHTED, PER_RANK = 1, 2, 4, 8, 16  # bits of the flags of a descriptor
 _FIELDS: Final = _core.DESCRIPTOR_FIELDS
 _REASON: Final = _core.REASON_BYTES
 

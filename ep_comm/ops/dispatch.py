@@ -153,10 +153,15 @@ def clear_rows_without_token(received: Received) -> None:
     if received.layout == "compact":
         empty = torch.arange(rows.shape[0], device=x.device) >= handle.rank_counts[1].sum()
     else:
-        taken = torch.where(handle.recv_row < 0, rows.shape[0], handle.recv_row)
-        empty = torch.ones(rows.shape[0] + 1, dtype=torch.bool, device=x.device)
-        empty = empty.index_fill_(0, taken.flatten().long(), False)[:-1]
+        empty = rows_without_token(handle.recv_row, rows.shape[0])
     rows.masked_fill_(empty.unsqueeze(1), 0)
+
+
+def rows_without_token(recv_row: Tensor, num_rows: int) -> Tensor:
+    """bool [num_rows] grouped, slab: whether a row is padding."""
+    taken = torch.where(recv_row < 0, num_rows, recv_row).flatten().long()
+    empty = torch.ones(num_rows + 1, dtype=torch.bool, device=recv_row.device)
+    return empty.index_fill_(0, taken, False)[:-1]
 
 
 def fake(a: DispatchArgs) -> Arrived:

@@ -42,8 +42,8 @@ def combine_grads(ctx: Any, grad_x: Tensor | None, grad_weights: Tensor | None) 
     handle = Handle(*ctx.saved_tensors)
     rows = no_rows(handle.send_row, ctx.shape) if grad_x is None else grad_x
     total, home = in_turn(
-        torch.ops.ep_comm.combine, ctx.turn, rows, grad_weights, None, None, *handle, ctx.buffer,
-        False, "rank", None, ctx.tag,
+        torch.ops.ep_comm.combine, ctx.turn, rows, grad_weights, None, None, None, *handle,
+        ctx.buffer, False, "rank", False, None, ctx.tag,
     )  # fmt: skip
     return {
         "x": None if grad_x is None else total,

@@ -13,6 +13,7 @@ from typing import NoReturn, overload
 import torch
 from torch import Tensor
 
+from ep_comm.checks import check_per_rank
 from ep_comm.errors import make_error
 from ep_comm.handle import LAYOUTS, Handle, HandleMeta, parse_handle, reject_handle
 from ep_comm.received import Received
@@ -38,7 +39,13 @@ from ep_comm.reference.rows import (
     row_index_length,
     trace_origins,
 )
-from ep_comm.reference.sums import add_in_order, plan_from_handle, rows_for_source, weights_home
+from ep_comm.reference.sums import (
+    add_in_order,
+    parts_for_source,
+    plan_from_handle,
+    rows_for_source,
+    weights_home,
+)
 from ep_comm.replicas import LayerReplicas
 
 Bias = Tensor | tuple[Tensor | None, Tensor | None] | None
@@ -63,6 +70,7 @@ def dispatch(
     sync: bool = True,
     handles: Sequence[Handle | Sequence[Tensor]] | None = None,
     replicas: Sequence[LayerReplicas] | None = None,
+    recv_stats: Sequence[Tensor] | None = None,
     generation: int = 0,
     routing_number: int = 0,
 ) -> list[Received]:
@@ -83,6 +91,7 @@ def dispatch(
             Layout, alignment, capacity and sync are the handle's; those passed are ignored.
         replicas: of each rank: topk_idx names logical experts, and each selection goes to one of
             num_experts physical ones; handles hold those. Adds to `load` of each rank.
+        recv_stats: int32 [El] per rank; num_tokens_per_expert is added to it. Not with handles.
         generation, routing_number: written into the handles.
     Returns:
         One Received per rank. With handles: topk_idx and row_index are None, the handle is the one
@@ -100,6 +109,8 @@ def dispatch(
     if handles is not None:
         if topk_idx is not None:
             _reject("E203", "rejected topk_idx: the handle has the routing, want None with handle=")
+        if recv_stats is not None:
+            _reject("E203", "rejected recv_stats: want None with handle=")
         return _dispatch_cached(x, scales, weights, handles, expert_map)
     if topk_idx is None:
         _reject("E200", "rejected topk_idx: got None, want int64 or int32 [T, K]")
@@ -123,6 +134,8 @@ def dispatch(
         rank_rows = torch.stack([r.handle.rank_counts[0] for r in received])
         for r in received:
             r.origins = trace_origins(rank_rows, r.handle, HandleMeta.unpack(r.handle.meta))
+    for stats, r in zip(recv_stats or [], received, strict=recv_stats is not None):
+        stats += r.num_tokens_per_expert
     return received
 
 
@@ -218,6 +231,8 @@ def combine(
     topk_weights: None = ...,
     order: str = ...,
     sum_weights: bool = ...,
+    per_rank: bool = ...,
+    row_weights: Sequence[Tensor] | None = ...,
     bias: Sequence[Bias] | None = ...,
     expert_map: Sequence[int] | Tensor | None = ...,
 ) -> list[Tensor]: ...
@@ -232,6 +247,8 @@ def combine(
     topk_weights: Sequence[Tensor],
     order: str = ...,
     sum_weights: bool = ...,
+    per_rank: bool = ...,
+    row_weights: Sequence[Tensor] | None = ...,
     bias: Sequence[Bias] | None = ...,
     expert_map: Sequence[int] | Tensor | None = ...,
 ) -> list[tuple[Tensor, Tensor]]: ...
@@ -245,6 +262,8 @@ def combine(
     topk_weights: Sequence[Tensor] | None = None,
     order: str = "rank",
     sum_weights: bool = False,
+    per_rank: bool = False,
+    row_weights: Sequence[Tensor] | None = None,
     bias: Sequence[Bias] | None = None,
     expert_map: Sequence[int] | Tensor | None = None,
 ) -> list[Tensor] | list[tuple[Tensor, Tensor]]:
@@ -258,13 +277,17 @@ def combine(
             ones; each goes home to its (token, slot).
         order: "rank", or (grouped, slab) "topk": slots as they stand, whoever owns the expert.
         sum_weights: (compact) a slot gets the sum over all ranks of the token instead.
+        per_rank: (grouped, slab) owners add up their rows of a token, slots as they stand, and
+            round; the source adds what the ranks send.
+        row_weights: float32 per rank, one for each row of x: multiplied there, per_rank.
         bias: per rank [T, H], a pair of them (either None), or None; the sum starts there.
         expert_map: as given to dispatch.
     Returns:
         Per rank [T, H] in the dtype of x; with topk_weights, pairs of it and float32 [T, K]. The
         sum is fp32 (float64 for float64) in the order asked for, rounded once.
     Raises:
-        EPArgumentError: E201 wrong shape, E203 weighted without weights or in the compact layout.
+        EPArgumentError: E201 wrong shape, E203 weighted without weights or in the compact layout,
+            per_rank with another option that asks for single rows.
         EPUsageError: E320, not handles of one dispatch.
     """
     parsed, metas, experts = _parse_handles(handles, expert_map)
@@ -272,27 +295,40 @@ def combine(
     if weighted and (layout == "compact" or not metas[0].has_weights):
         want = "layout grouped or slab, and topk_weights given at dispatch"
         _reject("E203", f"rejected weighted=True: want {want}")
+    if per_rank:
+        check_per_rank(metas[0], weighted=weighted, order=order, topk_weights=topk_weights)
+    elif row_weights is not None:
+        _reject("E203", "rejected row_weights: want per_rank=True with them")
     for rank, meta in enumerate(metas):
         shape = (*meta.x_shape[:-1], x[rank].shape[-1])
         _check_shape("x", rank, x[rank], shape)
+        if row_weights is not None:
+            _check_shape("row_weights", rank, row_weights[rank], shape[:-1])
         if topk_weights is not None:
             per_row = (*shape[:-1], meta.num_topk) if layout == "compact" else shape[:-1]
             _check_shape("topk_weights", rank, topk_weights[rank], per_row)
 
     # What every owner returns to every source, and each source's concatenation of it.
+    flat = [_row_list(rows, layout) for rows in x]
     back = [
         [rows_for_source(handle, meta, source) for source in range(num_ranks)]
         for handle, meta in zip(parsed, metas, strict=True)
     ]
+
+    def returned(owner: int, source: int) -> Tensor:
+        if not per_rank:
+            return flat[owner][back[owner][source]]
+        factors = None if row_weights is None else row_weights[owner].flatten()
+        return parts_for_source(flat[owner], parsed[owner], metas[owner], source, factors)
+
     plans = [plan_from_handle(handle, experts) for handle in parsed]
     sums = []
     for source, plan in enumerate(plans):
-        rows = [_row_list(x[owner], layout)[back[owner][source]] for owner in range(num_ranks)]
         sums.append(
             add_in_order(
-                torch.cat(rows),
+                torch.cat([returned(owner, source) for owner in range(num_ranks)]),
                 plan,
-                layout,
+                "compact" if per_rank else layout,  # one contribution for each rank
                 topk_weights=parsed[source].topk_weights if weighted else None,
                 bias=None if bias is None else bias[source],
                 order=order,

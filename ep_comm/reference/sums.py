@@ -2,7 +2,8 @@
 
 Floating-point addition depends on the order, so the order is part of the contract: ascending owner
 rank, then slot; fp32 from the first addition to the one rounding at the end; products rounded
-before they are added (no fma).
+before they are added (no fma). Where owners add up their rows of a token first, a rank's sum is
+rounded when it is sent, and the source adds those of the ranks.
 """
 
 from __future__ import annotations
@@ -33,6 +34,32 @@ def rows_for_source(handle: Handle, meta: HandleMeta, source: int) -> Tensor:
         return torch.arange(first, first + count, device=handle.recv_src.device)
     rows = handle.recv_row[first : first + count].flatten().long()
     return rows[rows >= 0]
+
+
+def parts_for_source(
+    rows: Tensor, handle: Handle, meta: HandleMeta, source: int, row_weights: Tensor | None
+) -> Tensor:
+    """What an owner sends back to `source` when it first adds up its own rows of each token.
+
+    Args:
+        rows: x of the owner, grouped or slab, as [rows, H].
+        row_weights: float32 [rows], multiplies each row; None = plain sum.
+    Returns:
+        [n, H], one per token of that source in the order of compact rows: slots added as they
+        stand, dtype of the rows, rounded once.
+    """
+    first = int(handle.rank_counts[1, :source].sum())
+    count = int(handle.rank_counts[1, source])
+    row = handle.recv_row[first : first + count].long()  # [n, K]
+    total = _start(None, (count, rows.shape[1]), rows)
+    for slot in range(row.shape[1]):
+        token = (row[:, slot] >= 0).nonzero().squeeze(1)
+        at = row[token, slot]
+        value = rows[at].to(total.dtype)
+        if row_weights is not None:
+            value = row_weights[at].to(total.dtype).unsqueeze(1) * value
+        total = total.index_add(0, token, value)  # no token twice
+    return total.to(rows.dtype)
 
 
 def contribution_of(plan: SendPlan, layout: str) -> Tensor:

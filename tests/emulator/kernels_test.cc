@@ -449,7 +449,7 @@ void check_combine(World& w, const Expected& e, bool in_arena) {
             a.x = holds.back()->data();
             a.arena_offset = holds.back()->extent().offset;
         }
-        if (!c.staged) {
+        if (!c.staged && !c.per_rank) {
             a.y_weights = back[d].data();
             a.out_weights = home[d].data();
             a.with_weights = true;
@@ -504,7 +504,7 @@ void check_combine(World& w, const Expected& e, bool in_arena) {
                 for (int k = 0; k < c.topk; ++k) {
                     if (!here(d, k)) continue;
                     const int64_t row = e.send_row[s][t * c.topk + k];
-                    if (!c.staged) {
+                    if (!c.staged && !c.per_rank) {
                         expect_eq(home[s][t * c.topk + k],
                                   back[d][compact ? row * c.topk + k : row]);
                     }
@@ -622,6 +622,28 @@ int main() {
     });
     test("rows in pieces",
          [] { run(with(ranks(2, 2), [](Case& c) { c.hidden = 20000, c.tokens = {3, 2}; })); });
+    test("owners add up their rows", [] {
+        for (const Case& base : {grouped(), slab()}) {
+            for (const int hidden : {24, 2408}) {
+                const Case mine = with(ranks(3, 2, base), [hidden](Case& c) {
+                    c.hidden = hidden, c.topk = 5, c.per_rank = true;
+                });
+                run(mine);
+                run(with(mine, [](Case& c) { c.weighted = true; }));
+                run(with(mine, [](Case& c) { c.weighted = c.is_static = true; }));
+            }
+            run(with(ranks(1, 2, base), [](Case& c) { c.per_rank = c.weighted = true; }));
+            run(with(ranks(4, 1, base), [](Case& c) {
+                c.per_rank = c.one_expert = true;
+                if (c.capacity > 0) c.capacity = 90;
+            }));
+        }
+        run(with(ranks(2, 3, grouped()), [](Case& c) {
+            c.tokens = {1200, 1030}, c.hidden = 8, c.per_rank = c.weighted = true;
+        }));
+        run(with(ranks(2, 2, grouped()),
+                 [](Case& c) { c.topk = 32, c.experts = 40, c.per_rank = c.weighted = true; }));
+    });
     test("by copy engine", [] {
         run(with(ranks(3, 4), [](Case& c) { c.by_copies = true, c.tokens = {50, 0, 33}; }));
     });

@@ -58,7 +58,9 @@ class LowLatencyCalls:
             x: bfloat16 [T, H], T <= num_max_dispatch_tokens_per_rank = M.
             topk_idx: int64 or int32 [T, K], -1 = none.
             cumulative_local_expert_recv_stats: int32 [El], the counts are added to it.
-            dispatch_wait_recv_cost_stats: GPU cycles waited; a CPU has none, so it stays as it is.
+            dispatch_wait_recv_cost_stats: int64 [R], nanoseconds (upstream: cycles) that each rank
+                was waited for are added to it; where ranks cannot be told apart (backend
+                "collective") it stays as it is.
             use_fp8, round_scale, use_ue8m0: quantize on the way; scales that are powers of two;
                 four of their exponents in an int32.
         Returns:
@@ -85,11 +87,13 @@ class LowLatencyCalls:
             rows, options["scales"] = quantize_rounded(x)
         ids = topk_idx if rest is None else rest.renumber(topk_idx, num_experts)
         splits = return_recv_hook and rest is None
+        cost = _measured(native, dispatch_wait_recv_cost_stats)
+        waits = cost if rest is None else rest.waits(cost)
         if splits:  # sending goes on while the caller may already write to its tensors
             ids, rows = ids.clone(), _snapshot(rows, x)
         work = native.dispatch(
             rows, ids, layout="slab", capacity=self.group_size * most, origins=True,
-            wait=not splits, **options,
+            wait=not splits, wait_stats=waits, **options,
         )  # fmt: skip
         sizes = (most, x.shape[1], num_experts)
         stats = cumulative_local_expert_recv_stats
@@ -105,6 +109,7 @@ class LowLatencyCalls:
         origins, routing = work.origins, _Routing(native, topk_idx, native_handle)
         source_range = origins.source_range
         if rest is not None:
+            rest.move_waits(waits, cost)
             source_range = rest.spread(source_range)
             routing.rest, routing.num_experts = rest, num_experts
         handle = _handle(origins.row_token, source_range, sizes, routing)
@@ -150,6 +155,9 @@ class LowLatencyCalls:
             y = routing.taken_buffer()
         elif return_recv_hook:
             y, ours = routing.snapshot(x, ours, topk_weights)
+        rest = routing.rest
+        cost = _measured(native, combine_wait_recv_cost_stats)
+        waits = cost if rest is None else rest.waits(cost)
         total = out
         if (out is None and return_recv_hook) or (out is not None and not out.is_contiguous()):
             total = torch.empty((topk_idx.shape[0], y.shape[-1]), dtype=y.dtype, device=y.device)
@@ -160,6 +168,7 @@ class LowLatencyCalls:
             order="topk",
             out=total,
             wait=not return_recv_hook,
+            wait_stats=waits,
         )
         if total is None:
             total = work
@@ -167,6 +176,8 @@ class LowLatencyCalls:
         def finish() -> None:
             if return_recv_hook:
                 work.wait()
+            if rest is not None:
+                rest.move_waits(waits, cost)
             if out is not None and out is not total:
                 out.copy_(total)
 
@@ -433,6 +444,11 @@ def _quantization(use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> dict[str
 def _exclusive(async_finish: bool, return_recv_hook: bool) -> None:
     if async_finish and return_recv_hook:
         raise ValueError("async_finish, return_recv_hook: got both, want at most one")
+
+
+def _measured(native: Any, stats: Tensor | None) -> Tensor | None:
+    """Where waits are added up, if the backend measures them."""
+    return stats if "wait_stats" in native._backend.fills else None
 
 
 def _count(stats: Tensor | None, counts: Tensor) -> None:

@@ -36,6 +36,15 @@ class Rest:
         known = new_ids.flatten()[ids.clamp(0, num_experts - 1)]
         return torch.where(ids < 0, ids, torch.where(ids < num_experts, known, left))
 
+    def waits(self, stats: Tensor | None) -> Tensor | None:
+        """int64 [ranks left] in place of int64 [R]; `move_waits` then adds them to that."""
+        return None if stats is None else stats.new_zeros(len(self.ranks))
+
+    def move_waits(self, waits: Tensor | None, stats: Tensor | None) -> None:
+        if stats is not None and waits is not None:
+            stats[list(self.ranks)] += waits
+            waits.zero_()
+
     def spread(self, source_range: Tensor) -> Tensor:
         """int64 [El, ranks left] as [El, R]: nothing from a masked rank."""
         wide = source_range.new_zeros((source_range.shape[0], self.num_ranks))
