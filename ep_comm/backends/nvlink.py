@@ -49,7 +49,7 @@ class NvlinkBackend:
     """One rank of a buffer on GPUs. Collective to construct; see `connect`."""
 
     name = "nvlink"
-    fills: frozenset[str] = frozenset()
+    fills = frozenset({"recv_stats", "wait_stats"})
 
     def __init__(
         self,
