@@ -102,16 +102,15 @@ class LowLatencyCalls:
             ids, rows = ids.clone(), _snapshot(rows, x)
         work = native.dispatch(
             rows, ids, layout="slab", capacity=self.group_size * most, origins=True,
-            sync=not static, wait=not splits, wait_stats=waits, **options,
+            sync=not static, wait=not splits, wait_stats=waits,
+            recv_stats=cumulative_local_expert_recv_stats, **options,
         )  # fmt: skip
         sizes = (most, x.shape[1], num_experts)
-        stats = cumulative_local_expert_recv_stats
         if splits:
             form = _form(x.shape[1], use_fp8, use_ue8m0)
-            pending = _PendingDispatch(native, work, sizes, form, stats, topk_idx)
+            pending = _PendingDispatch(native, work, sizes, form, topk_idx)
             return (*pending.results, EventOverlap(), pending.finish)
         raise_static(native, work)
-        _count(stats, work.num_tokens_per_expert)
         received = work.x if work.scales is None else (work.x, work.scales)
         native_handle = work.handle
         if native_handle.topk_idx is topk_idx:  # it has no ids of its own
@@ -354,10 +353,9 @@ class _PendingDispatch:
         begun: Any,
         sizes: tuple[int, int, int],
         form: tuple[torch.dtype, torch.dtype | None, int],
-        stats: Tensor | None,
         topk_idx: Tensor,
     ) -> None:
-        self._begun, self._stats = begun, stats
+        self._begun = begun
         self._promised: Promised | None = begun.promised
         self._out = self._promised or _make_outputs(native, sizes, form)
         origins = self._out.origins
@@ -380,7 +378,6 @@ class _PendingDispatch:
         raise_static(self._routing.native, recv)
         if self._promised is None:
             _copy_outputs(self._out, recv)
-        _count(self._stats, recv.num_tokens_per_expert)
         self._routing.arrived(recv.handle)
 
 
@@ -470,11 +467,6 @@ def _exclusive(async_finish: bool, return_recv_hook: bool) -> None:
 def _measured(native: Any, stats: Tensor | None) -> Tensor | None:
     """Where waits are added up, if the backend measures them."""
     return stats if "wait_stats" in native._backend.fills else None
-
-
-def _count(stats: Tensor | None, counts: Tensor) -> None:
-    if stats is not None:
-        stats += counts
 
 
 def _handle(
