@@ -212,7 +212,8 @@ class Buffer:
             wait_stats: int64 [num_ranks], contiguous; the nanoseconds for which each rank was
                 waited for are added: until it had entered the call, and from then until its rows
                 were here, each from when all were waited for. A rank that is there at once costs
-                nothing. Not on the collective backend, where ranks cannot be told apart.
+                nothing. A small batch on GPUs looks no further once a rank has entered: its rows
+                are on their way. Not on the collective backend, where ranks cannot be told apart.
             num_sms: SMs for this call, GPU backends.
             tag: your name for the call, quoted in errors.
         Returns:

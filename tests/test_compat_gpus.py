@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ep_comm import reference
 from ep_comm.compat import deep_ep
+from ep_comm.errors import EPArgumentError
 from ep_comm.reference import fp8
 
 pytestmark = pytest.mark.gpu
@@ -187,3 +188,71 @@ def low_latency(me: ranks.Me, use_fp8: bool, hook: bool) -> None:
 @pytest.mark.parametrize("use_fp8", [False, True], ids=["bf16", "fp8"])
 def test_low_latency_calls_are_those_of_the_reference(use_fp8: bool, hook: bool) -> None:
     ranks.run(low_latency, SIZE, use_fp8, hook)
+
+
+def captured_pair(me: ranks.Me) -> None:
+    """A dispatch and a combine in a graph, which is replayed with other rows, ids and weights."""
+    world, most = World(me, hidden=512), max(TOKENS)
+    x, ids, weights = (world.mine(v) for v in (world.data.x, world.data.idx, world.data.weights))
+    stats = torch.zeros(E // SIZE, dtype=torch.int32, device="cuda")
+
+    def pair() -> tuple[Tensor, Tensor, Tensor]:
+        recv, count, handle, _, hook = world.buffer.low_latency_dispatch(
+            x, ids, most, E, stats, use_fp8=False, return_recv_hook=True
+        )
+        assert hook is not None
+        hook()
+        y = world.buffer.get_next_low_latency_combine_buffer(handle)
+        y.copy_(recv)
+        total, _, hook = world.buffer.low_latency_combine(
+            y, ids, weights, handle, zero_copy=True, return_recv_hook=True
+        )
+        assert hook is not None
+        hook()
+        return recv, count, total
+
+    pair()  # makes the native buffer
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recv, count, total = pair()
+    counted = stats.clone()
+    for seed in range(1, 5):
+        data = Inputs(TOKENS, hidden=512, seed=seed)
+        for given, values in ((x, data.x), (ids, data.idx), (weights, data.weights)):
+            given.copy_(values[me.rank])
+        graph.replay()
+        torch.cuda.synchronize()
+        want = data.reference(layout="slab", capacity=SIZE * most)
+        same_bits(count.cpu(), want[me.rank].num_tokens_per_expert)
+        counted += count
+        for e, n in enumerate(want[me.rank].counts):
+            same_bits(recv[e, :n].cpu(), want[me.rank].x[e, :n], f"expert {e}")
+        sums = reference.combine(
+            [r.x for r in want], [r.handle for r in want], weighted=True, order="topk"
+        )
+        same_values(total.cpu(), sums[me.rank])
+    same_bits(stats.cpu(), counted.cpu())
+    me.kept.append((graph, recv, count, total))
+
+
+def test_low_latency_calls_are_captured_and_replayed() -> None:
+    ranks.run(captured_pair, SIZE)
+
+
+def late_failure(me: ranks.Me) -> None:
+    """Bad ids of one rank: nothing arrives anywhere, and every rank is told by a later call."""
+    world, most = World(me), max(TOKENS)
+    x, ids = world.mine(world.data.x), world.mine(world.data.idx)
+    wrong = torch.full_like(ids, E) if me.rank == 1 else ids
+    count = world.buffer.low_latency_dispatch(x, wrong, most, E, use_fp8=False)[1]
+    assert count.tolist() == [0] * (E // SIZE)  # which waits for it
+    with pytest.raises(EPArgumentError, match="E213"):
+        world.buffer.low_latency_dispatch(x, ids, most, E, use_fp8=False)
+    count = world.buffer.low_latency_dispatch(x, ids, most, E, use_fp8=False)[1]
+    want = world.data.reference(layout="slab", capacity=SIZE * most)
+    assert count.tolist() == want[me.rank].counts
+
+
+def test_low_latency_calls_raise_what_earlier_ones_could_not() -> None:
+    ranks.run(late_failure, SIZE)

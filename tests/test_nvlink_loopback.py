@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -386,6 +387,46 @@ def test_sums_by_owners_agree_with_the_reference(
 
             for rank, total in enumerate(on_streams(cluster, combine)):
                 same_values(total.cpu(), sums[rank], f"weighted {weighted}, rank {rank}")
+
+
+# ---- statistics ----
+
+
+@pytest.mark.parametrize("max_tokens", [40, 1100], ids=["small-batches", "pulled"])
+@pytest.mark.parametrize("options", [STATIC, {**SLAB, "capacity": 50}], ids=["compact", "slab"])
+def test_statistics_are_added_to_what_there_was(
+    make_cluster: Callable[..., Cluster], options: dict[str, Any], max_tokens: int
+) -> None:
+    case, rounds, nap = Case(options=options), 3, 0.2
+    inputs = case.inputs()
+    want = want_dispatch(case, inputs)
+    cluster = make_cluster(case.num_ranks, **{**case.buffer_options(), "max_tokens": max_tokens})
+    x, idx = on_gpu(inputs.x), on_gpu(inputs.topk_idx)
+    assert x is not None
+    assert idx is not None
+    late = case.num_ranks - 1
+    counts = [torch.full_like(w.num_tokens_per_expert, 7).cuda() for w in want]
+    waits = [torch.full((2, case.num_ranks), 7, device="cuda") for _ in want]
+
+    def work(rank: int) -> None:
+        buffer = cluster.buffers[rank]
+        for _ in range(rounds):  # the second goes a shorter way than the first
+            time.sleep(nap if rank == late else 0.0)
+            recv = buffer.dispatch(
+                x[rank], idx[rank], recv_stats=counts[rank], wait_stats=waits[rank][0],
+                **dispatch_options(case),
+            )  # fmt: skip
+            time.sleep(nap if rank == late else 0.0)
+            buffer.combine(recv.x, recv.handle, wait_stats=waits[rank][1])
+
+    on_streams(cluster, work)
+    for rank in range(case.num_ranks):
+        assert torch.equal(counts[rank].cpu(), 7 + rounds * want[rank].num_tokens_per_expert)
+        waited = waits[rank].cpu() - 7
+        assert (waited >= 0).all()
+        if rank != late:
+            assert (waited[:, late] >= 0.75 * rounds * nap * 1e9).all()
+            assert (waited.argmax(1) == late).all()
 
 
 # ---- one call after the other ----

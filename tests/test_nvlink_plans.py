@@ -138,6 +138,8 @@ def test_what_does_not_fit_is_refused_as_ever(make_cluster: Callable[..., Cluste
     recv = buffer.dispatch(x, idx, weights, **options)
     y = torch.zeros_like(recv.x)
     buffer.combine(y, recv.handle)
+    counts, waits = torch.zeros(case.num_experts).int().cuda(), torch.zeros(1).long().cuda()
+    buffer.dispatch(x, idx, weights, recv_stats=counts, wait_stats=waits, **options)
     wide = torch.zeros((33, 2 * case.hidden), dtype=x.dtype).cuda()
     many = torch.zeros((34, case.hidden), dtype=x.dtype).cuda()
     dispatches: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
@@ -151,6 +153,9 @@ def test_what_does_not_fit_is_refused_as_ever(make_cluster: Callable[..., Cluste
         ("E203", (x, idx, weights), {"num_sms": True}),
         ("E203", (x, idx, weights), {"alignment": 1.0}),
         ("E230", (many, idx, weights), {}),
+        ("E200", (x, idx, weights), {"recv_stats": counts.long(), "wait_stats": waits}),
+        ("E201", (x, idx, weights), {"recv_stats": counts[1:], "wait_stats": waits}),
+        ("E202", (x, idx, weights), {"recv_stats": counts, "wait_stats": waits.cpu()}),
     ]
     for code, args, changed in dispatches:
         with pytest.raises(EPError) as raised:

@@ -175,38 +175,78 @@ __device__ __forceinline__ uint64_t number_of(uint64_t word, uint64_t seq) {
     return seq + static_cast<uint64_t>(int64_t{ahead});
 }
 
-__device__ __noinline__ inline bool wait_long(const Watch& watch, Operation op, Awaited awaited,
-                                              const uint64_t* addr, Word word) {
-    const auto have = [&] {
+// A wait that takes long, looked at in turns from 1 to kLookFurther, again and again.
+struct LongWait {
+    enum State { kWaits, kThere, kOver };
+    const Watch& watch;
+    Operation op;
+    Awaited awaited;
+    const uint64_t* addr;
+    Word word;
+    uint64_t start, seen, progress;
+
+    __device__ LongWait(const Watch& w, Operation o, Awaited what, const uint64_t* a, Word kind)
+        : watch(w), op(o), awaited(what), addr(a), word(kind), start(ptx::globaltimer()) {
+        seen = have(), progress = start;
+    }
+
+    __device__ __forceinline__ uint64_t have() const {
         const uint64_t value = ptx::ld_acquire_sys(addr);
         return word == Word::kNumber ? value : number_of(value, awaited.want);
-    };
-    const uint64_t start = ptx::globaltimer();
-    uint64_t seen = have(), progress = start;
-    const int64_t limit = arriving(awaited.site) ? watch.arrival_ns : watch.progress_ns;
-    for (int turn = 1;; turn = turn % kLookFurther + 1) {
+    }
+
+    __device__ __forceinline__ State look(int turn) {
         const uint64_t now = have();
         if (now > awaited.want && awaited.site == Site::kLine) {
             give_up(watch, op, kBadEpoch, awaited, now, 0);
-            return false;
+            return kOver;
         }
-        if (now >= awaited.want) return post(watch, op, awaited, start, false);
-        if (turn % kLookEvery != 0) continue;
-        if (gave_up(watch)) return false;
+        if (now >= awaited.want) return post(watch, op, awaited, start, false) ? kThere : kOver;
+        if (turn % kLookEvery != 0) return kWaits;
+        if (gave_up(watch)) return kOver;
         const uint64_t time = ptx::globaltimer();
         if (now != seen && !arriving(awaited.site)) progress = time;
         seen = now;
+        const int64_t limit = arriving(awaited.site) ? watch.arrival_ns : watch.progress_ns;
         if (limit >= 0 && time - progress > static_cast<uint64_t>(limit)) {
             const int code = arriving(awaited.site) ? kPeerAbsent : kStalled;
             give_up(watch, op, code, awaited, now, time - start);
-            return false;
+            return kOver;
         }
-        if (turn != kLookFurther) continue;
+        if (turn != kLookFurther) return kWaits;
         // Its last words came before it left: look once more.
-        if (is_over(watch, op, awaited, start) &&
-            !still_counts(watch, op, awaited, have(), time - start)) {
-            return false;
+        const bool over = is_over(watch, op, awaited, start) &&
+                          !still_counts(watch, op, awaited, have(), time - start);
+        return over ? kOver : kWaits;
+    }
+};
+
+__device__ __noinline__ inline bool wait_long(const Watch& watch, Operation op, Awaited awaited,
+                                              const uint64_t* addr, Word word) {
+    LongWait wait(watch, op, awaited, addr, word);
+    for (int turn = 1;; turn = turn % kLookFurther + 1) {
+        const LongWait::State state = wait.look(turn);
+        if (state != LongWait::kWaits) return state == LongWait::kThere;
+    }
+}
+
+// Waits for a word of each lane and adds how long that took; what is there at once costs nothing. It ends
+// when all are there or one wait has to end: the waits proper, which follow, say which. One warp; no
+// stats: a lane that waits for nothing.
+__device__ __noinline__ inline void time_waits(const Watch& watch, Operation op, Awaited awaited,
+                                               const uint64_t* addr, Word word, int64_t* stats) {
+    LongWait wait(watch, op, awaited, addr, word);
+    auto state = LongWait::kThere;
+    if (stats != nullptr && wait.seen < awaited.want) state = LongWait::kWaits;
+    for (int turn = 1;; turn = turn % kLookFurther + 1) {
+        if (state == LongWait::kWaits) {
+            state = wait.look(turn);
+            if (state == LongWait::kThere) {
+                *stats += static_cast<int64_t>(ptx::globaltimer() - wait.start);
+            }
         }
+        if (__any_sync(~0u, state == LongWait::kOver)) return;
+        if (__all_sync(~0u, state == LongWait::kThere)) return;
     }
 }
 

@@ -1,6 +1,6 @@
 // Rows that have been stored are counted at their receiver; it waits for all that was announced.
 //
-// defines: announce, await_rows, note_sent, check_sent
+// defines: announce, time_rows, await_rows, note_sent, check_sent
 #pragma once
 
 #include <cstdint>
@@ -27,9 +27,26 @@ __device__ __forceinline__ void announce(const RankView& view, int slot, int fir
     }
 }
 
-// All that was announced to us has arrived. One warp; false: leave.
-__device__ __forceinline__ bool await_rows(const RankView& view, Operation op, int slot) {
+// Before await_rows: adds how long each source's rows take. One warp.
+__device__ __noinline__ inline void time_rows(const RankView& view, Operation op, int slot,
+                                              int64_t* stats) {
     const int num_ranks = view.shape.num_ranks, me = view.peers.rank;
+#pragma unroll 1
+    for (int first = 0; first < num_ranks; first += 32) {
+        const int lane = ptx::lane_id(), src = min(first + lane, num_ranks - 1);
+        const uint64_t want = view.state.expected[slot * num_ranks + src] +
+                              NoticeWords(view, slot, src).get(NoticeLayout::kRows + me);
+        device::time_waits(view.watch, op, {Site::kRows, src, want},
+                           at<uint64_t>(view, me, view.layout.arrived_word(slot, src)),
+                           device::Word::kNumber, first + lane < num_ranks ? stats + src : nullptr);
+    }
+}
+
+// All that was announced to us has arrived. stats: see time_rows, or null. One warp; false: leave.
+__device__ __forceinline__ bool await_rows(const RankView& view, Operation op, int slot,
+                                           int64_t* stats) {
+    const int num_ranks = view.shape.num_ranks, me = view.peers.rank;
+    if (stats != nullptr) time_rows(view, op, slot, stats);
     bool ok = true;
 #pragma unroll 1
     for (int src = ptx::lane_id(); src < num_ranks; src += 32) {

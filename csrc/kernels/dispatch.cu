@@ -249,6 +249,7 @@ __device__ __noinline__ void fill_outputs(const DispatchJob& job, const Spread& 
 #pragma unroll 1
     for (int e = lane; !a.cached && e < num_local; e += 32) {
         a.expert_counts[e] = ok ? tables.experts[first + e] : 0;
+        if (ok && a.recv_stats != nullptr) a.recv_stats[e] += tables.experts[first + e];
     }
 #pragma unroll 1
     for (int e = lane; job.out.offsets != nullptr && e <= num_local; e += 32) {
@@ -310,7 +311,8 @@ __device__ __forceinline__ void conclude_call(const PackJob& pack, const Spread&
     if (job.args.rank_ends != nullptr || job.out.source_range != nullptr) {
         tell_origins(job, in, good);
     }
-    if (kPhase == Phase::kWhole && good && !await_rows(view, op, in.slot)) return;
+    const bool waits = kPhase == Phase::kWhole && good;
+    if (waits && !await_rows(view, op, in.slot, job.args.wait_stats)) return;
     if (!await_blocks(view, op)) return;
     if (!good) return fail_call(view, job.begin, in);
     if (kPhase == Phase::kPlan || !check_sent(job, op)) return;
@@ -406,6 +408,9 @@ __global__ void __launch_bounds__((Config::kMaxMovers + 1) * 32, 1)
     if (counts_tokens(job.args)) ok = count(job, op, spread, span, role) && ok;
     ok = __syncthreads_and(ok);
     if (ok && role.publishes) publish(job, spread, in);
+    if (ok && role.publishes && !is_mover && job.args.wait_stats != nullptr) {
+        time_notices(view, in, op, job.args.wait_stats);
+    }
     const Experts experts = needs_groups(job.args) ? Experts::kAll
                             : role.publishes       ? Experts::kOwn
                                                    : Experts::kNone;
@@ -444,7 +449,7 @@ __global__ void __launch_bounds__(32, 1) arrive_kernel(const __grid_constant__ D
     const Operation op{OpKind::kDispatch, seq};
     if (!check_sent(job, op)) return;
     announce(view, slot, ptx::lane_id(), 32, [&](int p) { return job.args.rank_counts[p]; });
-    if (await_rows(view, op, slot)) leave_slot(view, seq, slot);
+    if (await_rows(view, op, slot, job.args.wait_stats)) leave_slot(view, seq, slot);
 }
 
 using DispatchKernel = void (*)(PackJob, Spread);

@@ -2,7 +2,7 @@
 // slot is left.
 //
 // defines: Uninitialized, Entering, init_entering, acquire_slot, tell_entered, publish_words, NoticeWords,
-// await_notices, explain, fail_call, report, count_block, await_blocks, leave_slot
+// time_notices, await_notices, explain, fail_call, report, count_block, await_blocks, leave_slot
 //
 // One block tells the others' notices; every block reads all of them and comes to the verdict by
 // itself, as every rank does: the same words, the same function. Functions are for all threads of a
@@ -257,6 +257,19 @@ __device__ __forceinline__ uint32_t judge(const Begin& begin, int p, const Head&
     const bool signs = lane == L::kSignature || lane == L::kSignature + 1;
     return __all_sync(~0u, !signs || head.own == mine) ? kNoObjection
                                                        : objection(kFieldObjection, p);
+}
+
+// Before await_notices: adds how long each rank takes to enter. One warp.
+__device__ __noinline__ inline void time_notices(const RankView& view, const Entering& in,
+                                                 Operation op, int64_t* stats) {
+    const int num_ranks = view.shape.num_ranks;
+#pragma unroll 1
+    for (int first = 0; first < num_ranks; first += 32) {
+        const int lane = ptx::lane_id(), p = first + lane;
+        const NoticeWords words(view, in.slot, p < num_ranks ? p : 0);
+        device::time_waits(view.watch, op, {Site::kEntry, p < num_ranks ? p : 0, op.seq},
+                           words.words, device::Word::kPacked, p < num_ranks ? stats + p : nullptr);
+    }
 }
 
 // Waits for everybody's notice; in.first_bad is the verdict on them. A warp calls read(p, words, head)

@@ -349,6 +349,9 @@ __global__ void __launch_bounds__(kMaxPullWarps * 32, 1)
         ptx::griddepcontrol_wait();  // what stage has copied, before it is announced
         ok = __syncthreads_and(ok);
         if (ok) publish_head(view, job.begin, in);
+        if (ok && warp == 0 && job.args.wait_stats != nullptr) {
+            time_notices(view, in, {OpKind::kCombine, in.seq}, job.args.wait_stats);
+        }
     }
     ok = ok && await_notices(view, job.begin, in, OutputReader{job, sources, in});
     if (!ok) return;

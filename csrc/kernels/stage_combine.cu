@@ -409,6 +409,9 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
         const PartReceiver<kDtype> receiver{job, sender.stage};
         const auto part = receiver.part_of(pieces.item);
         const auto nothing = [](int, const NoticeWords&, const Head&) { return true; };
+        if (blockIdx.x == 0 && warp == kWarps - 1 && job.args.wait_stats != nullptr) {
+            time_notices(view, in, {OpKind::kCombine, in.seq}, job.args.wait_stats);
+        }
         if (!await_notices<false>(view, job.begin, in, nothing)) return;
         good = in.first_bad == kNoObjection;
         if (ok && good) ok = receiver.run(pieces, part);

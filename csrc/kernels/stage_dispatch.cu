@@ -124,6 +124,7 @@ __device__ __noinline__ void tell_outputs(const DispatchJob& job, const StageSpr
     for (int e0 = 0; e0 < num_local; e0 += 32) {
         const int e = e0 + lane, count = ok && e < num_local ? tables.total(first + e) : 0;
         if (e < num_local) a.expert_counts[e] = count;
+        if (e < num_local && a.recv_stats != nullptr) a.recv_stats[e] += count;
         if (job.out.offsets == nullptr) continue;
         int sum = (count + a.alignment - 1) / a.alignment * a.alignment;
         const int rows = sum;
@@ -194,6 +195,11 @@ __device__ __forceinline__ bool receive(const DispatchJob& job, const StageSprea
     const int warp = threadIdx.x / 32;
     const CountsListener counts{job, tables, in};
     const uint64_t count = counts.look();
+    // A warp that has little else to do tells what has come, and how long it took.
+    const bool tells = blockIdx.x == gridDim.x - 1 && warp == kStageWarps - 1;
+    if (tells && job.args.wait_stats != nullptr) {
+        time_notices(view, in, {OpKind::kDispatch, in.seq}, job.args.wait_stats);
+    }
     if (!await_notices<false>(view, job.begin, in, HeadListener{tables})) return false;
     good = in.first_bad == kNoObjection;
     if (good) {
@@ -203,8 +209,7 @@ __device__ __forceinline__ bool receive(const DispatchJob& job, const StageSprea
         if (job.args.index_capacity >= 0) judge_index(job, spread, in);
         good = min(in.first_bad, in.size_bad) == kNoObjection;
     }
-    // A warp that has little else to do tells what has come.
-    if (blockIdx.x == gridDim.x - 1 && warp == kStageWarps - 1) {
+    if (tells) {
         if (!good) explain_any(job, spread, in);
         tell_outputs(job, spread, in, good);
     }

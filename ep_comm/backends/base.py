@@ -69,6 +69,10 @@ class Backend(Protocol):
         All ranks asked at the same point of their programs answer alike.
         """
 
+    def known_failure(self) -> EPError | None:
+        """The same as far as it is known by now: waits for nothing, and ranks may answer at
+        different points."""
+
     def refuse(self, op: str, error: EPError) -> None:
         """Make every peer raise `error`'s code for this operation instead of waiting for us."""
 

@@ -118,6 +118,10 @@ class CollectiveBackend:
         error, self._deferred = self._deferred, None
         return error
 
+    def known_failure(self) -> EPError | None:
+        error, self._deferred = self._deferred, None
+        return error
+
     def refuse(self, op: str, error: EPError) -> None:
         step = self.next_step(op, "")
         code = int(error.code[1:])

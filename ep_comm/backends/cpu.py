@@ -115,6 +115,10 @@ class CpuBackend:
         error, self._deferred = self._deferred, None
         return error
 
+    def known_failure(self) -> EPError | None:
+        error, self._deferred = self._deferred, None
+        return error
+
     def refuse(self, op: str, error: EPError) -> None:
         kind = _core.OpKind.DISPATCH if op == "dispatch" else _core.OpKind.COMBINE
         reason = error.what.encode()[: _core.REASON_BYTES - 1].decode(errors="ignore")

@@ -49,7 +49,7 @@ class NvlinkBackend:
     """One rank of a buffer on GPUs. Collective to construct; see `connect`."""
 
     name = "nvlink"
-    fills: frozenset[str] = frozenset()
+    fills = frozenset({"recv_stats", "wait_stats"})
 
     def __init__(
         self,
@@ -167,6 +167,9 @@ class NvlinkBackend:
             self.unfinished[0].settle()
         while self._unseen:
             self._join(self._unseen.popitem()[1])
+        return self.known_failure()
+
+    def known_failure(self) -> EPError | None:
         outcome = self.rank.take_deferred()
         return None if outcome is None else self.error(outcome, "")
 

@@ -237,7 +237,9 @@ class Dispatch(calls.Dispatch):
         )  # fmt: skip
 
     def _second_half(self) -> None:
-        self.backend.rank.finish_dispatch(self.flight, self.backend.stream())
+        stream = torch.cuda.current_stream(self.backend.spec.device)
+        _use_on(stream, self.call.recv_stats, self.call.wait_stats)
+        self.backend.rank.finish_dispatch(self.flight, int(stream.cuda_stream))
 
     def _take_second(self) -> Received:
         if self.call.sync:
@@ -378,6 +380,12 @@ class Combine(calls.Combine):
         backend = self.backend
         stream = torch.cuda.current_stream(backend.spec.device)
         if stream != self._stream:
-            for tensor in (self.out, self._halves, self.call.x, *self.call.handle[1:]):
-                tensor.record_stream(stream)
+            call = self.call
+            _use_on(stream, self.out, self._halves, call.x, call.wait_stats, *call.handle[1:])
         backend.rank.finish_combine(self._begun, int(stream.cuda_stream))
+
+
+def _use_on(stream: Any, *tensors: Tensor | None) -> None:
+    for tensor in tensors:
+        if tensor is not None:
+            tensor.record_stream(stream)

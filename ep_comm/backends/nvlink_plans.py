@@ -32,7 +32,6 @@ class Plans:
 
     def __init__(self, backend: NvlinkBackend) -> None:
         self._backend = backend
-        self._fills_all = backend.fills >= {"recv_stats", "wait_stats"}
         self._looks: dict[calls.Look, calls.Look] = {}
         self._dispatches: dict[Any, tuple[_core.DispatchPlan, calls.Look]] = {}
         self._combines: dict[Any, _core.CombinePlan] = {}
@@ -60,13 +59,11 @@ class Plans:
             return None
         routing, serial = None, -1
         if handle is not None:
-            if topk_idx is not None or type(handle) is not OwnHandle or handle.routing is None:
+            is_odd = topk_idx is not None or stats[0] is not None  # which is refused
+            if is_odd or type(handle) is not OwnHandle or handle.routing is None:
                 return None
             routing, serial = handle.routing, handle.look.serial
             topk_idx = handle.topk_idx
-        has_stats = stats[0] is not None or stats[1] is not None
-        if has_stats and not self._fills_all:
-            return None
         known = _get(self._dispatches, (options, x.dtype, serial))
         if known is None or not self._is_free() or _is_negated(x, topk_weights, scales):
             return None
@@ -113,8 +110,6 @@ class Plans:
     ) -> Tensor | None:
         """As dispatch."""
         if type(x) is not Tensor or type(handle) is not OwnHandle or handle.routing is None:
-            return None
-        if wait_stats is not None and not self._fills_all:
             return None
         key = (options, x.dtype, row_weights is None, handle.look.serial)
         plan = _get(self._combines, key)

@@ -3,10 +3,12 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <chrono>
 #include <memory>
 #include <numeric>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "../cpp/check.h"
@@ -19,6 +21,7 @@ using namespace ep;
 
 constexpr int64_t kArenaBytes = 8 << 20;
 constexpr std::byte kPoison{0xe7};
+constexpr std::chrono::milliseconds kLate{200};
 
 struct Case {
     int ranks = 2, experts = 6, topk = 3, hidden = 24;
@@ -30,6 +33,7 @@ struct Case {
     bool by_copies = false, one_expert = false, replicas = false;
     bool staged = false, halves = false;  // as small batches go
     bool weighted = false, per_rank = false, topk_order = false;
+    bool stats = false;  // and the last rank comes late to every call
     Quantize quantize = Quantize::kNone;
     unsigned seed = 1;
 };
@@ -43,7 +47,9 @@ struct Rank {
     std::vector<int32_t> send_row, counts, offsets, rank_ends, numbers;
     std::vector<int64_t> rank_counts, source_range;
     std::vector<int64_t> logical, routed, load;  // with replicas: what `ids` follows from
-    Begun begun[2];                              // of the dispatch, and of the combine
+    std::vector<int32_t> recv_stats;
+    std::vector<int64_t> wait_stats;
+    Begun begun[2];  // of the dispatch, and of the combine
     std::unique_ptr<DeviceRank> device;
     std::shared_ptr<DeviceArena> arena;
     cudaStream_t stream = nullptr;
@@ -195,6 +201,7 @@ struct World {
             r.rank_ends.assign(c.ranks * c.ranks, -7);
             a.rank_ends = r.rank_ends.data();
         }
+        if (c.stats) a.recv_stats = r.recv_stats.data(), a.wait_stats = r.wait_stats.data();
         return a;
     }
 
@@ -229,6 +236,28 @@ struct World {
         r.flight = r.device->dispatch(a, w, r.stream);
     }
 
+    // A rank is about to be called: the last one late.
+    void come(int i) {
+        ranks[i].recv_stats.assign(num_local(i), 100);
+        ranks[i].wait_stats.assign(c.ranks, 100);
+        if (i == c.ranks - 1) std::this_thread::sleep_for(kLate);
+    }
+
+    // Everybody waited for the last rank, and for others less. By copies rows come one rank after the
+    // other, whenever the host gets there.
+    void check_waits() const {
+        const int last = c.ranks - 1;
+        for (int r = 0; r < last; ++r) {
+            const std::vector<int64_t>& waited = ranks[r].wait_stats;
+            expect(waited[r] >= 100, "of itself");
+            if (c.halves) continue;  // all have begun before anybody waits
+            expect(waited[last] - 100 >= kLate * 3 / 4 / std::chrono::nanoseconds(1), "waited");
+            for (int p = 0; p < last; ++p) {
+                expect(waited[p] >= 100 && (c.by_copies || waited[p] < waited[last]), "blamed");
+            }
+        }
+    }
+
     void finish(bool reports) {
         for (Rank& r : ranks) r.device->finish(*r.flight, r.stream);
         for (Rank& r : ranks) {
@@ -244,7 +273,10 @@ struct World {
     }
 
     void dispatch() {
-        for (int i = 0; i < c.ranks; ++i) queue(i, args_of(i), !c.is_static);
+        for (int i = 0; i < c.ranks; ++i) {
+            if (c.stats) come(i);
+            queue(i, args_of(i), !c.is_static);
+        }
         finish(!c.is_static);
     }
 };
@@ -471,6 +503,7 @@ void check_combine(World& w, const Expected& e, bool in_arena) {
         a.topk_order = c.topk_order;
         if (c.weighted) a.topk_weights = r.weights.data();
         if (c.weighted) a.row_weights = r.flight->job.out.topk_weights;
+        if (c.stats) w.come(d), a.wait_stats = r.wait_stats.data();
         CombineWants wants;
         wants.num_sms = c.num_sms;
         wants.begun = &r.begun[1];
@@ -544,6 +577,28 @@ void run(const Case& c) {
     }
 }
 
+template <class Change>
+Case with(Case c, Change change) {
+    change(c);
+    return c;
+}
+
+// What is counted is added to what was there.
+void run_stats(const Case& given) {
+    World w(with(given, [](Case& c) { c.stats = true; }));
+    w.dispatch();
+    w.check_waits();
+    const Expected e = expect_of(w);
+    for (int d = 0; d < w.c.ranks; ++d) {
+        check_rank(w, e, d, false);
+        std::vector<int32_t> want(w.ranks[d].counts);
+        for (int32_t& n : want) n += 100;
+        expect(w.ranks[d].recv_stats == want, "recv_stats");
+    }
+    check_combine(w, e, true);
+    w.check_waits();
+}
+
 Case grouped() {
     Case c;
     c.layout = RecvLayout::kGrouped;
@@ -563,12 +618,6 @@ Case ranks(int n, int sms, Case c = {}) {
     c.experts = 10;
     return c;
 }
-template <class Change>
-Case with(Case c, Change change) {
-    change(c);
-    return c;
-}
-
 int code_of(const Rank& r) { return r.flight->report.outcome.incident.code; }
 
 }  // namespace
@@ -643,6 +692,27 @@ int main() {
         }));
         run(with(ranks(2, 2, grouped()),
                  [](Case& c) { c.topk = 32, c.experts = 40, c.per_rank = c.weighted = true; }));
+    });
+    test("statistics", [] {
+        run_stats(ranks(3, 2));
+        run_stats(ranks(3, 2, grouped()));
+        run_stats(with(ranks(4, 1, slab()), [](Case& c) { c.is_static = true; }));
+        run_stats(with(ranks(3, 4), [](Case& c) { c.by_copies = true; }));
+        for (const bool halves : {false, true}) {
+            run_stats(with(ranks(3, 2), [halves](Case& c) {
+                c.is_static = c.staged = true, c.halves = halves;
+            }));
+            run_stats(with(ranks(3, 2, slab()),
+                           [halves](Case& c) { c.staged = c.per_rank = true, c.halves = halves; }));
+        }
+        World w(with(ranks(3, 2), [](Case& c) { c.stats = true; }));
+        w.ranks[2].ids[7] = 10;
+        w.dispatch();
+        for (const Rank& r : w.ranks) {
+            expect_eq(code_of(r), int{kBadExpertId});
+            const auto none = std::count(r.recv_stats.begin(), r.recv_stats.end(), 100);
+            expect_eq(size_t(none), r.recv_stats.size());
+        }
     });
     test("by copy engine", [] {
         run(with(ranks(3, 4), [](Case& c) { c.by_copies = true, c.tokens = {50, 0, 33}; }));

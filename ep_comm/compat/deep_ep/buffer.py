@@ -14,7 +14,7 @@ from ep_comm.compat.deep_ep.handles import pack, restore
 from ep_comm.compat.deep_ep.layout import dispatch_layout, experts_of_ranks
 from ep_comm.compat.deep_ep.low_latency import LowLatencyCalls
 from ep_comm.compat.deep_ep.masks import Masks
-from ep_comm.compat.deep_ep.natives import Natives
+from ep_comm.compat.deep_ep.natives import Natives, raise_static
 
 topk_idx_t: Final = torch.int64
 
@@ -154,7 +154,7 @@ class Buffer(LowLatencyCalls):
             native, ours = restore(handle, self._natives, rows.shape[1], rows.device)
             recv = native.dispatch(rows, handle=ours, scales=scales, scale_block=block, num_sms=sms)
             if not isinstance(recv.num_recv, int):
-                _raise_static(native, recv)
+                raise_static(native, recv)
             out = recv.x if rows is given else recv.x.view(given.dtype)
             received = out if scales is None else (out, recv.scales)
             return received, None, None, None, None, finished(async_finish)
@@ -172,7 +172,7 @@ class Buffer(LowLatencyCalls):
             sync=not static, capacity=num_worst_tokens if static else None,
         )  # fmt: skip
         if static:
-            _raise_static(native, recv)
+            raise_static(native, recv)
         given_back = pack(recv, ids, is_token_in_rank, self.rank)
         counts: list[int] = []
         if not static:
@@ -339,9 +339,3 @@ class Buffer(LowLatencyCalls):
 
     def __repr__(self) -> str:
         return f"deep_ep.Buffer(rank {self.rank} of {self.group_size}, by ep_comm)"
-
-
-def _raise_static(native: Any, recv: Any) -> None:
-    """A static call does not raise; where the host has its verdict anyway, we do: on all ranks."""
-    if recv.status.is_cpu and recv.status.item() != 0:
-        native.check()

@@ -15,7 +15,13 @@ from torch import Tensor
 
 from ep_comm.compat.deep_ep.events import EventOverlap, finished
 from ep_comm.compat.deep_ep.masks import Masks, Rest
-from ep_comm.compat.deep_ep.natives import Natives, refuse
+from ep_comm.compat.deep_ep.natives import (
+    Batch,
+    Natives,
+    raise_known,
+    raise_static,
+    refuse,
+)
 from ep_comm.errors import EPError
 from ep_comm.handle import META_SIZE, Handle, edit_meta
 from ep_comm.received import Origins, Promised, Received
@@ -77,8 +83,11 @@ class LowLatencyCalls:
         if use_ue8m0 and not round_scale:
             raise ValueError("use_ue8m0=True: want round_scale=True with it")
         rest = self._masks.rest
-        native = self._natives.get(x.shape[-1], num_experts, x.device, rest)
-        most = num_max_dispatch_tokens_per_rank
+        most, static = num_max_dispatch_tokens_per_rank, _is_static(x.device)
+        batch = Batch(most, topk_idx.shape[-1]) if static else None
+        native = self._natives.get(x.shape[-1], num_experts, x.device, rest, batch)
+        if static:
+            raise_known(native)
         if x.shape[0] > most:
             what = f"has too many tokens: got {x.shape[0]}, want <= {most}"
             refuse(native, "dispatch", "E230", what)
@@ -93,15 +102,15 @@ class LowLatencyCalls:
             ids, rows = ids.clone(), _snapshot(rows, x)
         work = native.dispatch(
             rows, ids, layout="slab", capacity=self.group_size * most, origins=True,
-            wait=not splits, wait_stats=waits, **options,
+            sync=not static, wait=not splits, wait_stats=waits,
+            recv_stats=cumulative_local_expert_recv_stats, **options,
         )  # fmt: skip
         sizes = (most, x.shape[1], num_experts)
-        stats = cumulative_local_expert_recv_stats
         if splits:
             form = _form(x.shape[1], use_fp8, use_ue8m0)
-            pending = _PendingDispatch(native, work, sizes, form, stats, topk_idx)
+            pending = _PendingDispatch(native, work, sizes, form, topk_idx)
             return (*pending.results, EventOverlap(), pending.finish)
-        _count(stats, work.num_tokens_per_expert)
+        raise_static(native, work)
         received = work.x if work.scales is None else (work.x, work.scales)
         native_handle = work.handle
         if native_handle.topk_idx is topk_idx:  # it has no ids of its own
@@ -150,6 +159,8 @@ class LowLatencyCalls:
             raise ValueError("zero_copy=True: want use_logfmt=False with it")
         routing = _routing_of(handle)
         native, y = routing.native, x
+        if _is_static(x.device):
+            raise_known(native)
         ours = routing.weighted(topk_idx, topk_weights)
         if zero_copy:
             y = routing.taken_buffer()
@@ -261,15 +272,18 @@ class _Routing:
             handle.meta.add_(_WEIGHTS_COME_LATER)
             self._has_weights = True
         weights, want = topk_weights, handle.topk_idx.shape
-        if weights.shape != want:
-            what = f"rejected topk_weights: got {list(weights.shape)}, want {list(want)}"
-            refuse(self.native, "combine", "E201", what)
+        for name, given in (("topk_weights", weights), ("topk_idx", topk_idx)):
+            if given.shape != want:
+                what = f"rejected {name}: got {list(given.shape)}, want {list(want)}"
+                refuse(self.native, "combine", "E201", what)
         unchanged = topk_idx is self._given and 0 <= self._version == _version(topk_idx)
         if not unchanged:
             ids = topk_idx.to(torch.int64)
             if self.rest is not None:
                 ids = self.rest.renumber(ids, self.num_experts)
-            if not torch.equal(ids, handle.topk_idx):
+            if _is_static(ids.device):
+                weights = weights.masked_fill(ids == -1, 0.0)
+            elif not torch.equal(ids, handle.topk_idx):
                 weights = weights.masked_fill(self._left_out(ids, handle.topk_idx), 0.0)
         if weights.dtype != torch.float32 or not weights.is_contiguous():
             weights = weights.to(torch.float32).contiguous()
@@ -277,9 +291,6 @@ class _Routing:
 
     def _left_out(self, ids: Tensor, sent: Tensor) -> Tensor:
         """Which slots became -1 since dispatch; nothing else may have changed."""
-        if ids.shape != sent.shape:
-            got, want = list(ids.shape), list(sent.shape)
-            refuse(self.native, "combine", "E201", f"rejected topk_idx: got {got}, want {want}")
         left_out = ids == -1
         if (~left_out & (ids != sent)).any():
             what = "rejected topk_idx: got other experts than at dispatch, want the same or -1"
@@ -319,6 +330,11 @@ def _snapshot(rows: Tensor, given: Tensor) -> Tensor:
     return rows.clone() if rows is given and rows.device.type == "cpu" else rows
 
 
+def _is_static(device: torch.device) -> bool:
+    """On GPUs the host waits for nothing, so that calls can be captured in graphs."""
+    return device.type == "cuda"
+
+
 def _nothing() -> None:
     """The hook of a call that is over already."""
 
@@ -337,10 +353,9 @@ class _PendingDispatch:
         begun: Any,
         sizes: tuple[int, int, int],
         form: tuple[torch.dtype, torch.dtype | None, int],
-        stats: Tensor | None,
         topk_idx: Tensor,
     ) -> None:
-        self._begun, self._stats = begun, stats
+        self._begun = begun
         self._promised: Promised | None = begun.promised
         self._out = self._promised or _make_outputs(native, sizes, form)
         origins = self._out.origins
@@ -360,9 +375,9 @@ class _PendingDispatch:
         if self._routing.handle is not None:
             return
         recv = self._begun.wait()
+        raise_static(self._routing.native, recv)
         if self._promised is None:
             _copy_outputs(self._out, recv)
-        _count(self._stats, recv.num_tokens_per_expert)
         self._routing.arrived(recv.handle)
 
 
@@ -393,9 +408,12 @@ def _make_outputs(
 
 
 def _copy_outputs(out: Promised, recv: Received) -> None:
-    for expert, count in enumerate(recv.counts):
-        rows = recv.x[expert, :count].view(torch.uint8)
-        out.x[expert, :count].view(torch.uint8).copy_(rows)
+    mine, theirs = out.x.view(torch.uint8), recv.x.view(torch.uint8)
+    if _is_static(out.x.device):  # counts would make the host wait
+        mine.copy_(theirs)
+    else:
+        for expert, count in enumerate(recv.counts):
+            mine[expert, :count].copy_(theirs[expert, :count])
     pairs = [(out.scales, recv.scales), (out.num_tokens_per_expert, recv.num_tokens_per_expert)]
     assert out.origins is not None
     assert recv.origins is not None
@@ -403,9 +421,9 @@ def _copy_outputs(out: Promised, recv: Received) -> None:
         (out.origins.row_token, recv.origins.row_token),
         (out.origins.source_range, recv.origins.source_range),
     ]
-    for mine, theirs in pairs:
-        if mine is not None and theirs is not None:
-            mine.copy_(theirs)
+    for ours, given in pairs:
+        if ours is not None and given is not None:
+            ours.copy_(given)
 
 
 def _form(
@@ -449,11 +467,6 @@ def _exclusive(async_finish: bool, return_recv_hook: bool) -> None:
 def _measured(native: Any, stats: Tensor | None) -> Tensor | None:
     """Where waits are added up, if the backend measures them."""
     return stats if "wait_stats" in native._backend.fills else None
-
-
-def _count(stats: Tensor | None, counts: Tensor) -> None:
-    if stats is not None:
-        stats += counts
 
 
 def _handle(

@@ -7,13 +7,17 @@ nothing needs to be agreed upon. Numbers of tokens differ between ranks; native 
 for as many as rows can be numbered, which costs nothing: memory is granted for what arrives, and
 the control block does not depend on it. So no buffer ever has to grow.
 
+Low-latency calls on GPUs, where the host never waits, are for a bounded batch: outputs have room
+for all that may come, and rows of small ones travel another way. They have a native buffer for each
+(most tokens, top-k), which are equal on all ranks, too.
+
 Cost: the first call with a shape takes milliseconds longer on every rank; later ones, one look-up.
 """
 
 from __future__ import annotations
 
 import threading
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn
 
 import torch
 
@@ -30,7 +34,18 @@ _SMALLEST_ARENA: Final = 1 << 30
 _GPU_ROWS: Final = 1 << 17
 _GPU_SHARE: Final = 4  # of what is free, at most one part in so many
 
-_Key = tuple[int, int, torch.device] | tuple[int, int, torch.device, Rest]
+# Of a bounded batch: two outputs at once, and as many expert outputs.
+_SLABS: Final = 4
+
+
+class Batch(NamedTuple):
+    """What calls for a bounded batch are built for."""
+
+    max_tokens: int  # of a rank
+    num_topk: int
+
+
+_Key = tuple[int, int, torch.device, Rest | None, Batch | None]
 
 
 class Natives:
@@ -47,13 +62,18 @@ class Natives:
         self._closed = False
 
     def get(
-        self, hidden: int, num_experts: int, device: torch.device, rest: Rest | None = None
+        self,
+        hidden: int,
+        num_experts: int,
+        device: torch.device,
+        rest: Rest | None = None,
+        batch: Batch | None = None,
     ) -> Any:
         """The ep_comm.Buffer for rows of `hidden` elements and so many experts.
 
         With `rest` it is that of the ranks that are left, and of their experts.
         """
-        key = (hidden, num_experts, device) if rest is None else (hidden, num_experts, device, rest)
+        key = (hidden, num_experts, device, rest, batch)
         buffer = self._buffers.get(key)
         return self._make(key) if buffer is None else buffer
 
@@ -61,9 +81,9 @@ class Natives:
         from ep_comm.buffer import Buffer  # loads native code; importing deep_ep must not
         from ep_comm.checks import MAX_COUNT, MAX_TOPK
 
-        hidden, num_experts, device, *left = key
+        hidden, num_experts, device, rest, batch = key
         group, size = self.group, self.resolved.size
-        for rest in left:
+        if rest is not None:
             num_experts, size = rest.experts(num_experts), len(rest.ranks)
             name = f"only {rest.ranks}"
             place = rest.ranks.index(self.resolved.rank)
@@ -76,19 +96,24 @@ class Natives:
                 self._buffers[key] = Buffer(
                     group,
                     num_experts=num_experts,
-                    num_topk=MAX_TOPK,
+                    num_topk=MAX_TOPK if batch is None else batch.num_topk,
                     hidden=hidden,
-                    max_tokens=MAX_COUNT // size,
+                    max_tokens=MAX_COUNT // size if batch is None else batch.max_tokens,
                     device=device,
-                    arena_bytes=self._arena_bytes(hidden, device),
+                    arena_bytes=self._arena_bytes(hidden, num_experts, device, batch),
                 )
             return self._buffers[key]
 
-    def _arena_bytes(self, hidden: int, device: torch.device) -> int:
+    def _arena_bytes(
+        self, hidden: int, num_experts: int, device: torch.device, batch: Batch | None
+    ) -> int:
         """On the CPU as much as there is, as long as many buffers fit into the address space."""
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
-            return min(2 * _GPU_ROWS * 2 * hidden + (64 << 20), free // _GPU_SHARE)
+            rows = 2 * _GPU_ROWS
+            if batch is not None:  # rows of a slab: of local experts * ranks * most tokens
+                rows = _SLABS * (num_experts + self.resolved.size) * batch.max_tokens
+            return min(rows * 2 * hidden + (64 << 20), free // _GPU_SHARE)
         from ep_comm.backends.cpu import default_arena_bytes
 
         most = _ADDRESS_SPACE // (_MOST_BUFFERS * self.resolved.size)
@@ -101,6 +126,19 @@ class Natives:
             buffers, self._buffers = self._buffers, {}
         for buffer in buffers.values():
             buffer.close()
+
+
+def raise_static(native: Any, recv: Any) -> None:
+    """A static call does not raise; where the host has its verdict anyway, we do: on all ranks."""
+    if recv.status.is_cpu and recv.status.item() != 0:
+        native.check()
+
+
+def raise_known(native: Any) -> None:
+    """Where it has not, a later call does: what is known by then."""
+    error: EPError | None = native._backend.known_failure()
+    if error is not None:
+        raise error
 
 
 def refuse(native: Any, op: str, code: str, what: str) -> NoReturn:
