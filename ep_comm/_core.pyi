@@ -474,8 +474,22 @@ class Flight:
     def stream(self) -> int: ...
     def has(self, out: Out) -> bool: ...
     def tensor(
-        self, out: Out, shape: Sequence[int], type: tuple[int, int], skip_bytes: int = ...
+        self,
+        out: Out,
+        shape: Sequence[int],
+        type: tuple[int, int],
+        skip_bytes: int = ...,
+        strides: Sequence[int] = ...,
     ) -> Tensor: ...
+    def routing_tensors(
+        self,
+        num_tokens: int,
+        num_topk: int,
+        num_recv: int,
+        num_rows: int,
+        num_ranks: int,
+        num_local: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]: ...
     def use_on(self, stream: int) -> None: ...
     def routing(self) -> Routing: ...
 

@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final, Literal, get_args
 
 import torch
@@ -57,7 +58,7 @@ class BufferSpec:
     owner: tuple[int, ...]  # rank of each expert
     device: torch.device
 
-    @property
+    @cached_property
     def num_local_experts(self) -> int:
         return self.owner.count(self.rank)
 

@@ -159,6 +159,19 @@ RankPtr make_rank(const Shape& shape, int rank, uint64_t generation,
                                   std::move(hook)));
 }
 
+// The tensors of a handle that a flight was granted, in their order there.
+py::tuple routing_tensors(const Flight& f, int64_t num_tokens, int64_t num_topk, int64_t num_recv,
+                          int64_t num_rows, int64_t num_ranks, int64_t num_local) {
+    const std::shared_ptr<StreamHold>& hold = f[Out::kRankCounts].hold;
+    const auto make = [&](Out out, std::vector<int64_t> shape, int bits) {
+        return as_tensor(hold, f[out].data(), std::move(shape), as_type({dlpack::kInt, bits}));
+    };
+    return py::make_tuple(
+        make(Out::kSendRow, {num_tokens, num_topk}, 32), make(Out::kSrc, {num_recv, 2}, 32),
+        make(Out::kRows, {num_rows, num_topk}, 32), make(Out::kRankCounts, {2, num_ranks}, 64),
+        make(Out::kCounts, {num_local}, 32));
+}
+
 void bind_flight(py::module_& m) {
     using W = DispatchWants;
     py::class_<W>(m, "DispatchWants")
@@ -189,11 +202,13 @@ void bind_flight(py::module_& m) {
         .def(
             "tensor",
             [](const Flight& f, Out out, std::vector<int64_t> shape, std::pair<int, int> type,
-               int64_t skip) {
-                return as_tensor(f[out].hold, f[out].data() + skip, std::move(shape),
-                                 as_type(type));
+               int64_t skip, std::vector<int64_t> strides) {
+                return as_tensor(f[out].hold, f[out].data() + skip, std::move(shape), as_type(type),
+                                 std::move(strides));
             },
-            "out"_a, "shape"_a, "type"_a, "skip_bytes"_a = 0)
+            "out"_a, "shape"_a, "type"_a, "skip_bytes"_a = 0, "strides"_a = std::vector<int64_t>{})
+        .def("routing_tensors", &routing_tensors, "num_tokens"_a, "num_topk"_a, "num_recv"_a,
+             "num_rows"_a, "num_ranks"_a, "num_local"_a)
         .def(
             "use_on", [](const Flight& f, uintptr_t stream) { f.use_on(as_stream(stream)); },
             "stream"_a)

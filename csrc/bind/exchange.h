@@ -22,8 +22,9 @@ const dlpack::Exchange* exchange();
 // offers nothing. Needs exchange().
 bool see(pybind11::handle object, dlpack::Tensor& view);
 
-// `data` in an extent as a dense tensor, which keeps the extent.
+// `data` in an extent as a tensor, which keeps the extent; no strides: dense.
 pybind11::object as_tensor(std::shared_ptr<StreamHold> hold, std::byte* data,
-                           std::vector<int64_t> shape, dlpack::DataType type);
+                           std::vector<int64_t> shape, dlpack::DataType type,
+                           std::vector<int64_t> strides = {});
 
 }  // namespace ep

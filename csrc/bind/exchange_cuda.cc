@@ -15,9 +15,14 @@ struct HeldTensor {
     std::shared_ptr<StreamHold> hold;
 
     HeldTensor(std::shared_ptr<StreamHold> h, std::byte* data, std::vector<int64_t> sizes,
-               dlpack::DataType type)
-        : shape(std::move(sizes)), strides(shape.size(), 1), hold(std::move(h)) {
-        for (size_t i = shape.size(); i > 1; --i) strides[i - 2] = strides[i - 1] * shape[i - 1];
+               dlpack::DataType type, std::vector<int64_t> apart)
+        : shape(std::move(sizes)), strides(std::move(apart)), hold(std::move(h)) {
+        if (strides.empty()) {
+            strides.assign(shape.size(), 1);
+            for (size_t i = shape.size(); i > 1; --i) {
+                strides[i - 2] = strides[i - 1] * shape[i - 1];
+            }
+        }
         managed.tensor = {data,
                           {dlpack::kCuda, hold->device()},
                           static_cast<int32_t>(shape.size()),
@@ -74,13 +79,15 @@ bool see(py::handle object, dlpack::Tensor& view) {
 }
 
 py::object as_tensor(std::shared_ptr<StreamHold> hold, std::byte* data, std::vector<int64_t> shape,
-                     dlpack::DataType type) {
+                     dlpack::DataType type, std::vector<int64_t> strides) {
     if (exchange() == nullptr) {
         using Held = HeldTensor<dlpack::ManagedTensor>;
-        return from_capsule(std::make_unique<Held>(std::move(hold), data, std::move(shape), type));
+        return from_capsule(std::make_unique<Held>(std::move(hold), data, std::move(shape), type,
+                                                   std::move(strides)));
     }
     using Held = HeldTensor<dlpack::VersionedTensor>;
-    auto held = std::make_unique<Held>(std::move(hold), data, std::move(shape), type);
+    auto held =
+        std::make_unique<Held>(std::move(hold), data, std::move(shape), type, std::move(strides));
     held->managed.version = {1, 0};
     void* object = nullptr;
     if (exchange()->to_object(&held.release()->managed, &object) != 0) {

@@ -189,12 +189,16 @@ class NvlinkBackend:
         """A call that CUDA refuses because our context is broken is our own failure: E112."""
         try:
             yield
-        except (_core.DeviceCallError, RuntimeError) as error:
-            if isinstance(error, EPError) or not self._is_broken():
-                raise
-            first = str(error).splitlines()[0]
-            what = f"lost its CUDA context: {first}"
-            raise make_error("E112", what, rank=self.spec.rank, peer=self.spec.rank) from error
+        except RuntimeError as error:
+            self.raise_fault(error)
+            raise
+
+    def raise_fault(self, error: RuntimeError) -> None:
+        """Raise E112 when that is what `error` comes from."""
+        if isinstance(error, EPError) or not self._is_broken():
+            return
+        what = f"lost its CUDA context: {str(error).splitlines()[0]}"
+        raise make_error("E112", what, rank=self.spec.rank, peer=self.spec.rank) from error
 
     def _is_broken(self) -> bool:
         try:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ep_comm import _core
 from ep_comm.backends import calls
 from ep_comm.backends.nvlink_calls import Combine, Dispatch
-from ep_comm.backends.nvlink_results import ArenaReceived, Outputs, OwnHandle
+from ep_comm.backends.nvlink_results import ArenaReceived, Outputs, OwnHandle, pieces_of
 from ep_comm.checks import DispatchCall
 from ep_comm.received import Received
 
@@ -33,7 +33,7 @@ class Plans:
     def __init__(self, backend: NvlinkBackend) -> None:
         self._backend = backend
         self._looks: dict[calls.Look, calls.Look] = {}
-        self._dispatches: dict[Any, tuple[_core.DispatchPlan, calls.Look]] = {}
+        self._dispatches: dict[Any, tuple[_core.DispatchPlan, calls.Look, Any]] = {}
         self._combines: dict[Any, _core.CombinePlan] = {}
 
     def look_of(self, call: DispatchCall) -> calls.Look:
@@ -67,17 +67,22 @@ class Plans:
         known = _get(self._dispatches, (options, x.dtype, serial))
         if known is None or not self._is_free() or _is_negated(x, topk_weights, scales):
             return None
-        plan, look = known
+        plan, look, pieces = known
         backend = self._backend
-        with backend.cuda_faults():
+        try:
             flight = plan.run(backend.rank, x, topk_idx, topk_weights, scales, *stats, routing)
+        except RuntimeError as error:
+            backend.raise_fault(error)
+            raise
         if flight is None:
             return None
         if look.sync:
             self._await(flight, tag)
         else:
             backend.will_look_at(flight.stream)
-        outputs = Outputs(backend, look, flight, len(topk_idx), topk_idx, topk_weights, handle)
+        outputs = Outputs(
+            backend, look, flight, len(topk_idx), topk_idx, topk_weights, handle, None, pieces
+        )
         return ArenaReceived.of(outputs)
 
     def _await(self, flight: _core.Flight, tag: Any) -> None:
@@ -99,9 +104,11 @@ class Plans:
             if type(handle) is not OwnHandle or handle.routing is None:
                 return
             serial = handle.look.serial
+        look = work.outputs.look
+        pieces = None if look.sync else pieces_of(self._backend.spec, look, 0, 0, 0)
         plan = _core.DispatchPlan(work.args, work.wants(), call.x, call.scales)
         key = (options, call.x.dtype, serial)
-        _put(self._dispatches, key, (plan, work.outputs.look))
+        _put(self._dispatches, key, (plan, look, pieces))
 
     # ---- combine ----
 
@@ -118,17 +125,14 @@ class Plans:
         backend, idx = self._backend, handle.topk_idx
         spec = backend.spec
         out = torch.empty((len(idx), spec.hidden), dtype=x.dtype, device=spec.device)
-        with backend.cuda_faults():
+        try:
             stream = plan.run(
-                backend.rank,
-                handle.routing,
-                x,
-                idx,
-                handle.topk_weights,
-                row_weights,
-                wait_stats,
-                out,
-            )
+                backend.rank, handle.routing, x, idx, handle.topk_weights, row_weights,
+                wait_stats, out,
+            )  # fmt: skip
+        except RuntimeError as error:
+            backend.raise_fault(error)
+            raise
         if stream is None:
             return None
         backend.will_look_at(stream)

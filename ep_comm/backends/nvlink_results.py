@@ -5,10 +5,10 @@ A tensor costs the host a microsecond, so a call in a loop makes only those that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from ep_comm import _core
 from ep_comm.backends import calls
 from ep_comm.backends.calls import Look
+from ep_comm.checks import BufferSpec
 from ep_comm.handle import Handle, edit_meta
 from ep_comm.received import Origins, Promised, Received
 
@@ -32,6 +33,7 @@ _DLPACK: Final = {
     torch.int8: (_core.DLPACK_INT, 8),
     torch.uint8: (_core.DLPACK_UINT, 8),
 }
+_BYTES: Final = (_core.DLPACK_UINT, 8)
 
 
 def as_dtype(
@@ -42,7 +44,7 @@ def as_dtype(
     """What `make(shape, type)` makes of memory, also of types that DLPack may not know."""
     if (type_ := _DLPACK.get(dtype)) is not None:
         return make(shape, type_)
-    return make(calls.byte_shape(shape, dtype), (_core.DLPACK_UINT, 8)).view(dtype)
+    return make(calls.byte_shape(shape, dtype), _BYTES).view(dtype)
 
 
 class OwnHandle(Handle):
@@ -50,6 +52,73 @@ class OwnHandle(Handle):
 
     routing: _core.Routing | None = None  # None: of a copy
     look: Look
+
+
+class Piece(NamedTuple):
+    """Where a tensor lies, and how."""
+
+    out: _core.Out
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    skip_bytes: int = 0
+    strides: tuple[int, ...] = ()  # dense
+
+    def of(self, flight: _core.Flight, device: torch.device) -> Tensor:
+        if 0 in self.shape:
+            return torch.empty(self.shape, dtype=self.dtype, device=device)
+        type_ = _DLPACK.get(self.dtype)
+        if type_ is not None:
+            return flight.tensor(self.out, self.shape, type_, self.skip_bytes, self.strides)
+        byte_shape = calls.byte_shape(self.shape, self.dtype)
+        return flight.tensor(self.out, byte_shape, _BYTES, self.skip_bytes).view(self.dtype)
+
+
+def pieces_of(
+    spec: BufferSpec, look: Look, num_recv: int, num_rows: int, index_rows: int
+) -> dict[str, Piece]:
+    """The fields of Received, and `Origins`, that a dispatch is granted.
+
+    Args:
+        num_recv, num_rows, index_rows: what has arrived; of static shapes nothing depends on them.
+    """
+    local, rows = spec.num_local_experts, num_rows
+    if not look.sync or look.layout == "slab":
+        rows = look.capacity or 0
+    if look.index_capacity is not None:
+        index_rows = look.index_capacity
+    slabs = (local,) if look.layout == "slab" else ()
+    per_row = (rows, look.num_topk) if look.layout == "compact" else (*slabs, rows)
+    out = _core.Out
+    pieces = {
+        "x": Piece(out.X, (*slabs, rows, spec.hidden), look.wire_dtype),
+        "status": Piece(out.NUMBERS, (1,), torch.int32),
+    }
+    if not look.sync:
+        pieces["num_recv"] = Piece(out.NUMBERS, (1,), torch.int32, skip_bytes=4)
+    if not look.cached:
+        pieces["topk_idx"] = Piece(out.IDS, per_row, look.idx_dtype)
+        pieces["num_tokens_per_expert"] = Piece(out.COUNTS, (local,), torch.int32)
+    if look.has_weights:
+        pieces["topk_weights"] = Piece(out.WEIGHTS, per_row, torch.float32)
+    if look.scale_dtype is not None:
+        words, apart = look.scale_words, -(-rows // 4) * 4
+        # Of a slab column-major, columns 16 bytes aligned.
+        strides = (words * apart, 1, apart) if slabs else ()
+        pieces["scales"] = Piece(
+            out.SCALES, (*slabs, rows, words), look.scale_dtype, strides=strides
+        )
+    if look.row_index or look.layout == "grouped":
+        pieces["offsets"] = Piece(out.OFFSETS, (local + 1,), torch.int32)
+    if look.row_index:
+        pieces["row_index"] = Piece(out.ROW_INDEX, (index_rows,), torch.int32)
+    if look.origins:
+        pieces["row_token"] = Piece(out.ROW_TOKEN, (*slabs, rows), torch.int32)
+        if look.layout == "compact":
+            pieces["rank_ends"] = Piece(out.RANK_ENDS, (spec.num_ranks,) * 2, torch.int32)
+        else:
+            ranges = (local, spec.num_ranks)
+            pieces["source_range"] = Piece(out.SOURCE_RANGE, ranges, torch.int64)
+    return pieces
 
 
 class Outputs:
@@ -60,6 +129,7 @@ class Outputs:
         topk_idx, topk_weights: as dispatched, int64 and float32.
         handle: of a cached dispatch.
         given: tensors that torch made for the call, by what they would have been granted as.
+        pieces: of a call of static shapes, when they are known; else they follow from what arrives.
     """
 
     def __init__(
@@ -72,114 +142,90 @@ class Outputs:
         topk_weights: Tensor | None,
         handle: Handle | None = None,
         given: dict[_core.Out, Tensor] | None = None,
+        pieces: dict[str, Piece] | None = None,
     ) -> None:
         self._backend, self.look, self.flight = backend, look, flight
         self._num_tokens, self._idx, self._weights = num_tokens, topk_idx, topk_weights
-        self._handle, self._given = handle, given or {}
+        self._handle, self._given, self._pieces = handle, given, pieces
+        self._made: dict[str, Any] = {}
 
-    # ---- what there is of every row ----
+    def get(self, name: str) -> Any:
+        """A field, the same object each time."""
+        made = self._made
+        if name not in made:
+            made[name] = self._make(name)
+        return made[name]
 
-    @cached_property
-    def x(self) -> Tensor:
-        shape = (*self._slabs, self._num_rows, self._backend.spec.hidden)
-        return self._tensor(_core.Out.X, shape, self.look.wire_dtype)
-
-    @cached_property
-    def topk_idx(self) -> Tensor | None:
-        if self.look.cached:
-            return None
-        return self._tensor(_core.Out.IDS, self._per_row, self.look.idx_dtype)
-
-    @cached_property
-    def topk_weights(self) -> Tensor | None:
-        if not self.look.has_weights:
-            return None
-        return self._tensor(_core.Out.WEIGHTS, self._per_row, torch.float32)
-
-    @cached_property
-    def scales(self) -> Tensor | None:
-        look, rows = self.look, self._num_rows
-        if look.scale_dtype is None:
-            return None
-        if look.layout != "slab":
-            return self._tensor(_core.Out.SCALES, (rows, look.scale_words), look.scale_dtype)
-        # Column-major, columns 16 bytes aligned.
-        shape = (*self._slabs, look.scale_words, -(-rows // 4) * 4)
-        return self._tensor(_core.Out.SCALES, shape, look.scale_dtype).transpose(1, 2)[:, :rows]
-
-    @cached_property
-    def origins(self) -> Origins | None:
-        if not self.look.origins:
-            return None
-        spec, is_compact = self._backend.spec, self.look.layout == "compact"
-        square, ranges = (spec.num_ranks,) * 2, (spec.num_local_experts, spec.num_ranks)
-        return Origins(
-            self._tensor(_core.Out.RANK_ENDS, square, torch.int32) if is_compact else None,
-            self._tensor(_core.Out.ROW_TOKEN, (*self._slabs, self._num_rows), torch.int32),
-            None if is_compact else self._tensor(_core.Out.SOURCE_RANGE, ranges, torch.int64),
+    def promise(self) -> Promised:
+        """Of a slab, whose shapes do not depend on what arrives."""
+        return Promised(
+            x=self.get("x"),
+            topk_idx=self.get("topk_idx"),
+            topk_weights=self.get("topk_weights"),
+            scales=self.get("scales"),
+            num_tokens_per_expert=self.get("num_tokens_per_expert"),
+            origins=self.get("origins"),
         )
 
-    # ---- the rest ----
-
-    @cached_property
-    def num_tokens_per_expert(self) -> Tensor:
-        if self._handle is not None:
-            return self._handle.num_tokens_per_expert
-        shape = (self._backend.spec.num_local_experts,)
-        return self._tensor(_core.Out.COUNTS, shape, torch.int32)
-
-    @property
-    def num_recv(self) -> int | Tensor:
-        if self.look.sync:
+    def _make(self, name: str) -> Any:
+        if name == "handle":
+            return self._make_handle()
+        if name == "num_recv" and self.look.sync:
             return int(self.flight.num_recv)
-        return self._tensor(_core.Out.NUMBERS, (1,), torch.int32, skip_bytes=4)
-
-    @property
-    def status(self) -> Tensor:
-        return self._tensor(_core.Out.NUMBERS, (1,), torch.int32)
-
-    @cached_property
-    def offsets(self) -> Tensor | None:
-        if not self.look.row_index and self.look.layout != "grouped":
+        if name == "num_tokens_per_expert" and self._handle is not None:
+            return self._handle.num_tokens_per_expert
+        if name == "origins":
+            return self._make_origins()
+        if self._pieces is None:
+            f = self.flight
+            self._pieces = pieces_of(
+                self._backend.spec, self.look, f.num_recv, f.num_rows, f.index_rows
+            )
+        piece = self._pieces.get(name)
+        if piece is None:
             return None
-        shape = (self._backend.spec.num_local_experts + 1,)
-        return self._tensor(_core.Out.OFFSETS, shape, torch.int32)
+        given = None if self._given is None else self._given.get(piece.out)
+        if given is None:
+            return piece.of(self.flight, self._backend.spec.device)
+        return given.view(-1)[piece.skip_bytes // given.itemsize :][: math.prod(piece.shape)].view(
+            piece.shape
+        )
 
-    @cached_property
-    def row_index(self) -> Tensor | None:
-        if not self.look.row_index:
+    def _make_origins(self) -> Origins | None:
+        if not self.look.origins:
             return None
-        entries = self.look.index_capacity
-        shape = (self.flight.index_rows if entries is None else entries,)
-        return self._tensor(_core.Out.ROW_INDEX, shape, torch.int32)
+        return Origins(self.get("rank_ends"), self.get("row_token"), self.get("source_range"))
 
-    @cached_property
-    def handle(self) -> Handle:
-        look, weights = self.look, self._weights
+    def _make_handle(self) -> Handle:
+        look, weights, flight = self.look, self._weights, self.flight
         if self._handle is not None:
             return self._of_cached(self._handle)
         spec, num_tokens, topk = self._backend.spec, self._num_tokens, look.num_topk
         if weights is None:
             weights = torch.empty((0, topk), dtype=torch.float32, device=spec.device)
-        most = calls.max_recv(spec, look, self.flight.num_recv)
+        most = calls.max_recv(spec, look, flight.num_recv)
+        is_sized = look.sync and look.layout != "slab"
+        num_rows = flight.num_rows if is_sized else look.capacity or 0
         meta = calls.make_meta(
-            spec, look, self._backend.generation, num_tokens, most, self._num_rows,
-            self.flight.number,
-        )  # fmt: skip
-        num_rows = most if look.layout != "compact" else 0
-        handle = OwnHandle(
+            spec, look, self._backend.generation, num_tokens, most, num_rows, flight.number
+        )
+        with_rows = most if look.layout != "compact" else 0
+        sizes = (num_tokens, topk, most, with_rows, spec.num_ranks, spec.num_local_experts)
+        if not self._given:
+            handle = OwnHandle(meta, self._idx, weights, *flight.routing_tensors(*sizes))
+            handle.routing, handle.look = flight.routing(), look
+            return handle
+        out, given, device = _core.Out, self._given, spec.device
+        return Handle(
             meta,
             self._idx,
             weights,
-            self._tensor(_core.Out.SEND_ROW, (num_tokens, topk), torch.int32),
-            self._tensor(_core.Out.SRC, (most, 2), torch.int32),
-            self._tensor(_core.Out.ROWS, (num_rows, topk), torch.int32),
-            self._tensor(_core.Out.RANK_COUNTS, (2, spec.num_ranks), torch.int64),
-            self.num_tokens_per_expert,
+            given[out.SEND_ROW],
+            Piece(out.SRC, (most, 2), torch.int32).of(flight, device),
+            Piece(out.ROWS, (with_rows, topk), torch.int32).of(flight, device),
+            given[out.RANK_COUNTS],
+            given[out.COUNTS],
         )
-        if not self._given:
-            handle.routing, handle.look = self.flight.routing(), look
-        return handle
 
     def _of_cached(self, handle: Handle) -> Handle:
         if self._weights is None:
@@ -189,46 +235,6 @@ class Outputs:
         if isinstance(handle, OwnHandle) and isinstance(same, OwnHandle) and handle.routing:
             same.routing, same.look = handle.routing, handle.look
         return same
-
-    def promise(self) -> Promised:
-        """Of a slab, whose shapes do not depend on what arrives."""
-        return Promised(
-            x=self.x,
-            topk_idx=self.topk_idx,
-            topk_weights=self.topk_weights,
-            scales=self.scales,
-            num_tokens_per_expert=self.num_tokens_per_expert,
-            origins=self.origins,
-        )
-
-    # ---- shapes, and memory ----
-
-    @property
-    def _num_rows(self) -> int:
-        """Of x; slab: per expert."""
-        if self.look.sync and self.look.layout != "slab":
-            return int(self.flight.num_rows)
-        return self.look.capacity or 0
-
-    @property
-    def _slabs(self) -> tuple[int, ...]:
-        return (self._backend.spec.num_local_experts,) if self.look.layout == "slab" else ()
-
-    @property
-    def _per_row(self) -> tuple[int, ...]:
-        if self.look.layout == "compact":
-            return (self._num_rows, self.look.num_topk)
-        return (*self._slabs, self._num_rows)
-
-    def _tensor(
-        self, out: _core.Out, shape: Sequence[int], dtype: torch.dtype, skip_bytes: int = 0
-    ) -> Tensor:
-        if (given := self._given.get(out)) is not None:
-            return given.view(-1)[skip_bytes // 4 :][:1] if out == _core.Out.NUMBERS else given
-        if 0 in shape:
-            return torch.empty(tuple(shape), dtype=dtype, device=self._backend.spec.device)
-        flight = self.flight
-        return as_dtype(lambda s, type_: flight.tensor(out, s, type_, skip_bytes), shape, dtype)
 
 
 @dataclass
@@ -246,14 +252,14 @@ class ArenaReceived(Received):
         fields["layout"] = outputs.look.layout
         fields["hold"] = outputs.flight
         if outputs.look.origins:
-            fields["origins"] = outputs.origins
+            fields["origins"] = outputs.get("origins")
         return self
 
     def __getattr__(self, name: str) -> Any:
         """A field that nobody has asked for yet."""
         if name not in _FIELDS or (outputs := self.__dict__.get("_outputs")) is None:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        value = getattr(outputs, name)
+        value = outputs.get(name)
         self.__dict__[name] = value
         return value
 
