@@ -610,34 +610,100 @@ def test_masked_ranks_are_left_out(masked: tuple[int, ...], hooked: bool) -> Non
     four.close()
 
 
-def _go_on_without_the_dead(rank: int, num_ranks: int) -> tuple[str, bool]:
-    """The code of the call with a dead rank, and whether calls without it work."""
+def _go_on_without_the_dead(rank: int, num_ranks: int, hooked: bool) -> Any:
+    """The code of the call that finds out, and what is wrong with the sums of those left."""
     buffer = deep_ep.Buffer(torch.distributed.group.WORLD, enable_shrink=True)
     num_experts = 2 * num_ranks
-    x = torch.full((2, 128), rank + 1.0).bfloat16()
-    idx = torch.arange(2 * num_ranks).view(2, num_ranks)  # all experts
-    weights = torch.ones(2, num_ranks)
+    x = (torch.arange(3 * 128).view(3, 128) % 64 + rank).bfloat16()
+    idx = torch.arange(3 * num_ranks).view(3, num_ranks) % num_experts  # all experts
+    weights = torch.rand(3, num_ranks, generator=torch.Generator().manual_seed(rank))
+    dead = [1, 3]
 
-    def both_halves() -> torch.Tensor:
-        sent = buffer.low_latency_dispatch(x, idx, 2, num_experts, use_fp8=False)
-        return buffer.low_latency_combine(sent[0], idx, weights, sent[2])[0]
+    def done(result: tuple[Any, ...]) -> tuple[Any, ...]:
+        if hooked:
+            result[-1]()
+        return result
 
-    whole = torch.equal(both_halves(), num_ranks * x)
-    if rank == 1:
+    def dispatch() -> Any:
+        return done(
+            buffer.low_latency_dispatch(
+                x, idx, 3, num_experts, use_fp8=False, return_recv_hook=hooked
+            )
+        )
+
+    def combine(sent: Any) -> torch.Tensor:
+        total: torch.Tensor = done(
+            buffer.low_latency_combine(sent[0], idx, weights, sent[2], return_recv_hook=hooked)
+        )[0]
+        return total
+
+    def is_wrong(total: torch.Tensor, gone: list[int]) -> bool:
+        left = ~torch.isin(idx // 2, torch.tensor(gone))
+        want = torch.zeros(3, 128)
+        for slot in range(num_ranks):  # in this order, products rounded
+            term = weights[:, slot : slot + 1] * x.float()
+            want += torch.where(left[:, slot : slot + 1], term, 0.0)
+        return not torch.equal(total, want.bfloat16())
+
+    first, second = dispatch(), dispatch()
+    wrong = [is_wrong(combine(second), [])]
+    if rank in dead:
         os._exit(3)
     code = ""
     try:
-        both_halves()
+        combine(second)
     except EPError as error:
         code = error.code
     buffer.low_latency_update_mask_buffer(1, True)
-    lost = (idx // 2 == 1).sum(1, keepdim=True)  # choices of the dead rank's experts
-    return code, whole and torch.equal(both_halves(), (num_ranks - lost) * x)
+    buffer.low_latency_update_mask_buffer(3, True)
+    wrong += [is_wrong(combine(sent), dead) for sent in (second, first, second)]
+    third = dispatch()
+    wrong += [third[2][1][:, dead].any().item(), is_wrong(combine(third), dead)]
+    return code, wrong
 
 
-def test_a_dead_rank_is_told_and_masked() -> None:
-    results = run_processes(_go_on_without_the_dead, 3, may_die=True)
-    assert results == [("E110", True), 3, ("E110", True)]
+@pytest.mark.parametrize("hooked", [False, True], ids=["whole", "hook"])
+def test_masked_ranks_that_died_are_in_no_call_any_more(hooked: bool, host_waits: bool) -> None:
+    if not host_waits:
+        pytest.skip("processes have no such mode")
+    results = run_processes(_go_on_without_the_dead, 5, hooked, may_die=True)
+    left = ("E110", [False] * 6)
+    assert results == [left, 3, left, 3, left]
+
+
+def test_a_rank_masked_since_dispatch_adds_nothing(host_waits: bool) -> None:
+    """First one rank, then another one: the last dispatch was with one of them, or with both."""
+    if not host_waits:
+        pytest.skip("no such thing on GPUs")
+    four, data = Ranks(), _inputs((5, 2, 8, 3))
+
+    def work(rank: int, _: deep_ep.Buffer) -> None:
+        buffer = four.new(rank, enable_shrink=True)
+        idx, weights = data.idx[rank], data.weights[rank]
+        sent = []
+        for masked in (None, 2, 0):
+            if masked is not None:
+                if rank == masked:
+                    return
+                buffer.low_latency_update_mask_buffer(masked, True)
+            sent.append(buffer.low_latency_dispatch(data.x[rank], idx, M, E, use_fp8=False))
+            gone = {None: [], 2: [2], 0: [0, 2]}[masked]
+            left = torch.where(torch.isin(idx // EL, torch.tensor(gone)), 0.0, weights)
+            left = torch.where(idx < 0, 0.0, left)
+            want = torch.zeros(idx.shape[0], H)
+            for slot in range(K):
+                want += left[:, slot : slot + 1] * data.x[rank].float()
+            for recv_x, _, handle, *_ in sent:
+                costs = torch.zeros(R, dtype=torch.int64)
+                total = buffer.low_latency_combine(
+                    recv_x, idx, weights, handle, combine_wait_recv_cost_stats=costs
+                )[0]
+                same_bits(total, want.bfloat16())
+                assert (costs[gone] == 0).all()
+        buffer.destroy()
+
+    four.run(work)
+    four.close()
 
 
 def test_top_k_may_be_32() -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ep_comm.compat.deep_ep.events import EventOverlap, finished
-from ep_comm.compat.deep_ep.masks import Masks, Rest
+from ep_comm.compat.deep_ep.masks import Masks, Rest, without_masked
 from ep_comm.compat.deep_ep.natives import (
     Batch,
     Natives,
@@ -167,6 +167,12 @@ class LowLatencyCalls:
         elif return_recv_hook:
             y, ours = routing.snapshot(x, ours, topk_weights)
         rest = routing.rest
+        if self._masks.is_smaller(rest) and not _is_static(x.device):  # since dispatch
+            former, rest = self._masks.former(rest), self._masks.rest
+            native = self._natives.get(handle[3], handle[4], x.device, rest)
+            kept = [former.index(rank) for rank in self._masks.former(rest)]
+            local = handle[4] // self.group_size
+            ours = without_masked(ours, kept, local, native._backend.generation)
         cost = _measured(native, combine_wait_recv_cost_stats)
         waits = cost if rest is None else rest.waits(cost)
         total = out
@@ -219,8 +225,9 @@ class LowLatencyCalls:
 
         All ranks that are left do so before the same call; the next one makes a native buffer, in
         milliseconds. Dispatch then sends nothing to the rank's experts and receives nothing from
-        it, also with a hook, which has nothing left to do. A call that had begun with a rank that
-        died raises, and so do later ones with it: nobody is masked but here.
+        it, also with a hook, which has nothing left to do. On the CPU a combine after a dispatch
+        with the rank adds what the ranks that are left hold. A call that had begun with a rank that
+        died raises: nobody is masked but here.
 
         Raises:
             ValueError: there is no such rank, or it is this one.

@@ -3,14 +3,20 @@
 Those have native buffers of their own, made by the first call without just these ranks. Experts of
 a masked rank are nobody's: a token's choice of one is no choice (-1). All ranks that are left mask
 the same ranks before the same call, as they make the same calls.
+
+A rank that fails is not masked by the call that finds out: it may have done its part for some ranks
+and not for others, so they find out in different calls, and only the program can bring them to one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ep_comm.handle import Handle, HandleMeta
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,51 @@ class Masks:
         self._masked.clear()
         self.rest = None
 
+    def former(self, rest: Rest | None) -> tuple[int, ...]:
+        """The ranks of a native buffer made for `rest`."""
+        return tuple(range(self._num_ranks)) if rest is None else rest.ranks
+
+    def is_smaller(self, rest: Rest | None) -> bool:
+        """Whether of those ranks some are masked, and no other one is left."""
+        return self.rest is not None and {*self.rest.ranks} < {*self.former(rest)}
+
     def query(self, status: Tensor) -> None:
         """Write int32 [R]: 1 = masked."""
         status.zero_()
         status[sorted(self._masked)] = 1
+
+
+def without_masked(handle: Handle, kept: Sequence[int], local: int, generation: int) -> Handle:
+    """The handle of a slab dispatch among more ranks as one of a buffer of those that are left.
+
+    Args:
+        kept: the ranks that are left, as they were numbered, ascending.
+        local: experts of each rank.
+        generation: of that buffer.
+    """
+    meta = HandleMeta.unpack(handle.meta)
+    place = torch.full((meta.num_ranks,), -1)
+    place[list(kept)] = torch.arange(len(kept))
+    ids = handle.topk_idx
+    owner = place[ids.clamp_min(0) // local]
+    stays = (ids >= 0) & (owner >= 0)
+    source = place[handle.recv_src[:, 0].long()]
+    came = source >= 0
+    rows = handle.recv_row[came]
+    counts = torch.bincount(rows[rows >= 0] // meta.num_rows, minlength=local)
+    meta = meta._replace(
+        generation=generation,
+        num_unique=rows.shape[0],
+        num_ranks=len(kept),
+        num_experts=len(kept) * local,
+    )
+    return Handle(
+        meta=meta.pack(),
+        topk_idx=torch.where(stays, owner * local + ids % local, -1),
+        topk_weights=handle.topk_weights,
+        send_row=torch.where(stays, handle.send_row, -1),
+        recv_src=torch.stack([source[came].to(torch.int32), handle.recv_src[came, 1]], 1),
+        recv_row=rows,
+        rank_counts=handle.rank_counts[:, list(kept)].contiguous(),
+        num_tokens_per_expert=counts.to(torch.int32),
+    )
