@@ -235,23 +235,7 @@ int main(int argc, char** argv) {
         for (const int rank : {3, 3, 3, 0, 5}) refuse_on(w, rank);
         expect_good(w);
     });
-    test("a changed handle fails everywhere", [] {
-        World w(cluster(2, 2));
-        w.dispatch();
-        std::vector<std::shared_ptr<Flight>> kept;
-        w.ranks[2].rank_counts[4 + 1] += 1;  // what it expects of rank 1
-        for (int i = 0; i < 4; ++i) {
-            kept.push_back(w.ranks[i].flight);
-            DispatchArgs a = w.args_of(i);
-            a.cached = true;
-            w.queue(i, a, true);
-        }
-        w.finish(true);
-        for (const Rank& r : w.ranks) {
-            expect_eq(code_of(r), int{kStaleHandle});
-            expect_eq(r.flight->report.outcome.incident.peer, int16_t{2});
-        }
-    });
+    test("a changed handle fails everywhere", [] { run_changed_handle(cluster(2, 2), 2); });
     test("a rail that stalls while rows cross is named by both its ends", [] {
         World w(with(cluster(2, 2), [](Case& c) { c.limit_s = 1.5, c.tokens = {40}; }));
         w.dispatch();

@@ -297,22 +297,6 @@ int main() {
         w.dispatch();
         for (const Rank& r : w.ranks) expect_eq(code_of(r), 0);
     });
-    test("a changed handle fails everywhere", [] {
-        World w(ranks(3, 2));
-        w.dispatch();
-        std::vector<std::shared_ptr<Flight>> kept;
-        w.ranks[1].rank_counts[3] += 1;
-        for (int i = 0; i < 3; ++i) {
-            kept.push_back(w.ranks[i].flight);
-            DispatchArgs a = w.args_of(i);
-            a.cached = true;
-            w.queue(i, a, true);
-        }
-        w.finish(true);
-        for (const Rank& r : w.ranks) {
-            expect_eq(code_of(r), int{kStaleHandle});
-            expect_eq(r.flight->report.outcome.incident.peer, int16_t{1});
-        }
-    });
+    test("a changed handle fails everywhere", [] { run_changed_handle(ranks(3, 2), 1); });
     return finish();
 }

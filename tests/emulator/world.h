@@ -736,4 +736,23 @@ inline void run(const Case& c) {
     }
 }
 
+// The handle of a rank expects another number of rows than comes from rank 0: everybody names that rank.
+inline void run_changed_handle(const Case& c, int rank) {
+    World w(c);
+    w.dispatch();
+    std::vector<std::shared_ptr<Flight>> kept;
+    w.ranks[rank].rank_counts[c.ranks] += 1;
+    for (int i = 0; i < c.ranks; ++i) {
+        kept.push_back(w.ranks[i].flight);
+        DispatchArgs a = w.args_of(i);
+        a.cached = true;
+        w.queue(i, a, true);
+    }
+    w.finish(true);
+    for (const Rank& r : w.ranks) {
+        expect_eq(code_of(r), int{kStaleHandle});
+        expect_eq(int{r.flight->report.outcome.incident.peer}, rank);
+    }
+}
+
 }  // namespace world
