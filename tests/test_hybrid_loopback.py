@@ -26,6 +26,7 @@ from test_nvlink_loopback import (
     of_rank,
     on_gpu,
     on_streams,
+    replay_graphs,
     run_catching,
     want_dispatch,
 )
@@ -226,39 +227,7 @@ def test_begun_calls_in_a_row(make_cluster: MakeCluster) -> None:
 
 def test_graph_replays_across_nodes(make_cluster: MakeCluster) -> None:
     case = Case(num_ranks=4, tokens=(24,) * 4, options=STATIC)
-    cluster = make_cluster(2, 2, case)
-    rounds = [dataclasses.replace(case, seed=s).inputs() for s in range(4)]
-    first = rounds[0]
-    x, idx, weights = (on_gpu(t) for t in (first.x, first.topk_idx, first.topk_weights))
-    assert x is not None
-    assert idx is not None
-    assert weights is not None
-    streams = [torch.cuda.Stream() for _ in range(4)]
-    graphs = [torch.cuda.CUDAGraph() for _ in range(4)]
-    held: list[Any] = []
-    for rank in range(4):  # nothing runs while a graph is captured
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graphs[rank], stream=streams[rank]):
-            recv = cluster.buffers[rank].dispatch(x[rank], idx[rank], weights[rank], sync=False)
-            out = cluster.buffers[rank].combine(recv.x, recv.handle)
-        held.append((recv, out))
-    for n in range(8):
-        inputs = rounds[n % len(rounds)]
-        want = want_dispatch(case, inputs)
-        sums = reference.combine([w.x for w in want], [w.handle for w in want], ranks_per_node=2)
-        assert inputs.topk_weights is not None
-        for rank in range(4):
-            x[rank].copy_(inputs.x[rank])
-            idx[rank].copy_(inputs.topk_idx[rank])
-            weights[rank].copy_(inputs.topk_weights[rank])
-        torch.cuda.synchronize()
-        for rank in range(4):
-            with torch.cuda.stream(streams[rank]):
-                graphs[rank].replay()
-        torch.cuda.synchronize()
-        for rank in range(4):
-            check_received(held[rank][0], want[rank], computed=False)
-            same_values(held[rank][1].cpu(), sums[rank])
+    replay_graphs(make_cluster(2, 2, case), case, ranks_per_node=2)
 
 
 def test_what_crosses_is_counted(make_cluster: MakeCluster) -> None:

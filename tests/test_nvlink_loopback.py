@@ -477,14 +477,19 @@ def test_many_calls_in_a_row_reuse_slots_and_arena(make_cluster: Callable[..., C
 
 def test_graph_replays_with_changing_routing(make_cluster: Callable[..., Cluster]) -> None:
     case = Case(num_ranks=2, tokens=(24, 24), options=STATIC)
-    cluster = make_cluster(2, **case.buffer_options())
+    replay_graphs(make_cluster(2, **case.buffer_options()), case)
+
+
+def replay_graphs(cluster: Cluster, case: Case, ranks_per_node: int | None = None) -> None:
+    """A dispatch and a combine of each rank in a graph, replayed with other tokens each time."""
+    ranks = range(case.num_ranks)
     rounds = [dataclasses.replace(case, seed=s).inputs() for s in range(5)]
     first = rounds[0]
     x, idx, weights = (on_gpu(t) for t in (first.x, first.topk_idx, first.topk_weights))
-    streams = [torch.cuda.Stream() for _ in range(2)]
-    graphs = [torch.cuda.CUDAGraph() for _ in range(2)]
+    streams = [torch.cuda.Stream() for _ in ranks]
+    graphs = [torch.cuda.CUDAGraph() for _ in ranks]
     held: list[Any] = []
-    for rank in range(2):  # nothing runs while a graph is captured
+    for rank in ranks:  # nothing runs while a graph is captured
         torch.cuda.synchronize()
         with torch.cuda.graph(graphs[rank], stream=streams[rank]):
             recv = cluster.buffers[rank].dispatch(x[rank], idx[rank], weights[rank], sync=False)
@@ -493,17 +498,19 @@ def test_graph_replays_with_changing_routing(make_cluster: Callable[..., Cluster
     for n in range(12):
         inputs = rounds[n % len(rounds)]
         want = want_dispatch(case, inputs)
-        sums = reference.combine([w.x for w in want], [w.handle for w in want])
-        for rank in range(2):
+        sums = reference.combine(
+            [w.x for w in want], [w.handle for w in want], ranks_per_node=ranks_per_node
+        )
+        for rank in ranks:
             x[rank].copy_(inputs.x[rank])
             idx[rank].copy_(inputs.topk_idx[rank])
             weights[rank].copy_(inputs.topk_weights[rank])
         torch.cuda.synchronize()
-        for rank in range(2):
+        for rank in ranks:
             with torch.cuda.stream(streams[rank]):
                 graphs[rank].replay()
         torch.cuda.synchronize()
-        for rank in range(2):
+        for rank in ranks:
             check_received(held[rank][0], want[rank], computed=False)
             same_values(held[rank][1].cpu(), sums[rank])
 
