@@ -37,7 +37,7 @@ def on_gpu(inputs: Inputs) -> Inputs:
 class Bench:
     """One rank's buffer and inputs for one case."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, **options: Any) -> None:
         self.case, self.rank = case, dist.get_rank()
         self.inputs = on_gpu(make_inputs(case, self.rank))
         self.flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
@@ -48,8 +48,9 @@ class Bench:
             num_topk=case.topk,
             hidden=case.hidden,
             max_tokens=case.tokens,
-            backend="nvlink",
+            backend=case.backend,
             arena_bytes=8 << 30,
+            **options,
         )
 
     def dispatch(self, **options: Any) -> Any:
@@ -66,13 +67,20 @@ class Bench:
             want.append(inputs.x.view(torch.uint8)[here])
         assert torch.equal(recv.x.view(torch.uint8), torch.cat(want)), "dispatch"
         if recv.x.dtype == torch.bfloat16:
-            owners = self.inputs.topk_idx // (self.case.experts // self.case.ranks)
-            ways = sum((owners == r).any(1).float() for r in range(self.case.ranks))
-            assert isinstance(ways, Tensor)
-            total = (self.inputs.x.float() * ways[:, None]).to(torch.bfloat16)
+            total = self.total()
             for y in (recv.x, recv.x.clone()):
                 assert torch.equal(self.buffer.combine(y, recv.handle), total), "combine"
         return recv
+
+    def ways(self, ranks: range) -> Tensor:
+        """How many of these ranks each token of ours goes to, float32 [tokens, 1]."""
+        owners = self.inputs.topk_idx // (self.case.experts // self.case.ranks)
+        return torch.stack([(owners == r).any(1).float() for r in ranks]).sum(0)[:, None]
+
+    def total(self) -> Tensor:
+        """What combine returns when every rank sends back the rows it got."""
+        everywhere = self.ways(range(self.case.ranks))
+        return (self.inputs.x.float() * everywhere).to(torch.bfloat16)
 
     def once(self, work: Work) -> tuple[float, float]:
         """GPU and host time of one call, in microseconds."""

@@ -79,6 +79,9 @@ function(ep_add_nvshmem_plugin)
                    BUILD_WITH_INSTALL_RPATH ON
                    INSTALL_RPATH "$ORIGIN/../nvidia/nvshmem/lib:$ORIGIN/../nvidia/cu13/lib")
     target_include_directories(_nvshmem PRIVATE csrc ${CMAKE_BINARY_DIR}/generated)
+    # Relocatable functions are compiled without their kernels, and must fit blocks of 512 threads.
+    set_source_files_properties(csrc/plugin/rails.cu PROPERTIES COMPILE_OPTIONS
+                                                                "-maxrregcount=128")
     target_link_libraries(_nvshmem PRIVATE nvshmem_device nvshmem_host CUDA::cudart)
     # Others in the process export the same symbols.
     target_link_options(_nvshmem PRIVATE "LINKER:--exclude-libs,ALL")

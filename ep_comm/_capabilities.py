@@ -79,10 +79,17 @@ def _backends() -> dict[str, BackendStatus]:
     need = "needs a store that all ranks reach" if found else "torch was built without distributed"
     missing = build_info()["cuda_missing"]
     gpu = missing is None and torch.cuda.is_available()
+    built = missing is None
+    across = "needs CUDA ranks on several nodes"
+    if missing is not None:
+        across = missing
+    elif (no_network := build_info()["nvshmem_missing"]) is not None:
+        across = f"{across}; only pretended ones, of one process, without NVSHMEM: {no_network}"
     if missing is None:
         missing = "needs CUDA ranks on one host" if gpu else "torch sees no GPU here"
     return {
         "cpu": {"built": True, "available": True, "reason": "needs CPU tensors, ranks on one host"},
         "collective": {"built": True, "available": found, "reason": need},
-        "nvlink": {"built": build_info()["cuda"] is not None, "available": gpu, "reason": missing},
+        "nvlink": {"built": built, "available": gpu, "reason": missing},
+        "hybrid": {"built": built, "available": gpu, "reason": across},
     }

@@ -75,6 +75,9 @@ class Site:
     ROWS: ClassVar[Site]
     PULLED: ClassVar[Site]
     LINE: ClassVar[Site]
+    RAIL_NOTICE: ClassVar[Site]
+    RAIL_CHUNK: ClassVar[Site]
+    RAIL_CREDIT: ClassVar[Site]
     def __init__(self, value: int) -> None: ...
     def __int__(self) -> int: ...
     @property
@@ -124,7 +127,7 @@ class RailShape:
     def ring_chunks(self) -> int: ...
     @property
     def chunk_bytes(self) -> int: ...
-    entry_bytes: int
+    notice_bytes: int
     @property
     def staging_bytes(self) -> int: ...
 
@@ -134,23 +137,19 @@ class RailLayout:
     def end(self) -> int: ...
     def regions(self) -> list[tuple[str, int, int]]: ...  # name, offset, bytes
 
-class RailEntryLayout:
-    def __init__(self, shape: Shape, num_channels: int) -> None: ...
+class RailNoticeLayout:
+    def __init__(self, shape: Shape, num_nodes: int, num_channels: int) -> None: ...
     @property
     def bytes(self) -> int: ...
 
-class RailRecordLayout:
+class RailHeadLayout:
     def __init__(
-        self,
-        ranks_per_node: int,
-        num_topk: int,
-        with_routing: bool,
-        with_weights: bool,
-        with_rows: bool,
-        scale_bytes: int,
+        self, num_topk: int, with_weights: bool, with_records: bool, scale_bytes: int
     ) -> None: ...
     @property
     def bytes(self) -> int: ...
+
+def sum_head_bytes(num_topk: int, with_weights: bool) -> int: ...
 
 class RailChunks:
     def __init__(self, chunk_bytes: int, head_bytes: int, row_bytes: int) -> None: ...
@@ -161,7 +160,12 @@ class RailChunks:
     def chunks(self, count: int) -> int: ...
 
 def divide_staging(
-    num_nodes: int, ranks_per_node: int, num_channels: int, record_bytes: int, budget: int = ...
+    num_nodes: int,
+    ranks_per_node: int,
+    num_channels: int,
+    record_bytes: int,
+    chunk_tokens: int = ...,
+    budget: int = ...,
 ) -> RailShape: ...
 
 class Outcome:
@@ -281,6 +285,9 @@ class CombineArgs:
     row_weights: int
     wait_stats: int
     routing: int
+    rail_log: int
+    num_logged: int
+    log_has_weights: bool
 
 class SystemCallError(OSError): ...
 
@@ -471,6 +478,8 @@ class Flight:
     @property
     def number(self) -> int: ...
     @property
+    def num_logged(self) -> int: ...
+    @property
     def stream(self) -> int: ...
     def has(self, out: Out) -> bool: ...
     def tensor(
@@ -510,6 +519,7 @@ class Out:
     ROWS: ClassVar[Out]
     ROW_INDEX: ClassVar[Out]
     ROW_TOKEN: ClassVar[Out]
+    RAIL_LOG: ClassVar[Out]
     SEND_ROW: ClassVar[Out]
     RANK_COUNTS: ClassVar[Out]
     COUNTS: ClassVar[Out]
@@ -552,6 +562,27 @@ class CombinePlan:
 
 def has_plans() -> bool: ...
 
+class RailSetup:
+    def __init__(
+        self, shape: RailShape, kernels: int, keeps: object, splits_puts: bool
+    ) -> None: ...
+
+class Trouble:
+    def __init__(self) -> None: ...
+    seed: int
+    max_held: int
+    max_delay_ns: int
+    stalled_peer: int
+    is_silent: bool
+    lost_from: int
+
+class LoopbackRails:
+    def __init__(
+        self, shape: RailShape, rank: int, segments: Sequence[DeviceMemory], max_blocks: int
+    ) -> None: ...
+    def setup(self) -> RailSetup: ...
+    def set_trouble(self, trouble: Trouble) -> None: ...
+
 MAX_REPORTS: int
 
 class DeviceRank:
@@ -561,11 +592,12 @@ class DeviceRank:
         rank: int,
         generation: int,
         expert_owner: Sequence[int],
-        peers: Sequence[tuple[DeviceMemory, DeviceMemory, int, int, int]],
+        peers: Sequence[tuple[DeviceMemory | None, DeviceMemory | None, int, int, int, int]],
         arena: DeviceArena,
         clocks: tuple[float, float, float],
         max_blocks: int,
         late: Callable[[OpKind, int, float], None],
+        rails: RailSetup | None = ...,
     ) -> None: ...
     def dispatch(self, args: DispatchArgs, wants: DispatchWants, stream: int) -> Flight | None: ...
     def push_copies(self, flight: Flight) -> None: ...
@@ -587,5 +619,6 @@ class DeviceRank:
     def leave(self) -> None: ...
     def default_sms(self, kind: OpKind) -> int: ...
     def seq(self) -> int: ...
+    def rail_counters(self) -> list[int]: ...
 
 def is_capturing(stream: int) -> bool: ...

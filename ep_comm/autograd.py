@@ -141,13 +141,14 @@ def dispatch(
             shape = _told_shape(buffer, handle, x.shape[1], layout, capacity)
         else:
             shape, layout, sync = _read_shape(buffer, handle, tag)
+        crosses = topk_weights is not None and buffer.sizes[3] > 0
         arrived = Rearrived(
             *in_turn(
                 torch.ops.ep_comm.redispatch, _turn(), x, topk_weights, scales, *handle,
-                buffer.number, shape, layout, *options,
+                buffer.number, shape, layout, crosses, *options,
             )
         )  # fmt: skip
-        handle = arrived.handle(handle, topk_weights)
+        handle = arrived.handle(handle, topk_weights, crosses=crosses)
     return _received(
         x=arrived.x,
         topk_idx=arrived.topk_idx if isinstance(arrived, Arrived) else None,

@@ -145,6 +145,7 @@ class Hello:
     num_slots: int = _same("i", "E221")
     paranoid: int = _same("i", "E221")
     backend: str = _same("16s", "E221")  # as asked for
+    ranks_per_node: int = _same("i", "E221")  # as asked for, 0 = those of a host
     device: str = _same("16s", "E221")
     rank: int = _free("i")
     pid: int = _free("q")
@@ -504,11 +505,17 @@ class Listener:
             raise _no_sockets(error) from error
 
     def connect_all(
-        self, me: int, hellos: Sequence[Hello], group_token: bytes, exchange: Exchange
+        self,
+        me: int,
+        hellos: Sequence[Hello],
+        group_token: bytes,
+        exchange: Exchange,
+        near: Sequence[int] | None = None,
     ) -> Mesh:
-        """Connect to every lower rank and accept every higher one.
+        """Connect to every lower rank and accept every higher one, of those that are `near`.
 
-        Ranks of our own process are left out: their memory is found in a table.
+        Ranks of our own process are left out: their memory is found in a table. Processes that can
+        be seen are watched, near or not.
 
         Raises:
             EPEnvironmentError: E405, a peer cannot be reached; E406, it is of another user.
@@ -517,7 +524,10 @@ class Listener:
         mesh = Mesh()
         exchange.dead_ranks = mesh.dead_ranks
         try:
-            others = [h for h in hellos if h.rank != me and not h.same_process(hellos[me])]
+            others = [
+                h for h in hellos
+                if (near is None or h.rank in near) and not h.same_process(hellos[me])
+            ]  # fmt: skip
             mesh.watch(me, hellos)
             for peer in others:
                 if peer.rank < me:

@@ -67,12 +67,16 @@ class Buffer:
         num_slots: operations that may be in flight at once, from 2 to 16.
         expert_map: rank of each expert, int [num_experts]; None: contiguous blocks as even as
             possible. Local experts of a rank are its experts in ascending order.
-        backend: "auto", or one of "cpu", "nvlink", "collective"; E404 when it cannot be had.
+        backend: "auto", or one of "cpu", "nvlink", "hybrid", "collective"; E404 when it cannot be
+            had.
         device: of all tensors; None: "cuda" when there is a GPU, else "cpu".
         arena_bytes: memory for outputs, see `size_hint`; None: two worst cases on GPUs, on the CPU
             as much as the machine has (pages are taken when touched). The collective backend has
             no arena.
         num_sms: SMs the kernels of GPU backends may occupy; None: computed from the bytes to move.
+        ranks_per_node: hybrid: how many ranks stand on a node, one after the other; None: those of
+            a host. With fewer, nodes are pretended: over NVSHMEM between processes of one host, by
+            copies between ranks that are threads of one process. The same on all ranks.
         config: the clocks.
     Raises:
         EPArgumentError: E203, E210 to E212, an option here or on another rank is not acceptable.
@@ -101,14 +105,16 @@ class Buffer:
         device: torch.device | str | None = None,
         arena_bytes: int | None = None,
         num_sms: int | None = None,
+        ranks_per_node: int | None = None,
         config: EPConfig | None = None,
     ) -> None:
         self.config = config if isinstance(config, EPConfig) else EPConfig()
         self.group = group
         self._spec, self._backend, self.backend_reason = construct(
             resolve_group(group), config, backend=backend, device=device, arena_bytes=arena_bytes,
-            num_sms=num_sms, num_experts=num_experts, num_topk=num_topk, hidden=hidden,
-            max_tokens=max_tokens, num_slots=num_slots, expert_map=expert_map,
+            num_sms=num_sms, ranks_per_node=ranks_per_node, num_experts=num_experts,
+            num_topk=num_topk, hidden=hidden, max_tokens=max_tokens, num_slots=num_slots,
+            expert_map=expert_map,
         )  # fmt: skip
         self._replicas: Replicas | None = None
         self._lock = threading.RLock()
@@ -116,9 +122,11 @@ class Buffer:
         self._closed: str | None = None
         self._finalizer = weakref.finalize(self, _close_backend, self._backend, self._pid)
         # For ep_comm.ops, which take scalars only: a name of this buffer, and what shapes follow
-        # from: num_ranks, num_local_experts, max_tokens.
+        # from: num_ranks, num_local_experts, max_tokens, nodes other than ours.
         self.number = next(_numbers)
-        self.sizes = (self._spec.num_ranks, self._spec.num_local_experts, self._spec.max_tokens)
+        spec, nodes = self._spec, getattr(self._backend, "nodes", None)
+        far_nodes = 0 if nodes is None else nodes.num_nodes - 1
+        self.sizes = (spec.num_ranks, spec.num_local_experts, spec.max_tokens, far_nodes)
         _alive[self.number] = self
 
     # ---- the two verbs ----
@@ -608,7 +616,7 @@ class Buffer:
 
     @property
     def backend(self) -> str:
-        """ "cpu", "nvlink" or "collective"; `backend_reason` says why."""
+        """ "cpu", "nvlink", "hybrid" or "collective"; `backend_reason` says why."""
         return self._backend.name
 
     @property

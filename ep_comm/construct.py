@@ -14,7 +14,8 @@ import torch
 
 from ep_comm import _core
 from ep_comm.backends.base import Backend
-from ep_comm.backends.choose import BACKENDS, choose, instead_of_nvlink
+from ep_comm.backends.choose import BACKENDS, choose, instead_of_gpu
+from ep_comm.backends.nodes import find_nodes
 from ep_comm.bootstrap import (
     Exchange,
     Group,
@@ -24,7 +25,7 @@ from ep_comm.bootstrap import (
     group_token,
     host_identity,
 )
-from ep_comm.checks import BufferSpec, check_options, one_of
+from ep_comm.checks import BufferSpec, check_options, one_of, positive
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPError, EPTimeout, make_error, shown
 
@@ -43,6 +44,7 @@ def construct(
     device: Any,
     arena_bytes: Any,
     num_sms: Any,
+    ranks_per_node: Any,
     **sizes: Any,
 ) -> Constructed:
     """What `Buffer(...)` does; its arguments as they were given.
@@ -63,6 +65,8 @@ def construct(
             raise make_error("E203", f"rejected config={shown(config)}: want an EPConfig")
         target = _device(device)
         one_of("backend", backend, BACKENDS)
+        if ranks_per_node is not None:
+            positive("ranks_per_node", ranks_per_node, maximum=group.size)
         spec = check_options(
             me, group.size, device=target, arena_bytes=arena_bytes, num_sms=num_sms, **sizes
         )
@@ -81,8 +85,9 @@ def construct(
     try:
         with contextlib.closing(listener):
             hello = _hello(
-                spec, backend, group.members, host, listener.token, paranoid=usable.paranoid
-            )
+                spec, backend, ranks_per_node, group.members, host, listener.token,
+                paranoid=usable.paranoid,
+            )  # fmt: skip
             opened, reason = _open_backend(
                 group, exchange, listener, hello, spec, usable, arena_bytes, num_sms
             )
@@ -111,22 +116,25 @@ def _open_backend(
     answers = exchange.gather("hello", hello.pack())
     hellos = [Hello.unpack(data, rank) for rank, data in enumerate(answers)]
     check_agreement(me, hellos)
-    name, reason = choose(hello.backend, spec.device.type, group, hellos)
+    per_node = hello.ranks_per_node or None
+    name, reason = choose(hello.backend, spec.device.type, group, hellos, per_node)
     if config.paranoid and name != "cpu":
         raise make_error("E404", f"cannot use backend {name!r}: it has no paranoid mode", rank=me)
     generation = int.from_bytes(group_token(hellos)[:8], "little") >> 1
     shape = _shape(spec)
-    if name == "nvlink":
-        from ep_comm.backends import nvlink
+    if name in ("nvlink", "hybrid"):
+        from ep_comm.backends import hybrid, nvlink
 
+        same = (group, hellos, listener, exchange, shape, spec, generation)
+        options = (config, arena_bytes, num_sms)
         try:
-            gpu = nvlink.open_backend(
-                group, hellos, listener, exchange, shape, spec, generation,
-                config, arena_bytes, num_sms,
-            )  # fmt: skip
-            return gpu, reason
+            if name == "nvlink":
+                return nvlink.open_backend(*same, *options), reason
+            nodes = find_nodes(per_node, hellos)
+            assert not isinstance(nodes, str)
+            return hybrid.open_backend(*same, *options, nodes), reason
         except EPError as error:  # on all ranks alike
-            name, reason = instead_of_nvlink(hello.backend, group, error)
+            name, reason = instead_of_gpu(hello.backend, group, error)
     if name == "collective":
         from ep_comm.backends.collective import CollectiveBackend
 
@@ -167,6 +175,7 @@ def _hash(data: bytes) -> int:
 def _hello(
     spec: BufferSpec,
     backend: str,
+    ranks_per_node: int | None,
     members: tuple[int, ...],
     host: tuple[bytes, int],
     token: bytes,
@@ -188,6 +197,7 @@ def _hello(
         num_slots=spec.num_slots,
         paranoid=int(paranoid),
         backend=backend,
+        ranks_per_node=ranks_per_node or 0,
         device=spec.device.type,
         rank=spec.rank,
         pid=os.getpid(),

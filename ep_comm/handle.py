@@ -38,6 +38,9 @@ class Handle(NamedTuple):
     #   slab: local_expert * capacity + i
     recv_src: Tensor  # int32 [N, 2] source rank and source token of each received token
     recv_row: Tensor  # int32 [N, K] row of each selection owned here, else -1; compact: [0, K]
+    #   hybrid: behind them two rows (with weights three) for each token that crossed to here: of
+    #   each slot the expert on this node, its row there, its weight as bits; see RailLog in
+    #   csrc/contract/rail.h
     rank_counts: Tensor  # int64 [2, R] unique tokens: [0] sent to, [1] received from each rank
     num_tokens_per_expert: Tensor  # int32 [El] selections received, duplicates counted
 
@@ -110,16 +113,25 @@ class HandleMeta(NamedTuple):
             return (self.num_local_experts, self.num_rows, self.hidden)
         return (self.num_rows, self.hidden)
 
+    @property
+    def recv_rows(self) -> int:
+        """Rows of recv_row that are of received tokens."""
+        return 0 if self.layout == "compact" else self.num_unique
+
+    @property
+    def log_words(self) -> int:
+        """Rows of recv_row for each token that crossed from another node."""
+        return 3 if self.has_weights else 2
+
     def tensor_specs(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype every other field of the handle must have."""
         tokens, topk = self.num_tokens, self.num_topk
-        moves_selections = self.layout != "compact"
         return {
             "topk_idx": ((tokens, topk), torch.int64),
             "topk_weights": ((tokens if self.has_weights else 0, topk), torch.float32),
             "send_row": ((tokens, topk), torch.int32),
             "recv_src": ((self.num_unique, 2), torch.int32),
-            "recv_row": ((self.num_unique if moves_selections else 0, topk), torch.int32),
+            "recv_row": ((self.recv_rows, topk), torch.int32),  # or more, see Handle
             "rank_counts": ((2, self.num_ranks), torch.int64),
             "num_tokens_per_expert": ((self.num_local_experts,), torch.int32),
         }
@@ -167,10 +179,19 @@ def parse_handle(
         tensor = getattr(parsed, name)
         # Only the reference makes float64 weights: it is gradchecked in double precision.
         dtypes = (dtype, torch.float64) if name == "topk_weights" else (dtype,)
+        if name == "recv_row" and _has_log(tensor, meta):
+            shape = tuple(tensor.shape)
         if not _is_tensor(tensor, shape, *dtypes):
             want = f"{str(dtype).removeprefix('torch.')} {list(shape)}"
             reject_handle(f"{name} is {_describe(tensor)}", want)
     return parsed, meta
+
+
+def _has_log(recv_row: object, meta: HandleMeta) -> bool:
+    if not isinstance(recv_row, Tensor) or recv_row.dim() != 2:
+        return False
+    more = recv_row.shape[0] - meta.recv_rows
+    return recv_row.shape[1] == meta.num_topk and more > 0 and more % meta.log_words == 0
 
 
 def reject_handle(got: str, want: str) -> NoReturn:

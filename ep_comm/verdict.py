@@ -18,6 +18,9 @@ _SITES = {
     _core.Site.ROWS: "to send its rows",
     _core.Site.PULLED: "to read our rows",
     _core.Site.LINE: "to send its rows",
+    _core.Site.RAIL_NOTICE: "to enter, over the rail",
+    _core.Site.RAIL_CHUNK: "to send over the rail",
+    _core.Site.RAIL_CREDIT: "to make room on the rail",
 }
 _OPS = {int(_core.OpKind.DISPATCH): "dispatch", int(_core.OpKind.COMBINE): "combine"}
 _DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2", "int8", "uint8")
@@ -56,6 +59,7 @@ class PeerState:
     """What can be found out about a peer's process from here."""
 
     pid: int  # 0 = not visible
+    is_far: bool = False  # on another node, whose memory we do not reach
 
     def describe(self) -> str:
         """Part of a sentence: its process is alive, stopped or gone; "" when it is not visible."""
@@ -129,6 +133,8 @@ def _liveness(o: Outcome, peer: PeerState) -> str:
     """E101 to E112: who, how long, where, and what the peer was last seen doing."""
     p = o.peer
     last = f"last entered #{o.peer_seq}" if o.peer_seq else "entered nothing yet"
+    if peer.is_far:
+        last = "is on another node"
     found = (
         f"; rank {o.detail[0] - 1} found out" if o.detail[0] and o.detail[0] - 1 != o.rank else ""
     )

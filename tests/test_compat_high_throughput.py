@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from ep_comm import reference
 from ep_comm.compat import deep_ep
+from ep_comm.compat.deep_ep import handles
 from ep_comm.errors import EPCapacityError, EPClosedError, EPError
+from ep_comm.handle import Handle
 
 
 @pytest.fixture(scope="module")
@@ -405,6 +408,27 @@ def test_nine_ranks_are_two_nodes_with_a_handle_of_ten() -> None:
         rebuilt = tuple(None if t is None else t.clone() for t in handle)
         same_bits(buffer.combine(out[0], rebuilt)[0], sums[rank])
         same_bits(buffer.dispatch(data.x[rank], handle=rebuilt)[0], out[0])
+
+    nine.run(work)
+    nine.close()
+
+
+def test_what_crossed_between_nodes_travels_in_a_handle_of_ten() -> None:
+    """The native handle of a hybrid buffer holds it in recv_row."""
+    data = Inputs((2, 0, 1, 1, 2, 0, 1, 3, 1), num_experts=18)
+    nine = Ranks(9)
+    log = torch.arange(3 * K * 4, dtype=torch.int32).view(12, K)
+
+    def work(rank: int, buffer: deep_ep.Buffer) -> None:
+        native = buffer._natives.get(data.x[rank].shape[1], 18, data.x[rank].device)
+        recv = native.dispatch(data.x[rank], data.idx[rank], data.weights[rank], origins=True)
+        crossed = recv.handle._replace(recv_row=log)
+        recv = dataclasses.replace(recv, handle=crossed)
+        handle = handles.pack(recv, data.idx[rank], None, rank)
+        rebuilt = tuple(None if t is None else t.clone() for t in handle)
+        for given in (handle, rebuilt):
+            _, restored = handles.restore(given, buffer._natives, native.hidden, log.device)
+            same_bits(Handle(*restored).recv_row, log, "recv_row")
 
     nine.run(work)
     nine.close()

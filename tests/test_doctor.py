@@ -294,6 +294,35 @@ def test_nics_are_listed_by_their_distance_from_a_gpu(tmp_path: Path) -> None:
     assert "400 Gb/sec" in finding.measured
 
 
+OPEN = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95\n"
+
+
+@pytest.mark.parametrize(
+    ("modules", "version", "params", "status", "says"),
+    [
+        ((), OPEN, 'RegistryDwords: "PeerMappingOverride=1;"', "ok", "gpu (PeerMappingOverride=1)"),
+        (("nvidia_peermem", "gdrdrv"), "NVRM version: 535", "", "ok", "cpu (gdrdrv)"),
+        (("nvidia_peermem",), "NVRM version: 535", "", "warn", "cpu_host_memory only"),
+        ((), "NVRM version: 535", "", "warn", "memory by nothing"),
+    ],
+)
+def test_gpudirect_needs_a_way_to_memory_and_a_handler(
+    tmp_path: Path, modules: tuple[str, ...], version: str, params: str, status: str, says: str
+) -> None:
+    add_nic(tmp_path, "mlx5_0", "pci0000:a0/0000:a0:01.0/0000:a1:00.0", "ACTIVE")
+    put(tmp_path, "/proc/driver/nvidia/version", version)
+    put(tmp_path, "/proc/driver/nvidia/params", params)
+    for module in modules:
+        (tmp_path / "sys/module" / module).mkdir(parents=True)
+    finding = only(host_checks.d8(fake(tmp_path)), "GPUDirect RDMA")
+    assert (finding.status, says in finding.measured) == (status, True)
+    assert (not finding.fix) == (status == "ok")
+
+
+def test_gpudirect_is_skipped_without_a_nic(tmp_path: Path) -> None:
+    assert only(host_checks.d8(fake(tmp_path)), "GPUDirect RDMA").status == "skip"
+
+
 def test_nic_whose_ports_are_down_warns(tmp_path: Path) -> None:
     add_nic(tmp_path, "mlx5_0", "pci0000:a0/0000:a1:00.0", "DOWN")
     assert only(host_checks.d8(fake(tmp_path)), "NICs").status == "warn"

@@ -184,6 +184,9 @@ def check_received(got: Received, want: Received, *, computed: bool) -> None:
     meta = want.handle.meta.clone()
     meta[1:3] = got.handle.meta[1:3]  # the buffer's generation, the number of the operation
     want = dataclasses.replace(want, handle=want.handle._replace(meta=meta))
+    # Across nodes what crossed stands behind the rows of selections.
+    rows = got.handle.recv_row[: want.handle.recv_row.shape[0]]
+    got = dataclasses.replace(got, handle=got.handle._replace(recv_row=rows))
     same_received(received_on_cpu(got), want, computed=computed)
 
 
@@ -247,9 +250,13 @@ CASES = {
 def test_dispatch_and_combine_agree_with_the_reference(
     make_cluster: Callable[..., Cluster], case: Case
 ) -> None:
+    check_case(make_cluster(case.num_ranks, **case.buffer_options()), case)
+
+
+def check_case(cluster: Cluster, case: Case, ranks_per_node: int | None = None) -> None:
+    """Dispatch, the same by its handle, and combine; `ranks_per_node`: of several nodes."""
     inputs = case.inputs()
     want = want_dispatch(case, inputs)
-    cluster = make_cluster(case.num_ranks, **case.buffer_options())
     x, idx = on_gpu(inputs.x), on_gpu(inputs.topk_idx)
     weights, scales = on_gpu(inputs.topk_weights), on_gpu(inputs.scales)
     assert x is not None
@@ -295,17 +302,25 @@ def test_dispatch_and_combine_agree_with_the_reference(
             same_bits(second.topk_weights, first.topk_weights, "weights of the cached call")
 
     if case.dtype.itemsize > 1:
-        check_combine(cluster, case, want, got)
+        check_combine(cluster, case, want, got, ranks_per_node)
 
 
-def check_combine(cluster: Cluster, case: Case, want: list[Received], got: list[Received]) -> None:
+def check_combine(
+    cluster: Cluster,
+    case: Case,
+    want: list[Received],
+    got: list[Received],
+    ranks_per_node: int | None,
+) -> None:
     """Combine what experts would return: an ordinary tensor, then arena memory, all options."""
     g = torch.Generator().manual_seed(1)
     layout = case.options.get("layout", "compact")
     y = [torch.randn(w.x.shape, generator=g).to(case.dtype) for w in want]
     on_device = [t.cuda() for t in y]
     plain = on_streams(cluster, lambda r: cluster.buffers[r].combine(on_device[r], got[r].handle))
-    sums = reference.combine(y, [w.handle for w in want], expert_map=case.expert_map)
+    sums = reference.combine(
+        y, [w.handle for w in want], expert_map=case.expert_map, ranks_per_node=ranks_per_node
+    )
     for rank in range(case.num_ranks):
         same_values(plain[rank].cpu(), sums[rank], f"combine of rank {rank}")
 
@@ -329,7 +344,7 @@ def check_combine(cluster: Cluster, case: Case, want: list[Received], got: list[
     )  # fmt: skip
     sums_and_weights = reference.combine(
         y, [w.handle for w in want], weighted=weighted, topk_weights=back, bias=bias,
-        expert_map=case.expert_map,
+        expert_map=case.expert_map, ranks_per_node=ranks_per_node,
     )  # fmt: skip
     for rank in range(case.num_ranks):
         same_values(full[rank][0].cpu(), sums_and_weights[rank][0], f"full combine of {rank}")
@@ -462,14 +477,19 @@ def test_many_calls_in_a_row_reuse_slots_and_arena(make_cluster: Callable[..., C
 
 def test_graph_replays_with_changing_routing(make_cluster: Callable[..., Cluster]) -> None:
     case = Case(num_ranks=2, tokens=(24, 24), options=STATIC)
-    cluster = make_cluster(2, **case.buffer_options())
+    replay_graphs(make_cluster(2, **case.buffer_options()), case)
+
+
+def replay_graphs(cluster: Cluster, case: Case, ranks_per_node: int | None = None) -> None:
+    """A dispatch and a combine of each rank in a graph, replayed with other tokens each time."""
+    ranks = range(case.num_ranks)
     rounds = [dataclasses.replace(case, seed=s).inputs() for s in range(5)]
     first = rounds[0]
     x, idx, weights = (on_gpu(t) for t in (first.x, first.topk_idx, first.topk_weights))
-    streams = [torch.cuda.Stream() for _ in range(2)]
-    graphs = [torch.cuda.CUDAGraph() for _ in range(2)]
+    streams = [torch.cuda.Stream() for _ in ranks]
+    graphs = [torch.cuda.CUDAGraph() for _ in ranks]
     held: list[Any] = []
-    for rank in range(2):  # nothing runs while a graph is captured
+    for rank in ranks:  # nothing runs while a graph is captured
         torch.cuda.synchronize()
         with torch.cuda.graph(graphs[rank], stream=streams[rank]):
             recv = cluster.buffers[rank].dispatch(x[rank], idx[rank], weights[rank], sync=False)
@@ -478,17 +498,19 @@ def test_graph_replays_with_changing_routing(make_cluster: Callable[..., Cluster
     for n in range(12):
         inputs = rounds[n % len(rounds)]
         want = want_dispatch(case, inputs)
-        sums = reference.combine([w.x for w in want], [w.handle for w in want])
-        for rank in range(2):
+        sums = reference.combine(
+            [w.x for w in want], [w.handle for w in want], ranks_per_node=ranks_per_node
+        )
+        for rank in ranks:
             x[rank].copy_(inputs.x[rank])
             idx[rank].copy_(inputs.topk_idx[rank])
             weights[rank].copy_(inputs.topk_weights[rank])
         torch.cuda.synchronize()
-        for rank in range(2):
+        for rank in ranks:
             with torch.cuda.stream(streams[rank]):
                 graphs[rank].replay()
         torch.cuda.synchronize()
-        for rank in range(2):
+        for rank in ranks:
             check_received(held[rank][0], want[rank], computed=False)
             same_values(held[rank][1].cpu(), sums[rank])
 

@@ -95,8 +95,9 @@ def test_combine_and_redispatch_pass_opcheck(buffer: Buffer, way: str) -> None:
         (None, y, values, None, x, None, *tail, False, "rank", False, None, ""),
     )
     shape = list(received.x.shape)
-    last = (*tail, shape, received.layout, 128, None, "auto", "sm", None, "")
-    torch.library.opcheck(OPS.redispatch.default, (None, x, w, None, *last))
+    for crosses in (False, True):
+        last = (*tail, shape, received.layout, crosses, 128, None, "auto", "sm", None, "")
+        torch.library.opcheck(OPS.redispatch.default, (None, x, w, None, *last))
 
 
 @pytest.mark.parametrize("way", QUANTIZED)

@@ -158,7 +158,10 @@ void bind_contract(py::module_& m) {
         .value("BASE", Site::kBase)
         .value("ROWS", Site::kRows)
         .value("PULLED", Site::kPulled)
-        .value("LINE", Site::kLine);
+        .value("LINE", Site::kLine)
+        .value("RAIL_NOTICE", Site::kRailNotice)
+        .value("RAIL_CHUNK", Site::kRailChunk)
+        .value("RAIL_CREDIT", Site::kRailCredit);
 
     py::class_<Shape>(m, "Shape")
         .def(py::init<>()) EP_FIELD(Shape, num_ranks) EP_FIELD(Shape, num_slots)
@@ -240,7 +243,9 @@ void bind_args(py::module_& m) {
                                     EP_FIELD(C, with_weights) EP_FIELD(C, sum_weights)
                                         EP_FIELD(C, topk_order) EP_FIELD(C, per_rank)
                                             EP_FIELD(C, routing) EP_ADDRESS(C, row_weights)
-                                                EP_ADDRESS(C, wait_stats);
+                                                EP_ADDRESS(C, wait_stats) EP_ADDRESS(C, rail_log)
+                                                    EP_FIELD(C, num_logged)
+                                                        EP_FIELD(C, log_has_weights);
 }
 
 // Memory of one rank: extents of its arena as arrays.

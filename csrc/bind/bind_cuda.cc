@@ -19,6 +19,8 @@
 #include "host/device_arena.h"
 #include "host/device_rank.h"
 #include "host/graph_hold.h"
+#include "host/loopback_rails.h"
+#include "host/rails.h"
 #include "transport/device_memory.h"
 
 namespace py = pybind11;
@@ -124,16 +126,20 @@ struct WithoutGil {
     }
 };
 using RankPtr = std::unique_ptr<DeviceRank, WithoutGil>;
-using PeerTuple =
-    std::tuple<std::shared_ptr<DeviceMemory>, std::shared_ptr<DeviceMemory>, int, int, int64_t>;
+using PeerTuple = std::tuple<std::shared_ptr<DeviceMemory>, std::shared_ptr<DeviceMemory>, int, int,
+                             int64_t, int64_t>;
+
+// A Python object that native code keeps, from whichever thread drops it.
+std::shared_ptr<py::object> keep(py::object object) {
+    return {new py::object(std::move(object)), [](py::object* held) {
+                py::gil_scoped_acquire gil;
+                delete held;
+            }};
+}
 
 // A Python function as a hook of the watching thread.
 std::function<void(OpKind, int, double)> as_late_hook(py::object late) {
-    std::shared_ptr<py::object> held(new py::object(std::move(late)), [](py::object* object) {
-        py::gil_scoped_acquire gil;
-        delete object;
-    });
-    return [held](OpKind kind, int peer, double waited_s) {
+    return [held = keep(std::move(late))](OpKind kind, int peer, double waited_s) {
         py::gil_scoped_acquire gil;
         try {
             (*held)(kind, peer, waited_s);
@@ -146,17 +152,17 @@ std::function<void(OpKind, int, double)> as_late_hook(py::object late) {
 RankPtr make_rank(const Shape& shape, int rank, uint64_t generation,
                   const std::vector<int32_t>& owner, const std::vector<PeerTuple>& peers,
                   std::shared_ptr<DeviceArena> arena, std::tuple<double, double, double> clocks,
-                  int max_blocks, py::object late) {
+                  int max_blocks, py::object late, const std::optional<RailSetup>& rails) {
     std::vector<DevicePeer> views;
-    for (const auto& [control, memory, pidfd, socket, pid] : peers) {
-        views.push_back({control, memory, {pidfd, socket, pid}});
+    for (const auto& [control, memory, pidfd, socket, pid, arena_bytes] : peers) {
+        views.push_back({control, memory, {pidfd, socket, pid}, arena_bytes});
     }
     const auto [warn, arrival, progress] = clocks;
     auto hook = as_late_hook(std::move(late));
     py::gil_scoped_release nogil;
     return RankPtr(new DeviceRank(shape, rank, generation, owner, std::move(views),
                                   std::move(arena), PeerClocks{warn, arrival, progress}, max_blocks,
-                                  std::move(hook)));
+                                  std::move(hook), rails ? &*rails : nullptr));
 }
 
 // The tensors of a handle that a flight was granted, in their order there.
@@ -193,6 +199,7 @@ void bind_flight(py::module_& m) {
         .def_property_readonly("num_recv", [](const Flight& f) { return f.report.num_recv; })
         .def_property_readonly("num_rows", [](const Flight& f) { return f.report.num_rows; })
         .def_property_readonly("index_rows", [](const Flight& f) { return f.report.index_rows; })
+        .def_property_readonly("num_logged", [](const Flight& f) { return f.report.num_logged; })
         .def_property_readonly("is_half", [](const Flight& f) { return f.half == Half::kSend; })
         .def_readonly("number", &Flight::number)
         .def_property_readonly(
@@ -224,6 +231,7 @@ void bind_flight(py::module_& m) {
         .value("ROWS", Out::kRows)
         .value("ROW_INDEX", Out::kRowIndex)
         .value("ROW_TOKEN", Out::kRowToken)
+        .value("RAIL_LOG", Out::kRailLog)
         .value("SEND_ROW", Out::kSendRow)
         .value("RANK_COUNTS", Out::kRankCounts)
         .value("COUNTS", Out::kCounts)
@@ -277,11 +285,31 @@ void bind_plans(py::module_& m) {
     m.def("has_plans", [] { return exchange() != nullptr; });
 }
 
+// Rails of a buffer that spans nodes: pretended ones, and those of the plugin by the address of its table.
+void bind_rails(py::module_& m) {
+    py::class_<RailSetup>(m, "RailSetup")
+        .def(py::init(
+                 [](const RailShape& shape, uintptr_t kernels, py::object keeps, bool splits_puts) {
+                     return RailSetup{shape, reinterpret_cast<const kernels::RailKernels*>(kernels),
+                                      keep(std::move(keeps)), splits_puts};
+                 }),
+             "shape"_a, "kernels"_a, "keeps"_a, "splits_puts"_a);
+    using T = Trouble;
+    py::class_<T>(m, "Trouble")
+        .def(py::init<>()) EP_FIELD(T, seed) EP_FIELD(T, max_held) EP_FIELD(T, max_delay_ns)
+            EP_FIELD(T, stalled_peer) EP_FIELD(T, is_silent) EP_FIELD(T, lost_from);
+    py::class_<LoopbackRails, std::shared_ptr<LoopbackRails>>(m, "LoopbackRails")
+        .def(py::init(&LoopbackRails::create), "shape"_a, "rank"_a, "segments"_a, "max_blocks"_a,
+             py::call_guard<py::gil_scoped_release>())
+        .def("setup", &LoopbackRails::setup)
+        .def("set_trouble", &LoopbackRails::set_trouble, "trouble"_a);
+}
+
 void bind_rank(py::module_& m) {
     m.attr("MAX_REPORTS") = kMaxReports;
     py::class_<DeviceRank, RankPtr>(m, "DeviceRank")
         .def(py::init(&make_rank), "shape"_a, "rank"_a, "generation"_a, "expert_owner"_a, "peers"_a,
-             "arena"_a, "clocks"_a, "max_blocks"_a, "late"_a)
+             "arena"_a, "clocks"_a, "max_blocks"_a, "late"_a, "rails"_a = std::nullopt)
         .def(
             "dispatch",
             [](DeviceRank& self, const DispatchArgs& args, const DispatchWants& wants,
@@ -343,7 +371,11 @@ void bind_rank(py::module_& m) {
              py::call_guard<py::gil_scoped_release>())
         .def("leave", &DeviceRank::leave, py::call_guard<py::gil_scoped_release>())
         .def("default_sms", &DeviceRank::default_sms, "kind"_a)
-        .def("seq", &DeviceRank::seq);
+        .def("seq", &DeviceRank::seq)
+        .def("rail_counters", [](const DeviceRank& self) {
+            const py::gil_scoped_release nogil;
+            return self.rails() == nullptr ? std::vector<uint64_t>{} : self.rails()->counters();
+        });
     m.def(
         "is_capturing", [](uintptr_t stream) { return is_capturing(as_stream(stream)); },
         "stream"_a);
@@ -353,6 +385,7 @@ void bind_rank(py::module_& m) {
 
 void bind_cuda(py::module_& m) {
     bind_memory(m);
+    bind_rails(m);
     bind_flight(m);
     bind_rank(m);
     bind_plans(m);

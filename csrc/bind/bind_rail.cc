@@ -26,21 +26,22 @@ void bind_rail(py::module_& m) {
         .def_property_readonly("ranks_per_node",
                                [](const RailShape& s) { return s.nodes.ranks_per_node; })
         .def_readonly("num_channels", &RailShape::num_channels)
-        .def_readonly("ring_chunks", &RailShape::ring_chunks)
+        .def_property_readonly("ring_chunks", &RailShape::ring_chunks)
         .def_readonly("chunk_bytes", &RailShape::chunk_bytes)
-        .def_readwrite("entry_bytes", &RailShape::entry_bytes)
+        .def_readwrite("notice_bytes", &RailShape::notice_bytes)
         .def_property_readonly("staging_bytes", &RailShape::staging_bytes);
     py::class_<RailLayout>(m, "RailLayout")
         .def(py::init<const RailShape&>(), "shape"_a)
         .def_readonly("end", &RailLayout::end)
         .def("regions", &regions_of);
-    py::class_<RailEntryLayout>(m, "RailEntryLayout")
-        .def(py::init<const Shape&, int>(), "shape"_a, "num_channels"_a)
-        .def_readonly("bytes", &RailEntryLayout::bytes);
-    py::class_<RailRecordLayout>(m, "RailRecordLayout")
-        .def(py::init<int, int, bool, bool, bool, int64_t>(), "ranks_per_node"_a, "num_topk"_a,
-             "with_routing"_a, "with_weights"_a, "with_rows"_a, "scale_bytes"_a)
-        .def_readonly("bytes", &RailRecordLayout::bytes);
+    py::class_<RailNoticeLayout>(m, "RailNoticeLayout")
+        .def(py::init<const Shape&, int, int>(), "shape"_a, "num_nodes"_a, "num_channels"_a)
+        .def_property_readonly("bytes", &RailNoticeLayout::bytes);
+    py::class_<RailHeadLayout>(m, "RailHeadLayout")
+        .def(py::init<int, bool, bool, int64_t>(), "num_topk"_a, "with_weights"_a, "with_records"_a,
+             "scale_bytes"_a)
+        .def_readonly("bytes", &RailHeadLayout::bytes);
+    m.def("sum_head_bytes", &sum_head_bytes, "num_topk"_a, "with_weights"_a);
     py::class_<RailChunks>(m, "RailChunks")
         .def(py::init<int64_t, int64_t, int64_t>(), "chunk_bytes"_a, "head_bytes"_a, "row_bytes"_a)
         .def_readonly("records", &RailChunks::records)
@@ -49,11 +50,12 @@ void bind_rail(py::module_& m) {
     m.def(
         "divide_staging",
         [](int num_nodes, int ranks_per_node, int num_channels, int64_t record_bytes,
-           int64_t budget) {
-            return divide_staging({num_nodes, ranks_per_node}, num_channels, record_bytes, budget);
+           int chunk_tokens, int64_t budget) {
+            return divide_staging({num_nodes, ranks_per_node}, num_channels, record_bytes,
+                                  chunk_tokens, budget);
         },
         "num_nodes"_a, "ranks_per_node"_a, "num_channels"_a, "record_bytes"_a,
-        "budget"_a = kRailStagingBytes);
+        "chunk_tokens"_a = kChunkTokens, "budget"_a = kRailStagingBytes);
 }
 
 }  // namespace ep

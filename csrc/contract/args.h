@@ -113,6 +113,10 @@ struct CombineArgs {
     bool topk_order = false;    // add in slot order, whoever owns the expert
     bool per_rank = false;  // owners add up their rows of a token and round, the source the rest
     uint64_t routing = 0;
+    // Across nodes: what tokens of our rail left here, of the handle (contract/rail.h, RailLog).
+    int32_t* rail_log = nullptr;
+    int64_t num_logged = 0;
+    bool log_has_weights = false;
 
     EP_HD constexpr int64_t row_bytes() const { return hidden * dtype_bytes(dtype); }
     // What a source adds of a token: one row of each rank, or one of each slot; and whether it

@@ -25,12 +25,13 @@ inline constexpr int kMaxChunks = 256;  // token ranges that are counted side by
 
 // What the kernel that decides a dispatch leaves for the kernels behind it.
 struct OpState {
-    uint64_t seq;        // of the operation; lives here because a graph replays its arguments
-    int32_t code;        // kOk once every rank has placed every row; else nothing is moved
-    int32_t slot;        // seq % num_slots
-    int64_t num_recv;    // unique tokens that arrive here
-    int64_t num_rows;    // rows of x in use: compact num_recv, grouped with padding
-    int64_t index_rows;  // entries of a row index
+    uint64_t seq;            // of the operation; lives here because a graph replays its arguments
+    int32_t code;            // kOk once every rank has placed every row; else nothing is moved
+    int32_t slot;            // seq % num_slots
+    int64_t num_recv;        // unique tokens that arrive here
+    int64_t num_rows;        // rows of x in use: compact num_recv, grouped with padding
+    int64_t index_rows;      // entries of a row index
+    int64_t num_logged = 0;  // across nodes: tokens of our rail that came
 };
 
 // Of an operation in two halves: what the first leaves for the second. It lies in memory of the call, so
@@ -81,12 +82,14 @@ struct StateLayout {
     }
 };
 
-// Mapped memory of all ranks, our own included.
+// Mapped memory of all ranks, our own included. Across nodes it is that of the ranks of our own: of
+// others there is a blank header, and no arena.
 struct Peers {
     std::byte* const* control;   // [num_ranks] control blocks
     std::byte* const* arena;     // [num_ranks]
     const int64_t* arena_bytes;  // [num_ranks]
     int32_t rank;
+    int32_t near_begin, near_end;  // ranks whose memory we reach
 };
 
 // Calls whose reports their host has not read yet; before one more it reads the oldest.
@@ -103,7 +106,7 @@ struct HostPage {
         uint64_t call;
         uint64_t seq;
         Outcome outcome;
-        int64_t num_recv, num_rows, index_rows;
+        int64_t num_recv, num_rows, index_rows, num_logged;
     };
     Report sync[kMaxReports];     // of calls whose host waits; call n has place n % kMaxReports
     Report deferred;              // of the first call nobody has read of that failed without a host
@@ -134,6 +137,7 @@ struct Watch {
     int64_t arrival_ns, progress_ns;  // < 0: never
     int64_t post_ns;                  // a wait that takes longer tells the host
     int32_t rank, num_ranks;
+    int32_t near_begin, near_end;  // see Peers
 };
 
 // All that stays the same from one operation to the next.

@@ -16,10 +16,11 @@
 namespace ep {
 
 inline constexpr int64_t kRailStagingBytes = int64_t{128} << 20;  // of all rings of a rank
-inline constexpr int kMaxChannels = 16;
-inline constexpr int kRingChunks = 8;  // places of a ring: in flight, being read, being credited
-inline constexpr int kMaxChunkTokens = 8;  // of the largest record; a signal for so many is cheap
-inline constexpr int kMailboxes = 2;       // why two are enough: docs/protocol.md, "Rails"
+inline constexpr int kMaxChannels = 32;
+inline constexpr int kRingShift = 3;    // of 8 places a ring: in flight, being read, being credited
+inline constexpr int kChunkTokens = 8;  // of the largest record; a signal for so many is cheap
+inline constexpr int kChunkParts = 8;   // what a chunk adds to its tail, in one put or in several
+inline constexpr int kMailboxes = 2;    // why two are enough: docs/protocol.md, "Rails"
 
 // Where a rank stands. Ranks are numbered node by node, and all nodes have equally many.
 struct NodeShape {
@@ -34,31 +35,36 @@ struct NodeShape {
 struct RailShape {
     NodeShape nodes;
     int32_t num_channels = 1;
-    int32_t ring_chunks = 1;
-    int64_t chunk_bytes = 0;  // one place of a ring
-    int64_t entry_bytes = 0;  // a mailbox
+    int32_t ring_shift = 0;    // a ring has 2^ring_shift places
+    int64_t chunk_bytes = 0;   // one place of a ring
+    int64_t notice_bytes = 0;  // a mailbox
 
     EP_HD constexpr int num_peers() const { return nodes.num_nodes - 1; }
-    EP_HD constexpr int64_t ring_bytes() const { return ring_chunks * chunk_bytes; }
+    EP_HD constexpr int ring_chunks() const { return 1 << ring_shift; }
+    EP_HD constexpr int64_t ring_bytes() const { return ring_chunks() * chunk_bytes; }
     EP_HD constexpr int64_t staging_bytes() const {
         return 2 * int64_t{num_peers()} * num_channels * ring_bytes();
     }
 };
 
-// What crosses when an operation begins: the entry, all counts of its source, and how many records
-// each channel brings to the node it is sent to.
-struct RailEntryLayout {
-    Region entry, rows, selections, records;
-    int64_t bytes = 0;
+// Which of a ring's places the `count`-th chunk lies in.
+EP_HD constexpr int place_in_ring(const RailShape& s, uint64_t count) {
+    return static_cast<int>(count) & (s.ring_chunks() - 1);
+}
 
-    EP_HD constexpr RailEntryLayout(const Shape& s, int num_channels) {
-        Cursor at;
-        entry = at.take(sizeof(EntryRecord));
-        rows = at.take(int64_t{4} * s.num_ranks);          // int32 per rank
-        selections = at.take(int64_t{4} * s.num_experts);  // int32 per expert, by position
-        records = at.take(int64_t{4} * num_channels);      // int32 per channel
-        bytes = at.end();
+// What crosses when an operation begins, as packed words (device/packed.cuh): the notice, which is the
+// same for every rank, then how many records each channel brings to each node.
+struct RailNoticeLayout {
+    int32_t records, words, num_channels;
+
+    EP_HD constexpr RailNoticeLayout(const Shape& s, int num_nodes, int channels)
+        : records(NoticeLayout(s).words),
+          words((records + num_nodes * channels + 15) / 16 * 16),
+          num_channels(channels) {}
+    EP_HD constexpr int record_word(int node, int channel) const {
+        return records + node * num_channels + channel;
     }
+    EP_HD constexpr int64_t bytes() const { return int64_t{8} * words; }
 };
 
 // The symmetric segment of a rank, at the same offsets on every rank. Peers are nodes but our own.
@@ -72,10 +78,11 @@ struct RailLayout {
         const int64_t rings = int64_t{s.num_peers()} * s.num_channels;
         Cursor at;
         entered = at.take(kMailboxes * nodes * kWordStride);  // uint64 per mailbox
-        tails = at.take(nodes * s.num_channels * s.ring_chunks * kWordStride);  // uint64 per place
-        heads = at.take(nodes * s.num_channels * s.ring_chunks * kWordStride);
-        inbox = at.take(kMailboxes * nodes * s.entry_bytes);   // RailEntryLayout per node
-        outbox = at.take(kMailboxes * nodes * s.entry_bytes);  // as it leaves
+        tails =
+            at.take(nodes * s.num_channels * s.ring_chunks() * kWordStride);  // uint64 per place
+        heads = at.take(nodes * s.num_channels * s.ring_chunks() * kWordStride);
+        inbox = at.take(kMailboxes * nodes * s.notice_bytes);  // RailNoticeLayout per node
+        outbox = at.take(kMailboxes * s.notice_bytes);         // ours, as it leaves
         recv = at.take(rings * s.ring_bytes());                // [peer][channel][place]
         send = at.take(rings * s.ring_bytes());
         end = at.end();
@@ -83,12 +90,12 @@ struct RailLayout {
 
     static constexpr int64_t kWordStride = 64;
 
-    // Entries that node has ever put into mailbox `seq % kMailboxes`; see entries_until.
+    // Notices that node has ever put into mailbox `seq % kMailboxes`; see notices_until.
     EP_HD constexpr int64_t entered_word(uint64_t seq, int node) const {
         return entered.offset + mailbox(seq, node) * kWordStride;
     }
-    // Chunks that node has ever put into the place of the `count`-th in our ring; see chunks_until. A
-    // word for each place, so that nothing depends on the order in which two puts arrive.
+    // Parts of chunks that node has ever put into the place of the `count`-th in our ring; see parts_until.
+    // A word for each place, so that nothing depends on the order in which two puts arrive.
     EP_HD constexpr int64_t tail_word(int node, int channel, uint64_t count) const {
         return tails.offset + word(node, channel, count);
     }
@@ -98,10 +105,10 @@ struct RailLayout {
         return heads.offset + word(node, channel, count);
     }
     EP_HD constexpr int64_t inbox_at(uint64_t seq, int node) const {
-        return inbox.offset + mailbox(seq, node) * shape.entry_bytes;
+        return inbox.offset + mailbox(seq, node) * shape.notice_bytes;
     }
-    EP_HD constexpr int64_t outbox_at(uint64_t seq, int node) const {
-        return outbox.offset + mailbox(seq, node) * shape.entry_bytes;
+    EP_HD constexpr int64_t outbox_at(uint64_t seq) const {
+        return outbox.offset + static_cast<int64_t>(seq % kMailboxes) * shape.notice_bytes;
     }
     // The place of the `count`-th chunk between rank `me` and the rank of `node` on its rail.
     EP_HD constexpr int64_t recv_chunk(int my_node, int node, int channel, uint64_t count) const {
@@ -127,11 +134,9 @@ private:
     }
     EP_HD constexpr int64_t word(int node, int channel, uint64_t count) const {
         const int64_t ring = int64_t{node} * shape.num_channels + channel;
-        return (ring * shape.ring_chunks + index(count)) * kWordStride;
+        return ((ring << shape.ring_shift) + index(count)) * kWordStride;
     }
-    EP_HD constexpr int64_t index(uint64_t count) const {
-        return static_cast<int64_t>(count % static_cast<uint64_t>(shape.ring_chunks));
-    }
+    EP_HD constexpr int64_t index(uint64_t count) const { return place_in_ring(shape, count); }
     EP_HD constexpr int64_t place(int my_node, int node, int channel, uint64_t count) const {
         const int peer = node < my_node ? node : node - 1;  // no ring for our own node
         return (int64_t{peer} * shape.num_channels + channel) * shape.ring_bytes() +
@@ -139,55 +144,69 @@ private:
     }
 };
 
-// What `entered_word` shows once the entry of operation `seq`, counted from 1, is there.
-EP_HD constexpr uint64_t entries_until(uint64_t seq) {
+// What `entered_word` shows once the notice of operation `seq`, counted from 1, is there.
+EP_HD constexpr uint64_t notices_until(uint64_t seq) {
     return seq / kMailboxes + (seq % kMailboxes != 0 ? 1 : 0);
 }
 
 // What `tail_word` shows once the `count`-th chunk of a ring, counted from 0, is there.
-EP_HD constexpr uint64_t chunks_until(uint64_t count, int ring_chunks) {
-    return count / static_cast<uint64_t>(ring_chunks) + 1;
+EP_HD constexpr uint64_t parts_until(const RailShape& s, uint64_t count) {
+    return ((count >> s.ring_shift) + 1) * kChunkParts;
 }
 
 // What `head_word` shows once the place of the `count`-th chunk is free for it.
-EP_HD constexpr uint64_t credits_until(uint64_t count, int ring_chunks) {
-    return count / static_cast<uint64_t>(ring_chunks);
+EP_HD constexpr uint64_t credits_until(const RailShape& s, uint64_t count) {
+    return count >> s.ring_shift;
 }
 
-// Tokens of a channel are [first, first of the next).
-EP_HD constexpr int64_t first_of_channel(int64_t num_tokens, int num_channels, int channel) {
-    return num_tokens * channel / num_channels;
-}
-
-// A token on a rail, the row of x behind it. All rows in it are final: who forwards computes nothing.
-struct RailRecordLayout {
-    Region src_token;  // int32
-    Region records;    // int32 [ranks_per_node]: of its metadata at each rank, -1 = not sent there
-    Region rows;       // int32 [ranks_per_node]: of x; compact: the same as records, and left out
-    Region experts;    // int32 [num_topk]: see expert_at, -1 = on another node
-    Region weights;    // float [num_topk]
-    Region slot_rows;  // int32 [num_topk]: row of each slot (grouped, slab)
+// What stands before the row of a token that crosses. All rows in it are final: who forwards computes
+// nothing. One entry for each slot of the token.
+struct RailHeadLayout {
+    Region
+        token;  // int32 [2]: of the source; its turn among those of its channel that visit this node
+    Region experts;  // int32 [num_topk]: see expert_at, -1 = on another node
+    Region rows;     // int32 [num_topk]: of x
+    Region
+        records;  // int32 [num_topk]: the token's among all that its rank receives; compact: the row
+    Region weights;  // float [num_topk]
     Region scales;
     int64_t bytes = 0;  // where the row begins
 
-    EP_HD constexpr RailRecordLayout(int ranks_per_node, int num_topk, bool with_routing,
-                                     bool with_weights, bool with_rows, int64_t scale_bytes) {
+    EP_HD constexpr RailHeadLayout(int num_topk, bool with_weights, bool with_records,
+                                   int64_t scale_bytes) {
         int64_t at = 0;
         const auto take = [&at](bool wanted, int64_t size) {
             const Region region{at, wanted ? size : 0};
             at += region.bytes;
             return region;
         };
-        src_token = take(true, 4);
-        records = take(true, int64_t{4} * ranks_per_node);
-        rows = take(with_rows, int64_t{4} * ranks_per_node);
-        experts = take(with_routing, int64_t{4} * num_topk);
+        token = take(true, 8);
+        experts = take(true, int64_t{4} * num_topk);
+        rows = take(true, int64_t{4} * num_topk);
+        records = take(with_records, int64_t{4} * num_topk);
         weights = take(with_weights, int64_t{4} * num_topk);
-        slot_rows = take(with_routing && with_rows, int64_t{4} * num_topk);
         at = (at + kRowAlign - 1) / kRowAlign * kRowAlign;
         scales = take(scale_bytes > 0, scale_bytes);
         bytes = (at + kRowAlign - 1) / kRowAlign * kRowAlign;
     }
+};
+
+// What stands before a sum that comes back: weights of the token's slots on that node.
+EP_HD constexpr int64_t sum_head_bytes(int num_topk, bool with_weights) {
+    return with_weights ? (int64_t{4} * num_topk + kRowAlign - 1) / kRowAlign * kRowAlign : 0;
+}
+
+// What the rank where a token crossed keeps of it for combine: int32 for each slot. A handle's `rail`
+// has one such record for each token of the own rail that came, by (node, token).
+struct RailLog {
+    int32_t num_topk;
+    bool with_weights;
+
+    EP_HD constexpr int words() const { return (with_weights ? 3 : 2) * num_topk; }
+    // Of slot k: see expert_at, -1 = not on this node; row of x there; weight, as bits.
+    EP_HD constexpr int expert(int k) const { return k; }
+    EP_HD constexpr int row(int k) const { return num_topk + k; }
+    EP_HD constexpr int weight(int k) const { return 2 * num_topk + k; }
 };
 
 // A slot's expert: which rank of the node, and which local expert there.
@@ -218,33 +237,96 @@ struct RailChunks {
         }
     }
     EP_HD constexpr int64_t record_bytes() const { return head_bytes + row_bytes; }
+    EP_HD constexpr int64_t piece_begin(int piece) const { return piece * piece_bytes; }
+    EP_HD constexpr int64_t piece_end(int piece) const {
+        return piece + 1 < pieces ? (piece + 1) * piece_bytes : row_bytes;
+    }
+    // Records of chunk j of a channel that brings `count`.
+    EP_HD constexpr int32_t in_chunk(int64_t j, int64_t count) const {
+        return pieces > 1 || count - j * records > records
+                   ? records
+                   : static_cast<int32_t>(count - j * records);
+    }
     // Chunks of a channel that brings `count` records.
     EP_HD constexpr int64_t chunks(int64_t count) const {
         return (count + records - 1) / records * pieces;
     }
 };
 
-// Divides the staging of a rank among its rings: kRingChunks chunks of kMaxChunkTokens of the largest
+// Divides the staging of a rank among its rings: rings of chunks of `chunk_tokens` of the largest
 // record, where that fits; else rings of half as many, smaller chunks, rings of two, fewer channels,
 // and in the end pieces of rows.
 EP_HD constexpr RailShape divide_staging(const NodeShape& nodes, int num_channels,
-                                         int64_t record_bytes, int64_t budget = kRailStagingBytes) {
+                                         int64_t record_bytes, int chunk_tokens = kChunkTokens,
+                                         int64_t budget = kRailStagingBytes) {
     constexpr int64_t kAlign = Cursor::kAlign;
     RailShape s;
     s.nodes = nodes;
     s.num_channels = num_channels;
-    s.ring_chunks = kRingChunks;
+    s.ring_shift = kRingShift;
     if (s.num_peers() == 0) return s;
     const auto room = [&] {
-        const int64_t places = 2 * int64_t{s.num_peers()} * s.num_channels * s.ring_chunks;
+        const int64_t places = 2 * int64_t{s.num_peers()} * s.num_channels * s.ring_chunks();
         return budget / places / kAlign * kAlign;
     };
-    const int64_t wanted = (kMaxChunkTokens * record_bytes + kAlign - 1) / kAlign * kAlign;
-    if (room() < wanted) s.ring_chunks /= 2;
-    while (room() < record_bytes && s.ring_chunks > 2) s.ring_chunks /= 2;
+    const int64_t wanted = (chunk_tokens * record_bytes + kAlign - 1) / kAlign * kAlign;
+    if (room() < wanted) --s.ring_shift;
+    while (room() < record_bytes && s.ring_shift > 1) --s.ring_shift;
     while (room() < record_bytes && s.num_channels > 1) s.num_channels /= 2;
     s.chunk_bytes = wanted < room() ? wanted : room();
     return s;
 }
+
+// Private device memory of a rank on its rails; nobody else sees it.
+struct RailState {
+    uint64_t* sent;      // [nodes][channels] chunks ever put into each ring
+    uint64_t* taken;     // [nodes][channels] chunks ever taken out of each
+    uint64_t* brings;    // [channels][nodes] packed: records of this operation, by who counted them
+    uint64_t* incoming;  // [nodes][channels] packed: records that each of them brings to us
+    uint64_t* visits;    // [groups of 32 tokens][nodes] which of them go there, how many did before
+    uint64_t* ever;      // [RailCounter::kCount]
+};
+
+// What a rank has moved since its buffer was made.
+enum class RailCounter : int32_t {
+    kTokens,      // own ones, in dispatches
+    kHomeVisits,  // of these, those that visit the own node
+    kRecordsOut,  // rows that crossed in dispatches
+    kRecordsIn,
+    kSumsOut,  // and came back in combines
+    kSumsIn,
+    kCount,
+};
+
+struct RailStateLayout {
+    Region sent, taken, brings, incoming, visits, ever;
+    int64_t end = 0;
+
+    constexpr RailStateLayout(const Shape& s, const RailShape& r) {
+        const int64_t pairs = int64_t{r.nodes.num_nodes} * r.num_channels;
+        Cursor at;
+        sent = at.take(8 * pairs);
+        taken = at.take(8 * pairs);
+        brings = at.take(8 * pairs);
+        incoming = at.take(8 * pairs);
+        // Every channel begins a group of its own.
+        visits = at.take(8 * r.nodes.num_nodes * (s.max_tokens / 32 + 2 * r.num_channels + 2));
+        ever = at.take(8 * static_cast<int>(RailCounter::kCount));
+        end = at.end();
+    }
+};
+
+// All of a rank's rails but how bytes get there.
+struct RailView {
+    RailShape shape;
+    RailLayout layout{RailShape{}};
+    RailState state{};
+    int32_t num_blocks = 1;  // of the kernel; each has a channel
+    int32_t tokens_per_block = 0;
+    bool splits_puts = false;  // a put is a copy by our warps, so several share one
+    bool log_has_weights = false;
+    int32_t* log = nullptr;  // [num_logged][RailLog] dispatch: written, or null; combine: read
+    int64_t num_logged = 0;  // at most; combine: there are
+};
 
 }  // namespace ep

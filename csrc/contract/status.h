@@ -47,7 +47,18 @@ EP_HD constexpr bool may_poison_base(int code) {
 }
 
 // Where a rank waits. Names are exported to Python for the sentence a user reads.
-enum class Site : uint8_t { kNone = 0, kSlot, kEntry, kBase, kRows, kPulled, kLine };
+enum class Site : uint8_t {
+    kNone = 0,
+    kSlot,
+    kEntry,
+    kBase,
+    kRows,
+    kPulled,
+    kLine,
+    kRailNotice,  // across nodes: the notice of the rank at the other end of our rail
+    kRailChunk,   // a chunk from there
+    kRailCredit,  // room there for one of ours
+};
 
 // One expired or refused wait. 64 bytes; on a GPU it lies in mapped host memory.
 struct Incident {

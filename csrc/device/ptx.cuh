@@ -169,6 +169,17 @@ __device__ __forceinline__ uint32_t atom_acq_rel_gpu_add(uint32_t* addr, uint32_
     return old;
 }
 
+// atom.acq_rel.cta.shared::cta.add.u32 d, [a], b;                      PTX ISA 7.8, sm_70
+// Orders: as acq_rel says, among threads of the block: who completes a count has seen what all did before.
+__device__ __forceinline__ uint32_t atom_acq_rel_cta_add(uint32_t* shared, uint32_t value) {
+    uint32_t old;
+    asm volatile("atom.acq_rel.cta.shared::cta.add.u32 %0, [%1], %2;"
+                 : "=r"(old)
+                 : "r"(smem_addr(shared)), "r"(value)
+                 : "memory");
+    return old;
+}
+
 // prefetch.global.L2 [a];                                              PTX ISA 2.0, sm_20
 // Orders nothing: a later load of the line waits less.
 __device__ __forceinline__ void prefetch_global_l2(const void* addr) {

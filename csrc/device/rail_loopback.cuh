@@ -9,12 +9,11 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "contract/loopback.h"
 #include "contract/rail.h"
 #include "device/rail.cuh"
 
 namespace ep::device {
-
-inline constexpr int kMaxHeld = 8;  // puts a warp may hold back
 
 // A put that has not been carried out.
 struct HeldPut {
@@ -28,15 +27,6 @@ struct HeldPuts {
     HeldPut put[kMaxHeld];
     int32_t count;
     uint32_t draws;  // random numbers used so far
-};
-
-// What goes wrong, on purpose.
-struct Trouble {
-    uint32_t seed = 0;
-    int32_t max_held = 0;       // puts held back, at most kMaxHeld
-    int64_t max_delay_ns = 0;   // before a put or signal is carried out, drawn from 0 to this
-    int32_t stalled_peer = -1;  // nothing we send to it arrives
-    bool is_silent = false;     // nothing we send arrives anywhere
 };
 
 struct LoopbackRail {
@@ -63,13 +53,16 @@ struct LoopbackRail {
     }
 
     __device__ void signal_add(int peer, RailWord word) const {
-        if (is_lost(peer)) return;
+        if (is_lost(peer, word)) return;
         pause_up_to(trouble.max_delay_ns, trouble.seed ^ static_cast<uint32_t>(word.at));
         ptx::red_release_sys_add(reinterpret_cast<uint64_t*>(segments[peer] + word.at),
                                  word.amount);
     }
 
-    __device__ void acquired(RailWord) const {}
+    // Whoever finds something there is slow, too.
+    __device__ void acquired(RailWord word) const {
+        pause_up_to(trouble.max_delay_ns, ~trouble.seed ^ static_cast<uint32_t>(word.at));
+    }
 
     // A warp hands out all it holds, in an order drawn anew each time.
     __device__ void flush() const {
@@ -85,8 +78,9 @@ private:
         return static_cast<int>((blockIdx.x * blockDim.x + threadIdx.x) / 32);
     }
 
-    __device__ bool is_lost(int peer) const {
-        return trouble.is_silent || peer == trouble.stalled_peer;
+    __device__ bool is_lost(int peer, const RailWord& word) const {
+        const bool stalls = trouble.is_silent || peer == trouble.stalled_peer;
+        return stalls && word.at >= trouble.lost_from;
     }
 
     // A small mixer; enough to vary orders and delays (Murmur3's finalizer).
@@ -97,7 +91,7 @@ private:
     }
 
     __device__ void send(const HeldPut& put) const {
-        if (is_lost(put.peer)) return;
+        if (is_lost(put.peer, put.word)) return;
         if (held == nullptr || trouble.max_held == 0) return carry(put, trouble.seed);
         HeldPuts& mine = held[warp_of_grid()];
         if (mine.count == min(trouble.max_held, kMaxHeld)) carry_one(mine);

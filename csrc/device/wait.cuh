@@ -42,10 +42,10 @@ __device__ __forceinline__ uint64_t life_of(const Watch& watch, int peer) {
     return ptx::ld_acquire_sys(lives + peer);
 }
 
-// In our header, for who waits for us; and at every rank, for who must not wait for an answer.
+// In our header, for who waits for us; and at every rank we reach, for who must not wait for an answer.
 __device__ __forceinline__ void tell_life(const Watch& watch, Life life) {
     ptx::st_release_sys(&header_of(watch, watch.rank)->life, static_cast<uint32_t>(life));
-    for (int p = 0; p < watch.num_ranks; ++p) {
+    for (int p = watch.near_begin; p < watch.near_end; ++p) {
         auto* lives = reinterpret_cast<uint64_t*>(watch.control[p] + watch.lives);
         ptx::st_release_sys(lives + watch.rank, static_cast<uint64_t>(life));
     }
@@ -124,7 +124,16 @@ constexpr int kLookFurther = 64 * 64;  // turns between looks at the host and at
 
 // Before a peer's entry the arrival clock runs, afterwards the one that progress sets back.
 __device__ __forceinline__ bool arriving(Site site) {
-    return site == Site::kEntry || site == Site::kSlot;
+    return site == Site::kEntry || site == Site::kSlot || site == Site::kRailNotice;
+}
+
+// How long the network is given. Who waits for what a rank of its own node does, itself included, gives it
+// twice as long where nodes are several: that rank may wait for a rail, then gives up first, and says whose.
+__device__ __forceinline__ int64_t limit_of(const Watch& watch, const Awaited& awaited) {
+    if (arriving(awaited.site)) return watch.arrival_ns;
+    const bool is_near = awaited.peer >= watch.near_begin && awaited.peer < watch.near_end;
+    const bool has_rails = watch.near_end - watch.near_begin < watch.num_ranks;
+    return has_rails && is_near ? 2 * watch.progress_ns : watch.progress_ns;
 }
 
 __device__ __forceinline__ bool is_gone(uint32_t life) {
@@ -207,7 +216,7 @@ struct LongWait {
         const uint64_t time = ptx::globaltimer();
         if (now != seen && !arriving(awaited.site)) progress = time;
         seen = now;
-        const int64_t limit = arriving(awaited.site) ? watch.arrival_ns : watch.progress_ns;
+        const int64_t limit = limit_of(watch, awaited);
         if (limit >= 0 && time - progress > static_cast<uint64_t>(limit)) {
             const int code = arriving(awaited.site) ? kPeerAbsent : kStalled;
             give_up(watch, op, code, awaited, now, time - start);
@@ -258,23 +267,66 @@ __device__ __noinline__ inline void time_waits(const Watch& watch, Operation op,
            wait_long(watch, op, awaited, word, Word::kNumber);
 }
 
+// Bounds a loop that looks at several words and can go on with any: who finds nothing asks whether to look
+// again. One thread.
+class Patience {
+public:
+    // `awaited` is one of the words, at `have`; its peer is blamed should time run out. False: leave.
+    __device__ __noinline__ bool look_again(const Watch& watch, Operation op, Awaited awaited,
+                                            uint64_t have) {
+        if (turn_ == 0) start_ = progress_ = ptx::globaltimer(), seen_ = have;
+        turn_ = turn_ % kLookFurther + 1;
+        if (turn_ % kLookEvery != 0) return true;
+        if (gave_up(watch)) return false;
+        const uint64_t time = ptx::globaltimer();
+        if (have != seen_) progress_ = time;
+        seen_ = have;
+        if (watch.progress_ns >= 0 && time - progress_ > static_cast<uint64_t>(watch.progress_ns)) {
+            give_up(watch, op, kStalled, awaited, have, time - start_);
+            return false;
+        }
+        if (turn_ != kLookFurther) return true;
+        if (peer_ != awaited.peer) withdraw(watch);
+        peer_ = awaited.peer;
+        return !is_over(watch, op, awaited, start_) ||
+               still_counts(watch, op, awaited, have, time - start_);
+    }
+    // Something was there.
+    __device__ void found(const Watch& watch) {
+        if (peer_ >= 0) withdraw(watch);
+        turn_ = 0;
+    }
+
+private:
+    // The host was told that we wait for this peer.
+    __device__ void withdraw(const Watch& watch) {
+        if (peer_ >= 0) ptx::st_release_sys(&watch.page->waiting[peer_], 0);
+        peer_ = -1;
+    }
+
+    uint64_t start_ = 0, progress_ = 0, seen_ = 0;
+    int turn_ = 0, peer_ = -1;
+};
+
 // For rails that are slow on purpose.
 __device__ __noinline__ inline void pause_ns(uint64_t ns) {
     const uint64_t start = ptx::globaltimer();
     while (ptx::globaltimer() - start < ns) ptx::nanosleep(100);
 }
 
-// For a bulk load of our own, from memory of rank `from`: what stalls it has to end, but no rank has
-// to do anything for it.
+// For a bulk load of our own, from memory of rank `from`, or for what another warp of the block does: what
+// stalls it has to end, but no rank has to do anything for it.
 template <class Have>
 __device__ __noinline__ bool wait_own(const Watch& watch, Operation op, int from, Have have) {
+    const Awaited awaited{Site::kRows, from, 1};
+    const int64_t limit = limit_of(watch, awaited);
     const uint64_t start = ptx::globaltimer();
     for (int turn = 1; !have(); ++turn) {
         if (turn % kLookEvery != 0) continue;
         if (gave_up(watch)) return false;
         const uint64_t waited = ptx::globaltimer() - start;
-        if (watch.progress_ns < 0 || waited <= static_cast<uint64_t>(watch.progress_ns)) continue;
-        give_up(watch, op, kStalled, {Site::kRows, from, 1}, 0, waited);
+        if (limit < 0 || waited <= static_cast<uint64_t>(limit)) continue;
+        give_up(watch, op, kStalled, awaited, 0, waited);
         return false;
     }
     return true;

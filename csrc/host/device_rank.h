@@ -18,14 +18,17 @@
 #include "host/device_arena.h"
 #include "host/device_state.h"
 #include "host/peer_watch.h"
+#include "host/rails.h"
 #include "transport/device_memory.h"
 
 namespace ep {
 
-// Memory of a rank as this process has it mapped, and its process.
+// Memory of a rank as this process has it mapped, and its process. Of a rank of another node: no memory, and
+// how large its arena is.
 struct DevicePeer {
     std::shared_ptr<DeviceMemory> control, arena;
     PeerProcess process;
+    int64_t arena_bytes = 0;
 };
 
 // What a dispatch is granted: outputs, and memory it needs meanwhile.
@@ -39,6 +42,7 @@ enum class Out : uint8_t {
     kRows,
     kRowIndex,
     kRowToken,
+    kRailLog,  // across nodes: what crossed to here, see RailLog
     // of the routing, unless the caller has memory for it
     kSendRow,
     kRankCounts,
@@ -117,11 +121,13 @@ struct BegunCombine {
 class DeviceRank {
 public:
     // Collective in effect: every rank constructs one before the first operation. `max_blocks`
-    // bounds what any kernel may occupy. `late` is called from a thread of ours.
+    // bounds what any kernel may occupy. `late` is called from a thread of ours. `rails`: of a buffer
+    // across nodes.
     DeviceRank(const Shape& shape, int rank, uint64_t generation,
                const std::vector<int32_t>& expert_owner, std::vector<DevicePeer> peers,
                std::shared_ptr<DeviceArena> arena, const PeerClocks& clocks, int max_blocks,
-               std::function<void(OpKind, int peer, double waited_s)> late);
+               std::function<void(OpKind, int peer, double waited_s)> late,
+               const RailSetup* rails = nullptr);
     ~DeviceRank();
     DeviceRank(const DeviceRank&) = delete;
     DeviceRank& operator=(const DeviceRank&) = delete;
@@ -163,6 +169,7 @@ public:
     int default_sms(OpKind kind) const;
     int num_local() const { return state_->num_local(); }  // experts of this rank
     const std::shared_ptr<DeviceArena>& arena() const { return arena_; }
+    const Rails* rails() const { return rails_.get(); }  // null on one node
 
 private:
     void enter(Stream stream);
@@ -170,6 +177,7 @@ private:
     bool take_extents(Flight& flight, int64_t rows, int64_t tokens);
     void tell_extents(Flight& flight, int64_t rows, int64_t tokens);
     void refuse_memory(Flight& flight, int64_t needed, int64_t free);
+    void launch(Flight& flight, const DispatchWants& wants);
     void expand(Flight& flight);
     void launch_staged(Flight& flight, Half half, int num_sms);
     void launch_staged(BegunCombine& begun, Half half, int num_sms, Stream stream);
@@ -181,6 +189,7 @@ private:
     std::vector<DevicePeer> peers_;
     std::shared_ptr<DeviceArena> arena_;
     std::shared_ptr<DeviceState> state_;
+    std::shared_ptr<Rails> rails_;
     std::shared_ptr<void> kept_;  // all that a captured graph may touch
     std::unique_ptr<PeerWatch> watch_;
     std::unique_ptr<CopyPush> copies_;

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <limits>
 #include <thread>
+#include <tuple>
 #include <utility>
 
 #include "contract/calls.h"
@@ -120,7 +121,7 @@ void set_granted(T*& pointer, const Granted& granted) {
 DeviceRank::DeviceRank(const Shape& shape, int rank, uint64_t generation,
                        const std::vector<int32_t>& expert_owner, std::vector<DevicePeer> peers,
                        std::shared_ptr<DeviceArena> arena, const PeerClocks& clocks, int max_blocks,
-                       std::function<void(OpKind, int, double)> late)
+                       std::function<void(OpKind, int, double)> late, const RailSetup* rails)
     : shape_(shape),
       rank_(rank),
       peers_(std::move(peers)),
@@ -142,22 +143,30 @@ DeviceRank::DeviceRank(const Shape& shape, int rank, uint64_t generation,
         cudaEventCreateWithFlags(reinterpret_cast<cudaEvent_t*>(&order_), cudaEventDisableTiming));
     EP_CUDA(
         cudaStreamCreateWithFlags(reinterpret_cast<cudaStream_t*>(&probe_), cudaStreamNonBlocking));
+    if (rails != nullptr) rails_ = std::make_shared<Rails>(shape, rank, *rails, smem_bytes_);
     std::vector<std::byte*> control, arenas;
     std::vector<int64_t> arena_bytes;
     std::vector<PeerProcess> processes;
     for (const DevicePeer& peer : peers_) {
-        control.push_back(peer.control->data());
-        arenas.push_back(peer.arena->data());
-        arena_bytes.push_back(peer.arena->bytes());
+        const bool mapped = peer.control != nullptr;
+        control.push_back(mapped ? peer.control->data() : rails_->blank_header());
+        arenas.push_back(mapped ? peer.arena->data() : nullptr);
+        arena_bytes.push_back(mapped ? peer.arena->bytes() : peer.arena_bytes);
         processes.push_back(peer.process);
     }
     state_ = std::make_shared<DeviceState>(shape, rank, expert_owner, control, arenas, arena_bytes);
-    kept_ = std::make_shared<std::pair<std::shared_ptr<DeviceState>, std::vector<DevicePeer>>>(
-        state_, peers_);
+    kept_ = std::make_shared<
+        std::tuple<std::shared_ptr<DeviceState>, std::shared_ptr<Rails>, std::vector<DevicePeer>>>(
+        state_, rails_, peers_);
     page_ = state_->page();
     copies_ = std::make_unique<CopyPush>(rank, std::move(arenas), smem_bytes_);
     const double post_s = std::min(clocks.arrival_warn_s, clocks.progress_s);
     view_.peers = state_->peers(rank);
+    if (rails_) {
+        const NodeShape& nodes = rails_->nodes();
+        view_.peers.near_begin = nodes.rank(nodes.node(rank), 0);
+        view_.peers.near_end = view_.peers.near_begin + nodes.ranks_per_node;
+    }
     view_.state = state_->view();
     view_.watch = {view_.layout.lives.offset,
                    state_->abort(),
@@ -167,7 +176,9 @@ DeviceRank::DeviceRank(const Shape& shape, int rank, uint64_t generation,
                    nanoseconds(clocks.progress_s),
                    nanoseconds(post_s),
                    rank,
-                   shape.num_ranks};
+                   shape.num_ranks,
+                   view_.peers.near_begin,
+                   view_.peers.near_end};
     ControlHeader header{};
     header.magic = kControlMagic;
     header.generation = generation;
@@ -185,6 +196,7 @@ DeviceRank::DeviceRank(const Shape& shape, int rank, uint64_t generation,
 DeviceRank::~DeviceRank() { leave(); }
 
 int DeviceRank::default_sms(OpKind) const {
+    if (rails_) return std::min(rails_->num_channels(), max_blocks_);
     // Those that fill the link, and two, which keep pulls in step with their sums.
     return std::clamp(kernels::link_sms(shape_.num_ranks) + 2, 1, max_blocks_);
 }
@@ -234,14 +246,7 @@ std::shared_ptr<Flight> DeviceRank::dispatch(const DispatchArgs& args, const Dis
         launch_staged(*flight, wants.in_halves ? Half::kSend : Half::kBoth, wants.num_sms);
         return flight;
     }
-    if (wants.num_sms == 0) {
-        flight->num_blocks =
-            std::clamp(kernels::default_sms(job.args, shape_.num_ranks), 1, max_blocks_);
-    }
-    LaunchPlan plan = kernels::dispatch_plan(job, flight->num_blocks, smem_bytes_);
-    if (wants.num_warps > 0) plan.num_warps = std::min(plan.num_warps, wants.num_warps);
-    kernels::divide_tokens(job, plan.num_blocks);
-    EP_CUDA(kernels::launch_dispatch(job, plan, stream));
+    launch(*flight, wants);
     expand(*flight);
     return flight;
 }
@@ -262,6 +267,25 @@ void DeviceRank::finish(Flight& flight, Stream stream) {
     enter(stream);
     flight.stream = stream;
     launch_staged(flight, Half::kReceive, flight.num_blocks);
+}
+
+void DeviceRank::launch(Flight& flight, const DispatchWants& wants) {
+    DispatchJob& job = flight.job;
+    if (rails_) {
+        LaunchPlan plan;
+        plan.num_blocks = flight.num_blocks, plan.num_warps = wants.num_warps;
+        auto* log = reinterpret_cast<int32_t*>(flight[Out::kRailLog].data());
+        EP_CUDA(rails_->dispatch(job, log, plan, flight.stream));
+        return;
+    }
+    if (wants.num_sms == 0) {
+        flight.num_blocks =
+            std::clamp(kernels::default_sms(job.args, shape_.num_ranks), 1, max_blocks_);
+    }
+    LaunchPlan plan = kernels::dispatch_plan(job, flight.num_blocks, smem_bytes_);
+    if (wants.num_warps > 0) plan.num_warps = std::min(plan.num_warps, wants.num_warps);
+    kernels::divide_tokens(job, plan.num_blocks);
+    EP_CUDA(kernels::launch_dispatch(job, plan, flight.stream));
 }
 
 // Behind the rows, for calls that need it.
@@ -285,6 +309,9 @@ bool DeviceRank::grant(Flight& flight, const DispatchWants& wants) {
     const DispatchArgs& args = flight.job.args;
     const int num_local = state_->num_local();
     flight.parts = parts_of(args, wants, shape_, num_local, is_staged(shape_, args));
+    if (rails_) {
+        flight.parts.push_back({Out::kRailLog, Lies::kAlone, 0, 0, rails_->log_bytes(args)});
+    }
     const int64_t worst = int64_t{shape_.num_ranks} * shape_.max_tokens;
     const bool compact = args.layout == RecvLayout::kCompact;
     const bool grouped = args.layout == RecvLayout::kGrouped;
@@ -407,11 +434,15 @@ void DeviceRank::refuse_memory(Flight& flight, int64_t needed, int64_t free) {
 void DeviceRank::settle(Flight& flight) {
     const DispatchArgs& args = flight.job.args;
     flight[Out::kTokenScales] = {};
-    if (args.is_static || args.cached) return;
     const HostPage::Report& report = flight.report;
+    if (args.is_static) return;
+    if (const Granted& log = flight[Out::kRailLog]) {
+        arena_->trim(*log.hold, Rails::log_bytes(args, report.num_logged));
+    }
+    if (args.cached) return;
     for (const Part& part : flight.parts) {
         const Granted& granted = flight[part.out];
-        if (part.lies == Lies::kAlone && granted) {
+        if (part.lies == Lies::kAlone && part.out != Out::kRailLog && granted) {
             arena_->trim(*granted.hold, part.bytes(report.num_rows, report.num_recv));
         }
     }
@@ -536,6 +567,14 @@ std::shared_ptr<BegunCombine> DeviceRank::combine(const CombineArgs& args,
         }
         if (weights) set(output.weights, weights->extent().offset);
     }
+    if (rails_) {
+        if (job.staged != nullptr) EP_CUDA(kernels::launch_stage(job, max_blocks_, stream));
+        LaunchPlan plan;
+        plan.num_blocks = blocks(OpKind::kCombine, wants.num_sms);
+        plan.num_stages = wants.num_stages;
+        EP_CUDA(rails_->combine(job, plan, stream));
+        return begun;
+    }
     LaunchPlan plan = kernels::combine_plan(args, shape_.num_ranks,
                                             blocks(OpKind::kCombine, wants.num_sms), smem_bytes_);
     plan.all_blocks = max_blocks_;
@@ -564,7 +603,11 @@ void DeviceRank::refuse(OpKind kind, const Outcome& why, Stream stream) {
     refusal.head.set(kind, why.incident.code);
     std::memcpy(refusal.refusal.detail, why.detail, sizeof(why.detail));
     std::memcpy(refusal.refusal.reason, why.reason, sizeof(why.reason));
-    EP_CUDA(kernels::launch_refuse(view_, refusal, stream));
+    if (rails_) {
+        EP_CUDA(rails_->refuse(view_, refusal, stream));
+    } else {
+        EP_CUDA(kernels::launch_refuse(view_, refusal, stream));
+    }
 }
 
 std::optional<Outcome> DeviceRank::take_deferred() {
@@ -593,6 +636,7 @@ void DeviceRank::leave() {
         kept_.reset();
         new std::shared_ptr<DeviceState>(std::move(state_));
         new std::vector<DevicePeer>(std::move(peers_));
+        new std::shared_ptr<Rails>(std::move(rails_));
         copies_.release();
         return;
     }
@@ -614,6 +658,7 @@ void DeviceRank::leave() {
     page_ = nullptr;
     copies_.reset();
     kept_.reset();
+    rails_.reset();
     state_.reset();
 }
 

@@ -11,7 +11,7 @@ DeviceState::DeviceState(const Shape& shape, int rank, const std::vector<int32_t
                          const std::vector<std::byte*>& control,
                          const std::vector<std::byte*>& arenas,
                          const std::vector<int64_t>& arena_bytes)
-    : layout_(shape) {
+    : layout_(shape), num_ranks_(shape.num_ranks) {
     std::vector<std::byte> image(layout_.tables_end);
     const auto table = [&](const Region& region) {
         return reinterpret_cast<int32_t*>(image.data() + region.offset);
@@ -66,7 +66,10 @@ State DeviceState::view() const {
 Peers DeviceState::peers(int rank) const {
     return {reinterpret_cast<std::byte* const*>(data_ + layout_.control.offset),
             reinterpret_cast<std::byte* const*>(data_ + layout_.arena.offset),
-            reinterpret_cast<const int64_t*>(data_ + layout_.arena_bytes.offset), rank};
+            reinterpret_cast<const int64_t*>(data_ + layout_.arena_bytes.offset),
+            rank,
+            0,
+            num_ranks_};
 }
 
 uint32_t* DeviceState::abort() const {

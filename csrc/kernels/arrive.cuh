@@ -12,13 +12,13 @@
 
 namespace ep::kernels {
 
-// `count(p)` rows that went to rank p become visible there, for p first, first + step, ... All stores are
-// complete, in the order that a barrier gives.
+// `count(p)` rows that went to rank p become visible there, for every rank p that we reach; of `step`
+// threads this is number `first`. All stores are complete, in the order that a barrier gives.
 template <class Count>
 __device__ __forceinline__ void announce(const RankView& view, int slot, int first, int step,
                                          Count count) {
 #pragma unroll 1
-    for (int p = first; p < view.shape.num_ranks; p += step) {
+    for (int p = view.peers.near_begin + first; p < view.peers.near_end; p += step) {
         const auto rows = static_cast<uint64_t>(count(p));
         if (rows == 0) continue;
         // pairs with the acquire in await_rows

@@ -71,29 +71,38 @@ struct Planner {
         const int64_t at = token_at(first, step) * a.num_topk + slot;
         const bool chosen = choice.id >= 0 && choice.id < view.shape.num_experts && choice.row >= 0;
         const int owner = chosen ? __ldg(view.state.owner + choice.id) : -1;
-        const uint32_t same = __match_any_sync(~0u, owner) & mates;
-        bool adds = chosen;
-        if (a.one_per_rank()) adds = chosen && (same & ptx::lanemask_lt()) == 0;
-        Plan plan;
-        plan.ok = in_bounds(adds, owner, choice.row);
-        if (!plan.ok) return plan;
-        plan.count = __popc(__ballot_sync(~0u, adds) & mates);
-        const int place = place_of(adds, owner);
-        if (adds) {
-            plan.place = place;
-            plan.row = sources[owner].y + choice.row * a.row_bytes();
-            if (a.source_weighs()) plan.weight = a.topk_weights[at];
-        }
-        if (a.out_weights != nullptr) {
-            float weight = chosen ? weight_back(owner, choice.row, slot) : 0.0f;
-            if (a.sum_weights) weight = sum_weights(plan, owner, choice.row);
-            if (token < per_turn && token_at(first, step) < a.num_tokens)
-                a.out_weights[at] = weight;
+        const float weight = chosen && a.source_weighs() ? a.topk_weights[at] : 1.0f;
+        const Plan plan = arrange(owner, choice.row, weight);
+        if (plan.ok && a.out_weights != nullptr) {
+            const float back = weights_back(plan, owner, choice.row);
+            if (token < per_turn && token_at(first, step) < a.num_tokens) a.out_weights[at] = back;
         }
         return plan;
     }
 
-private:
+    // Of a lane whose row is at `owner`, -1 = it has none.
+    __device__ Plan arrange(int owner, int64_t row, float weight) const {
+        const uint32_t same = __match_any_sync(~0u, owner) & mates;
+        bool adds = owner >= 0;
+        if (job.args.one_per_rank()) adds = adds && (same & ptx::lanemask_lt()) == 0;
+        Plan plan;
+        plan.ok = in_bounds(adds, owner, row);
+        if (!plan.ok) return plan;
+        plan.count = __popc(__ballot_sync(~0u, adds) & mates);
+        const int place = place_of(adds, owner);
+        if (!adds) return plan;
+        plan.place = place;
+        plan.row = sources[owner].y + row * job.args.row_bytes();
+        plan.weight = weight;
+        return plan;
+    }
+
+    // What comes back beside the rows, for the slot of this lane.
+    __device__ float weights_back(const Plan& plan, int owner, int64_t row) const {
+        if (job.args.sum_weights) return sum_weights(plan, owner, row);
+        return owner >= 0 ? weight_back(owner, row, slot) : 0.0f;
+    }
+
     // A handle's rows are a tensor that anybody may have changed.
     __device__ bool in_bounds(bool adds, int owner, int64_t row) const {
         const bool stale = adds && row >= sources[owner].num_rows;

@@ -46,9 +46,10 @@ struct Entering {
     uint32_t first_bad;  // the lowest objection to a notice, see judge
     uint32_t size_bad;   // and, should there be none, to what all of them come to
     uint32_t routings;   // of a cached call: 0 when what is sent and what is expected agree
-    int32_t code;        // of our own refusal
-    int64_t detail[4];   // and its numbers
-    Outcome outcome;     // what went wrong; only with an objection
+    uint64_t* outbox;   // where our notice is written once more, for ranks we do not reach; or null
+    int32_t code;       // of our own refusal
+    int64_t detail[4];  // and its numbers
+    Outcome outcome;    // what went wrong; only with an objection
 };
 
 // In the order in which they count. What is wrong with the numbers of notices that agree comes last.
@@ -74,6 +75,7 @@ __device__ __forceinline__ void init_entering(const RankView& view, const Begin&
     in.slot = static_cast<int>(view.state.seq[1]);
     in.first_bad = in.size_bad = kNoObjection;
     in.routings = 0;
+    in.outbox = nullptr;
     in.code = code_of(begin.head.what);
 }
 
@@ -83,7 +85,8 @@ __device__ inline bool acquire_slot(const RankView& view, Operation op, int slot
     const uint64_t num_slots = view.shape.num_slots;
     bool ok = true;
 #pragma unroll 1
-    for (int p = ptx::lane_id(); op.seq > num_slots && p < view.shape.num_ranks; p += 32) {
+    for (int p = view.peers.near_begin + ptx::lane_id();
+         op.seq > num_slots && p < view.peers.near_end; p += 32) {
         // pairs with the store in leave_slot
         const auto* word = at<uint64_t>(view, view.peers.rank, view.layout.released_word(slot, p));
         ok = ok && device::wait_word(view.watch, op, {Site::kSlot, p, op.seq - num_slots}, word);
@@ -108,9 +111,10 @@ __device__ __forceinline__ void publish_words(const RankView& view, const Enteri
     for (int i = begin + first; first >= 0 && i < end; i += blockDim.x - half) {
         const uint64_t word = device::pack(bits(i), in.seq);
 #pragma unroll 1
-        for (int p = 0; p < view.shape.num_ranks; ++p) {
+        for (int p = view.peers.near_begin; p < view.peers.near_end; ++p) {
             ptx::st_relaxed_sys(at<uint64_t>(view, p, offset) + i, word);
         }
+        if (in.outbox != nullptr) in.outbox[i] = word;
     }
 }
 
@@ -304,10 +308,10 @@ __device__ __forceinline__ void count_block(const RankView& view) {
     ptx::red_release_gpu_add(view.state.finished, 1);  // pairs with await_blocks
 }
 
-// Until all blocks have. One warp of the block that ends the operation. False: leave.
-__device__ __forceinline__ bool await_blocks(const RankView& view, Operation op) {
+// Until all blocks have, each `times` over. One warp of the block that ends the operation. False: leave.
+__device__ __forceinline__ bool await_blocks(const RankView& view, Operation op, int times = 1) {
     const uint32_t* finished = view.state.finished;
-    const auto all = [finished] { return ptx::ld_acquire_gpu(finished) == gridDim.x; };
+    const auto all = [=] { return ptx::ld_acquire_gpu(finished) == gridDim.x * times; };
     if (!all() && !device::wait_own(view.watch, op, view.peers.rank, all)) return false;
     __syncwarp();
     if (ptx::lane_id() == 0) *view.state.finished = 0;
@@ -318,7 +322,7 @@ __device__ __forceinline__ bool await_blocks(const RankView& view, Operation op)
 // hears our next notice knows as much.
 __device__ __forceinline__ void release_slot(const RankView& view, uint64_t seq, int slot) {
 #pragma unroll 1
-    for (int p = ptx::lane_id(); p < view.shape.num_ranks; p += 32) {
+    for (int p = view.peers.near_begin + ptx::lane_id(); p < view.peers.near_end; p += 32) {
         // pairs with the acquire in acquire_slot; what we have read there has come long ago
         ptx::st_relaxed_sys(at<uint64_t>(view, p, view.layout.released_word(slot, view.peers.rank)),
                             seq);
@@ -355,6 +359,7 @@ __device__ inline void report(const RankView& view, const Begin& begin, uint64_t
     out.num_recv = state.num_recv;
     out.num_rows = state.num_rows;
     out.index_rows = state.index_rows;
+    out.num_logged = state.num_logged;
     ptx::st_release_sys(&out.call, later ? seq : begin.call);  // the host acquires it
 }
 

@@ -1,6 +1,5 @@
 // A warp moves its tokens: each row is loaded once and bulk-copied straight into its final row at each
-// rank that owns one of its experts; beside it go ids, weights and whence it came, as the receiver's
-// tensors want them.
+// rank that owns one of its experts; what goes beside it: kernels/describe.cuh.
 //
 // defines: Verbatim, Quantized, Mover, move_rows
 //
@@ -17,6 +16,7 @@
 #include "device/quantize.cuh"
 #include "device/wait.cuh"
 #include "kernels/count.cuh"
+#include "kernels/describe.cuh"
 #include "kernels/tables.cuh"
 
 namespace ep::kernels {
@@ -31,21 +31,6 @@ struct Quantized {
     static constexpr bool kQuantizes = true;
     static constexpr DType kSource = kDtype;
     static constexpr int kMaxMovers = 15;
-};
-
-// What a lane knows of its slot of a token, read ahead of time.
-struct Choice {
-    int32_t dst = -1;                   // rank, -1 = none
-    int32_t local = -1, position = -1;  // expert there, and among all
-    int32_t row = 0;                    // of a handle
-    float weight = 0.0f;
-};
-
-// Where one slot of a token goes; held by the lane of that slot.
-struct Route {
-    bool first = false;   // the slot that brings the token to its rank
-    int32_t row = -1;     // final row of the slot
-    int32_t record = -1;  // of the token among all that the rank receives
 };
 
 // Scales that are moved with the row have to come in whole units of a bulk copy.
@@ -131,6 +116,7 @@ struct Mover {
         const int64_t at = int64_t{t} * a.num_topk + lane;
         const int64_t id = a.cached ? a.topk_idx[at] : expert_of(job, t, a.topk_idx[at]);
         if (a.cached) c.row = a.send_row[at];
+        if (c.row < 0) return c;  // of a dispatch that failed
         if (a.topk_weights != nullptr) c.weight = a.topk_weights[at];
         if (a.routed_idx != nullptr && !a.cached) a.routed_idx[at] = id;
         if (static_cast<uint64_t>(id) < static_cast<uint64_t>(job.view.shape.num_experts)) {
@@ -195,40 +181,8 @@ struct Mover {
         return !__any_sync(~0u, bad);
     }
 
-    __device__ std::byte* row_of(const Choice& c, const Route& r) const {
-        return tables.targets[c.dst].x() + int64_t{r.row} * args().row_bytes();
-    }
-    // Scales travel once a token: grouped and slab spread them at the receiver.
-    __device__ std::byte* scales_of(const Choice& c, const Route& r) const {
-        const bool compact = args().layout == RecvLayout::kCompact;
-        return tables.targets[c.dst].scales() +
-               int64_t{compact ? r.row : r.record} * args().scale_bytes;
-    }
-
-    // What goes beside the row, to every rank the token goes to.
-    __device__ void describe(int t, const Choice& c, const Route& r) const {
-        const DispatchArgs& a = args();
-        if (a.cached && !a.with_weights) return;
-        if (a.layout == RecvLayout::kCompact) {
-            describe_token(t, c, r);
-        } else {
-            describe_selections(t, c, r);
-        }
-    }
-
-    // Scales that are in no stage: words, from wherever they are.
-    __device__ void copy_scales(const Choice& c, const Route& r, const std::byte* from) const {
-        const auto words = static_cast<int>(args().scale_bytes / 4);
-#pragma unroll 1
-        for (uint32_t left = __ballot_sync(~0u, r.first); left != 0; left &= left - 1) {
-            const int leader = __ffs(left) - 1;
-            const auto out =
-                __shfl_sync(~0u, r.first ? reinterpret_cast<uint64_t>(scales_of(c, r)) : 0, leader);
-            for (int w = ptx::lane_id(); w < words; w += 32) {
-                reinterpret_cast<uint32_t*>(out)[w] = reinterpret_cast<const uint32_t*>(from)[w];
-            }
-        }
-    }
+    // What our tokens leave at the ranks they go to.
+    __device__ Describer out() const { return {job, tables, job.view.peers.rank}; }
 
 private:
     // In the order of slots.
@@ -242,64 +196,11 @@ private:
         __syncwarp();
         if (chosen && (rivals & before) == 0) *turn = earlier + __popc(rivals);
     }
-
-    __device__ static void put_id(const Target& target, int64_t at, int32_t local) {
-        if (target.ids() == nullptr) return;
-        if (target.wide_ids != 0) {
-            reinterpret_cast<int64_t*>(target.ids())[at] = local;
-        } else {
-            reinterpret_cast<int32_t*>(target.ids())[at] = local;
-        }
-    }
-
-    // Compact: a line of slots at each rank, those of experts elsewhere empty.
-    __device__ void describe_token(int t, const Choice& c, const Route& r) const {
-        const DispatchArgs& a = args();
-        const int lane = ptx::lane_id(), me = job.view.peers.rank;
-#pragma unroll 1
-        for (uint32_t left = __ballot_sync(~0u, r.first); left != 0; left &= left - 1) {
-            const int leader = __ffs(left) - 1;
-            const int dst = __shfl_sync(~0u, c.dst, leader);
-            const int64_t row = __shfl_sync(~0u, r.row, leader);
-            const Target& target = tables.targets[dst];
-            const bool here = c.dst == dst;
-            if (lane < a.num_topk) {
-                const int64_t at = row * a.num_topk + lane;
-                if (!a.cached) put_id(target, at, here ? c.local : -1);
-                if (a.with_weights) target.weights()[at] = here ? c.weight : 0.0f;
-            }
-            if (lane == 0 && !a.cached) {
-                reinterpret_cast<int2*>(target.src())[row] = make_int2(me, t);
-            }
-        }
-    }
-
-    // Grouped and slab: a row for each selection; the token says at each rank which rows are its.
-    __device__ void describe_selections(int t, const Choice& c, const Route& r) const {
-        const DispatchArgs& a = args();
-        const int lane = ptx::lane_id(), me = job.view.peers.rank;
-        if (c.dst >= 0) {
-            const Target& target = tables.targets[c.dst];
-            if (!a.cached) put_id(target, r.row, c.local);
-            if (a.with_weights) target.weights()[r.row] = c.weight;
-        }
-#pragma unroll 1
-        for (uint32_t left = a.cached ? 0 : __ballot_sync(~0u, r.first); left != 0;
-             left &= left - 1) {
-            const int leader = __ffs(left) - 1;
-            const int dst = __shfl_sync(~0u, c.dst, leader);
-            const int64_t record = __shfl_sync(~0u, r.record, leader);
-            const Target& target = tables.targets[dst];
-            if (lane < a.num_topk) {
-                target.rows()[record * a.num_topk + lane] = c.dst == dst ? r.row : -1;
-            }
-            if (lane == 0) reinterpret_cast<int2*>(target.src())[record] = make_int2(me, t);
-        }
-    }
 };
 
-// One token, its row in as many pieces as the stage asks for. False: leave.
-__device__ __forceinline__ bool move_verbatim(Mover& m, int t, const Choice& c, const Route& r) {
+// One token, its row in as many pieces as the stage asks for; then `next` is loaded. False: leave.
+__device__ __forceinline__ bool move_verbatim(Mover& m, int t, int next, const Choice& c,
+                                              const Route& r) {
     const DispatchArgs& a = m.args();
     const int64_t row_bytes = a.row_bytes();
     const bool staged = m.stages_scales();
@@ -308,38 +209,48 @@ __device__ __forceinline__ bool move_verbatim(Mover& m, int t, const Choice& c, 
         const int bytes = static_cast<int>(min(int64_t{m.stage_bytes}, row_bytes - offset));
         if (!m.await()) return false;
         if (r.first) {
-            device::store_stage(m.row_of(c, r) + offset, m.stage.data, bytes);
+            device::store_stage(m.out().row_of(c, r) + offset, m.stage.data, bytes);
             if (staged) {
-                device::store_stage(m.scales_of(c, r), m.stage.data + row_bytes,
+                device::store_stage(m.out().scales_of(c, r), m.stage.data + row_bytes,
                                     static_cast<int>(a.scale_bytes));
             }
         }
-        if (offset == 0) m.describe(t, c, r);  // while the stage is read
+        if (offset == 0) m.out().describe(t, c, r);  // while the stage is read
         const bool more = offset + bytes < row_bytes;
-        m.refill(more ? t : t + m.tokens.step, more ? offset + bytes : 0);
+        m.refill(more ? t : next, more ? offset + bytes : 0);
     }
-    if (a.scale_bytes > 0 && !staged) m.copy_scales(c, r, a.scales + int64_t{t} * a.scale_bytes);
+    if (a.scale_bytes > 0 && !staged)
+        m.out().copy_scales(c, r, a.scales + int64_t{t} * a.scale_bytes);
     return true;
 }
 
-// One token, quantized in place in its stage; its scales stand behind it.
+// The row in the stage, in place; its scales stand behind it.
 template <DType kSource>
-__device__ __forceinline__ bool move_quantized(Mover& m, int t, const Choice& c, const Route& r) {
+__device__ __forceinline__ std::byte* quantize_stage(const Mover& m) {
     const DispatchArgs& a = m.args();
-    if (!m.await()) return false;
     std::byte* scales = m.stage.data + m.source_bytes();
     device::quantize_row<kSource>(m.stage.data, scales, static_cast<int>(a.hidden), a.scale_block,
                                   a.quantize == Quantize::kFp8Ue8m0);
     ptx::fence_proxy_async_shared();  // what we wrote, before the stores that read it
     __syncwarp();
+    return scales;
+}
+
+// One token, quantized on the way. False: leave.
+template <DType kSource>
+__device__ __forceinline__ bool move_quantized(Mover& m, int t, const Choice& c, const Route& r) {
+    const DispatchArgs& a = m.args();
+    if (!m.await()) return false;
+    std::byte* scales = quantize_stage<kSource>(m);
     const bool units = in_units(scales, a.scale_bytes);
     if (r.first) {
-        device::store_stage(m.row_of(c, r), m.stage.data, static_cast<int>(a.hidden));
-        if (units) device::store_stage(m.scales_of(c, r), scales, static_cast<int>(a.scale_bytes));
+        device::store_stage(m.out().row_of(c, r), m.stage.data, static_cast<int>(a.hidden));
+        if (units)
+            device::store_stage(m.out().scales_of(c, r), scales, static_cast<int>(a.scale_bytes));
     }
-    m.describe(t, c, r);
+    m.out().describe(t, c, r);
     if (!units) {
-        m.copy_scales(c, r, scales);
+        m.out().copy_scales(c, r, scales);
         ptx::fence_proxy_async_shared();  // our reads, before the load that follows
     }
     m.refill(t + m.tokens.step, 0);
@@ -360,7 +271,7 @@ __device__ __forceinline__ bool move_rows(Mover& m, Choice ahead) {
         if constexpr (Config::kQuantizes) {
             ok = move_quantized<Config::kSource>(m, t, c, r);
         } else {
-            ok = move_verbatim(m, t, c, r);
+            ok = move_verbatim(m, t, t + m.tokens.step, c, r);
         }
         if (!ok) break;
         m.keep(t, r);

@@ -46,19 +46,19 @@ struct RailProbe {
     __device__ int lane() const { return static_cast<int>(ptx::lane_id()); }
 
     __device__ bool send(uint64_t n) const {
-        const uint64_t until = credits_until(n, job.shape.ring_chunks);
+        const uint64_t until = credits_until(job.shape, n);
         if (!wait({layout.head_word(peer_node, 0, n), until})) return false;
         const int64_t staged = layout.send_chunk(my_node, peer_node, 0, n);
         auto* stage = reinterpret_cast<uint4*>(job.rail.own(staged));
         for (int64_t i = lane(); i < units(); i += 32) stage[i] = probe_pattern(job.rank, n, i);
         device::fence_stage();
         job.rail.put_signal(peer, layout.recv_chunk(peer_node, my_node, 0, n), staged,
-                            job.shape.chunk_bytes, {layout.tail_word(my_node, 0, n), 1});
+                            job.shape.chunk_bytes, {layout.tail_word(my_node, 0, n), kChunkParts});
         return true;
     }
 
     __device__ bool take(uint64_t n) const {
-        const uint64_t until = chunks_until(n, job.shape.ring_chunks);
+        const uint64_t until = parts_until(job.shape, n);
         if (!wait({layout.tail_word(peer_node, 0, n), until})) return false;
         const auto* chunk = reinterpret_cast<const uint4*>(
             job.rail.own(layout.recv_chunk(my_node, peer_node, 0, n)));
@@ -89,8 +89,8 @@ __global__ void __launch_bounds__(32, 1)
     }
     job.rail.flush();
     // Until all of ours has been taken, so that the next probe finds the ring free.
-    for (int i = 0; i < job.shape.ring_chunks; ++i) {
-        const uint64_t until = credits_until(end + i, job.shape.ring_chunks);
+    for (int i = 0; i < job.shape.ring_chunks(); ++i) {
+        const uint64_t until = credits_until(job.shape, end + i);
         if (!probe.wait({probe.layout.head_word(node, 0, end + i), until})) return;
     }
 }

@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include "plugin/probe.h"
+#include "plugin/rails.h"
 #include "transport/nvshmem.h"
 
 namespace py = pybind11;
@@ -66,6 +67,11 @@ PYBIND11_MODULE(_nvshmem, m) {
         .def("allocate", &NvshmemWorld::allocate, "bytes"_a, Nogil())
         .def("clear", &NvshmemWorld::clear, "segment"_a, Nogil())
         .def("leave", &NvshmemWorld::leave, Nogil());
+    py::class_<NvshmemRails, std::shared_ptr<NvshmemRails>>(m, "Rails")
+        .def(py::init(&make_nvshmem_rails), "segment"_a, "pe"_a, "has_network"_a, Nogil())
+        .def_property_readonly("kernels", [](const NvshmemRails& rails) {
+            return reinterpret_cast<uintptr_t>(&rails.table());
+        });
     m.def(
         "probe",
         [](const NvshmemSegment& segment, const RailShape& shape, int rank,

@@ -6,35 +6,16 @@
 
 #include "device/rail_nvshmem.cuh"
 #include "kernels/rail_probe.cuh"
+#include "plugin/on_device.h"
 
 namespace ep {
 namespace {
 
 using Job = kernels::RailProbeJob<device::NvshmemRail>;
 
-void check(int error, const char* call) {
-    if (error != cudaSuccess) throw NvshmemError{call, error};
-}
-
-struct FreeDevice {
-    void operator()(void* memory) const { cudaFree(memory); }
-};
 struct FreeHost {
     void operator()(void* memory) const { cudaFreeHost(memory); }
 };
-template <class T>
-using OnDevice = std::unique_ptr<T, FreeDevice>;
-
-template <class T>
-OnDevice<T> on_device(const T* from, size_t count) {
-    void* memory = nullptr;
-    check(cudaMalloc(&memory, count * sizeof(T)), "cudaMalloc");
-    OnDevice<T> owned(static_cast<T*>(memory));
-    check(from != nullptr ? cudaMemcpy(memory, from, count * sizeof(T), cudaMemcpyHostToDevice)
-                          : cudaMemset(memory, 0, count * sizeof(T)),
-          "cudaMemcpy");
-    return owned;
-}
 
 }  // namespace
 
@@ -42,7 +23,7 @@ ProbeResult probe_nvshmem(const NvshmemSegment& segment, const RailShape& shape,
                           const std::vector<int>& pe, bool has_network, uint64_t first,
                           int num_chunks, double limit_s) {
     void* pinned = nullptr;
-    check(cudaHostAlloc(&pinned, sizeof(HostPage), cudaHostAllocMapped), "cudaHostAlloc");
+    check_cuda(cudaHostAlloc(&pinned, sizeof(HostPage), cudaHostAllocMapped), "cudaHostAlloc");
     const std::unique_ptr<HostPage, FreeHost> page(new (pinned) HostPage{});
     const auto pes = on_device(pe.data(), pe.size());
     const auto abort = on_device<uint32_t>(nullptr, 1);
@@ -60,14 +41,15 @@ ProbeResult probe_nvshmem(const NvshmemSegment& segment, const RailShape& shape,
     const auto limit_ns = static_cast<int64_t>(limit_s * 1e9);
     job.watch = {lives,         abort.get(), page.get(),
                  control.get(), limit_ns,    limit_ns,
-                 limit_ns,      rank,        static_cast<int32_t>(pe.size())};
-    check(kernels::launch_rail_probe(job, nullptr), "rail_probe_kernel");
-    check(cudaStreamSynchronize(nullptr), "cudaStreamSynchronize");
+                 limit_ns,      rank,        static_cast<int32_t>(pe.size()),
+                 rank,          rank + 1};
+    check_cuda(kernels::launch_rail_probe(job, nullptr), "rail_probe_kernel");
+    check_cuda(cudaStreamSynchronize(nullptr), "cudaStreamSynchronize");
 
     ProbeResult result;
-    check(cudaMemcpy(&result.wrong_units, wrong.get(), sizeof(result.wrong_units),
-                     cudaMemcpyDeviceToHost),
-          "cudaMemcpy");
+    check_cuda(cudaMemcpy(&result.wrong_units, wrong.get(), sizeof(result.wrong_units),
+                          cudaMemcpyDeviceToHost),
+               "cudaMemcpy");
     if (page->incident_valid != 0) {
         result.code = page->incident.code;
         result.peer = page->incident.peer;

@@ -120,6 +120,7 @@ def connect(
     control_bytes: int,
     arena_bytes: int,
     use: Callable[[Mapped[RegionT]], object] = lambda memory: None,
+    near: Sequence[int] | None = None,
 ) -> Mapped[RegionT]:
     """Create our memory, give it to every peer, map theirs.
 
@@ -128,6 +129,7 @@ def connect(
         control_bytes: the same on all ranks.
         arena_bytes: of our own arena; ranks may differ.
         use: what has to succeed on every rank, too, with the memory.
+        near: ranks whose memory we map, ours among them; None: all.
     Raises:
         EPMemoryError: E232. EPEnvironmentError: E405, E406. EPTimeout: E120. EPPeerDied: E110.
 
@@ -140,7 +142,7 @@ def connect(
     try:
         failure: EPError | None = None
         try:
-            mesh = listener.connect_all(me, hellos, token, exchange)
+            mesh = listener.connect_all(me, hellos, token, exchange, near)
             own = _create(kind, me, control_bytes, arena_bytes)
             mapped = Mapped(me, own, mesh).publish_in_process(token)
         except EPError as error:
@@ -150,7 +152,7 @@ def connect(
         agree(exchange, "created", me, failure)
         assert mapped is not None
         try:
-            _share(kind, mapped, hellos, token)
+            _share(kind, mapped, [h for h in hellos if near is None or h.rank in near], token)
             use(mapped)
         except EPError as error:
             failure = error

@@ -23,7 +23,7 @@ from ep_comm.backends import calls, mapping
 from ep_comm.backends.nvlink_calls import Combine, Dispatch, Outstanding
 from ep_comm.backends.nvlink_memory import Lease, Memory, kind_of_memory, refusal
 from ep_comm.backends.nvlink_plans import Plans
-from ep_comm.backends.nvlink_results import ArenaReceived, as_dtype
+from ep_comm.backends.nvlink_results import ArenaReceived, Outputs, as_dtype
 from ep_comm.bootstrap import Exchange, Group, Hello, Listener
 from ep_comm.checks import BufferSpec, CombineCall, DispatchCall
 from ep_comm.config import EPConfig
@@ -50,6 +50,7 @@ class NvlinkBackend:
 
     name = "nvlink"
     fills = frozenset({"recv_stats", "wait_stats"})
+    outputs_type: type[Outputs] = Outputs
 
     def __init__(
         self,
@@ -61,7 +62,11 @@ class NvlinkBackend:
         shape: _core.Shape,
         num_sms: int | None,
         ranks_on_device: int,
+        *,
+        rails: _core.RailSetup | None = None,
+        arena_sizes: Sequence[int] = (),
     ) -> None:
+        """`arena_sizes`: of all ranks, where some stand on other nodes."""
         self.spec = spec
         self.generation = generation
         self.num_sms = num_sms
@@ -80,16 +85,18 @@ class NvlinkBackend:
         mesh, ranks = memory.mesh, range(spec.num_ranks)
         self._peer_pids = [mesh.pids.get(r, 0) for r in ranks]
         sockets = {r: sock.fileno() for r, sock in mesh.sockets.items()}
+        sizes = arena_sizes or [0] * spec.num_ranks
         peers = [  # no pidfd, no socket: -1; a process that is not visible: pid 0
-            (*memory.peers[r], mesh.pidfds.get(r, -1), sockets.get(r, -1), self._peer_pids[r])
+            (*memory.peers.get(r, (None, None)), mesh.pidfds.get(r, -1), sockets.get(r, -1),
+             self._peer_pids[r], sizes[r])
             for r in ranks
-        ]
+        ]  # fmt: skip
         arrival = -1.0 if config.arrival_s is None else config.arrival_s
         sms = torch.cuda.get_device_properties(spec.device).multi_processor_count
         self.rank = _core.DeviceRank(
             shape, spec.rank, generation, list(spec.owner), peers, self.arena,
             (config.arrival_warn_s, arrival, config.progress_s), sms // ranks_on_device,
-            _warning(spec.rank),
+            _warning(spec.rank), rails,
         )  # fmt: skip
         self._lease = Lease(memory, exchange, config.arrival_s, self.rank.pause_watch)
         _load_conversions(spec.device)
@@ -214,10 +221,11 @@ class NvlinkBackend:
         self.rank.refuse(kind, _core.Outcome(int(error.code[1:]), reason), self.stream())
 
     def error(self, outcome: _core.Outcome, tag: str) -> EPError:
-        peer = outcome.peer
-        pid = self._peer_pids[peer] if 0 <= peer < len(self._peer_pids) else 0
         op = "combine" if outcome.op == _core.OpKind.COMBINE else "dispatch"
-        return error_of(outcome, op=op, tag=tag, peer=PeerState(pid))
+        return error_of(outcome, op=op, tag=tag, peer=self.peer_state(outcome.peer))
+
+    def peer_state(self, peer: int) -> PeerState:
+        return PeerState(self._peer_pids[peer] if 0 <= peer < len(self._peer_pids) else 0)
 
     def seq(self) -> int:
         return int(self.rank.seq())
@@ -347,21 +355,46 @@ def open_backend(
 
     Collective: all ranks succeed, or all raise and keep nothing.
     """
+    shape.stage_bytes = _core.stage_bytes_for(shape, spec.hidden)
+
+    def make(memory: Memory, ranks_on_device: int) -> NvlinkBackend:
+        return NvlinkBackend(
+            spec, generation, config, memory, exchange, shape, num_sms, ranks_on_device
+        )
+
+    return connect_backend(make, group, hellos, listener, exchange, shape, spec, arena_bytes)
+
+
+def connect_backend(
+    make: Callable[[Memory, int], NvlinkBackend],
+    group: Group,
+    hellos: Sequence[Hello],
+    listener: Listener,
+    exchange: Exchange,
+    shape: _core.Shape,
+    spec: BufferSpec,
+    arena_bytes: int | None,
+    near: Sequence[int] | None = None,
+) -> NvlinkBackend:
+    """What `make(memory, ranks on our device)` makes, once it has been made on every rank.
+
+    Args:
+        near: the ranks that map each other's memory, ours among them; None: all.
+    """
     kind = kind_of_memory(spec.device.index or 0, group.rank)
     ranks_on_device = sum(h.same_process(hellos[group.rank]) for h in hellos)
     size = default_arena_bytes(spec, ranks_on_device) if arena_bytes is None else arena_bytes
-    shape.stage_bytes = _core.stage_bytes_for(shape, spec.hidden)
     control_bytes = _core.ControlLayout(shape).end
-    memory = mapping.connect(kind, group, hellos, listener, exchange, control_bytes, size)
+    memory = mapping.connect(
+        kind, group, hellos, listener, exchange, control_bytes, size, near=near
+    )
     for region in memory.own:
         region.close_fd()
     backend: NvlinkBackend | None = None
     failure: EPError | None = None
     try:
         try:
-            backend = NvlinkBackend(
-                spec, generation, config, memory, exchange, shape, num_sms, ranks_on_device
-            )
+            backend = make(memory, ranks_on_device)
         except _core.DeviceCallError as error:
             what = "is out of memory: {call}: {why}"
             failure = refusal(error, group.rank, "E232", what)
@@ -373,4 +406,6 @@ def open_backend(
         raise
 
 
-__all__ = ["ArenaReceived", "NvlinkBackend", "default_arena_bytes", "open_backend"]
+__all__ = [
+    "ArenaReceived", "NvlinkBackend", "connect_backend", "default_arena_bytes", "open_backend",
+]  # fmt: skip

@@ -231,7 +231,7 @@ class Dispatch(calls.Dispatch):
         assert flight is not None
         self.flight = flight
         self.number = flight.number
-        self.outputs = Outputs(
+        self.outputs = backend.outputs_type(
             backend, backend.plans.look_of(call), flight, call.x.shape[0], self.routed_idx,
             call.topk_weights, call.handle, self.given,
         )  # fmt: skip

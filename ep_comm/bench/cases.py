@@ -61,7 +61,7 @@ class Case:
 
     @property
     def device(self) -> str:
-        return "cuda" if self.backend == "nvlink" else "cpu"
+        return "cuda" if self.backend in ("nvlink", "hybrid") else "cpu"
 
     @property
     def torch_dtype(self) -> torch.dtype:

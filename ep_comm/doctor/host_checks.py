@@ -15,6 +15,7 @@ from typing import Any, Final
 from ep_comm.backends import nvshmem_versions
 from ep_comm.doctor import share
 from ep_comm.doctor.machine import Machine, Unavailable
+from ep_comm.doctor.rail_checks import gpudirect
 from ep_comm.doctor.report import Finding, Status
 
 # Variables the library reads. None: every option is an argument, so a variable named like ours is a
@@ -161,7 +162,7 @@ def _pidfd() -> Finding:
 
 def d8(machine: Machine) -> list[Finding]:
     """Every rung between hosts: NICs, the library, a real transfer."""
-    return [_nics(machine), _nvshmem(machine), _put(machine)]
+    return [_nics(machine), gpudirect(machine), _nvshmem(machine), _put(machine)]
 
 
 def _nics(machine: Machine) -> Finding:

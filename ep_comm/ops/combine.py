@@ -149,7 +149,7 @@ def _send(ctx: Any, handle: Handle, grad: Tensor, values: Tensor | None) -> Rear
     """The gradient of a combine's result, and of what it took home, in the rows of x."""
     sent = in_turn(
         torch.ops.ep_comm.redispatch, ctx.turn, grad, values, None, *handle, ctx.buffer,
-        ctx.x_shape, ctx.layout, 128, None, "auto", "sm", None, ctx.tag,
+        ctx.x_shape, ctx.layout, False, 128, None, "auto", "sm", None, ctx.tag,
     )  # fmt: skip
     return Rearrived(*sent)
 

@@ -50,6 +50,7 @@ class DispatchArgs(NamedTuple):
     num_ranks: int
     num_local_experts: int
     max_tokens: int
+    num_far_nodes: int
     layout: str
     alignment: int
     row_index: bool
@@ -153,7 +154,8 @@ def clear_rows_without_token(received: Received) -> None:
     if received.layout == "compact":
         empty = torch.arange(rows.shape[0], device=x.device) >= handle.rank_counts[1].sum()
     else:
-        empty = rows_without_token(handle.recv_row, rows.shape[0])
+        own = handle.recv_row[: handle.recv_src.shape[0]]
+        empty = rows_without_token(own, rows.shape[0])
     rows.masked_fill_(empty.unsqueeze(1), 0)
 
 
@@ -195,10 +197,19 @@ def fake(a: DispatchArgs) -> Arrived:
         idx=torch.empty((x.shape[0], topk), dtype=torch.int64, device=x.device),
         send_row=torch.empty((x.shape[0], topk), **ints),
         recv_src=torch.empty((num_unique, 2), **ints),
-        recv_row=torch.empty((0 if layout == "compact" else num_unique, topk), **ints),
+        recv_row=torch.empty((fake_recv_rows(a, num_unique), topk), **ints),
         rank_counts=torch.empty((2, a.num_ranks), dtype=torch.int64, device=x.device),
         num_tokens_per_expert=torch.empty(local, **ints),
     )
+
+
+def fake_recv_rows(a: DispatchArgs, num_unique: int) -> int:
+    """Of received tokens, and of what crossed to here from other nodes; see Handle."""
+    rows = 0 if a.layout == "compact" else num_unique
+    if a.num_far_nodes == 0:
+        return rows
+    crossed = new_size() if a.sync else a.num_far_nodes * a.max_tokens
+    return rows + crossed * (2 if a.topk_weights is None else 3)
 
 
 def as_spec(x: Tensor, num_ranks: int, num_local_experts: int, max_tokens: int) -> BufferSpec:

@@ -49,6 +49,7 @@ class RedispatchArgs(NamedTuple):
     buffer: int
     shape: Sizes  # of x as it arrives, -1 = not known: in a graph a handle has no numbers
     layout: str  # that of the handle; "rows" = compact or grouped, nobody asks which
+    crosses: bool  # the handle of what arrives is wanted, and nodes are several
     scale_block: int | None
     quantize: str | None
     output: str
@@ -66,15 +67,17 @@ class Rearrived(NamedTuple):
     num_recv: Tensor  # int32 [1]
     offsets: Tensor
     status: Tensor
+    recv_row: Tensor  # of the handle; empty unless `crosses`
     meta: Tensor
     num_tokens_per_expert: Tensor
 
-    def handle(self, old: Handle, topk_weights: Tensor | None) -> Handle:
+    def handle(self, old: Handle, topk_weights: Tensor | None, *, crosses: bool) -> Handle:
         """The handle of what arrived: the old one, with the weights if they travelled along."""
         if topk_weights is None:
             return old
         weights = topk_weights.to(torch.float32).contiguous()
-        return old._replace(meta=self.meta, topk_weights=weights)
+        recv_row = self.recv_row if crosses else old.recv_row
+        return old._replace(meta=self.meta, topk_weights=weights, recv_row=recv_row)
 
 
 def run(a: RedispatchArgs) -> Rearrived:
@@ -91,6 +94,9 @@ def run(a: RedispatchArgs) -> Rearrived:
     clear_rows_without_token(received)
     pass_on_hold(received)
     meta, counts = received.handle.meta, received.num_tokens_per_expert
+    recv_row = received.handle.recv_row
+    if not a.crosses:
+        recv_row = a.recv_row.new_empty((0, a.recv_row.shape[1]))
     return Rearrived(
         x=received.x,
         topk_weights=or_empty(received.topk_weights, a.x),
@@ -98,6 +104,7 @@ def run(a: RedispatchArgs) -> Rearrived:
         num_recv=count(received.num_recv, a.x),
         offsets=or_empty(received.offsets if a.layout == "grouped" else None, a.x),
         status=received.status,
+        recv_row=recv_row.clone() if recv_row is a.recv_row else recv_row,
         meta=meta.clone() if meta is a.meta else meta,
         num_tokens_per_expert=counts.clone() if counts is a.num_tokens_per_expert else counts,
     )
@@ -120,9 +127,19 @@ def fake(a: RedispatchArgs) -> Rearrived:
         num_recv=torch.empty(1, **ints),
         offsets=offsets if a.layout == "grouped" else x.new_empty(0),
         status=torch.empty(1, **ints),
+        recv_row=torch.empty((fake_recv_rows(a), a.recv_row.shape[1]), **ints),
         meta=torch.empty(META_SIZE, dtype=torch.int64, device="cpu"),
         num_tokens_per_expert=torch.empty(local, **ints),
     )
+
+
+def fake_recv_rows(a: RedispatchArgs) -> int:
+    """As many tokens cross as before; each has three rows now, with weights."""
+    if not a.crosses:
+        return 0
+    first = 0 if a.layout == "compact" else a.recv_src.shape[0]
+    had_weights = a.weights.shape[0] > 0
+    return first + (a.recv_row.shape[0] - first) // (3 if had_weights else 2) * 3
 
 
 def keep(ctx: Any, a: RedispatchArgs, results: Rearrived) -> None:

@@ -165,10 +165,8 @@ class Deployment:
     def rail_head_bytes(self, *, cached: bool = False) -> int:
         """What stands before the row of a token that crosses to another node."""
         with_rows = self.layout != "compact"
-        record = _core.RailRecordLayout(
-            self.ranks_per_node, self.topk, not cached, not cached, with_rows, self.scale_bytes
-        )
-        return int(record.bytes)
+        head = _core.RailHeadLayout(self.topk, not cached, with_rows, self.scale_bytes)
+        return int(head.bytes)
 
 
 _LEAST: Final = {

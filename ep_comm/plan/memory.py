@@ -50,7 +50,8 @@ def memory(d: Deployment, v: Visits) -> Memory:
     if d.num_nodes == 1:
         shape.stage_bytes = _core.stage_bytes_for(shape, d.hidden)
     rails = rail_shape(d)
-    rails.entry_bytes = int(_core.RailEntryLayout(shape, rails.num_channels).bytes)
+    notice = _core.RailNoticeLayout(shape, d.num_nodes, rails.num_channels)
+    rails.notice_bytes = int(notice.bytes)
     on_rails = d.num_nodes > 1
     segment = int(_core.RailLayout(rails).end) if on_rails else 0
     staging = int(rails.staging_bytes) if on_rails and d.mode == "throughput" else 0

@@ -40,6 +40,7 @@ from ep_comm.reference.rows import (
     trace_origins,
 )
 from ep_comm.reference.sums import (
+    NodesOfSource,
     add_in_order,
     parts_for_source,
     plan_from_handle,
@@ -234,6 +235,7 @@ def combine(
     per_rank: bool = ...,
     row_weights: Sequence[Tensor] | None = ...,
     bias: Sequence[Bias] | None = ...,
+    ranks_per_node: int | None = ...,
     expert_map: Sequence[int] | Tensor | None = ...,
 ) -> list[Tensor]: ...
 
@@ -250,6 +252,7 @@ def combine(
     per_rank: bool = ...,
     row_weights: Sequence[Tensor] | None = ...,
     bias: Sequence[Bias] | None = ...,
+    ranks_per_node: int | None = ...,
     expert_map: Sequence[int] | Tensor | None = ...,
 ) -> list[tuple[Tensor, Tensor]]: ...
 
@@ -265,6 +268,7 @@ def combine(
     per_rank: bool = False,
     row_weights: Sequence[Tensor] | None = None,
     bias: Sequence[Bias] | None = None,
+    ranks_per_node: int | None = None,
     expert_map: Sequence[int] | Tensor | None = None,
 ) -> list[Tensor] | list[tuple[Tensor, Tensor]]:
     """Return expert results to the tokens' sources and add them there, for all R ranks at once.
@@ -281,6 +285,8 @@ def combine(
             round; the source adds what the ranks send.
         row_weights: float32 per rank, one for each row of x: multiplied there, per_rank.
         bias: per rank [T, H], a pair of them (either None), or None; the sum starts there.
+        ranks_per_node: of several nodes: each adds up its rows of a token and rounds; the source
+            adds these sums of other nodes where their ranks stand in the order. Not with "topk".
         expert_map: as given to dispatch.
     Returns:
         Per rank [T, H] in the dtype of x; with topk_weights, pairs of it and float32 [T, K]. The
@@ -322,6 +328,10 @@ def combine(
         return parts_for_source(flat[owner], parsed[owner], metas[owner], source, factors)
 
     plans = [plan_from_handle(handle, experts) for handle in parsed]
+    nodes = [
+        None if ranks_per_node is None else NodesOfSource(ranks_per_node, r // ranks_per_node)
+        for r in range(num_ranks)
+    ]
     sums = []
     for source, plan in enumerate(plans):
         sums.append(
@@ -332,6 +342,7 @@ def combine(
                 topk_weights=parsed[source].topk_weights if weighted else None,
                 bias=None if bias is None else bias[source],
                 order=order,
+                nodes=nodes[source],
             )
         )
     if topk_weights is None:
@@ -341,8 +352,11 @@ def combine(
     home = []
     for source, plan in enumerate(plans):
         rows = [_row_list(values[owner], layout)[back[owner][source]] for owner in range(num_ranks)]
-        bring = add_in_order if sum_weights else weights_home
-        home.append(bring(torch.cat(rows), plan, layout))
+        all_rows = torch.cat(rows)
+        if sum_weights:
+            home.append(add_in_order(all_rows, plan, layout, nodes=nodes[source]))
+        else:
+            home.append(weights_home(all_rows, plan, layout))
     return list(zip(sums, home, strict=True))
 
 

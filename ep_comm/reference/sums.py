@@ -3,10 +3,13 @@
 Floating-point addition depends on the order, so the order is part of the contract: ascending owner
 rank, then slot; fp32 from the first addition to the one rounding at the end; products rounded
 before they are added (no fma). Where owners add up their rows of a token first, a rank's sum is
-rounded when it is sent, and the source adds those of the ranks.
+rounded when it is sent, and the source adds those of the ranks. Across nodes what other nodes hold
+comes as one sum for each, which its node began with 0 and rounded.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,6 +105,13 @@ def adding_order(plan: SendPlan, layout: str, order: str = "rank") -> tuple[Tens
     return slot, adds
 
 
+class NodesOfSource(NamedTuple):
+    """Where the source of a sum stands."""
+
+    ranks_per_node: int
+    own: int  # its node
+
+
 def add_in_order(
     contributions: Tensor,
     plan: SendPlan,
@@ -110,6 +120,7 @@ def add_in_order(
     topk_weights: Tensor | None = None,
     bias: Tensor | tuple[Tensor | None, Tensor | None] | None = None,
     order: str = "rank",
+    nodes: NodesOfSource | None = None,
 ) -> Tensor:
     """Sum the contributions to every token of one source.
 
@@ -118,14 +129,44 @@ def add_in_order(
         topk_weights: float32 [T, K], multiplies each selection's contribution; None = plain sum.
         bias: [T, H] where the sum starts, or two that are added first.
         order: see `adding_order`.
+        nodes: rows of other nodes are added there first.
     Returns:
-        [T, H], dtype of the contributions, rounded once.
+        [T, H], dtype of the contributions, rounded once, and once on each other node.
     """
     dtype = contributions.dtype
     total = _start(bias, (plan.dst.shape[0], contributions.shape[1]), contributions)
-    index = contribution_of(plan, layout)
     slot, adds = adding_order(plan, layout, order)
-    for step in range(plan.dst.shape[1]):
+    index = contribution_of(plan, layout)
+
+    def add(to: Tensor, here: Tensor) -> None:
+        _add(to, contributions, index, slot, topk_weights, here)
+
+    if nodes is None:
+        add(total, adds)
+        return total.to(dtype)
+    node = plan.dst.gather(1, slot) // nodes.ranks_per_node
+    for there in range(plan.tokens_per_rank.numel() // nodes.ranks_per_node):
+        here = adds & (node == there)
+        if there == nodes.own:
+            add(total, here)
+            continue
+        part = torch.zeros_like(total)
+        add(part, here)
+        token = here.any(dim=1).nonzero().squeeze(1)
+        total.index_add_(0, token, part[token].to(dtype).to(total.dtype))
+    return total.to(dtype)
+
+
+def _add(
+    total: Tensor,
+    contributions: Tensor,
+    index: Tensor,
+    slot: Tensor,
+    topk_weights: Tensor | None,
+    adds: Tensor,
+) -> None:
+    """Add to `total` what `adds` names, a step of every token at a time."""
+    for step in range(adds.shape[1]):
         # A token that adds nothing is left out: adding 0.0 would turn a bias of -0.0 into 0.0.
         token = adds[:, step].nonzero().squeeze(1)  # [n]
         token_slot = slot[token, step]
@@ -136,7 +177,6 @@ def add_in_order(
             total += value
         else:
             total.index_add_(0, token, value)  # no token twice
-    return total.to(dtype)
 
 
 def weights_home(values: Tensor, plan: SendPlan, layout: str) -> Tensor:

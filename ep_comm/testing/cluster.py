@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable
 from typing import Any, Self, TypeVar
 
+import torch
+
 from ep_comm.bootstrap import StoreGroup
 from ep_comm.buffer import Buffer
 
@@ -16,7 +18,8 @@ class Cluster:
     """num_nodes * ranks_per_node ranks in this process, one thread each while something runs.
 
     Args:
-        num_nodes, ranks_per_node: the cluster to pretend.
+        num_nodes, ranks_per_node: the cluster to pretend. CPU ranks reach each other's memory,
+            whatever the nodes; GPU ranks only within a node (backend "hybrid").
         device: of the buffers that `make_buffers` makes. "cuda": all ranks on one GPU, their
             kernels side by side; set CUDA_DEVICE_MAX_CONNECTIONS=32 before CUDA starts, or
             streams of ranks that wait for each other share a hardware queue.
@@ -74,9 +77,35 @@ class Cluster:
     def make_buffers(self, **options: Any) -> list[Buffer]:
         """A Buffer on every rank; closed with the cluster."""
         options.setdefault("device", self.device)
+        if self.num_nodes > 1 and torch.device(options["device"]).type == "cuda":
+            options.setdefault("backend", "hybrid")
+            options.setdefault("ranks_per_node", self.ranks_per_node)
         buffers = self.run(lambda rank: Buffer(self.group(rank), **options))
         self.buffers += buffers
         return buffers
+
+    def disturb(self, rank: int, **trouble: int | bool) -> None:
+        """Let rails between pretended nodes go wrong, in what `rank` sends from its next call on.
+
+        Args:
+            trouble: fields of `Trouble` in csrc/contract/loopback.h; none: all is well again. E.g.
+                seed=1, max_held=8 and max_delay_ns=20000: puts are held back, reordered and slow;
+                stalled_peer=3: nothing arrives there; is_silent=True: nothing arrives anywhere.
+        Raises:
+            TypeError: its buffer has no rails that are pretended.
+        """
+        from ep_comm import _core
+        from ep_comm.backends.rails import LoopbackRails
+
+        rails = getattr(self.buffers[rank]._backend, "rails", None)
+        if not isinstance(rails, LoopbackRails):
+            raise TypeError("want a buffer of ranks on pretended nodes, device='cuda'")
+        native = _core.Trouble()
+        for name, value in trouble.items():
+            if not hasattr(native, name):
+                raise TypeError(f"no trouble is named {name}")
+            setattr(native, name, value)
+        rails.set_trouble(native)
 
     def close(self) -> None:
         for buffer in self.buffers:

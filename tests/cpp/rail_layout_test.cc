@@ -21,7 +21,7 @@ std::vector<ep::RailShape> shapes() {
                 const int ranks = nodes == 1024 ? 1 : 8;
                 ep::RailShape s = ep::divide_staging({nodes, ranks}, channels, record);
                 const ep::Shape shape{nodes * ranks, 2, 2 * nodes * ranks, 2, 8, 4096};
-                s.entry_bytes = ep::RailEntryLayout(shape, s.num_channels).bytes;
+                s.notice_bytes = ep::RailNoticeLayout(shape, nodes, s.num_channels).bytes();
                 all.push_back(s);
             }
         }
@@ -61,15 +61,15 @@ int main() {
             for (int node = 0; node < shape.nodes.num_nodes; ++node) {
                 for (uint64_t seq : {1, 2}) {
                     ep::expect(holds(layout.entered, layout.entered_word(seq, node), 8), "entered");
-                    ep::expect(holds(layout.inbox, layout.inbox_at(seq, node), shape.entry_bytes),
+                    ep::expect(holds(layout.inbox, layout.inbox_at(seq, node), shape.notice_bytes),
                                "inbox");
-                    ep::expect(holds(layout.outbox, layout.outbox_at(seq, node), shape.entry_bytes),
+                    ep::expect(holds(layout.outbox, layout.outbox_at(seq), shape.notice_bytes),
                                "outbox");
                     lines.insert(layout.entered_word(seq, node) / 64);
                     ++words;
                 }
                 for (int channel = 0; channel < shape.num_channels; ++channel) {
-                    for (int place = 0; place < shape.ring_chunks; ++place) {
+                    for (int place = 0; place < shape.ring_chunks(); ++place) {
                         const int64_t tail = layout.tail_word(node, channel, place);
                         const int64_t head = layout.head_word(node, channel, place);
                         ep::expect(holds(layout.tails, tail, 8), "tail");
@@ -90,7 +90,7 @@ int main() {
             std::set<int64_t> starts;
             for (int node = 0; node < 4; ++node) {
                 for (int channel = 0; node != me && channel < 3; ++channel) {
-                    for (int place = 0; place < shape.ring_chunks; ++place) {
+                    for (int place = 0; place < shape.ring_chunks(); ++place) {
                         const int64_t recv = layout.recv_chunk(me, node, channel, place);
                         ep::expect(holds(layout.recv, recv, shape.chunk_bytes), "recv");
                         ep::expect_eq(
@@ -99,11 +99,11 @@ int main() {
                         ep::expect_eq((recv - layout.recv.offset) % shape.chunk_bytes, 0);
                         starts.insert(recv);
                     }
-                    ep::expect_eq(layout.recv_chunk(me, node, channel, shape.ring_chunks),
+                    ep::expect_eq(layout.recv_chunk(me, node, channel, shape.ring_chunks()),
                                   layout.recv_chunk(me, node, channel, 0));
                 }
             }
-            ep::expect_eq(int(starts.size()), 3 * 3 * shape.ring_chunks);
+            ep::expect_eq(int(starts.size()), 3 * 3 * shape.ring_chunks());
         }
     });
 
@@ -111,7 +111,7 @@ int main() {
         for (const ep::RailShape& shape : shapes()) {
             ep::expect(shape.staging_bytes() <= ep::kRailStagingBytes, "over the budget");
             if (shape.num_peers() == 0) continue;
-            ep::expect(shape.num_channels >= 1 && shape.ring_chunks >= 2, "no ring");
+            ep::expect(shape.num_channels >= 1 && shape.ring_chunks() >= 2, "no ring");
             for (int64_t row : {int64_t{16}, int64_t{7168}, kBf16, kWide}) {
                 const ep::RailChunks chunks(shape.chunk_bytes, 112, row);
                 const int64_t used = chunks.pieces == 1 ? chunks.records * chunks.record_bytes()
@@ -135,7 +135,7 @@ int main() {
         ep::expect_eq(tokens(40, 7168 + 224), 5);
         const ep::RailShape many = ep::divide_staging({1024, 1}, 10, 14336 + 112);
         ep::expect_eq(many.num_channels, 2);
-        ep::expect_eq(many.ring_chunks, 2);
+        ep::expect_eq(many.ring_chunks(), 2);
     });
 
     ep::test("a channel that brings nothing needs no chunk", [] {
@@ -149,25 +149,15 @@ int main() {
         ep::expect_eq(cut.chunks(2), 6);
     });
 
-    ep::test("channels divide the tokens, evenly and in order", [] {
-        for (int64_t tokens : {0, 1, 9, 10, 4096}) {
-            int64_t last = 0;
-            for (int c = 0; c <= 10; ++c) {
-                const int64_t first = ep::first_of_channel(tokens, 10, c);
-                ep::expect(first >= last && first - last <= tokens / 10 + 1, "uneven");
-                last = first;
-            }
-            ep::expect_eq(last, tokens);
-        }
-    });
-
     ep::test("words of a place count the chunks put there, and taken before the next", [] {
         const ep::RailLayout layout(ep::divide_staging({2, 1}, 1, kBf16));
-        const int ring = layout.shape.ring_chunks;
+        const int ring = layout.shape.ring_chunks();
         std::map<int64_t, uint64_t> put, taken;
         for (uint64_t count = 0; count < 30; ++count) {
-            ep::expect_eq(taken[layout.head_word(0, 0, count)], ep::credits_until(count, ring));
-            ep::expect_eq(++put[layout.tail_word(0, 0, count)], ep::chunks_until(count, ring));
+            ep::expect_eq(taken[layout.head_word(0, 0, count)],
+                          ep::credits_until(layout.shape, count));
+            put[layout.tail_word(0, 0, count)] += ep::kChunkParts;
+            ep::expect_eq(put[layout.tail_word(0, 0, count)], ep::parts_until(layout.shape, count));
             ++taken[layout.head_word(0, 0, count)];
         }
         ep::expect_eq(int(put.size()), ring);
@@ -176,19 +166,27 @@ int main() {
     ep::test("mailbox words count the operations that used the mailbox", [] {
         uint64_t put[ep::kMailboxes] = {};
         for (uint64_t seq = 1; seq <= 9; ++seq) {
-            ep::expect_eq(++put[seq % ep::kMailboxes], ep::entries_until(seq));
+            ep::expect_eq(++put[seq % ep::kMailboxes], ep::notices_until(seq));
         }
     });
 
-    ep::test("a record holds what was asked for, and its row is aligned", [] {
-        const ep::RailRecordLayout compact(8, 8, true, true, false, 224);
-        ep::expect_eq(compact.rows.bytes, 0);
+    ep::test("a head holds what was asked for, and its row is aligned", [] {
+        const ep::RailHeadLayout compact(8, true, false, 224);
+        ep::expect_eq(compact.records.bytes, 0);
+        ep::expect_eq(compact.weights.offset, 72);
         ep::expect_eq(compact.scales.offset, 112);
         ep::expect_eq(compact.bytes, 336);
-        const ep::RailRecordLayout grouped(8, 8, true, true, true, 0);
-        ep::expect_eq(grouped.bytes, 176);
-        const ep::RailRecordLayout cached(8, 8, false, false, false, 0);
-        ep::expect_eq(cached.bytes, 48);
+        ep::expect_eq(ep::RailHeadLayout(8, true, true, 0).bytes, 144);
+        ep::expect_eq(ep::RailHeadLayout(8, false, false, 0).bytes, 80);
+        ep::expect_eq(ep::sum_head_bytes(6, true), 32);
+        ep::expect_eq(ep::sum_head_bytes(6, false), 0);
+    });
+
+    ep::test("a log keeps three numbers for each slot, or two", [] {
+        const ep::RailLog log{3, true};
+        ep::expect_eq(log.words(), 9);
+        ep::expect_eq(log.weight(2), 8);
+        ep::expect_eq(ep::RailLog{3, false}.words(), 6);
     });
 
     ep::test("the expert of a slot comes back", [] {

@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 
 #include <array>
+#include <bit>
 #include <cstdlib>
 #include <memory>
 #include <stdexcept>
@@ -14,8 +15,8 @@
 
 namespace {
 
+using ep::Trouble;
 using ep::device::LoopbackRail;
-using ep::device::Trouble;
 using Job = ep::kernels::RailProbeJob<LoopbackRail>;
 
 void must(cudaError_t error) {
@@ -60,9 +61,9 @@ public:
             double limit_s = 10) {
         shape_.nodes = {num_nodes, ranks_per_node};
         shape_.num_channels = 1;
-        shape_.ring_chunks = ring_chunks;
+        shape_.ring_shift = std::countr_zero(static_cast<unsigned>(ring_chunks));
         shape_.chunk_bytes = chunk_bytes;
-        shape_.entry_bytes = 128;
+        shape_.notice_bytes = 128;
         const int size = num_nodes * ranks_per_node;
         std::vector<std::byte*> segments;
         const int64_t block = kLives + 8 * size;  // a header, and everybody's life behind it
@@ -106,7 +107,9 @@ public:
                          limit_ns_,
                          limit_ns_,
                          static_cast<int>(r),
-                         static_cast<int>(ranks_.size())};
+                         static_cast<int>(ranks_.size()),
+                         static_cast<int>(r),
+                         static_cast<int>(r) + 1};
             job.wrong = reinterpret_cast<unsigned long long*>(rank.wrong.get());
             job.first = first_;
             job.rank = static_cast<int>(r);

@@ -302,6 +302,7 @@ static uint32_t e4m3(float value) {
     if (std::isnan(value)) return sign | 0x7f;
     if (a == 0.0f) return sign;
     if (a >= 448.0f) return sign | 0x7e;
+    if (a == 0.0f) return sign;
     int exponent = 0;
     std::frexp(a, &exponent);
     exponent = std::max(exponent - 1, -6);  // of the leading bit; below it numbers are even steps

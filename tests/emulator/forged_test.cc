@@ -153,8 +153,8 @@ struct World {
         const UnpackArgs& received = r.flight->job.out;
         r.out.assign(kTokens[i] * kHidden, 7);
         CombineArgs a;
-        a.x = r.flight->x->data();
-        a.arena_offset = r.flight->x->extent().offset;
+        a.x = (*r.flight)[Out::kX].data();
+        a.arena_offset = (*r.flight)[Out::kX].offset();
         a.topk_idx = r.ids.data();
         a.send_row = r.send_row.data();
         a.rank_counts = r.rank_counts.data();
@@ -201,9 +201,8 @@ struct World {
     bool is_untouched() const {
         const Flight& f = *ranks[kVictim].flight;
         int64_t end = 0;
-        for (const auto& hold : {f.x, f.ids, f.weights, f.src, f.rows, f.scales, f.row_index,
-                                 f.row_token, f.token_scales}) {
-            if (hold) end = std::max(end, hold->extent().offset + hold->extent().bytes);
+        for (const Granted& g : f.granted) {
+            if (g) end = std::max(end, g.hold->extent().offset + g.hold->extent().bytes);
         }
         if (end == 0) end = kArenaBytes / 2;  // given back; what it was is less than this
         const std::byte* arena = peers[kVictim].arena->data();
@@ -232,8 +231,9 @@ Words keep(const Kind& kind) {
     }
     const std::byte* arena = w.peers[kVictim].arena->data();
     kept.arena.assign(arena, arena + kArenaBytes);
-    if (const Flight& f = *w.ranks[kVictim].flight; f.rows) {
-        kept.rows = f.rows->extent().offset;
+    const Flight& f = *w.ranks[kVictim].flight;
+    if (const Granted& rows = f[Out::kRows]) {
+        kept.rows = rows.offset();
         kept.records = f.report.num_recv * kTopk;
     }
     return kept;

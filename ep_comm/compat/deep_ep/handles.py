@@ -14,7 +14,7 @@ contract names an element, it is that; in the other places is what the native ha
 | 5  | send_row int32 [T, K]             | recv_src_idx                                    |
 | 6  |                                   | recv_gbl_rank_prefix_sum int32 [R], at -4       |
 | 7  |                                   | recv_src_meta uint8 [N, 8]: source rank, token  |
-| 8  |                                   | None                                            |
+| 8  |                                   | across nodes what crossed to here; else None    |
 | 9  |                                   | None                                            |
 
 Nothing here is copied: a call costs two tensors more than the native one.
@@ -37,6 +37,7 @@ _PLACES: Final = {  # number of tensors -> where meta, rank_counts, topk_idx and
     6: (1, 2, 4, 5),
     10: (1, 2, 3, 4),
 }
+_CROSSED: Final = 8
 _GENERATION, _HIDDEN = meta_index("generation"), meta_index("hidden")
 _NUM_TOKENS, _NUM_UNIQUE = meta_index("num_tokens"), meta_index("num_unique")
 _NUM_TOPK, _HAS_WEIGHTS = meta_index("num_topk"), meta_index("has_weights")
@@ -68,7 +69,8 @@ def pack(
         is_token_in_rank = dispatch_layout(ids, num_experts, num_ranks).is_token_in_rank
     ours = (handle.meta, handle.rank_counts, ids, handle.send_row)
     column, src_meta = prefix[:, rank].contiguous(), handle.recv_src.view(torch.uint8)
-    return (is_token_in_rank, *ours, origins.row_token, column, src_meta, None, None)
+    crossed = handle.recv_row if handle.recv_row.shape[0] > 0 else None  # of compact rows
+    return (is_token_in_rank, *ours, origins.row_token, column, src_meta, crossed, None)
 
 
 def restore(
@@ -92,7 +94,8 @@ def restore(
     kept = getattr(meta, "ep_comm_kept", _NOTHING)
     if kept[0] is not topk_idx or kept[2] is not send_row or kept[5] is not rank_counts:
         try:
-            kept = _rebuild(fields, topk_idx, send_row, rank_counts)
+            crossed = handle[_CROSSED] if len(handle) == 10 else None
+            kept = _rebuild(fields, topk_idx, send_row, rank_counts, crossed)
         except (AttributeError, RuntimeError, TypeError) as error:  # no tensors, impossible sizes
             raise ValueError(f"handle: want what dispatch returned ({error})") from None
     if fields[_GENERATION] != generation or fields[_HIDDEN] != hidden:
@@ -112,16 +115,21 @@ def _fields(meta: Any) -> list[int]:
 
 
 def _rebuild(
-    fields: Sequence[int], topk_idx: Tensor, send_row: Tensor, rank_counts: Tensor
+    fields: Sequence[int],
+    topk_idx: Tensor,
+    send_row: Tensor,
+    rank_counts: Tensor,
+    crossed: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """What follows meta in the native handle, from copies of the four tensors we gave out."""
+    """What follows meta in the native handle, from copies of the tensors we gave out."""
     num_weights = fields[_NUM_TOKENS] if fields[_HAS_WEIGHTS] else 0
     weights, recv_row, counts = _unread(
         num_weights, fields[_NUM_TOPK], fields[_NUM_LOCAL], send_row.device
     )
     # Compact rows are in the order of their sources, so nobody reads more than its size.
     recv_src = send_row.new_empty(fields[_NUM_UNIQUE], 2)
-    return (topk_idx, weights, send_row, recv_src, recv_row, rank_counts, counts)
+    rows = recv_row if crossed is None else crossed
+    return (topk_idx, weights, send_row, recv_src, rows, rank_counts, counts)
 
 
 @lru_cache(maxsize=16)

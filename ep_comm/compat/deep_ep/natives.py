@@ -22,6 +22,7 @@ from typing import Any, Final, NamedTuple, NoReturn
 import torch
 
 from ep_comm.bootstrap import Group, StoreGroup, resolve_group
+from ep_comm.compat.deep_ep.layout import RANKS_PER_NODE
 from ep_comm.compat.deep_ep.masks import Rest
 from ep_comm.errors import EPError, make_error
 
@@ -33,6 +34,8 @@ _SMALLEST_ARENA: Final = 1 << 30
 # two bytes an element. What does not fit beside others leaves the arena (output="auto").
 _GPU_ROWS: Final = 1 << 17
 _GPU_SHARE: Final = 4  # of what is free, at most one part in so many
+# Across nodes a call is granted a place for all tokens that may cross, before it is known how many.
+_MOST_TOKENS_OF_NODES: Final = 1 << 16
 
 # Of a bounded batch: two outputs at once, and as many expert outputs.
 _SLABS: Final = 4
@@ -79,7 +82,7 @@ class Natives:
 
     def _make(self, key: _Key) -> Any:
         from ep_comm.buffer import Buffer  # loads native code; importing deep_ep must not
-        from ep_comm.checks import MAX_COUNT, MAX_TOPK
+        from ep_comm.checks import MAX_TOPK
 
         hidden, num_experts, device, rest, batch = key
         group, size = self.group, self.resolved.size
@@ -98,11 +101,21 @@ class Natives:
                     num_experts=num_experts,
                     num_topk=MAX_TOPK if batch is None else batch.num_topk,
                     hidden=hidden,
-                    max_tokens=MAX_COUNT // size if batch is None else batch.max_tokens,
+                    max_tokens=self._max_tokens(size, device, batch),
                     device=device,
                     arena_bytes=self._arena_bytes(hidden, num_experts, device, batch),
                 )
             return self._buffers[key]
+
+    @staticmethod
+    def _max_tokens(size: int, device: torch.device, batch: Batch | None) -> int:
+        if batch is not None:
+            return batch.max_tokens
+        if device.type == "cuda" and size > RANKS_PER_NODE:
+            return _MOST_TOKENS_OF_NODES
+        from ep_comm.checks import MAX_COUNT
+
+        return MAX_COUNT // size
 
     def _arena_bytes(
         self, hidden: int, num_experts: int, device: torch.device, batch: Batch | None

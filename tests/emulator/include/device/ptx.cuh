@@ -93,6 +93,9 @@ inline void prefetch_global_l2(const void*) {}
 inline void barrier_sync_aligned(int barrier, int threads) {
     emulator::meet_some(barrier, threads);
 }
+inline uint32_t atom_acq_rel_cta_add(uint32_t* shared, uint32_t value) {
+    return std::atomic_ref(*shared).fetch_add(value);
+}
 inline uint32_t atom_acq_rel_gpu_exch(uint32_t* addr, uint32_t value) {
     return std::atomic_ref(*addr).exchange(value);
 }

@@ -1,0 +1,58 @@
+// The rails of a GPU rank: what its operations need beside what they need on one node.
+//
+// How bytes get to other nodes is the business of the kernels it is given: those of the core for pretended
+// nodes, those of the plugin for NVSHMEM.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "contract/gpu.h"
+#include "contract/rail.h"
+#include "kernels/rail_kernels.h"
+
+namespace ep {
+
+struct RailSetup {
+    RailShape shape;
+    const kernels::RailKernels* kernels = nullptr;
+    std::shared_ptr<void> keeps;  // the kernels, the segment, and whatever they need
+    bool splits_puts = false;     // see RailView
+};
+
+class Rails {
+public:
+    // On the current device.
+    Rails(const Shape& shape, int rank, RailSetup setup, int smem_bytes);
+    ~Rails();
+    Rails(const Rails&) = delete;
+    Rails& operator=(const Rails&) = delete;
+
+    const NodeShape& nodes() const { return view_.shape.nodes; }
+    int num_channels() const { return view_.shape.num_channels; }  // a block each, at most
+    std::byte* blank_header() const {
+        return blank_;
+    }  // device: of ranks whose memory we do not reach
+    // Of what a dispatch logs, at most; 0 when its handle keeps what it has.
+    int64_t log_bytes(const DispatchArgs& args) const;
+    static int64_t log_bytes(const DispatchArgs& args, int64_t num_logged);
+
+    // Each queues a kernel and returns a cudaError_t. `log`: log_bytes(args), or null.
+    int dispatch(const DispatchJob& job, int32_t* log, const LaunchPlan& plan,
+                 kernels::Stream stream) const;
+    int combine(const CombineJob& job, const LaunchPlan& plan, kernels::Stream stream) const;
+    int refuse(const RankView& view, const Begin& begin, kernels::Stream stream) const;
+
+    // What has crossed, by RailCounter. Waits for the device.
+    std::vector<uint64_t> counters() const;
+
+private:
+    RailSetup setup_;
+    RailView view_;
+    std::byte *data_ = nullptr, *blank_ = nullptr;
+    const int64_t max_tokens_;
+    const int rank_, smem_bytes_;
+};
+
+}  // namespace ep

@@ -1,0 +1,71 @@
+#include <cuda_runtime_api.h>
+
+#include "host/cuda_check.h"
+#include "host/rails.h"
+
+namespace ep {
+namespace {
+
+int64_t header_bytes() { return (int64_t{sizeof(ControlHeader)} + 127) / 128 * 128; }
+
+}  // namespace
+
+Rails::Rails(const Shape& shape, int rank, RailSetup setup, int smem_bytes)
+    : setup_(std::move(setup)),
+      max_tokens_(shape.max_tokens),
+      rank_(rank),
+      smem_bytes_(smem_bytes) {
+    EP_CUDA(setup_.kernels->load(smem_bytes));
+    const RailStateLayout layout(shape, setup_.shape);
+    EP_CUDA(cudaMalloc(reinterpret_cast<void**>(&data_), layout.end + header_bytes()));
+    EP_CUDA(cudaMemset(data_, 0, layout.end + header_bytes()));
+    const auto words = [this](const Region& region) {
+        return reinterpret_cast<uint64_t*>(data_ + region.offset);
+    };
+    blank_ = data_ + layout.end;
+    view_.shape = setup_.shape;
+    view_.layout = RailLayout(setup_.shape);
+    view_.state = {words(layout.sent),     words(layout.taken),  words(layout.brings),
+                   words(layout.incoming), words(layout.visits), words(layout.ever)};
+    view_.splits_puts = setup_.splits_puts;
+}
+
+Rails::~Rails() { cudaFree(data_); }
+
+int64_t Rails::log_bytes(const DispatchArgs& args, int64_t num_logged) {
+    return int64_t{4} * RailLog{args.num_topk, args.with_weights}.words() * num_logged;
+}
+
+int64_t Rails::log_bytes(const DispatchArgs& args) const {
+    if (args.cached && !args.with_weights) return 0;
+    return log_bytes(args, view_.shape.num_peers() * max_tokens_);
+}
+
+int Rails::dispatch(const DispatchJob& job, int32_t* log, const LaunchPlan& plan,
+                    kernels::Stream stream) const {
+    RailView view = view_;
+    view.log = log;
+    view.num_logged = view.shape.num_peers() * max_tokens_;
+    view.log_has_weights = job.args.with_weights;
+    return setup_.kernels->dispatch(setup_.kernels->rail, job, view, plan, smem_bytes_, stream);
+}
+
+int Rails::combine(const CombineJob& job, const LaunchPlan& plan, kernels::Stream stream) const {
+    RailView view = view_;
+    view.log = job.args.rail_log;
+    view.num_logged = job.args.num_logged;
+    view.log_has_weights = job.args.log_has_weights;
+    return setup_.kernels->combine(setup_.kernels->rail, job, view, plan, smem_bytes_, stream);
+}
+
+int Rails::refuse(const RankView& view, const Begin& begin, kernels::Stream stream) const {
+    return setup_.kernels->refuse(setup_.kernels->rail, view, begin, view_, stream);
+}
+
+std::vector<uint64_t> Rails::counters() const {
+    std::vector<uint64_t> values(static_cast<int>(RailCounter::kCount));
+    EP_CUDA(cudaMemcpy(values.data(), view_.state.ever, 8 * values.size(), cudaMemcpyDeviceToHost));
+    return values;
+}
+
+}  // namespace ep

@@ -1,0 +1,206 @@
+// A warp moves its tokens as mover.cuh does, and those that visit other nodes into the rings of its channel
+// besides: the row is loaded once for all of them.
+//
+// defines: move_rows_across
+#pragma once
+
+#include <cstdint>
+
+#include "device/copy.cuh"
+#include "device/ptx.cuh"
+#include "device/quantize.cuh"
+#include "device/rail.cuh"
+#include "kernels/mover.cuh"
+#include "kernels/rail_out.cuh"
+
+namespace ep::kernels {
+
+// A token's slots, of which those on our node go straight to their rows.
+struct Divided {
+    Choice near;
+    Route near_route;
+    uint32_t bring;  // lanes that bring it to another node
+};
+
+template <device::Rail R>
+__device__ __forceinline__ Divided divide(const RailOut<R>& out, const Choice& c, const Route& r,
+                                          const Crossing& x) {
+    Divided d{c, r, __ballot_sync(~0u, x.node >= 0)};
+    if (out.is_far(c.dst)) d.near.dst = -1, d.near_route.first = false;
+    return d;
+}
+
+// A row that lies whole in the stage, to every ring at once. False: leave; no store of ours is open then.
+template <device::Rail R>
+__device__ __forceinline__ bool stage_whole(Mover& m, const RailOut<R>& out, int t, const Choice& c,
+                                            const Route& r, Crossing& x, uint32_t bring,
+                                            const std::byte* scales) {
+    const int lane = ptx::lane_id();
+    const RailChunks& chunks = out.parcel.chunks;
+    if ((bring >> lane & 1) != 0) out.take_place(x);
+    return out.when_free(bring, x, 0, [&](uint32_t free) {
+        if ((free >> lane & 1) != 0) {
+            device::store_stage(out.place_of(x, 0) + chunks.head_bytes, m.stage.data,
+                                static_cast<int>(chunks.row_bytes));
+        }
+#pragma unroll 1
+        for (uint32_t left = free; left != 0; left &= left - 1) {
+            out.write_head(x, __ffs(left) - 1, 0, t, c, r, m.args().num_topk, scales);
+        }
+    });
+}
+
+// Bytes of a row from `at` on, as many as come at once, into the stage. False: leave; nothing is under way.
+__device__ __forceinline__ bool fetch_piece(const Mover& m, device::Stage& stage, int t, int64_t at,
+                                            int64_t& bytes) {
+    const RankView& view = m.job.view;
+    bytes = min(bytes, int64_t{m.stage_bytes});
+    if (ptx::lane_id() == 0) {
+        device::load_stage(stage, m.args().x + int64_t{t} * m.args().x_stride + at,
+                           static_cast<int>(bytes));
+    }
+    __syncwarp();
+    if (device::await_stage(view.watch, {OpKind::kDispatch, m.in.seq}, stage, view.peers.rank)) {
+        return true;
+    }
+    device::drain_stage(stage);
+    return false;
+}
+
+// A row that is longer than a stage or a chunk, to one ring after the other: a warp that had a place in two
+// rings and filled them by turns would make each wait for the credits of the other. `loads`: the stage does
+// not hold all of the row. Returns the parity of the stage, or -1: leave.
+template <device::Rail R>
+__device__ __noinline__ int stage_pieces(const Mover& m, const RailOut<R>& out, int t,
+                                         const Choice& c, const Route& r, Crossing x,
+                                         uint32_t bring, const std::byte* scales, bool loads) {
+    const RailChunks& chunks = out.parcel.chunks;
+    device::Stage stage = m.stage;
+    bool ok = true;
+#pragma unroll 1
+    for (uint32_t left = bring; ok && left != 0; left &= left - 1) {
+        const uint32_t one = left & -left;
+        const bool mine = (one >> ptx::lane_id() & 1) != 0;
+        if (mine) out.take_place(x);
+        __syncwarp();
+#pragma unroll 1
+        for (int piece = 0; ok && piece < chunks.pieces; ++piece) {
+            const int64_t begin = chunks.piece_begin(piece), end = chunks.piece_end(piece);
+            ok = out.when_free(one, x, piece, [&](uint32_t) {
+                out.write_head(x, __ffs(one) - 1, piece, t, c, r, m.args().num_topk, scales);
+            });
+#pragma unroll 1
+            for (int64_t at = begin, bytes; ok && at < end; at += bytes) {
+                bytes = end - at;
+                if (loads) ok = fetch_piece(m, stage, t, at, bytes);
+                if (ok && mine) {
+                    device::store_stage(out.place_of(x, piece) + chunks.head_bytes + at - begin,
+                                        stage.data + (loads ? 0 : at), static_cast<int>(bytes));
+                }
+                device::drain_reads();
+                __syncwarp();
+            }
+            device::drain_stores();
+            if (ok) out.hand_over(one, x, piece);
+        }
+    }
+    return ok ? static_cast<int>(stage.parity) : -1;
+}
+
+// One token as it is. False: leave.
+template <device::Rail R>
+__device__ __forceinline__ bool cross_verbatim(Mover& m, const RailOut<R>& out, int t,
+                                               const Choice& c, const Route& r, Crossing& x) {
+    const DispatchArgs& a = m.args();
+    const Divided d = divide(out, c, r, x);
+    const std::byte* scales = a.scales + int64_t{t} * a.scale_bytes;
+    const bool whole = a.row_bytes() <= m.stage_bytes && out.parcel.chunks.pieces == 1;
+    if (d.bring == 0) return move_verbatim(m, t, t + m.tokens.step, d.near, d.near_route);
+    if (!whole) {  // the row comes once more for each ring
+        const bool ok = move_verbatim(m, t, m.tokens.end, d.near, d.near_route);
+        if (!ok) return false;
+        const int parity = stage_pieces(m, out, t, c, r, x, d.bring, scales, true);
+        if (parity < 0) return false;
+        m.stage.parity = parity;
+        m.load(t + m.tokens.step, 0);
+        return true;
+    }
+    if (!m.await()) return false;
+    const bool staged = m.stages_scales();
+    if (d.near_route.first) {
+        device::store_stage(m.out().row_of(d.near, d.near_route), m.stage.data,
+                            static_cast<int>(a.row_bytes()));
+        if (staged) {
+            device::store_stage(m.out().scales_of(d.near, d.near_route),
+                                m.stage.data + a.row_bytes(), static_cast<int>(a.scale_bytes));
+        }
+    }
+    m.out().describe(t, d.near, d.near_route);
+    const bool ok = stage_whole(m, out, t, c, r, x, d.bring, scales);
+    m.refill(t + m.tokens.step, 0);
+    if (a.scale_bytes > 0 && !staged) m.out().copy_scales(d.near, d.near_route, scales);
+    device::drain_stores();
+    if (ok) out.hand_over(d.bring, x, 0);
+    return ok;
+}
+
+// One token, quantized on the way. False: leave.
+template <DType kSource, device::Rail R>
+__device__ __forceinline__ bool cross_quantized(Mover& m, const RailOut<R>& out, int t,
+                                                const Choice& c, const Route& r, Crossing& x) {
+    const DispatchArgs& a = m.args();
+    const Divided d = divide(out, c, r, x);
+    if (d.bring == 0) return move_quantized<kSource>(m, t, d.near, d.near_route);
+    if (!m.await()) return false;
+    const std::byte* scales = quantize_stage<kSource>(m);
+    if (d.near_route.first) {
+        device::store_stage(m.out().row_of(d.near, d.near_route), m.stage.data,
+                            static_cast<int>(a.hidden));
+    }
+    m.out().describe(t, d.near, d.near_route);
+    m.out().copy_scales(d.near, d.near_route, scales);
+    bool ok;
+    if (out.parcel.chunks.pieces == 1) {
+        ok = stage_whole(m, out, t, c, r, x, d.bring, scales);
+        ptx::fence_proxy_async_shared();  // our reads of scales, before the load that follows
+        m.refill(t + m.tokens.step, 0);
+        device::drain_stores();
+        if (ok) out.hand_over(d.bring, x, 0);
+    } else {
+        ok = stage_pieces(m, out, t, c, r, x, d.bring, scales, false) >= 0;
+        ptx::fence_proxy_async_shared();
+        m.refill(t + m.tokens.step, 0);
+    }
+    return ok;
+}
+
+// From `ahead`, the choice of the first token, on. False: leave; nothing of ours is under way then.
+template <class Config, device::Rail R>
+__device__ __forceinline__ bool move_rows_across(Mover& m, const RailOut<R>& out, Choice ahead) {
+    bool ok = true;
+    Crossing next = out.crossing(m.tokens.begin, ahead.dst);
+#pragma unroll 1
+    for (int t = m.tokens.begin; ok && t < m.tokens.end; t += m.tokens.step) {
+        const Choice c = ahead;
+        Crossing x = next;
+        const Route r = m.route(t, c);
+        ok = m.in_bounds(c, r);
+        if (!ok) break;
+        ahead = m.choose(t + m.tokens.step);
+        next = out.crossing(t + m.tokens.step, ahead.dst);
+        if constexpr (Config::kQuantizes) {
+            ok = cross_quantized<Config::kSource>(m, out, t, c, r, x);
+        } else {
+            ok = cross_verbatim(m, out, t, c, r, x);
+        }
+        if (!ok) break;
+        m.keep(t, r);
+        if (r.first) atomicAdd(&m.tables.pushed[c.dst], 1);
+    }
+    device::drain_stores();
+    out.rail.flush();
+    m.abandon();
+    return ok;
+}
+
+}  // namespace ep::kernels

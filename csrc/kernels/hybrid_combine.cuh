@@ -1,0 +1,344 @@
+// Combine across nodes: of what a token left on a node, the rank where it crossed adds up the rows and puts
+// one sum on the rail back; the token's source adds the rows on its own node and one sum for each other
+// node, in ascending order of ranks. One kernel, over any rail.
+//
+// As in pull.cu a group of warps has a ring of stages: one feeds it (rail_sums.cuh), the others add. Some
+// groups of a block work for other nodes, the rest for the tokens of its channel; neither waits for the
+// other.
+//
+// defines: HybridCombine, launch_hybrid_combine, load_hybrid_combine
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "contract/gpu.h"
+#include "contract/rail.h"
+#include "device/ptx.cuh"
+#include "device/rail.cuh"
+#include "kernels/contribution.cuh"
+#include "kernels/enter.cuh"
+#include "kernels/launch.cuh"
+#include "kernels/outputs.cuh"
+#include "kernels/rail_notice.cuh"
+#include "kernels/rail_sums.cuh"
+#include "kernels/rail_tables.cuh"
+#include "kernels/stage_ring.cuh"
+#include "kernels/visits.cuh"
+
+namespace ep::kernels {
+
+// How the shared memory and the warps of a block are divided.
+struct HybridGroups {
+    int count, pullers;  // groups; those that work for other nodes come first
+    int adders, num_stages, piece_bytes;
+    int sources, rings;  // where they begin in shared memory
+
+    __host__ __device__ int num_warps() const { return count * (adders + 1); }
+    __host__ __device__ int64_t ring_bytes() const { return int64_t{num_stages} * piece_bytes; }
+};
+
+template <device::Rail R>
+struct HybridCombine {
+    CombineJob job;
+    RailView rails;
+    RailSpread spread;
+    RailChunks chunks;
+    HybridGroups groups;
+    R rail;
+};
+
+// ---- the warps that add ----
+
+template <DType kDtype, device::Rail R>
+struct Adder {
+    const HybridCombine<R>& h;
+    Operation op;
+    const StageRing& ring;
+    const Handover* handovers;
+    uint64_t* met;  // where the adders of a group meet, once a chunk is whole
+    bool for_rail;
+    int number;  // of the adders of the group
+    Lap lap{};
+    uint32_t met_parity = 0;
+
+    // Sum after sum, until the feeder says stop. False: leave.
+    __device__ bool run() {
+        Sums<kDtype> sums;
+        sums.first = number * kSliceBytes + 16 * static_cast<int>(ptx::lane_id());
+        std::byte* out = for_rail ? h.rail.own(0) : h.job.args.out;
+        while (true) {
+            if (!await_first()) return false;
+            Piece piece = ring.pieces[lap.stage];
+            if (piece.flags & Piece::kStop) return true;
+            if (for_rail) {
+                sums.clear();
+            } else {
+                sums.start(h.job.args, piece);
+            }
+            Handover handover = add(sums, piece);
+            while (!(piece.flags & Piece::kLast)) {
+                if (!await_next()) return false;
+                piece = ring.pieces[lap.stage];
+                handover = add(sums, piece);
+            }
+            sums.finish(out + piece.at, piece.bytes);
+            if (for_rail && handover.node >= 0 && !hand_over(handover)) return false;
+        }
+    }
+
+private:
+    __device__ const RankView& view() const { return h.job.view; }
+    __device__ const RailShape& shape() const { return h.rails.shape; }
+    __device__ int my_node() const { return shape().nodes.node(view().peers.rank); }
+    __device__ int peer_on(int node) const {
+        return shape().nodes.rank(node, shape().nodes.local(view().peers.rank));
+    }
+
+    // The first piece of a sum may be long in coming: what was put but held back goes out before. All lanes
+    // come to the same.
+    __device__ bool await_first() const {
+        uint64_t* loaded = ring.loaded + lap.stage;
+        if (__all_sync(~0u, ptx::mbarrier_try_wait_parity(loaded, lap.parity))) return true;
+        h.rail.flush();
+        return await_next();
+    }
+    __device__ bool await_next() const {
+        return __all_sync(~0u, await_barrier(view(), op, ring.loaded + lap.stage, lap.parity));
+    }
+
+    // The piece of this stage, which is the feeder's again.
+    __device__ Handover add(Sums<kDtype>& sums, const Piece& piece) {
+        const Handover handover = handovers[lap.stage];
+        const std::byte* data = ring.data + lap.stage * ring.piece_bytes;
+        if (!for_rail && handover.node >= 0 && number == 0) credit(handover);
+        if (piece.flags & Piece::kRow) {
+            const float weight = piece.weight;
+            if (h.job.args.weighted) {
+                sums.add(data, piece.bytes,
+                         [weight](auto& u, const uint4& b) { u.add(b, weight); });
+            } else {
+                sums.add(data, piece.bytes, [](auto& u, const uint4& b) { u.add(b); });
+            }
+        }
+        __syncwarp();  // all have read; the fence that follows is the feeder's
+        if (ptx::lane_id() == 0) ptx::mbarrier_arrive(ring.used + lap.stage);
+        lap.next(ring.num_stages);
+        return handover;
+    }
+
+    // A piece of a sum is in shared memory. One adder of each group counts; the last piece of a chunk frees
+    // its place.
+    __device__ void credit(const Handover& chunk) const {
+        if (ptx::lane_id() != 0) return;
+        const RailTables tables(h.spread);
+        uint32_t* read = tables.filled + chunk.node * shape().ring_chunks() +
+                         place_in_ring(shape(), chunk.count);
+        const auto all = static_cast<uint32_t>(chunk.amount);
+        if (ptx::atom_acq_rel_cta_add(read, 1) + 1 != all) return;
+        *read = 0;
+        h.rail.signal_add(
+            peer_on(chunk.node),
+            {h.rails.layout.head_word(my_node(), static_cast<int>(blockIdx.x), chunk.count), 1});
+    }
+
+    // A chunk is whole once every adder has written its slices: it is put, by all of them where a put is a
+    // copy of ours, else by one.
+    __device__ __noinline__ bool hand_over(const Handover& chunk) {
+        const int adders = h.groups.adders;
+        __syncwarp();
+        if (ptx::lane_id() == 0) ptx::mbarrier_arrive(met);
+        if (!__all_sync(~0u, await_barrier(view(), op, met, met_parity))) return false;
+        met_parity ^= 1;
+        const RailLayout& layout = h.rails.layout;
+        const int64_t units = chunk.amount / 16;
+        const bool splits = h.rails.splits_puts && units >= adders;
+        if (!splits && number != 0) return true;
+        const int parts = splits ? adders : 1;
+        const int64_t begin = units * number / parts * 16, end = units * (number + 1) / parts * 16;
+        const auto amount = static_cast<uint64_t>(kChunkParts * (number + 1) / parts -
+                                                  kChunkParts * number / parts);
+        device::fence_stage();
+        h.rail.put_signal(
+            peer_on(chunk.node),
+            layout.recv_chunk(chunk.node, my_node(), chunk.channel, chunk.count) + begin,
+            layout.send_chunk(my_node(), chunk.node, chunk.channel, chunk.count) + begin,
+            end - begin, {layout.tail_word(my_node(), chunk.channel, chunk.count), amount});
+        return true;
+    }
+};
+
+// ---- the kernel ----
+
+// The rank that holds the row of a slot of our handle; -1 = none.
+__device__ __forceinline__ int holder_of_slot(const CombineJob& job, int t, int k) {
+    const CombineArgs& a = job.args;
+    const int64_t at = int64_t{t} * a.num_topk + k, id = a.topk_idx[at];
+    const bool chosen = id >= 0 && id < job.view.shape.num_experts && a.send_row[at] >= 0;
+    return chosen ? __ldg(job.view.state.owner + id) : -1;
+}
+
+// One warp of the block that speaks for the rank, once all its blocks are through.
+template <device::Rail R>
+__device__ __forceinline__ void conclude_combine(const HybridCombine<R>& h, Entering& in,
+                                                 const Source* sources, bool good) {
+    const RankView& view = h.job.view;
+    const Operation op{OpKind::kCombine, in.seq};
+    if (!await_blocks(view, op)) return;
+    if (!good) return fail_outputs(h.job, in, sources);
+    if (!await_pulled(view, op, in.slot)) return;
+    leave_rails(
+        h.rails, h.spread, h.chunks, h.rails.shape.nodes.node(view.peers.rank),
+        h.job.args.num_tokens,
+        {RailCounter::kSumsIn, RailCounter::kSumsOut, h.rails.state.taken, h.rails.state.sent});
+    leave_slot(view, in.seq, in.slot);
+}
+
+template <DType kDtype, device::Rail R>
+__global__ void __launch_bounds__(kMaxPullWarps * 32, 1)
+    hybrid_combine_kernel(const __grid_constant__ HybridCombine<R> h) {
+    __shared__ uint64_t loaded[kMaxGroups][kMaxStages], used[kMaxGroups][kMaxStages];
+    __shared__ uint64_t met[kMaxGroups];
+    __shared__ Piece pieces[kMaxGroups][kMaxStages];
+    __shared__ Uninitialized<Handover> handovers[kMaxGroups][kMaxStages];
+    __shared__ Uninitialized<Entering> entering;
+    Entering& in = entering.get();
+    const CombineJob& job = h.job;
+    const RankView& view = job.view;
+    const HybridGroups& groups = h.groups;
+    std::byte* shared = ptx::dynamic_shared();
+    const int warp = threadIdx.x / 32, group = warp / (groups.adders + 1);
+    const int adder = warp % (groups.adders + 1) - 1;  // -1: feeds
+    const bool publishes = blockIdx.x == 0, for_rail = group < groups.pullers;
+    const StageRing ring{shared + groups.rings + group * groups.ring_bytes(),
+                         pieces[group],
+                         loaded[group],
+                         used[group],
+                         groups.piece_bytes,
+                         groups.num_stages};
+    auto* sources = reinterpret_cast<Source*>(shared + groups.sources);
+    const auto block = static_cast<int>(blockIdx.x);
+    const auto num_tokens = static_cast<int>(job.args.num_tokens);
+    const int begin = min(block * h.rails.tokens_per_block, num_tokens);
+    const Visits visits(h.rails, {begin, min(begin + h.rails.tokens_per_block, num_tokens)}, block);
+    if (threadIdx.x == 0) {
+        init_entering(view, job.begin, in);
+        if (publishes) open_outbox(h.rail, h.rails, in);
+    }
+    if (adder < 0 && static_cast<int>(ptx::lane_id()) < groups.num_stages) {
+        ptx::mbarrier_init(ring.loaded + ptx::lane_id(), 1);
+        ptx::mbarrier_init(ring.used + ptx::lane_id(), groups.adders);
+        if (ptx::lane_id() == 0) ptx::mbarrier_init(&met[group], groups.adders);
+        ptx::fence_mbarrier_init_release_cluster();
+    }
+    bool ok = !__syncthreads_or(device::gave_up(view.watch));
+    const Operation op{OpKind::kCombine, in.seq};
+    if (ok && publishes && warp == 0) ok = acquire_slot(view, op, in.slot);
+    count_visits(h.rails, visits, block, job.args.num_topk, in.seq,
+                 [&](int t, int k) { return holder_of_slot(job, t, k); });
+    ok = __syncthreads_and(ok);
+    if (ok && publishes) {
+        publish_head(view, job.begin, in);
+        ok = exchange_notices(h.rail, view, h.rails, in, op, true);
+    }
+    ok = ok && await_notices(view, job.begin, in, OutputReader{job, sources, in});
+    const bool good = ok && in.first_bad == kNoObjection;
+    if (good) ok = hear_rings(view, h.rails, h.spread, op, h.rails.state.sent, h.rails.state.taken);
+    if (!ok) return;
+    const Planner planner(job, in.seq, sources);
+    Handover* const handed = &handovers[group][0].get();
+    const RingWalk<R> walk{
+        h.rail, view, h.rails, h.spread, h.chunks, RailTables(h.spread), op, Site::kRailCredit,
+        group};
+    if (good && adder >= 0) {
+        ok = Adder<kDtype, R>{h, op, ring, handed, &met[group], for_rail, adder}.run();
+    } else if (good && for_rail) {
+        ok = SumFeeder<R>(planner, walk, ring, handed).run();
+    } else if (good) {
+        const int reducers = groups.count - groups.pullers;
+        ok = TokenFeeder<R>(planner, walk, visits, ring, handed)
+                 .run(begin + group - groups.pullers, reducers);
+    }
+    h.rail.flush();
+    if (!__syncthreads_and(ok) || warp != 0) return;
+    if (ptx::lane_id() == 0) count_block(view);
+    if (publishes) conclude_combine(h, in, sources, good);
+}
+
+template <device::Rail R>
+using HybridCombineKernel = void (*)(HybridCombine<R>);
+
+// Every kernel that exists, in one place.
+template <device::Rail R>
+HybridCombineKernel<R> hybrid_combine_for(DType dtype) {
+    switch (dtype) {
+        case DType::kBF16:
+            return hybrid_combine_kernel<DType::kBF16, R>;
+        case DType::kF16:
+            return hybrid_combine_kernel<DType::kF16, R>;
+        default:
+            return hybrid_combine_kernel<DType::kF32, R>;
+    }
+}
+
+// ---- how wide ----
+
+inline HybridGroups divide_groups(const CombineArgs& a, int num_ranks, int tables_end,
+                                  int smem_bytes) {
+    // Rows in equal pieces; as many groups as there are warps for, half of them for other nodes.
+    constexpr int kFixed =
+        kMaxGroups * kMaxStages * (2 * 8 + static_cast<int>(sizeof(Piece) + sizeof(Handover))) +
+        static_cast<int>(sizeof(Entering)) + 1024;
+    const int64_t row_bytes = std::max<int64_t>(a.row_bytes(), 16);
+    const int64_t pieces = (row_bytes + kMaxPieceBytes - 1) / kMaxPieceBytes;
+    const auto piece = static_cast<int>((row_bytes / 16 + pieces - 1) / pieces * 16);
+    HybridGroups g{};
+    g.adders = (piece + kSliceBytes - 1) / kSliceBytes;
+    g.count = std::min(kMaxGroups, kMaxPullWarps / (g.adders + 1));
+    g.pullers = g.count / 2;
+    g.piece_bytes = (piece + 127) / 128 * 128;
+    g.sources = tables_end;
+    g.rings = (tables_end + static_cast<int>(sizeof(Source)) * num_ranks + 127) / 128 * 128;
+    const int room = smem_bytes - kFixed - g.rings;
+    g.num_stages = std::clamp(room / (g.count * g.piece_bytes), 1, kMaxStages);
+    return g;
+}
+static_assert(kMaxPullWarps / (kMaxPieceBytes / kSliceBytes + 1) >= 2, "a group for each purpose");
+
+// plan: num_blocks; num_stages of a group at most, 0 = as many as there is room for.
+template <device::Rail R>
+int launch_hybrid_combine(const R& rail, const CombineJob& job, RailView rails,
+                          const LaunchPlan& plan, int smem_bytes, Stream stream) {
+    const CombineArgs& a = job.args;
+    const int blocks = std::clamp(plan.num_blocks, 1, rails.shape.num_channels);
+    rails.num_blocks = blocks;
+    rails.tokens_per_block = static_cast<int>((a.num_tokens + blocks - 1) / blocks);
+    // Tables are sized for the pullers there may be at most.
+    const RailSpread spread(rails.shape, 0, blocks, kMaxGroups / 2);
+    HybridGroups groups = divide_groups(a, job.view.shape.num_ranks, spread.end, smem_bytes);
+    if (plan.num_stages > 0) groups.num_stages = std::min(groups.num_stages, plan.num_stages);
+    HybridCombine<R> h{job,
+                       rails,
+                       spread,
+                       RailChunks(rails.shape.chunk_bytes,
+                                  sum_head_bytes(a.num_topk, a.with_weights), a.row_bytes()),
+                       groups,
+                       rail};
+    h.spread.num_walkers = groups.pullers;
+    const int smem = groups.rings + static_cast<int>(groups.count * groups.ring_bytes());
+    return launch(hybrid_combine_for<R>(a.dtype), {blocks, 32 * groups.num_warps(), smem}, stream,
+                  h);
+}
+
+template <device::Rail R>
+int load_hybrid_combine(int smem_bytes) {
+    for (const DType dtype : {DType::kBF16, DType::kF16, DType::kF32}) {
+        const auto kernel = reinterpret_cast<const void*>(hybrid_combine_for<R>(dtype));
+        if (const int error = load_kernel(kernel, smem_bytes)) return error;
+    }
+    return 0;
+}
+
+}  // namespace ep::kernels

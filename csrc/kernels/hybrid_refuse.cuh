@@ -1,0 +1,59 @@
+// A rank that refuses a call across nodes still tells its rail and relays what comes from there: its node
+// hears of other nodes through it alone.
+//
+// defines: launch_hybrid_refuse, load_hybrid_refuse
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "contract/gpu.h"
+#include "contract/rail.h"
+#include "device/ptx.cuh"
+#include "device/rail.cuh"
+#include "kernels/enter.cuh"
+#include "kernels/launch.cuh"
+#include "kernels/rail_notice.cuh"
+
+namespace ep::kernels {
+
+template <device::Rail R>
+struct HybridRefusal {
+    RankView view;
+    Begin begin;
+    RailView rails;
+    R rail;
+};
+
+template <device::Rail R>
+__global__ void __launch_bounds__(128, 1)
+    hybrid_refuse_kernel(const __grid_constant__ HybridRefusal<R> h) {
+    __shared__ Uninitialized<Entering> entering;
+    Entering& in = entering.get();
+    const Begin& begin = h.begin;
+    if (threadIdx.x == 0) {
+        init_entering(h.view, begin, in);
+        open_outbox(h.rail, h.rails, in);
+    }
+    if (threadIdx.x < 4) in.detail[threadIdx.x] = begin.refusal.detail[threadIdx.x];
+    bool ok = !__syncthreads_or(device::gave_up(h.view.watch));
+    const Operation op{kind_of(begin.head.what), in.seq};
+    if (ok && threadIdx.x < 32) ok = acquire_slot(h.view, op, in.slot);
+    if (!__syncthreads_and(ok)) return;
+    publish_head(h.view, begin, in);
+    if (!exchange_notices(h.rail, h.view, h.rails, in, op, false)) return;
+    if (threadIdx.x < 32) leave_slot(h.view, in.seq, in.slot);  // we read nothing there
+}
+
+template <device::Rail R>
+int launch_hybrid_refuse(const R& rail, const RankView& view, const Begin& begin,
+                         const RailView& rails, Stream stream) {
+    return launch(hybrid_refuse_kernel<R>, {1, 128, 0}, stream,
+                  HybridRefusal<R>{view, begin, rails, rail});
+}
+
+template <device::Rail R>
+int load_hybrid_refuse(int smem_bytes) {
+    return load_kernel(reinterpret_cast<const void*>(hybrid_refuse_kernel<R>), smem_bytes);
+}
+
+}  // namespace ep::kernels

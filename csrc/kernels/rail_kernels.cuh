@@ -1,0 +1,43 @@
+// Makes the table of rail_kernels.h for a rail; whoever calls it compiles the kernels.
+//
+// defines: rail_kernels
+#pragma once
+
+#include "device/rail.cuh"
+#include "kernels/hybrid_combine.cuh"
+#include "kernels/hybrid_dispatch.cuh"
+#include "kernels/hybrid_refuse.cuh"
+#include "kernels/rail_kernels.h"
+
+namespace ep::kernels {
+
+// `rail` outlives the table.
+template <device::Rail R>
+RailKernels rail_kernels(const R* rail) {
+    RailKernels table{};
+    table.rail = rail;
+    table.load = [](int smem_bytes) {
+        for (const auto load :
+             {load_hybrid_dispatch<R>, load_hybrid_combine<R>, load_hybrid_refuse<R>}) {
+            if (const int error = load(smem_bytes)) return error;
+        }
+        return 0;
+    };
+    table.dispatch = [](const void* any, const DispatchJob& job, const RailView& rails,
+                        const LaunchPlan& plan, int smem_bytes, Stream stream) {
+        return launch_hybrid_dispatch(*static_cast<const R*>(any), job, rails, plan, smem_bytes,
+                                      stream);
+    };
+    table.combine = [](const void* any, const CombineJob& job, const RailView& rails,
+                       const LaunchPlan& plan, int smem_bytes, Stream stream) {
+        return launch_hybrid_combine(*static_cast<const R*>(any), job, rails, plan, smem_bytes,
+                                     stream);
+    };
+    table.refuse = [](const void* any, const RankView& view, const Begin& begin,
+                      const RailView& rails, Stream stream) {
+        return launch_hybrid_refuse(*static_cast<const R*>(any), view, begin, rails, stream);
+    };
+    return table;
+}
+
+}  // namespace ep::kernels

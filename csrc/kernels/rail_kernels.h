@@ -1,0 +1,26 @@
+// The kernels of operations across nodes, compiled for one rail. The core has them for the loopback, the
+// plugin for NVSHMEM; host code calls through this and does not know which it has.
+#pragma once
+
+#include "contract/gpu.h"
+#include "contract/rail.h"
+#include "kernels/launch.h"
+
+namespace ep::kernels {
+
+// As in kernels/launch.h: each returns a cudaError_t as an int, 0 = launched; none waits, allocates or loads
+// a module, but `load`. `smem_bytes` is what one block may have.
+struct RailKernels {
+    const void* rail;  // the device's rail, which goes into every launch
+
+    int (*load)(int smem_bytes);
+    // plan: num_blocks; num_warps of a block, 0 = as many as there is room for.
+    int (*dispatch)(const void* rail, const DispatchJob& job, const RailView& rails,
+                    const LaunchPlan& plan, int smem_bytes, Stream stream);
+    int (*combine)(const void* rail, const CombineJob& job, const RailView& rails,
+                   const LaunchPlan& plan, int smem_bytes, Stream stream);
+    int (*refuse)(const void* rail, const RankView& view, const Begin& begin, const RailView& rails,
+                  Stream stream);
+};
+
+}  // namespace ep::kernels
