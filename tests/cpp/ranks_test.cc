@@ -157,16 +157,30 @@ void with_ranks(Body body) {
 
 const cpu::WaitHooks kNoHooks{nullptr, nullptr};
 
-void round_trip(cpu::Communicator& comm, int rank, int seed, RecvLayout layout) {
+// per_rank: with statistics, too.
+void round_trip(cpu::Communicator& comm, int rank, int seed, RecvLayout layout,
+                bool per_rank = false) {
     Call call(rank, seed, layout);
+    std::vector<int32_t> rows(kExperts, 7);
+    std::vector<int64_t> waits(kRanks, 7);
+    if (per_rank) call.args.recv_stats = rows.data(), call.args.wait_stats = waits.data();
     const cpu::Dispatched got = comm.dispatch(call.args, kNoHooks);
     expect_eq(int{got.outcome.incident.code}, int{kOk});
     if (!got.outcome.ok()) return;
     const std::vector<float> y = receive(comm, call, got);
     std::vector<float> out;
-    const Outcome outcome = comm.combine(combine_args(call, got, y, out), kNoHooks);
+    CombineArgs back = combine_args(call, got, y, out);
+    back.per_rank = per_rank;
+    if (per_rank) back.wait_stats = waits.data();
+    const Outcome outcome = comm.combine(back, kNoHooks);
     expect_eq(int{outcome.incident.code}, int{kOk});
     expect_combined(call, out);
+    if (!per_rank) return;
+    for (int e = 0; e < comm.rank().experts().num_local(rank); ++e) {
+        expect_eq(rows[e], 7 + call.expert_counts[e]);
+    }
+    expect_eq(waits[rank], int64_t{7});
+    for (const int64_t waited : waits) expect(waited >= 7, "a wait shorter than nothing");
 }
 
 }  // namespace
@@ -176,6 +190,15 @@ int main() {
         with_ranks([](cpu::Communicator& comm, int rank) {
             for (int seed = 0; seed < 12; ++seed) {
                 round_trip(comm, rank, seed, static_cast<RecvLayout>(seed % 3));
+            }
+        });
+    });
+
+    test("owners add up their rows, and statistics are filled", [] {
+        with_ranks([](cpu::Communicator& comm, int rank) {
+            for (int seed = 20; seed < 32; ++seed) {
+                const bool slab = seed % 2 == 0;
+                round_trip(comm, rank, seed, slab ? RecvLayout::kSlab : RecvLayout::kGrouped, true);
             }
         });
     });
