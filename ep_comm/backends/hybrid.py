@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import Any, Final
 
 import torch
@@ -22,7 +21,7 @@ from ep_comm.backends.nvlink import NvlinkBackend, connect_backend
 from ep_comm.backends.nvlink_calls import Combine, Dispatch
 from ep_comm.backends.nvlink_memory import Memory
 from ep_comm.backends.nvlink_plans import Plans
-from ep_comm.backends.nvlink_results import Outputs
+from ep_comm.backends.nvlink_results import Outputs, Piece
 from ep_comm.bootstrap import Exchange, Group, Hello, Listener
 from ep_comm.checks import BufferSpec, CombineCall, DispatchCall
 from ep_comm.config import EPConfig
@@ -40,9 +39,8 @@ class HybridOutputs(Outputs):
 
     _backend: HybridBackend
 
-    @cached_property
-    def handle(self) -> Handle:
-        handle, look = super().handle, self.look
+    def _make_handle(self) -> Handle:
+        handle, look = super()._make_handle(), self.look
         if look.cached and not look.has_weights:
             return handle  # nothing of what it keeps is new
         spec, flight = self._backend.spec, self.flight
@@ -50,9 +48,8 @@ class HybridOutputs(Outputs):
         logged = flight.num_logged
         if not look.sync:
             logged = (self._backend.nodes.num_nodes - 1) * spec.max_tokens
-        log = self._tensor(
-            _core.Out.RAIL_LOG, (logged * meta.log_words, look.num_topk), torch.int32
-        )
+        shape = (logged * meta.log_words, look.num_topk)
+        log = Piece(_core.Out.RAIL_LOG, shape, torch.int32).of(flight, spec.device)
         rows = handle.recv_row[: meta.recv_rows]
         return handle._replace(recv_row=torch.cat((rows, log)) if rows.shape[0] else log)
 
