@@ -30,6 +30,8 @@ public:
 
     // An extent for work on `stream`, or nothing. What a capture is granted belongs to its graph.
     std::shared_ptr<StreamHold> grant(int64_t bytes, Stream stream);
+    // The same for who knows whether `stream` is being captured.
+    std::shared_ptr<StreamHold> grant(int64_t bytes, Stream stream, bool capturing);
     // Takes back what has died, for work on `stream`; the longest piece there is then.
     int64_t reclaim(Stream stream);
     // Gives the end of an extent back, before anybody was told of it.
@@ -49,7 +51,7 @@ private:
         std::vector<Stream> streams;
     };
     void retire(Retired extent);
-    void collect(Stream stream);
+    void collect(Stream stream, bool capturing);
 
     std::shared_ptr<DeviceMemory> memory_;
     Arena extents_;

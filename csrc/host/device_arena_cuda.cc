@@ -18,18 +18,22 @@ DeviceArena::DeviceArena(std::shared_ptr<DeviceMemory> memory)
 DeviceArena::~DeviceArena() { cudaEventDestroy(static_cast<cudaEvent_t>(event_)); }
 
 std::shared_ptr<StreamHold> DeviceArena::grant(int64_t bytes, Stream stream) {
+    return grant(bytes, stream, is_capturing(stream));
+}
+
+std::shared_ptr<StreamHold> DeviceArena::grant(int64_t bytes, Stream stream, bool capturing) {
     release_dropped();
-    collect(stream);
+    collect(stream, capturing);
     const auto extent = extents_.grant(bytes);
     if (!extent) return nullptr;
     auto hold = std::make_shared<StreamHold>(shared_from_this(), *extent, stream);
-    keep_in_graph(stream, hold);
+    if (capturing) keep_in_graph(stream, hold);
     return hold;
 }
 
 int64_t DeviceArena::reclaim(Stream stream) {
     release_dropped();
-    collect(stream);
+    collect(stream, is_capturing(stream));
     return extents_.stats().largest_free;
 }
 
@@ -51,13 +55,13 @@ void DeviceArena::retire(Retired extent) {
 
 // A capture takes nothing back that another stream still uses: its graph cannot wait for work that
 // was queued outside of it.
-void DeviceArena::collect(Stream stream) {
+void DeviceArena::collect(Stream stream, bool capturing) {
     std::vector<Retired> found, kept;
     {
         std::lock_guard lock(mutex_);
         found.swap(retired_);
     }
-    const bool capturing = is_capturing(stream);
+    if (found.empty()) return;
     std::vector<Stream> waited{stream};
     for (Retired& extent : found) {
         bool ready = true;

@@ -98,6 +98,7 @@ struct Flight {
     std::vector<Part> parts;
     std::array<Granted, kNumOuts> granted;
     Stream stream = nullptr;
+    bool is_captured = false;
     uint64_t number = 0;
     int32_t num_blocks = 1;
     Half half = Half::kBoth;    // kSend: the other one is to be queued
@@ -172,7 +173,7 @@ public:
     const Rails* rails() const { return rails_.get(); }  // null on one node
 
 private:
-    void enter(Stream stream);
+    bool enter(Stream stream);  // whether it is being captured
     bool grant(Flight& flight, const DispatchWants& wants);
     bool take_extents(Flight& flight, int64_t rows, int64_t tokens);
     void tell_extents(Flight& flight, int64_t rows, int64_t tokens);

@@ -206,25 +206,28 @@ int DeviceRank::blocks(OpKind kind, int num_sms) const {
 }
 
 // Operations of one buffer run in the order they are begun, whatever their streams.
-void DeviceRank::enter(Stream stream) {
+bool DeviceRank::enter(Stream stream) {
     EP_CUDA(cudaSetDevice(arena_->device()));
-    keep_in_graph(stream, kept_);
+    const bool captured = is_capturing(stream);
+    if (captured) keep_in_graph(stream, kept_);
     if (has_stream_ && last_stream_ != stream && in_same_graph(stream, last_stream_)) {
         EP_CUDA(cudaEventRecord(static_cast<cudaEvent_t>(order_), last_stream_));
         EP_CUDA(cudaStreamWaitEvent(stream, static_cast<cudaEvent_t>(order_), 0));
     }
     last_stream_ = stream;
     has_stream_ = true;
+    return captured;
 }
 
 std::shared_ptr<Flight> DeviceRank::dispatch(const DispatchArgs& args, const DispatchWants& wants,
                                              Stream stream) {
-    enter(stream);
+    const bool captured = enter(stream);
     auto flight =
         std::make_shared<Flight>(DispatchJob{view_, begin_of(OpKind::kDispatch), args, UnpackArgs{},
                                              1, 0, wants.status, wants.num_recv});
     DispatchJob& job = flight->job;
     flight->stream = stream;
+    flight->is_captured = captured;
     job.begin.describe(describe(args), args.num_tokens);
     job.begin.call = wants.reports ? begun_ + 1 : 0;
     job.begin.report_later = !wants.reports;
@@ -359,13 +362,14 @@ bool DeviceRank::take_extents(Flight& flight, int64_t rows, int64_t tokens) {
         if (part.lies != Lies::kAlone) {
             granted.at = std::exchange(sizes[index(part)], sizes[index(part)] + in_pages(bytes));
         } else if (ok && bytes > 0) {
-            granted.hold = arena_->grant(bytes, flight.stream);
+            granted.hold = arena_->grant(bytes, flight.stream, flight.is_captured);
             ok = granted.hold != nullptr;
         }
     }
     std::shared_ptr<StreamHold> holds[2];
     for (int i = 0; i < 2; ++i) {
-        if (ok && sizes[i] > 0) holds[i] = arena_->grant(sizes[i], flight.stream);
+        if (ok && sizes[i] > 0)
+            holds[i] = arena_->grant(sizes[i], flight.stream, flight.is_captured);
         ok = ok && (sizes[i] == 0 || holds[i]);
     }
     for (const Part& part : flight.parts) {
