@@ -5,10 +5,16 @@ events around the call then time it on its stream. The slower rank of each itera
 device sleeps first, so that the host has queued the call, as it has behind any layer of a model.
 
     torchrun --nproc-per-node 2 bench/nvlink_gpus.py COMMIT >> bench/results/nvlink_gpus.jsonl
+    torchrun --nproc-per-node 8 bench/nvlink_gpus.py COMMIT --sweep --tokens 4096,8192
+
+Without --sweep the cases that have goals; with it every combination of --tokens, --dtype, --routing
+and --sms, BF16 by copy engine, too.
 """
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
 import os
 import statistics
@@ -26,8 +32,16 @@ from ep_comm import Buffer, build_info
 from ep_comm.bench.cases import Case, Inputs, make_inputs, traffic
 
 ROUNDS = 20
-STANDARD = Case(ranks=2, tokens=4096, hidden=7168, topk=8, experts=256, backend="nvlink")
+STANDARD = Case(
+    ranks=int(os.environ.get("WORLD_SIZE", "2")),
+    tokens=4096,
+    hidden=7168,
+    topk=8,
+    experts=256,
+    backend="nvlink",
+)
 Work = Callable[[], Any]
+COMMIT = next((a for a in sys.argv[1:] if not a.startswith("-")), "")  # also of who imports this
 
 
 def on_gpu(inputs: Inputs) -> Inputs:
@@ -134,7 +148,7 @@ class Bench:
             "scaleup_gbps": round(moved.recv_bytes / p50 / 1e3, 1),
             "correct": True,
             "gpu": torch.cuda.get_device_name(),
-            "commit": sys.argv[1] if len(sys.argv) > 1 else "",
+            "commit": COMMIT,
             "nvcc": build_info()["cuda"],
             **more,
         }
@@ -213,12 +227,55 @@ def few_tokens(tokens: int) -> None:
     bench.buffer.close()
 
 
+def sweep(case: Case, sms: list[int]) -> None:
+    bench = Bench(case)
+    recv = bench.check()
+    peer_copy(bench)
+    handle, i = recv.handle, bench.inputs
+    y = None
+    if case.dtype == "bf16":
+        y = bench.buffer.empty(recv.x.shape, recv.x.dtype).copy_(recv.x)
+        by_copies = lambda: bench.dispatch(transfer="copy_engine")  # noqa: E731
+        bench.measure("dispatch by copy engine", by_copies, 0)
+    del recv
+    for n in sms:
+        cached = lambda n=n: bench.buffer.dispatch(  # noqa: E731
+            i.x, scales=i.scales, handle=handle, num_sms=n
+        )
+        bench.measure("dispatch", lambda n=n: bench.dispatch(num_sms=n), n)
+        bench.measure("dispatch_cached", cached, n)
+        if y is not None:
+            combine = lambda n=n: bench.buffer.combine(y, handle, num_sms=n)  # noqa: E731
+            bench.measure("combine", combine, n)
+    bench.buffer.close()
+
+
+def options() -> argparse.Namespace:
+    def several(text: str) -> list[str]:
+        return text.split(",")
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("commit", nargs="?", default="")
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--tokens", type=several, default=["4096"])
+    parser.add_argument("--dtype", type=several, default=["bf16", "fp8"])
+    parser.add_argument("--routing", type=several, default=["uniform"])
+    parser.add_argument("--sms", type=several, default=["8", "12", "16", "20", "24"])
+    return parser.parse_args()
+
+
 def main() -> None:
+    a = options()
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl")
-    throughput()
-    throughput_fp8()
-    few_tokens(128)
+    if a.sweep:
+        for tokens, dtype, routing in itertools.product(a.tokens, a.dtype, a.routing):
+            case = replace(STANDARD, tokens=int(tokens), dtype=dtype, routing=routing)
+            sweep(case, [int(n) for n in a.sms])
+    else:
+        throughput()
+        throughput_fp8()
+        few_tokens(128)
     dist.destroy_process_group()
 
 

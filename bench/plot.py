@@ -24,7 +24,7 @@ from typing import Any
 RESULTS = Path(__file__).resolve().parent / "results"
 Record = dict[str, Any]
 
-PREFILL = "ep2-t4096-h7168-top8of256-bf16"
+PREFILL = "ep2-t4096-h7168-top8of256-bf16"  # as DECODE, of 2 ranks
 # Fewest counts of SMs that make a line.
 SMS_OPS = {"dispatch": 4, "dispatch_cached": 4, "combine": 4}
 COPY = "dispatch as a peer copy"
@@ -40,10 +40,13 @@ class Missing(Exception):
     """Records that a figure needs."""
 
 
-def read(path: Path) -> list[Record]:
+def read(path: Path, ranks: int = 2) -> list[Record]:
+    """Records of that many ranks, under the names that cases of two have."""
     if not path.exists():
         raise Missing(f"{path} is not there")
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    ours = [r for r in lines if r["case"].startswith(f"ep{ranks}-")]
+    return [{**r, "ranks": ranks, "case": f"ep2-{r['case'].partition('-')[2]}"} for r in ours]
 
 
 def of_one_run(
@@ -100,7 +103,7 @@ def plot_sms(axes: Any, records: Sequence[Record]) -> None:
     axes.axhline(copy_us, color="black", linestyle=":", linewidth=1, label="plain peer copy")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("SMs")
-    title(axes, "whole calls, 4096 × 7168 BF16, top-8 of 256, 2 GPUs", mine)
+    title(axes, f"whole calls, 4096 × 7168 BF16, top-8 of 256, {gpus_of(mine)}", mine)
 
 
 # ---- time over tokens ----
@@ -145,7 +148,7 @@ def plot_latency(axes: Any, records: Sequence[Record], name: str) -> None:
     axes.yaxis.set_major_formatter("{x:.0f}")
     axes.set_yticks([2, 5, 10, 20, 50, 100, 200, 500])
     axes.set_xlabel("tokens of a rank")
-    title(axes, f"{name}, fixed shape, 7168, top-8 of 256, 2 GPUs", mine)
+    title(axes, f"{name}, fixed shape, 7168, top-8 of 256, {gpus_of(mine)}", mine)
 
 
 # ---- both ----
@@ -155,6 +158,10 @@ def draw(axes: Any, line: Line, label: str, color: str, **style: Any) -> None:
     x, low, middle, high = zip(*line, strict=True)
     axes.plot(x, middle, marker=".", label=label, color=color, **style)
     axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+
+
+def gpus_of(records: Sequence[Record]) -> str:
+    return f"{records[-1].get('ranks', 2)} GPUs"
 
 
 def title(axes: Any, text: str, records: Sequence[Record]) -> None:
@@ -194,10 +201,11 @@ def main() -> None:
     parser.add_argument("figures", nargs="+", choices=list(FILES))
     parser.add_argument("--results", type=Path, default=RESULTS, help="where records are")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--ranks", type=int, default=2, help="of the records, one GPU each")
     o = parser.parse_args()
     for name in o.figures:
         try:
-            paths = figure(name, read(o.results / FILES[name]), o.out)
+            paths = figure(name, read(o.results / FILES[name], o.ranks), o.out)
         except Missing as error:
             sys.exit(f"{name}, {o.results / FILES[name]}: {error}")
         print(*paths, sep="\n")
