@@ -71,6 +71,12 @@ class CMakeBuild(build_ext):
             if subprocess.run(command).returncode != 0:
                 raise SystemExit(f"this command failed, its output is above: {shlex.join(command)}")
 
+    def copy_extensions_to_source(self) -> None:
+        """Also the plugin for NVSHMEM, which is no extension of setuptools'."""
+        super().copy_extensions_to_source()
+        for plugin in Path(self.build_lib, "ep_comm").glob("_nvshmem.*"):
+            shutil.copy2(plugin, ROOT / "ep_comm" / plugin.name)
+
 
 setup(
     ext_modules=[Extension("ep_comm._core", sources=[])],
