@@ -291,29 +291,29 @@ class Buffer:
     def combine(
         self, x: Any, handle: Any, *, weighted: bool = ..., topk_weights: None = ...,
         order: str = ..., sum_weights: bool = ..., per_rank: bool = ..., row_weights: Any = ...,
-        bias: Any = ..., out: Tensor | None = ..., wait_stats: Any = ...,
-        wait: Literal[True] = ..., num_sms: int | None = ..., tag: str = ...,
+        bias: Any = ..., out: Tensor | None = ...,
+        wait: Literal[True] = ..., wait_stats: Any = ..., num_sms: int | None = ..., tag: str = ...,
     ) -> Tensor: ...
     @overload
     def combine(
         self, x: Any, handle: Any, *, weighted: bool = ..., topk_weights: Tensor,
         order: str = ..., sum_weights: bool = ..., per_rank: bool = ..., row_weights: Any = ...,
-        bias: Any = ..., out: Tensor | None = ..., wait_stats: Any = ...,
-        wait: Literal[True] = ..., num_sms: int | None = ..., tag: str = ...,
+        bias: Any = ..., out: Tensor | None = ...,
+        wait: Literal[True] = ..., wait_stats: Any = ..., num_sms: int | None = ..., tag: str = ...,
     ) -> tuple[Tensor, Tensor]: ...
     @overload
     def combine(
         self, x: Any, handle: Any, *, weighted: bool = ..., topk_weights: None = ...,
         order: str = ..., sum_weights: bool = ..., per_rank: bool = ..., row_weights: Any = ...,
-        bias: Any = ..., out: Tensor | None = ..., wait_stats: Any = ...,
-        wait: Literal[False], num_sms: int | None = ..., tag: str = ...,
+        bias: Any = ..., out: Tensor | None = ...,
+        wait: Literal[False], wait_stats: Any = ..., num_sms: int | None = ..., tag: str = ...,
     ) -> Begun[Tensor]: ...
     @overload
     def combine(
         self, x: Any, handle: Any, *, weighted: bool = ..., topk_weights: Tensor,
         order: str = ..., sum_weights: bool = ..., per_rank: bool = ..., row_weights: Any = ...,
-        bias: Any = ..., out: Tensor | None = ..., wait_stats: Any = ...,
-        wait: Literal[False], num_sms: int | None = ..., tag: str = ...,
+        bias: Any = ..., out: Tensor | None = ...,
+        wait: Literal[False], wait_stats: Any = ..., num_sms: int | None = ..., tag: str = ...,
     ) -> Begun[tuple[Tensor, Tensor]]: ...
     # fmt: on
 

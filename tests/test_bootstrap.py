@@ -62,6 +62,7 @@ DISAGREE: dict[str, tuple[str, Any]] = {
     "num_slots": ("E221", 3),
     "paranoid": ("E221", 1),
     "backend": ("E221", "cpu"),
+    "ranks_per_node": ("E221", 2),
     "device": ("E221", "cuda"),
 }
 

@@ -151,6 +151,40 @@ def test_a_handle_gets_weights_later(make_cluster: MakeCluster) -> None:
         same_values(sums[rank].cpu(), expected[rank])
 
 
+def test_owners_add_up_their_rows_and_times_are_taken(make_cluster: MakeCluster) -> None:
+    case = Case(options=GROUPED)
+    cluster = make_cluster(2, 2, case)
+    inputs = case.inputs()
+    want = want_dispatch(case, inputs)
+    x, idx, weights = on_gpu(inputs.x), on_gpu(inputs.topk_idx), on_gpu(inputs.topk_weights)
+    assert x is not None
+    assert idx is not None
+    selections = [w.num_tokens_per_expert.cuda() for w in want]
+    waited = [torch.zeros(4, dtype=torch.int64).cuda() for _ in range(4)]
+    got = on_streams(
+        cluster,
+        lambda r: cluster.buffers[r].dispatch(
+            x[r], idx[r], of_rank(weights, r), recv_stats=selections[r], wait_stats=waited[r],
+            **GROUPED,
+        ),
+    )  # fmt: skip
+    sums = on_streams(
+        cluster,
+        lambda r: cluster.buffers[r].combine(
+            got[r].x, got[r].handle, per_rank=True, row_weights=got[r].topk_weights
+        ),
+    )
+    factors = [w.topk_weights for w in want]
+    expected = reference.combine(
+        [w.x for w in want], [w.handle for w in want], per_rank=True,
+        row_weights=[f for f in factors if f is not None], ranks_per_node=2,
+    )  # fmt: skip
+    for rank in range(4):
+        same_values(sums[rank].cpu(), expected[rank])
+        same_bits(selections[rank].cpu(), 2 * want[rank].num_tokens_per_expert)
+        assert (waited[rank] >= 0).all()
+
+
 def test_gradients_cross_nodes(make_cluster: MakeCluster) -> None:
     """A weighted combine's gradients take the handle's weights along, and bring some home."""
     tokens = (7, 0, 12, 3)
@@ -284,12 +318,10 @@ def test_what_kernels_of_nodes_cannot_do_is_refused(make_cluster: MakeCluster) -
     assert x is not None
     assert idx is not None
     got = on_streams(cluster, lambda r: cluster.buffers[r].dispatch(x[r], idx[r], **GROUPED))
-    for options in ({"order": "topk"}, {"per_rank": True}):
-        errors = run_catching(
-            cluster,
-            lambda r, o=options: cluster.buffers[r].combine(got[r].x, got[r].handle, **o),
-        )
-        assert [code_of(e) for e in errors] == ["E203"] * 4
+    errors = run_catching(
+        cluster, lambda r: cluster.buffers[r].combine(got[r].x, got[r].handle, order="topk")
+    )
+    assert [code_of(e) for e in errors] == ["E203"] * 4
     errors = run_catching(
         cluster, lambda r: cluster.buffers[r].dispatch(x[r], idx[r], transfer="copy_engine")
     )

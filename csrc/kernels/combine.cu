@@ -169,13 +169,13 @@ int launch_pull(const CombineJob& job, const LaunchPlan& plan, bool early, Strea
 int load_pull(int smem_bytes);
 
 int launch_stage(const CombineJob& job, int num_blocks, Stream stream) {
-    return launch(stage_kernel, {num_blocks, kStageThreads, 0}, stream, job);
+    const auto kernel = job.args.per_rank ? add_kernel_for(job.args.dtype) : stage_kernel;
+    return launch(kernel, {num_blocks, kStageThreads, 0}, stream, job);
 }
 
 int launch_combine(const CombineJob& job, const LaunchPlan& plan, Stream stream) {
     if (job.staged == nullptr) return launch_pull(job, plan, false, stream);
-    const auto kernel = job.args.per_rank ? add_kernel_for(job.args.dtype) : stage_kernel;
-    const int error = launch(kernel, {plan.all_blocks, kStageThreads, 0}, stream, job);
+    const int error = launch_stage(job, plan.all_blocks, stream);
     return error != 0 ? error : launch_pull(job, plan, true, stream);
 }
 

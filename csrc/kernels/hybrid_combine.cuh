@@ -116,7 +116,7 @@ private:
         if (!for_rail && handover.node >= 0 && number == 0) credit(handover);
         if (piece.flags & Piece::kRow) {
             const float weight = piece.weight;
-            if (h.job.args.weighted) {
+            if (h.job.args.source_weighs()) {
                 sums.add(data, piece.bytes,
                          [weight](auto& u, const uint4& b) { u.add(b, weight); });
             } else {
@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(kMaxPullWarps * 32, 1)
     ok = __syncthreads_and(ok);
     if (ok && publishes) {
         publish_head(view, job.begin, in);
-        ok = exchange_notices(h.rail, view, h.rails, in, op, true);
+        ok = exchange_notices(h.rail, view, h.rails, in, op, true, job.args.wait_stats);
     }
     ok = ok && await_notices(view, job.begin, in, OutputReader{job, sources, in});
     const bool good = ok && in.first_bad == kNoObjection;

@@ -75,7 +75,7 @@ __device__ __forceinline__ void conclude_dispatch(const HybridDispatch<R>& h, En
     if (job.args.rank_ends != nullptr || job.out.source_range != nullptr) {
         tell_origins(job, in, good);
     }
-    if (good && !await_rows(view, op, in.slot, nullptr)) return;
+    if (good && !await_rows(view, op, in.slot, job.args.wait_stats)) return;
     if (!await_blocks(view, op, 2)) return;  // movers and forwarders of each
     if (!good) return fail_call(view, job.begin, in);
     if (!check_sent(job, op)) return;
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kMaxHybridWarps * 32, 1)
     ok = __syncthreads_and(ok);
     if (ok && role.publishes) {
         publish(job, spread, in);
-        ok = exchange_notices(h.rail, view, h.rails, in, op, true);
+        ok = exchange_notices(h.rail, view, h.rails, in, op, true, job.args.wait_stats);
     }
     const Experts experts = needs_groups(job.args) ? Experts::kAll
                             : role.publishes       ? Experts::kOwn

@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(128, 1)
     if (ok && threadIdx.x < 32) ok = acquire_slot(h.view, op, in.slot);
     if (!__syncthreads_and(ok)) return;
     publish_head(h.view, begin, in);
-    if (!exchange_notices(h.rail, h.view, h.rails, in, op, false)) return;
+    if (!exchange_notices(h.rail, h.view, h.rails, in, op, false, nullptr)) return;
     if (threadIdx.x < 32) leave_slot(h.view, in.seq, in.slot);  // we read nothing there
 }
 

@@ -23,7 +23,8 @@ int launch_row_index(const DispatchJob& job, int num_local, Stream stream);
 int launch_stage_dispatch(const DispatchJob& job, Half half, int num_blocks, Stream stream);
 int launch_stage_combine(const CombineJob& job, Half half, int num_blocks, Stream stream);
 int launch_combine(const CombineJob& job, const LaunchPlan& plan, Stream stream);
-// The first of its steps: rows of an ordinary tensor are copied to where peers can read them.
+// The first of its steps: rows of an ordinary tensor are copied to where peers can read them, or an owner
+// adds up its rows of a token there.
 int launch_stage(const CombineJob& job, int num_blocks, Stream stream);
 // Enters an operation only to make it fail on every rank.
 int launch_refuse(const RankView& view, const Begin& begin, Stream stream);

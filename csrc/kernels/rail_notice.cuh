@@ -72,14 +72,16 @@ __device__ __forceinline__ void relay(const R& rail, const RankView& view, const
 
 // Once the notice is in the outbox. `counted`: with what channels bring, else with nothing. All threads of
 // the block that publishes; also of one that refuses the call, as its node hears of its rail through it
-// alone. False: leave.
+// alone. `stats`: adds how long each rank takes to enter, or null. False: leave.
 template <device::Rail R>
 __device__ __forceinline__ bool exchange_notices(const R& rail, const RankView& view,
                                                  const RailView& rails, const Entering& in,
-                                                 Operation op, bool counted) {
+                                                 Operation op, bool counted, int64_t* stats) {
     const RailShape& s = rails.shape;
     const RailLayout& layout = rails.layout;
-    const int peers = s.num_peers(), warp = threadIdx.x / 32, num_warps = blockDim.x / 32;
+    // The last warp only looks, while the others bring what it sees.
+    const int peers = s.num_peers(), warp = threadIdx.x / 32, num_warps = blockDim.x / 32 - 1;
+    const bool looks = warp == num_warps;
     const int me = view.peers.rank, my_node = s.nodes.node(me);
     // Each rank begins with another node.
     const auto node_of = [&](int peer) { return (my_node + 1 + peer) % s.nodes.num_nodes; };
@@ -88,7 +90,7 @@ __device__ __forceinline__ bool exchange_notices(const R& rail, const RankView& 
     if (!ok || peers == 0) return ok;
     device::fence_stage();
 #pragma unroll 1
-    for (int peer = warp; peer < peers; peer += num_warps) {
+    for (int peer = looks ? peers : warp; peer < peers; peer += num_warps) {
         rail.put_signal(rank_of(node_of(peer)), layout.inbox_at(in.seq, my_node),
                         layout.outbox_at(in.seq), s.notice_bytes,
                         {layout.entered_word(in.seq, my_node), 1});
@@ -96,13 +98,14 @@ __device__ __forceinline__ bool exchange_notices(const R& rail, const RankView& 
     // Warps share a notice when there are more of them.
     const int parts = max(num_warps / peers, 1);
 #pragma unroll 1
-    for (int i = warp; ok && i < peers * parts; i += num_warps) {
+    for (int i = looks ? peers * parts : warp; ok && i < peers * parts; i += num_warps) {
         const int node = node_of(i % peers);
         ok = device::rail_wait(rail, view.watch, op, Site::kRailNotice, rank_of(node),
                                {layout.entered_word(in.seq, node), notices_until(in.seq)});
         if (ok) relay(rail, view, rails, in, node, i / peers, parts);
     }
     rail.flush();
+    if (looks && stats != nullptr) time_notices(view, in, op, stats);
     return __syncthreads_and(ok);
 }
 

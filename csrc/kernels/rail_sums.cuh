@@ -108,7 +108,7 @@ private:
             const int32_t* kept = walk_.rails.log + index * log.words();
             const int32_t expert = kept[log.expert(planner_.slot)];
             row = kept[log.row(planner_.slot)];
-            if (a.weighted) weight = __int_as_float(kept[log.weight(planner_.slot)]);
+            if (a.source_weighs()) weight = __int_as_float(kept[log.weight(planner_.slot)]);
             if (expert >= 0) owner = walk_.nodes().rank(walk_.my_node(), rank_of_expert(expert));
             bad = owner >= view.peers.near_end || (owner >= 0 && row < 0);
         }
@@ -235,11 +235,10 @@ private:
         if (chosen) m.owner = __ldg(view.state.owner + choice.id), m.row = choice.row;
         const bool near = is_near(m.owner), far = chosen && !near;
         const int node = far ? walk_.nodes().node(m.owner) : -1;
-        const bool compact = a.layout == RecvLayout::kCompact;
         const uint32_t earlier = planner_.mates & ptx::lanemask_lt();
         const bool again_near = (__match_any_sync(~0u, m.owner) & earlier) != 0;
         const bool again_far = (__match_any_sync(~0u, node) & earlier) != 0;
-        const bool adds = far ? !again_far : near && !(compact && again_near);
+        const bool adds = far ? !again_far : near && !(a.one_per_rank() && again_near);
         m.plan.ok = planner_.in_bounds(adds && near, max(m.owner, 0), m.row);
         if (!m.plan.ok) return m;
         m.plan.count = __popc(__ballot_sync(~0u, adds) & planner_.mates);
@@ -251,7 +250,7 @@ private:
             m.turn = visits_.turn(static_cast<int>(t), node);
         } else {
             m.plan.row = planner_.sources[m.owner].y + m.row * a.row_bytes();
-            if (a.weighted) m.plan.weight = a.topk_weights[t * a.num_topk + planner_.slot];
+            if (a.source_weighs()) m.plan.weight = a.topk_weights[t * a.num_topk + planner_.slot];
         }
         return m;
     }

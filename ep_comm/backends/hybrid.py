@@ -90,13 +90,9 @@ class HybridCombine(Combine):
     """A combine: what crossed is added up where it did, and one sum goes back."""
 
     def __init__(self, backend: HybridBackend, call: CombineCall) -> None:
-        for name, given, want in (
-            ("order", call.order, "rank"),
-            ("per_rank", call.per_rank, False),
-        ):
-            if given != want:
-                what = f"rejected {name}={given!r}: want {want!r} with backend 'hybrid'"
-                raise make_error("E203", f"{what}, where each node adds up its rows of a token")
+        if call.order != "rank":
+            what = f"rejected order={call.order!r}: want 'rank' with backend 'hybrid'"
+            raise make_error("E203", f"{what}, where each node adds up its rows of a token")
         super().__init__(backend, call)
         meta, recv_row = call.meta, call.handle.recv_row
         first, words = meta.recv_rows, meta.log_words
@@ -109,7 +105,6 @@ class HybridBackend(NvlinkBackend):
     """One rank of a buffer on several nodes. Collective to construct; see `open_backend`."""
 
     name = "hybrid"
-    fills = frozenset({"recv_stats"})  # who relays has waited before anybody can see for whom
     outputs_type = HybridOutputs
 
     def __init__(

@@ -90,7 +90,7 @@ Case random_case(std::mt19937& random) {
     c.seed = random();
     c = cluster(nodes, per_node, c);
     c.layout = layouts[draw(3)];
-    c.arena_bytes = 32 << 20;
+    c.arena_bytes = 64 << 20;
     c.topk = 1 + draw(8);
     c.experts = c.ranks + draw(3 * c.ranks);
     c.hidden = 32 * (1 + draw(4));
@@ -107,6 +107,7 @@ Case random_case(std::mt19937& random) {
     c.is_static = draw(3) == 0;
     if (c.layout == RecvLayout::kGrouped) c.alignment = 1 + draw(4);
     if (c.layout == RecvLayout::kSlab) c.capacity = c.ranks * 40 * c.topk;
+    c.per_rank = c.layout != RecvLayout::kCompact && draw(3) == 0;
     c.weighted = c.weights && c.layout != RecvLayout::kCompact && draw(2) == 0;
     c.sum_weights = c.layout == RecvLayout::kCompact && draw(3) == 0;
     if (draw(4) == 0) c.quantize = Quantize::kFp8;
@@ -161,6 +162,22 @@ int main(int argc, char** argv) {
         run_on_cluster({}, [](Case& c) { c.wide = c.weights = false; });
         run_on_cluster({}, [](Case& c) { c.topk = 1; });
         run_on_cluster({}, [](Case& c) { c.topk = 32, c.experts = 40; });
+    });
+    test("owners add up their rows", [] {
+        for (const Case& base : {grouped(), slab()}) {
+            run_on_cluster(base, [](Case& c) {
+                c.per_rank = true, c.topk = 5;
+                if (c.capacity > 0) c.capacity = 90;
+            });
+            run_on_cluster(base, [](Case& c) {
+                c.per_rank = c.weighted = true, c.topk = 5;
+                if (c.capacity > 0) c.capacity = 90;
+            });
+        }
+    });
+    test("statistics", [] {
+        run_stats(cluster(2, 2));
+        run_stats(cluster(3, 1, grouped()));
     });
     test("weights that are summed",
          [] { run_on_cluster({}, [](Case& c) { c.sum_weights = true; }); });

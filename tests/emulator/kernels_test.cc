@@ -12,22 +12,6 @@ namespace {
 
 using namespace world;
 
-// What is counted is added to what was there.
-void run_stats(const Case& given) {
-    World w(with(given, [](Case& c) { c.stats = true; }));
-    w.dispatch();
-    w.check_waits();
-    const Expected e = expect_of(w);
-    for (int d = 0; d < w.c.ranks; ++d) {
-        check_rank(w, e, d, false);
-        std::vector<int32_t> want(w.ranks[d].counts);
-        for (int32_t& n : want) n += 100;
-        expect(w.ranks[d].recv_stats == want, "recv_stats");
-    }
-    check_combine(w, e, true);
-    w.check_waits();
-}
-
 }  // namespace
 
 int main() {

@@ -596,12 +596,12 @@ inline Sum add_up(const Holders& all, int s, int t) {
         bool visited = false;
         for (int d = node * c.per_node(); d < (node + 1) * c.per_node(); ++d) {
             Sum of_rank(c);
-            Sum& to = c.per_rank ? of_rank : own ? sum : of_node;
-            const bool any = all.add_rank(to, d, s, t);
-            if (any && c.per_rank) sum.add(of_rank);
+            Sum& to = own ? sum : of_node;
+            const bool any = all.add_rank(c.per_rank ? of_rank : to, d, s, t);
+            if (any && c.per_rank) to.add(of_rank);
             visited = visited || any;
         }
-        if (!own && visited && !c.per_rank) sum.add(of_node);
+        if (!own && visited) sum.add(of_node);
     }
     if (!c.sum_weights) all.take_weights(sum, s, t);
     return sum;
@@ -734,6 +734,22 @@ inline void run(const Case& c) {
         w.finish(true);
         for (int d = 0; d < c.ranks; ++d) check_rank(w, e, d, true);
     }
+}
+
+// What is counted is added to what was there.
+inline void run_stats(const Case& given) {
+    World w(with(given, [](Case& c) { c.stats = true; }));
+    w.dispatch();
+    w.check_waits();
+    const Expected e = expect_of(w);
+    for (int d = 0; d < w.c.ranks; ++d) {
+        check_rank(w, e, d, false);
+        std::vector<int32_t> want(w.ranks[d].counts);
+        for (int32_t& n : want) n += 100;
+        expect(w.ranks[d].recv_stats == want, "recv_stats");
+    }
+    check_combine(w, e, true);
+    w.check_waits();
 }
 
 // The handle of a rank expects another number of rows than comes from rank 0: everybody names that rank.
