@@ -220,9 +220,6 @@ __device__ __forceinline__ void barrier_sync_aligned(int barrier, int threads) {
 // griddepcontrol.wait;                                                 PTX ISA 7.8, sm_90
 // Orders: all that the kernel before us in the stream wrote, before our accesses. Returns at once in a
 // kernel that was launched without the attribute.
-// Reads a value that nobody uses.
-__device__ __forceinline__ void keep(uint32_t value) { asm volatile("" ::"r"(value)); }
-
 __device__ __forceinline__ void griddepcontrol_wait() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 }

@@ -1,7 +1,7 @@
 // What dispatch and combine share: an operation is entered, everybody's notice is read and judged, the
 // slot is left.
 //
-// defines: Uninitialized, Entering, touch, init_entering, acquire_slot, tell_entered, publish_words, NoticeWords,
+// defines: Uninitialized, Entering, init_entering, acquire_slot, tell_entered, publish_words, NoticeWords,
 // time_notices, await_notices, explain, fail_call, report, count_block, await_blocks, leave_slot
 //
 // One block tells the others' notices; every block reads all of them and comes to the verdict by
@@ -66,18 +66,6 @@ constexpr uint32_t kNoObjection = 0xffffffffu;
 
 __device__ __forceinline__ uint32_t objection(Objection kind, int peer) {
     return uint32_t{kind} << 16 | static_cast<uint32_t>(peer);
-}
-
-// Brings the parameters of a kernel to its SM, all lines at once: what reads them later would wait for one
-// after the other. At the start of a kernel, which the one ahead hides.
-template <class Params>
-__device__ __forceinline__ void touch(const Params& params) {
-    constexpr int kLine = 64 / 4;
-    const auto* words = reinterpret_cast<const uint32_t*>(&params);
-    for (int i = threadIdx.x / 32 * kLine; i < int{sizeof(Params) / 4};
-         i += blockDim.x / 32 * kLine) {
-        ptx::keep(words[i]);
-    }
 }
 
 // One thread; a barrier of the block must follow.

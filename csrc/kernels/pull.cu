@@ -135,25 +135,21 @@ __global__ void __launch_bounds__(kMaxPullWarps * 32, 1)
     const StageRing ring{shared + group * ring_bytes, pieces[group],    loaded[group], used[group],
                          groups.piece_bytes,          groups.num_stages};
     auto* sources = reinterpret_cast<Source*>(shared + groups.count * ring_bytes);
-    touch(job);
-    bool ok = !device::gave_up(view.watch);
-    if (warp == 0) {
-        if (ptx::lane_id() == 0) init_entering(view, job.begin, in);
-        __syncwarp();
-        if (blockIdx.x == 0) ok = acquire_slot(view, {OpKind::kCombine, in.seq}, in.slot) && ok;
-    }
+    if (threadIdx.x == 0) init_entering(view, job.begin, in);
     if (adder < 0 && static_cast<int>(ptx::lane_id()) < groups.num_stages) {
         ptx::mbarrier_init(ring.loaded + ptx::lane_id(), 1);
         ptx::mbarrier_init(ring.used + ptx::lane_id(), groups.adders);
         ptx::fence_mbarrier_init_release_cluster();
     }
-    ok = __syncthreads_and(ok);
+    bool ok = !__syncthreads_or(device::gave_up(view.watch));
     Planner planner(job, in.seq, sources);
     const int64_t first = blockIdx.x + int64_t{group} * gridDim.x;
     const int64_t step = int64_t{groups.count} * gridDim.x;
     const Selection ahead = adder < 0 ? planner.select(first, step) : Selection{};
     if (blockIdx.x == 0) {
+        if (ok && warp == 0) ok = acquire_slot(view, {OpKind::kCombine, in.seq}, in.slot);
         ptx::griddepcontrol_wait();  // what stage has copied, before it is announced
+        ok = __syncthreads_and(ok);
         if (ok) publish_head(view, job.begin, in);
         if (ok && warp == 0 && job.args.wait_stats != nullptr) {
             time_notices(view, in, {OpKind::kCombine, in.seq}, job.args.wait_stats);

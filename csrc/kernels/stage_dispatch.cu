@@ -238,8 +238,6 @@ __global__ void __launch_bounds__(kStageWarps * 32, 1)
     const device::Stage memory{
         ptx::dynamic_shared() + spread.pieces + int64_t{warp} * spread.piece_bytes, &loaded[warp]};
     ptx::griddepcontrol_launch_dependents();
-    touch(job);
-    touch(spread);
     prepare(job, tables);
     if (ptx::lane_id() == 0) device::init_stage(memory);
     __syncthreads();

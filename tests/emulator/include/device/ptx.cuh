@@ -104,7 +104,6 @@ inline void nanosleep(uint32_t) { emulator::yield(); }
 inline void fence_acq_rel_sys() { std::atomic_thread_fence(std::memory_order_acq_rel); }
 inline void fence_proxy_async() {}
 inline void fence_proxy_async_shared() {}
-inline void keep(uint32_t) {}
 inline void griddepcontrol_wait() {}
 inline void griddepcontrol_launch_dependents() {}
 inline void fence_mbarrier_init_release_cluster() {}
