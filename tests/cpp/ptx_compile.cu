@@ -29,7 +29,6 @@ __global__ void every_wrapper(void** out) {
     keep<void(Word*, Word)>(out, 7, &ptx::st_release_sys);
     keep<void(uint32_t*, uint32_t)>(out, 8, &ptx::st_release_sys);
     keep(out, 9, &ptx::red_release_sys_add);
-    keep(out, 10, &ptx::atom_acq_rel_gpu_inc);
     keep(out, 11, &ptx::atom_acq_rel_gpu_exch);
     keep(out, 12, &ptx::fence_proxy_async);
     keep(out, 13, &ptx::fence_proxy_async_shared);

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Final
 
 import torch
 from compare import same_received, same_values
 from torch import Tensor
 
-from ep_comm import Received, reference
+from ep_comm import Handle, Received, reference
 from ep_comm.errors import EPError
 
 from .draw import BF16, Draw, draw, draw_tokens
@@ -341,15 +341,14 @@ def replace_rank(side: Side, rank: int) -> Side:
 
 
 def on_host(got: Received) -> Received:
-    values = dict(vars(got))
-    values.pop("holds", None)
+    values = {f.name: getattr(got, f.name) for f in fields(Received)}
     for name, value in values.items():
         if isinstance(value, Tensor):
             values[name] = value.cpu()
     if got.scales is not None and got.layout == "slab":  # its strides are part of it
         there = torch.empty_strided(got.scales.shape, got.scales.stride(), dtype=got.scales.dtype)
         values["scales"] = there.copy_(got.scales)
-    values["handle"] = type(got.handle)(*(t.cpu() for t in got.handle))
+    values["handle"] = Handle(*(t.cpu() for t in got.handle))
     return Received(**values)
 
 
