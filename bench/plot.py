@@ -149,6 +149,7 @@ def plot_latency(axes: Any, records: Sequence[Record], name: str) -> None:
     axes.set_yticks([2, 5, 10, 20, 50, 100, 200, 500])
     axes.set_xlabel("tokens of a rank")
     title(axes, f"{name}, fixed shape, 7168, top-8 of 256, {gpus_of(mine)}", mine)
+    axes.legend(fontsize=8, loc="upper left")
 
 
 # ---- both ----
