@@ -175,6 +175,18 @@ def test_what_does_not_fit_is_refused_as_ever(make_cluster: Callable[..., Cluste
     same_bits(again.num_tokens_per_expert.cpu(), recv.num_tokens_per_expert.cpu(), "counts")
 
 
+def test_sizes_are_not_waited_for_in_a_capture(make_cluster: Callable[..., Cluster]) -> None:
+    case = Case(num_ranks=1, tokens=(9,))
+    buffer = make_cluster(1, **case.buffer_options()).buffers[0]
+    inputs = case.inputs()
+    x, idx = inputs.x[0].cuda(), inputs.topk_idx[0].cuda()
+    buffer.dispatch(x, idx)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()), pytest.raises(EPError) as raised:
+        buffer.dispatch(x, idx)
+    assert raised.value.code == "E203"
+
+
 def test_handles_of_another_buffer_are_refused(make_cluster: Callable[..., Cluster]) -> None:
     case = Case(num_ranks=1, tokens=(9,), options={"sync": False})
     first = make_cluster(1, **case.buffer_options()).buffers[0]

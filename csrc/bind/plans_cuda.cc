@@ -6,6 +6,7 @@
 
 #include "bind/exchange.h"
 #include "contract/config.h"
+#include "host/graph_hold.h"
 
 namespace py = pybind11;
 
@@ -138,6 +139,7 @@ std::shared_ptr<Flight> run(DeviceRank& rank, const DispatchPlan& plan, py::hand
     if (exchange()->current_stream(dlpack::kCuda, rank.arena()->device(), &stream) != 0) {
         throw py::error_already_set();
     }
+    if (wants.reports && is_capturing(static_cast<Stream>(stream))) return nullptr;
     py::gil_scoped_release nogil;
     return rank.dispatch(a, wants, static_cast<Stream>(stream));
 }

@@ -64,7 +64,7 @@ class Plans:
                 return None
             routing, serial = handle.routing, handle.look.serial
             topk_idx = handle.topk_idx
-        known = _get(self._dispatches, (options, x.dtype, serial))
+        known = _get(self._dispatches, (options, x.dtype, serial, self._backend.num_warps))
         if known is None or not self._is_free() or _is_negated(x, topk_weights, scales):
             return None
         plan, look, pieces = known
@@ -107,7 +107,7 @@ class Plans:
         look = work.outputs.look
         pieces = None if look.sync else pieces_of(self._backend.spec, look, 0, 0, 0)
         plan = _core.DispatchPlan(work.args, work.wants(), call.x, call.scales)
-        key = (options, call.x.dtype, serial)
+        key = (options, call.x.dtype, serial, self._backend.num_warps)
         _put(self._dispatches, key, (plan, look, pieces))
 
     # ---- combine ----
@@ -118,7 +118,8 @@ class Plans:
         """As dispatch."""
         if type(x) is not Tensor or type(handle) is not OwnHandle or handle.routing is None:
             return None
-        key = (options, x.dtype, row_weights is None, handle.look.serial)
+        stages = self._backend.num_stages
+        key = (options, x.dtype, row_weights is None, handle.look.serial, stages)
         plan = _get(self._combines, key)
         if plan is None or not self._is_free() or _is_negated(x, row_weights):
             return None
@@ -143,7 +144,8 @@ class Plans:
         call, handle = work.call, work.call.handle
         if type(handle) is not OwnHandle or handle.routing is None:
             return
-        key = (options, call.x.dtype, call.row_weights is None, handle.look.serial)
+        stages = self._backend.num_stages
+        key = (options, call.x.dtype, call.row_weights is None, handle.look.serial, stages)
         _put(self._combines, key, _core.CombinePlan(work.args, work.wants(), call.x))
 
     # ---- both ----
