@@ -219,9 +219,11 @@ class Buffer:
                 Not with `handle`.
             wait_stats: int64 [num_ranks], contiguous; the nanoseconds for which each rank was
                 waited for are added: until it had entered the call, and from then until its rows
-                were here, each from when all were waited for. A rank that is there at once costs
-                nothing. A small batch on GPUs looks no further once a rank has entered: its rows
-                are on their way. Not on the collective backend, where ranks cannot be told apart.
+                were here, each from when all were waited for; a rank of another node, from when the
+                rank of this node had entered that relays for it. A rank that is there at once
+                costs nothing. A small batch on GPUs looks no further once a rank has entered: its
+                rows are on their way. Not on the collective backend, where ranks cannot be told
+                apart.
             num_sms: SMs for this call, GPU backends.
             tag: your name for the call, quoted in errors.
         Returns:

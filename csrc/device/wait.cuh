@@ -199,8 +199,9 @@ struct LongWait {
         seen = have(), progress = start;
     }
 
-    __device__ __forceinline__ uint64_t have() const {
-        const uint64_t value = ptx::ld_acquire_sys(addr);
+    __device__ __forceinline__ uint64_t have() const { return have(addr); }
+    __device__ __forceinline__ uint64_t have(const uint64_t* at) const {
+        const uint64_t value = ptx::ld_acquire_sys(at);
         return word == Word::kNumber ? value : number_of(value, awaited.want);
     }
 
@@ -240,18 +241,22 @@ __device__ __noinline__ inline bool wait_long(const Watch& watch, Operation op, 
 }
 
 // Waits for a word of each lane and adds how long that took; what is there at once costs nothing. It ends
-// when all are there or one wait has to end: the waits proper, which follow, say which. One warp; no
-// stats: a lane that waits for nothing.
+// when all are there or one wait has to end: the waits proper, which follow, say which. `relay`: such a
+// word of the rank through which ours comes, or null; the time until it is there is not ours. One warp;
+// no stats: a lane that waits for nothing.
 __device__ __noinline__ inline void time_waits(const Watch& watch, Operation op, Awaited awaited,
-                                               const uint64_t* addr, Word word, int64_t* stats) {
+                                               const uint64_t* addr, const uint64_t* relay,
+                                               Word word, int64_t* stats) {
     LongWait wait(watch, op, awaited, addr, word);
+    uint64_t from = wait.start;
     auto state = LongWait::kThere;
     if (stats != nullptr && wait.seen < awaited.want) state = LongWait::kWaits;
     for (int turn = 1;; turn = turn % kLookFurther + 1) {
         if (state == LongWait::kWaits) {
+            if (relay != nullptr && wait.have(relay) < awaited.want) from = ptx::globaltimer();
             state = wait.look(turn);
             if (state == LongWait::kThere) {
-                *stats += static_cast<int64_t>(ptx::globaltimer() - wait.start);
+                *stats += static_cast<int64_t>(ptx::globaltimer() - from);
             }
         }
         if (__any_sync(~0u, state == LongWait::kOver)) return;

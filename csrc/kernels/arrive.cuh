@@ -37,7 +37,7 @@ __device__ __noinline__ inline void time_rows(const RankView& view, Operation op
         const uint64_t want = view.state.expected[slot * num_ranks + src] +
                               NoticeWords(view, slot, src).get(NoticeLayout::kRows + me);
         device::time_waits(view.watch, op, {Site::kRows, src, want},
-                           at<uint64_t>(view, me, view.layout.arrived_word(slot, src)),
+                           at<uint64_t>(view, me, view.layout.arrived_word(slot, src)), nullptr,
                            device::Word::kNumber, first + lane < num_ranks ? stats + src : nullptr);
     }
 }

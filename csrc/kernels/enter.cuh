@@ -263,16 +263,22 @@ __device__ __forceinline__ uint32_t judge(const Begin& begin, int p, const Head&
                                                        : objection(kFieldObjection, p);
 }
 
-// Before await_notices: adds how long each rank takes to enter. One warp.
+// Before await_notices: adds how long each rank takes to enter; of another node's, how long after the rank
+// of ours that relays its notice. One warp.
 __device__ __noinline__ inline void time_notices(const RankView& view, const Entering& in,
                                                  Operation op, int64_t* stats) {
     const int num_ranks = view.shape.num_ranks;
+    const auto& near = view.peers;
 #pragma unroll 1
     for (int first = 0; first < num_ranks; first += 32) {
-        const int lane = ptx::lane_id(), p = first + lane;
-        const NoticeWords words(view, in.slot, p < num_ranks ? p : 0);
-        device::time_waits(view.watch, op, {Site::kEntry, p < num_ranks ? p : 0, op.seq},
-                           words.words, device::Word::kPacked, p < num_ranks ? stats + p : nullptr);
+        const int lane = ptx::lane_id(), p = min(first + lane, num_ranks - 1);
+        const NoticeWords notice(view, in.slot, p);
+        const NoticeWords relay(view, in.slot,
+                                near.near_begin + p % (near.near_end - near.near_begin));
+        const bool is_near = p >= near.near_begin && p < near.near_end;
+        device::time_waits(view.watch, op, {Site::kEntry, p, op.seq}, notice.words,
+                           is_near ? nullptr : relay.words, device::Word::kPacked,
+                           first + lane < num_ranks ? stats + p : nullptr);
     }
 }
 
