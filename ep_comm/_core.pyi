@@ -563,9 +563,7 @@ class CombinePlan:
 def has_plans() -> bool: ...
 
 class RailSetup:
-    def __init__(
-        self, shape: RailShape, kernels: int, keeps: object, splits_puts: bool
-    ) -> None: ...
+    def __init__(self, shape: RailShape, kernels: int, keeps: object) -> None: ...
 
 class Trouble:
     def __init__(self) -> None: ...
@@ -574,6 +572,7 @@ class Trouble:
     max_delay_ns: int
     stalled_peer: int
     is_silent: bool
+    is_mapped: bool
     lost_from: int
 
 class LoopbackRails:

@@ -288,16 +288,16 @@ void bind_plans(py::module_& m) {
 // Rails of a buffer that spans nodes: pretended ones, and those of the plugin by the address of its table.
 void bind_rails(py::module_& m) {
     py::class_<RailSetup>(m, "RailSetup")
-        .def(py::init(
-                 [](const RailShape& shape, uintptr_t kernels, py::object keeps, bool splits_puts) {
-                     return RailSetup{shape, reinterpret_cast<const kernels::RailKernels*>(kernels),
-                                      keep(std::move(keeps)), splits_puts};
-                 }),
-             "shape"_a, "kernels"_a, "keeps"_a, "splits_puts"_a);
+        .def(py::init([](const RailShape& shape, uintptr_t kernels, py::object keeps) {
+                 return RailSetup{shape, reinterpret_cast<const kernels::RailKernels*>(kernels),
+                                  keep(std::move(keeps))};
+             }),
+             "shape"_a, "kernels"_a, "keeps"_a);
     using T = Trouble;
     py::class_<T>(m, "Trouble")
         .def(py::init<>()) EP_FIELD(T, seed) EP_FIELD(T, max_held) EP_FIELD(T, max_delay_ns)
-            EP_FIELD(T, stalled_peer) EP_FIELD(T, is_silent) EP_FIELD(T, lost_from);
+            EP_FIELD(T, stalled_peer) EP_FIELD(T, is_silent) EP_FIELD(T, is_mapped)
+                EP_FIELD(T, lost_from);
     py::class_<LoopbackRails, std::shared_ptr<LoopbackRails>>(m, "LoopbackRails")
         .def(py::init(&LoopbackRails::create), "shape"_a, "rank"_a, "segments"_a, "max_blocks"_a,
              py::call_guard<py::gil_scoped_release>())

@@ -19,7 +19,6 @@ inline constexpr int64_t kRailStagingBytes = int64_t{128} << 20;  // of all ring
 inline constexpr int kMaxChannels = 32;
 inline constexpr int kRingShift = 3;    // of 8 places a ring: in flight, being read, being credited
 inline constexpr int kChunkTokens = 8;  // of the largest record; a signal for so many is cheap
-inline constexpr int kChunkParts = 8;   // what a chunk adds to its tail, in one put or in several
 inline constexpr int kMailboxes = 2;    // why two are enough: docs/protocol.md, "Rails"
 
 // Where a rank stands. Ranks are numbered node by node, and all nodes have equally many.
@@ -94,8 +93,8 @@ struct RailLayout {
     EP_HD constexpr int64_t entered_word(uint64_t seq, int node) const {
         return entered.offset + mailbox(seq, node) * kWordStride;
     }
-    // Parts of chunks that node has ever put into the place of the `count`-th in our ring; see parts_until.
-    // A word for each place, so that nothing depends on the order in which two puts arrive.
+    // Chunks that node has ever put into the place of the `count`-th in our ring; see chunks_until. A word
+    // for each place, so that nothing depends on the order in which two puts arrive.
     EP_HD constexpr int64_t tail_word(int node, int channel, uint64_t count) const {
         return tails.offset + word(node, channel, count);
     }
@@ -150,8 +149,8 @@ EP_HD constexpr uint64_t notices_until(uint64_t seq) {
 }
 
 // What `tail_word` shows once the `count`-th chunk of a ring, counted from 0, is there.
-EP_HD constexpr uint64_t parts_until(const RailShape& s, uint64_t count) {
-    return ((count >> s.ring_shift) + 1) * kChunkParts;
+EP_HD constexpr uint64_t chunks_until(const RailShape& s, uint64_t count) {
+    return (count >> s.ring_shift) + 1;
 }
 
 // What `head_word` shows once the place of the `count`-th chunk is free for it.
@@ -323,7 +322,6 @@ struct RailView {
     RailState state{};
     int32_t num_blocks = 1;  // of the kernel; each has a channel
     int32_t tokens_per_block = 0;
-    bool splits_puts = false;  // a put is a copy by our warps, so several share one
     bool log_has_weights = false;
     int32_t* log = nullptr;  // [num_logged][RailLog] dispatch: written, or null; combine: read
     int64_t num_logged = 0;  // at most; combine: there are

@@ -1,6 +1,6 @@
 // A rail: what a kernel can do with the ranks on its rail, whichever transport is below.
 //
-// defines: Rail, RailWord, fence_stage, rail_ready, rail_wait
+// defines: Rail, RailWord, fence_stage, rail_stage, rail_hand_over, rail_ready, rail_wait
 //
 // Addresses are byte offsets into one symmetric segment (contract/rail.h). A transport orders nothing
 // but the data of a put_signal before its signal: words count, and never depend on two puts arriving
@@ -50,6 +50,23 @@ concept Rail = std::is_trivially_copyable_v<R> &&
 // what the warp staged.
 __device__ __forceinline__ void fence_stage() {
     ptx::fence_acq_rel_sys();
+    __syncwarp();
+}
+
+// Where a warp writes what it then hands over to `dst`: right there where our stores reach it, else at `src`
+// in our own segment.
+template <Rail R>
+__device__ std::byte* rail_stage(const R& rail, int peer, int64_t dst, int64_t src) {
+    std::byte* mapped = rail.peer_ptr(dst, peer);
+    return mapped != nullptr ? mapped : rail.own(src);
+}
+
+// One warp, behind fence_stage: what was written there is at the peer once the word says so.
+template <Rail R>
+__device__ void rail_hand_over(const R& rail, int peer, int64_t dst, int64_t src, int64_t bytes,
+                               RailWord word) {
+    if (rail.peer_ptr(dst, peer) == nullptr) return rail.put_signal(peer, dst, src, bytes, word);
+    if (ptx::lane_id() == 0) rail.signal_add(peer, word);
     __syncwarp();
 }
 

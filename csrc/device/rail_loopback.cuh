@@ -38,9 +38,10 @@ struct LoopbackRail {
 
     __device__ std::byte* own(int64_t at) const { return segments[rank] + at; }
 
-    // Kernels may not store into a pretended node, as they could not into a real one.
+    // Unless asked to, kernels may not store into a pretended node, as they could not into a real one.
     __device__ std::byte* peer_ptr(int64_t at, int peer) const {
-        return nodes.node(peer) == nodes.node(rank) ? segments[peer] + at : nullptr;
+        const bool is_near = nodes.node(peer) == nodes.node(rank);
+        return is_near || trouble.is_mapped ? segments[peer] + at : nullptr;
     }
 
     __device__ void put(int peer, int64_t dst, int64_t src, int64_t bytes) const {

@@ -34,6 +34,6 @@ std::shared_ptr<LoopbackRails> LoopbackRails::create(
 
 LoopbackRails::~LoopbackRails() { cudaFree(data_); }
 
-RailSetup LoopbackRails::setup() { return {shape_, &kernels_->table(), shared_from_this(), true}; }
+RailSetup LoopbackRails::setup() { return {shape_, &kernels_->table(), shared_from_this()}; }
 
 }  // namespace ep

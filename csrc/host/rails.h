@@ -18,7 +18,6 @@ struct RailSetup {
     RailShape shape;
     const kernels::RailKernels* kernels = nullptr;
     std::shared_ptr<void> keeps;  // the kernels, the segment, and whatever they need
-    bool splits_puts = false;     // see RailView
 };
 
 class Rails {

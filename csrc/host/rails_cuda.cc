@@ -27,7 +27,6 @@ Rails::Rails(const Shape& shape, int rank, RailSetup setup, int smem_bytes)
     view_.layout = RailLayout(setup_.shape);
     view_.state = {words(layout.sent),     words(layout.taken),  words(layout.brings),
                    words(layout.incoming), words(layout.visits), words(layout.ever)};
-    view_.splits_puts = setup_.splits_puts;
 }
 
 Rails::~Rails() { cudaFree(data_); }

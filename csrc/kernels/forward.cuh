@@ -35,7 +35,7 @@ struct Forwarder {
         const bool ok = walk.run(
             [this](const RingOfBlock& ring, uint64_t count) {
                 return device::RailWord{rails().layout.tail_word(ring.node, ring.channel, count),
-                                        parts_until(rails().shape, count)};
+                                        chunks_until(rails().shape, count)};
             },
             [this](int q) { return take(q); });
         device::drain_stores();
@@ -70,7 +70,7 @@ private:
         const uint64_t count = walk.count_of(q);
         if (lane == 0) {
             walk.rail.acquired({layout.tail_word(ring.node, ring.channel, count),
-                                parts_until(rails().shape, count)});
+                                chunks_until(rails().shape, count)});
         }
         __syncwarp();
         const std::byte* chunk =

@@ -68,7 +68,6 @@ struct Adder {
     __device__ bool run() {
         Sums<kDtype> sums;
         sums.first = number * kSliceBytes + 16 * static_cast<int>(ptx::lane_id());
-        std::byte* out = for_rail ? h.rail.own(0) : h.job.args.out;
         while (true) {
             if (!await_first()) return false;
             Piece piece = ring.pieces[lap.stage];
@@ -84,7 +83,7 @@ struct Adder {
                 piece = ring.pieces[lap.stage];
                 handover = add(sums, piece);
             }
-            sums.finish(out + piece.at, piece.bytes);
+            sums.finish(for_rail ? address_of(piece) : h.job.args.out + piece.at, piece.bytes);
             if (for_rail && handover.node >= 0 && !hand_over(handover)) return false;
         }
     }
@@ -144,28 +143,20 @@ private:
             {h.rails.layout.head_word(my_node(), static_cast<int>(blockIdx.x), chunk.count), 1});
     }
 
-    // A chunk is whole once every adder has written its slices: it is put, by all of them where a put is a
-    // copy of ours, else by one.
+    // A chunk is whole once every adder has written its slices: then one of them hands it over.
     __device__ __noinline__ bool hand_over(const Handover& chunk) {
-        const int adders = h.groups.adders;
         __syncwarp();
         if (ptx::lane_id() == 0) ptx::mbarrier_arrive(met);
+        if (number != 0) return true;
         if (!__all_sync(~0u, await_barrier(view(), op, met, met_parity))) return false;
         met_parity ^= 1;
         const RailLayout& layout = h.rails.layout;
-        const int64_t units = chunk.amount / 16;
-        const bool splits = h.rails.splits_puts && units >= adders;
-        if (!splits && number != 0) return true;
-        const int parts = splits ? adders : 1;
-        const int64_t begin = units * number / parts * 16, end = units * (number + 1) / parts * 16;
-        const auto amount = static_cast<uint64_t>(kChunkParts * (number + 1) / parts -
-                                                  kChunkParts * number / parts);
         device::fence_stage();
-        h.rail.put_signal(
-            peer_on(chunk.node),
-            layout.recv_chunk(chunk.node, my_node(), chunk.channel, chunk.count) + begin,
-            layout.send_chunk(my_node(), chunk.node, chunk.channel, chunk.count) + begin,
-            end - begin, {layout.tail_word(my_node(), chunk.channel, chunk.count), amount});
+        device::rail_hand_over(h.rail, peer_on(chunk.node),
+                               layout.recv_chunk(chunk.node, my_node(), chunk.channel, chunk.count),
+                               layout.send_chunk(my_node(), chunk.node, chunk.channel, chunk.count),
+                               chunk.amount,
+                               {layout.tail_word(my_node(), chunk.channel, chunk.count), 1});
         return true;
     }
 };

@@ -1,5 +1,5 @@
 // Records on their way to other nodes: a warp takes a place in a chunk of the ring, waits for its credit,
-// stages a head and a row there. Whoever completes a chunk puts it.
+// stages a head and a row there. Whoever completes a chunk hands it over.
 //
 // defines: Parcel, Crossing, RailOut
 //
@@ -72,12 +72,20 @@ struct RailOut {
         const int j = c.pieces == 1 ? x.given / c.records : x.given * c.pieces + piece;
         return tables.ours[x.node] + static_cast<uint64_t>(j);
     }
+    // A chunk in the ring of the node, and in ours.
+    __device__ int64_t there(int node, uint64_t count) const {
+        return rails.layout.recv_chunk(node, my_node(), channel, count);
+    }
+    __device__ int64_t here(int node, uint64_t count) const {
+        return rails.layout.send_chunk(my_node(), node, channel, count);
+    }
     // Where a lane's record, or a piece of it, is staged.
     __device__ std::byte* place_of(const Crossing& x, int piece) const {
         const RailChunks& c = parcel.chunks;
-        const int64_t chunk =
-            rails.layout.send_chunk(my_node(), x.node, channel, chunk_of(x, piece));
-        return rail.own(chunk + (c.pieces == 1 ? x.given % c.records * c.record_bytes() : 0));
+        const int64_t at = c.pieces == 1 ? x.given % c.records * c.record_bytes() : 0;
+        const uint64_t count = chunk_of(x, piece);
+        return at +
+               device::rail_stage(rail, peer_on(x.node), there(x.node, count), here(x.node, count));
     }
 
     // Calls stage(lanes) for lanes whose places are free, until all of `wanted` have had their turn.
@@ -146,8 +154,8 @@ struct RailOut {
         }
     }
 
-    // What lanes of `bring` have staged is complete: chunks that are full now are put. A warp; every lane
-    // has drained its stores.
+    // What lanes of `bring` have staged is complete: chunks that are full now are handed over. A warp; every
+    // lane has drained its stores.
     __device__ void hand_over(uint32_t bring, const Crossing& x, int piece) const {
         const RailChunks& chunks = parcel.chunks;
         const RailShape& s = rails.shape;
@@ -161,7 +169,7 @@ struct RailOut {
                                       tables.total[x.node]);
             uint32_t* filled = tables.filled + x.node * s.ring_chunks() + place_in_ring(s, count);
             full = ptx::atom_acq_rel_cta_add(filled, 1) + 1 == static_cast<uint32_t>(records);
-            if (full) *filled = 0;  // nobody comes here before our put has been credited
+            if (full) *filled = 0;  // nobody comes here before the chunk has been credited
         }
         uint32_t left = __ballot_sync(~0u, full);
         if (left != 0) device::fence_stage();
@@ -174,9 +182,8 @@ struct RailOut {
             const int64_t bytes = chunks.pieces == 1 ? in_chunk * chunks.record_bytes()
                                                      : chunks.head_bytes + chunks.piece_end(piece) -
                                                            chunks.piece_begin(piece);
-            rail.put_signal(peer_on(node), rails.layout.recv_chunk(node, my_node(), channel, n),
-                            rails.layout.send_chunk(my_node(), node, channel, n), bytes,
-                            {rails.layout.tail_word(my_node(), channel, n), kChunkParts});
+            device::rail_hand_over(rail, peer_on(node), there(node, n), here(node, n), bytes,
+                                   {rails.layout.tail_word(my_node(), channel, n), 1});
         }
     }
 };

@@ -48,17 +48,18 @@ struct RailProbe {
     __device__ bool send(uint64_t n) const {
         const uint64_t until = credits_until(job.shape, n);
         if (!wait({layout.head_word(peer_node, 0, n), until})) return false;
-        const int64_t staged = layout.send_chunk(my_node, peer_node, 0, n);
-        auto* stage = reinterpret_cast<uint4*>(job.rail.own(staged));
+        const int64_t there = layout.recv_chunk(peer_node, my_node, 0, n);
+        const int64_t here = layout.send_chunk(my_node, peer_node, 0, n);
+        auto* stage = reinterpret_cast<uint4*>(device::rail_stage(job.rail, peer, there, here));
         for (int64_t i = lane(); i < units(); i += 32) stage[i] = probe_pattern(job.rank, n, i);
         device::fence_stage();
-        job.rail.put_signal(peer, layout.recv_chunk(peer_node, my_node, 0, n), staged,
-                            job.shape.chunk_bytes, {layout.tail_word(my_node, 0, n), kChunkParts});
+        device::rail_hand_over(job.rail, peer, there, here, job.shape.chunk_bytes,
+                               {layout.tail_word(my_node, 0, n), 1});
         return true;
     }
 
     __device__ bool take(uint64_t n) const {
-        const uint64_t until = parts_until(job.shape, n);
+        const uint64_t until = chunks_until(job.shape, n);
         if (!wait({layout.tail_word(peer_node, 0, n), until})) return false;
         const auto* chunk = reinterpret_cast<const uint4*>(
             job.rail.own(layout.recv_chunk(my_node, peer_node, 0, n)));

@@ -22,11 +22,16 @@ namespace ep::kernels {
 // What adders do once a piece is there, or added: node -1 = nothing more.
 struct Handover {
     int32_t node =
-        -1;  // of a sum that came: its chunk is credited; of one that leaves: its chunk is put
+        -1;  // of a sum that came: its chunk is credited; of one that leaves: it is handed over
     int32_t channel = 0;
     int32_t amount = 0;  // pieces until the chunk has been read; bytes of the chunk
     uint64_t count = 0;  // of the chunk in its ring
 };
+
+// Where a sum for another node goes: SumFeeder says it as an address, as chunks lie in two segments.
+__device__ __forceinline__ std::byte* address_of(const Piece& piece) {
+    return reinterpret_cast<std::byte*>(piece.at);
+}
 
 // A float for each slot, in front of a sum.
 __device__ __forceinline__ float* weights_of(std::byte* record) {
@@ -71,11 +76,14 @@ private:
         const int64_t first =
             walk_.tables.base[walk_.index_of(ring)] +
             (chunks.pieces == 1 ? int64_t{j} * chunks.records : j / chunks.pieces);
-        const int64_t chunk = layout().send_chunk(walk_.my_node(), ring.node, ring.channel, count);
+        const auto chunk = reinterpret_cast<int64_t>(device::rail_stage(
+            walk_.rail, walk_.peer_on(ring.node),
+            layout().recv_chunk(ring.node, walk_.my_node(), ring.channel, count),
+            layout().send_chunk(walk_.my_node(), ring.node, ring.channel, count)));
         const int64_t begin = chunks.piece_begin(piece), end = chunks.piece_end(piece);
         const int64_t bytes =
             chunks.pieces == 1 ? records * chunks.record_bytes() : chunks.head_bytes + end - begin;
-        const Handover put{ring.node, ring.channel, static_cast<int32_t>(bytes), count};
+        const Handover whole{ring.node, ring.channel, static_cast<int32_t>(bytes), count};
 #pragma unroll 1
         for (int r0 = 0; r0 < records; r0 += planner_.per_turn) {
             const int mine = r0 + planner_.token;
@@ -86,7 +94,7 @@ private:
             for (int i = 0; i < planner_.per_turn && r0 + i < records; ++i) {
                 const int64_t at =
                     chunk + (r0 + i) * chunks.record_bytes() + chunks.head_bytes - begin;
-                if (!feed(at, begin, end, i, plan, r0 + i + 1 == records ? put : Handover{})) {
+                if (!feed(at, begin, end, i, plan, r0 + i + 1 == records ? whole : Handover{})) {
                     return false;
                 }
             }
@@ -95,7 +103,7 @@ private:
     }
 
     // The rows of the token that left record `index` here, by the lanes of its slots; and the weights that
-    // go back with it.
+    // go back with it, to the address `record`.
     __device__ Plan plan_logged(int64_t index, bool wanted, bool with_weights,
                                 int64_t record) const {
         const CombineArgs& a = args();
@@ -123,13 +131,13 @@ private:
         if (plan.ok && a.with_weights && with_weights) {
             const float back = planner_.weights_back(plan, owner, row);
             if (wanted && planner_.token < planner_.per_turn) {
-                weights_of(walk_.rail.own(record))[planner_.slot] = back;
+                weights_of(reinterpret_cast<std::byte*>(record))[planner_.slot] = back;
             }
         }
         return plan;
     }
 
-    // Bytes [begin, end) of the sum for the i-th token that was planned, to `at` + its bytes.
+    // Bytes [begin, end) of the sum for the i-th token that was planned, to the address `at` + its bytes.
     __device__ bool feed(int64_t at, int64_t begin, int64_t end, int i, const Plan& plan,
                          const Handover& last) {
         const int count = __shfl_sync(~0u, plan.count, i * args().num_topk);
@@ -275,7 +283,7 @@ private:
             (chunks.pieces == 1 ? turn % chunks.records * chunks.record_bytes() : 0);
         const bool ok = device::rail_wait(
             walk_.rail, planner_.job.view.watch, planner_.op, Site::kRailChunk, walk_.peer_on(node),
-            {rails.layout.tail_word(node, channel, count), parts_until(rails.shape, count)});
+            {rails.layout.tail_word(node, channel, count), chunks_until(rails.shape, count)});
         ptx::fence_proxy_async();  // what the peer put, before our bulk loads
         __syncwarp();
         return ok;

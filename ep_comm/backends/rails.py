@@ -119,8 +119,7 @@ class NvshmemRails:
 
     def setup(self) -> _core.RailSetup:
         # Where puts are copies of our own warps, several share one.
-        splits = not self.has_network
-        return _core.RailSetup(self.shape, self.native.kernels, self.native, splits)
+        return _core.RailSetup(self.shape, self.native.kernels, self.native)
 
     def close(self, *, is_clean: bool) -> None:
         self.world.give(self.segment, is_clean=is_clean)

@@ -90,7 +90,8 @@ class Cluster:
         Args:
             trouble: fields of `Trouble` in csrc/contract/loopback.h; none: all is well again. E.g.
                 seed=1, max_held=8 and max_delay_ns=20000: puts are held back, reordered and slow;
-                stalled_peer=3: nothing arrives there; is_silent=True: nothing arrives anywhere.
+                stalled_peer=3: nothing arrives there; is_silent=True: nothing arrives anywhere;
+                is_mapped=True: its stores reach other nodes, as in one NVLink domain.
         Raises:
             TypeError: its buffer has no rails that are pretended.
         """

@@ -156,8 +156,9 @@ int main() {
         for (uint64_t count = 0; count < 30; ++count) {
             ep::expect_eq(taken[layout.head_word(0, 0, count)],
                           ep::credits_until(layout.shape, count));
-            put[layout.tail_word(0, 0, count)] += ep::kChunkParts;
-            ep::expect_eq(put[layout.tail_word(0, 0, count)], ep::parts_until(layout.shape, count));
+            ++put[layout.tail_word(0, 0, count)];
+            ep::expect_eq(put[layout.tail_word(0, 0, count)],
+                          ep::chunks_until(layout.shape, count));
             ++taken[layout.head_word(0, 0, count)];
         }
         ep::expect_eq(int(put.size()), ring);

@@ -35,6 +35,12 @@ Case cluster(int nodes, int per_node, Case c = {}) {
     return c;
 }
 
+// Every rank's stores reach all nodes; or those of some, as where nodes share an NVLink domain by twos.
+Case mapped(Case c, bool all = true) {
+    for (size_t r = 0; r < c.trouble.size(); ++r) c.trouble[r].is_mapped = all || r % 2 == 0;
+    return c;
+}
+
 // All that can be asked of a call, on a cluster of three nodes with two ranks each.
 template <class Change>
 void run_on_cluster(Case c, Change change) {
@@ -113,7 +119,7 @@ Case random_case(std::mt19937& random) {
     if (draw(4) == 0) c.quantize = Quantize::kFp8;
     if (c.quantize == Quantize::kNone && draw(3) == 0) c.scale_words = 1 + draw(5);
     for (Trouble& t : c.trouble) t = slow(random(), draw(200));
-    return c;
+    return draw(2) == 0 ? mapped(c, draw(2) == 0) : c;
 }
 
 int stress(double seconds, unsigned seed) {
@@ -207,6 +213,20 @@ int main(int argc, char** argv) {
         run_on_cluster({}, [](Case& c) { c.channels = 5, c.num_sms = 2; });
         run_on_cluster({}, [](Case& c) { c.channels = 3, c.num_sms = 1, c.num_warps = 3; });
         run_on_cluster(grouped(), [](Case& c) { c.channels = 1, c.num_sms = 4, c.num_warps = 16; });
+    });
+    test("nodes whose memory is mapped", [] {
+        for (const bool all : {true, false}) {
+            run(mapped(cluster(2, 2), all));
+            run(mapped(cluster(3, 2, grouped()), all));
+            run(mapped(with(cluster(3, 1), [](Case& c) { c.hidden = 256, c.chunk_bytes = 384; }),
+                       all));
+            run(mapped(with(cluster(2, 2), [](Case& c) { c.ring_shift = 0, c.chunk_tokens = 1; }),
+                       all));
+        }
+        run(mapped(with(cluster(2, 2, slab()), [](Case& c) {
+            c.weighted = true, c.quantize = Quantize::kFp8, c.hidden = 128, c.capacity = 70;
+        })));
+        run(mapped(with(cluster(2, 2), [](Case& c) { c.sum_weights = true; })));
     });
     test("many tokens", [] {
         run(with(cluster(2, 2),
