@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import sys
 from dataclasses import replace
 from typing import Any
@@ -23,7 +24,7 @@ import torch
 import torch.distributed as dist
 from nvlink_gpus import STANDARD, Work
 
-from ep_comm.bench.cases import make_inputs
+from ep_comm.bench import rails
 
 
 class Bench(nvlink_gpus.Bench):
@@ -40,44 +41,15 @@ class Bench(nvlink_gpus.Bench):
             total += part if own else part.to(torch.bfloat16).float()
         return total.to(torch.bfloat16)
 
-    def moved(self, work: Work) -> dict[str, int]:
-        """Rows over our rail in one call, out and in, by the kernels' own counters."""
-        before = self.buffer.stats()["rails"]
-        work()
-        torch.cuda.synchronize()
-        after = self.buffer.stats()["rails"]
-        return {k: after[k] - before[k] for k in ("rows_out", "rows_in", "sums_out", "sums_in")}
-
-    def near_rows(self) -> int:
-        """Rows that this rank stores over NVLink in a dispatch: of its own tokens, and of those it
-        forwards; the same number are pulled from here in a combine."""
-        per_node = self.buffer.stats()["rails"]["ranks_per_node"]
-        node, local = divmod(self.rank, per_node)
-        rows = 0
-        for src in range(local, self.case.ranks, per_node):
-            owner = make_inputs(self.case, src).topk_idx // (self.case.experts // self.case.ranks)
-            for dst in range(node * per_node, (node + 1) * per_node):
-                rows += int((owner == dst).any(1).sum()) if dst != self.rank else 0
-        return rows
-
     def measure_split(self, op: str, work: Work, sms: int, row_bytes: int, **more: Any) -> None:
-        moved = self.moved(work)
-        kind = "sums" if "combine" in op else "rows"
-        out, back = moved[f"{kind}_out"] * row_bytes, moved[f"{kind}_in"] * row_bytes
-        rail = torch.tensor([max(out, back), self.near_rows() * row_bytes], device="cuda")
-        dist.all_reduce(rail, dist.ReduceOp.MAX)
-        rail_bytes, near_bytes = rail.tolist()
-        self.extra = {"rail_bytes": rail_bytes, "nvlink_bytes": near_bytes}
+        kind = "combined" if "combine" in op else "dispatched"
+        self.moved = rails.split(self.case, self.rank, self.buffer, work, **{kind: row_bytes})
         self.measure(op, work, sms, **more)
 
     def report(self, op: str, gpu: list[float], host: list[float], sms: int, **more: Any) -> None:
-        p50 = sorted(gpu)[len(gpu) // 2]
-        rates = {k.replace("bytes", "gbps"): round(v / p50 / 1e3, 1) for k, v in self.extra.items()}
-        rails = self.buffer.stats()["rails"]
-        super().report(
-            op, gpu, host, sms, **self.extra, **rates, transport=rails["transport"],
-            nodes=rails["num_nodes"], nodes_per_token=round(rails["nodes_per_token"], 3), **more,
-        )  # fmt: skip
+        rates = rails.rates(self.moved, statistics.median(gpu))
+        cluster = rails.describe(self.buffer)
+        super().report(op, gpu, host, sms, **self.moved, **rates, **cluster, **more)
 
 
 def throughput(ranks_per_node: int | None, sms: list[int], dtype: str) -> None:

@@ -1,4 +1,4 @@
-"""`ep-comm bench --backend nvlink`: checked, timed, swept over SMs, recorded."""
+"""`ep-comm bench` on GPUs: checked, timed, swept over SMs, recorded."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import pytest
 
 from ep_comm.bench.cases import OPS
 
-SMALL = ("--backend nvlink --tokens 96 --hidden 512 --experts 8 --topk 4 --iterations 3 "
+SMALL = ("--tokens 96 --hidden 512 --experts 8 --topk 4 --iterations 3 "
          "--ops " + ",".join(OPS)).split()  # fmt: skip
 
 
-def bench(launcher: list[str], *args: str) -> list[dict[str, Any]]:
-    command = [sys.executable, *launcher, "-m", "ep_comm", "bench", *SMALL, *args]
+def bench(launcher: list[str], *args: str, backend: str = "nvlink") -> list[dict[str, Any]]:
+    program = [sys.executable, *launcher, "-m", "ep_comm", "bench", "--backend", backend]
+    command = [*program, *SMALL, *args]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     path = Path(args[args.index("--json") + 1])
@@ -45,7 +46,10 @@ def test_bench_sweeps_sms_and_draws_them(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 def test_bench_refuses_a_baseline_without_the_gpus_for_it(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "ep_comm", "bench", *SMALL, "--baseline", "nccl"]
+    command = [
+        sys.executable, "-m", "ep_comm", "bench", "--backend", "nvlink", *SMALL,
+        "--baseline", "nccl",
+    ]  # fmt: skip
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "0"}
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 1
@@ -62,3 +66,18 @@ def test_bench_under_torchrun_beside_nccl(tmp_path: Path) -> None:
         assert r["baseline"] == "nccl"
         assert r["baseline_time_us"]["p50"] > 0
         assert r["speedup"] > 0
+
+
+@pytest.mark.gpus(2)
+@pytest.mark.nvshmem
+def test_bench_across_nodes_tells_rails_from_nvlink(tmp_path: Path) -> None:
+    records = bench(
+        [], "--ranks", "2", "--ranks-per-node", "1", "--json", str(tmp_path / "r"),
+        backend="hybrid",
+    )  # fmt: skip
+    assert [r["op"] for r in records] == list(OPS)
+    for r in records:
+        assert r["correct"]
+        assert (r["num_nodes"], r["ranks_per_node"]) == (2, 1)
+        assert r["rail_bytes"] > 0 == r["nvlink_bytes"]
+        assert r["rail_gbps"] > 0

@@ -33,6 +33,9 @@ from test_nvlink_loopback import (
 from torch import Tensor
 
 from ep_comm import Buffer, EPConfig, _core, autograd, reference
+from ep_comm.bench import cases as bench_cases
+from ep_comm.bench import check
+from ep_comm.bench.gpu import on_host
 from ep_comm.testing import Cluster
 
 pytestmark = pytest.mark.gpu
@@ -89,6 +92,38 @@ def test_all_that_can_be_asked_of_a_call(make_cluster: MakeCluster, case: Case) 
     cluster = make_cluster(2, 2, case)
     disturb(cluster, seed=len(case.options) + case.num_topk)
     check_case(cluster, case, ranks_per_node=2)
+
+
+def test_nodes_whose_memory_is_mapped(make_cluster: MakeCluster) -> None:
+    """Chunks are written in place, as in one NVLink domain of several nodes; or by some ranks."""
+    case = Case(num_ranks=6, num_experts=13)
+    cluster = make_cluster(3, 2, case)
+    for ranks in (range(6), range(0, 6, 2)):
+        for rank in range(6):
+            cluster.disturb(rank, seed=rank, max_delay_ns=9000, is_mapped=rank in ranks)
+        for options in ({}, GROUPED, {**SLAB, **STATIC}):
+            check_case(cluster, dataclasses.replace(case, options=options), ranks_per_node=2)
+
+
+def test_bench_knows_what_calls_across_nodes_return(make_cluster: MakeCluster) -> None:
+    case = bench_cases.Case(
+        4, tokens=40, hidden=256, topk=4, experts=8, backend="hybrid", ranks_per_node=2
+    )
+    sizes = Case(num_ranks=4, num_experts=8, num_topk=4, hidden=256, tokens=(40,) * 4)
+    cluster = make_cluster(2, 2, sizes)
+    inputs = [bench_cases.make_inputs(case, r) for r in range(4)]
+    x, idx, weights = (on_gpu([i[n] for i in inputs]) for n in range(3))
+    assert x is not None
+    assert idx is not None
+    buffers = cluster.buffers
+    got = on_streams(cluster, lambda r: buffers[r].dispatch(x[r], idx[r], of_rank(weights, r)))
+    answers = [check.expert_output(g.x, r, case) for r, g in enumerate(got)]
+    sums = on_streams(cluster, lambda r: buffers[r].combine(answers[r], got[r].handle))
+    for r in range(4):
+        check.check_case(case, r, {"dispatch": on_host(got[r]), "combine": sums[r].cpu()})
+    sums[3][7, 5] += 1
+    with pytest.raises(check.Mismatch, match="combine"):
+        check.check_case(case, 3, {"dispatch": on_host(got[3]), "combine": sums[3].cpu()})
 
 
 def test_weights_are_summed_by_nodes(make_cluster: MakeCluster) -> None:

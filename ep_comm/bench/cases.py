@@ -44,6 +44,7 @@ class Case:
     seed: int = 0
     backend: str = "auto"
     transfer: str = "sm"
+    ranks_per_node: int | None = None  # hybrid; None: those of a host
 
     @property
     def name(self) -> str:
@@ -55,6 +56,7 @@ class Case:
             *([f"align{self.alignment}"] if self.alignment != 1 else []),
             *(["static"] if self.static else []),
             *([self.transfer] if self.transfer != "sm" else []),
+            *([f"nodes_of_{self.ranks_per_node}"] if self.ranks_per_node is not None else []),
             *([self.routing] if self.routing != "uniform" else []),
         ]
         return "-".join(parts)

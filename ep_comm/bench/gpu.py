@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ep_comm.bench import check, machine, timing
+from ep_comm.bench import check, machine, rails, timing
 from ep_comm.bench.cases import OPS, Case, Inputs, choose_experts, make_inputs, traffic
 from ep_comm.bench.measure import SCHEMA, Options, Ours, parts_of
 from ep_comm.buffer import Buffer
@@ -54,8 +54,13 @@ def measure_case(
         hidden=case.hidden,
         max_tokens=case.tokens,
         backend=case.backend,
+        ranks_per_node=case.ranks_per_node,
         device="cuda",
     ) as buffer:
+        nodes: dict[str, Any] = {}
+        if buffer.backend == "hybrid":
+            nodes = rails.describe(buffer)
+            case = replace(case, ranks_per_node=nodes["ranks_per_node"])
         ours = GpuOurs(case, rank, buffer, inputs)
         ours.check(options.ops)
         meter = machine.LoadMeter()
@@ -77,6 +82,7 @@ def measure_case(
                         "op": op,
                         "sms": sms or ours.default_sms(op),
                         **_numbers(case, op, found, plain[op]),
+                        **(ours.rail_numbers(op, call, found) if nodes else {}),
                         "kernels_us": _kernels_us(call),
                         **_baseline(options.baseline, rivals.get(op), found),
                     }
@@ -90,6 +96,7 @@ def measure_case(
         "case": case.name,
         **asdict(case),
         **backend,
+        **nodes,
         "device": "cuda",
         "ranks_share_gpus": num_gpus < case.ranks,
         "aligned_by": watch.aligned_by,
@@ -111,7 +118,7 @@ class GpuOurs(Ours):
         }
         failure = ""
         try:
-            check.check_case(self.case, self.rank, {op: _on_host(r) for op, r in got.items()})
+            check.check_case(self.case, self.rank, {op: on_host(r) for op, r in got.items()})
         except check.Mismatch as error:
             failure = f"rank {self.rank}: {error}"
         failures = [""] * self.case.ranks
@@ -136,8 +143,18 @@ class GpuOurs(Ours):
             return max(both.values())
         return both["combine" if op.startswith("combine") else "dispatch"]
 
+    def rail_numbers(self, op: str, call: Call, found: Found) -> dict[str, Any]:
+        """Bytes and rates over rails and over NVLink, told apart. Collective."""
+        parts = _parts(op)
+        size = {part.partition("_")[0]: traffic(self.case, part).row_bytes for part in parts}
+        moved = rails.split(
+            self.case, self.rank, self.buffer, call, size.get("dispatch", 0), size.get("combine", 0)
+        )
+        return {**moved, **rails.rates(moved, timing.summary(found.device)["p50"])}
 
-def _on_host(result: Any) -> Any:
+
+def on_host(result: Any) -> Any:
+    """A Received or sums of a call, to compare."""
     if isinstance(result, Tensor):
         return result.cpu()
     assert isinstance(result, Received)

@@ -36,7 +36,10 @@ def _table(case: str, records: Sequence[Record]) -> Table:
     out = Table(title=case, title_justify="left", title_style="bold")
     out.add_column("op")
     rival = records[0]["baseline"] or "baseline"
+    rates = _rates(records[0])
     for name in ("p50 µs", "p10–p90", "min", "GB/s", "copy µs", "of copy", "min of copy"):
+        out.add_column(name, justify="right")
+    for name in rates:
         out.add_column(name, justify="right")
     for name in (f"{rival} µs", f"vs {rival}", "peak/out"):
         out.add_column(name, justify="right")
@@ -57,11 +60,22 @@ def _cells(r: Record) -> list[str]:
         us(r["copy_us"]),
         f"{100 * r['copy_ratio']:.0f} %",
         f"{100 * r['copy_ratio_of_min']:.0f} %",
+        *_rates(r).values(),
         us(rival["p50"]) if rival else "–",
         f"{r['speedup']:.1f}×" if rival else "–",
         "–" if r["peak_ratio"] is None else f"{r['peak_ratio']:.2f}",
         "yes" if r["correct"] else "NO",
     ]
+
+
+def _rates(record: Record) -> dict[str, str]:
+    """Of calls across nodes, by column."""
+    if "rail_gbps" not in record:
+        return {}
+    return {
+        "rail GB/s": f"{record['rail_gbps']:.3g}",
+        "NVLink GB/s": f"{record['nvlink_gbps']:.3g}",
+    }
 
 
 def _op(record: Record) -> str:
@@ -90,7 +104,7 @@ def caption(records: Sequence[Record]) -> str:
             "Times: events around the whole call, L2 flushed, ranks aligned by "
             f"{r['aligned_by']}, slowest rank, p50 of {r['time_us']['n']}.\n"
             "GB/s: bytes from other ranks at the busiest rank / p50. of copy: a copy of as many "
-            "bytes to the next GPU by copy engine, all ranks at once / p50."
+            "bytes to the next GPU by copy engine, all ranks at once / p50." + _rails(r)
         )
     return (
         f"{r['cpu']}, {r['cores']} cores, {r['simd']}, torch {r['torch']}, "
@@ -100,6 +114,16 @@ def caption(records: Sequence[Record]) -> str:
         f"{r['time_us']['n']}. GB/s: bytes from other ranks at the busiest rank / p50.\n"
         "of copy: fastest plain copy of the same rows / p50; min of copy: / min. "
         "peak/out: peak memory of one call / bytes it returns."
+    )
+
+
+def _rails(record: Record) -> str:
+    """How a cluster was cut, where rows went over rails."""
+    if "rail_gbps" not in record:
+        return ""
+    return (
+        f"\n{record['num_nodes']} nodes x {record['ranks_per_node']} ranks, {record['transport']}. "
+        "rail, NVLink: rows that the busiest rank moves over each / p50."
     )
 
 

@@ -18,6 +18,7 @@ class Backend(StrEnum):
     auto = "auto"
     cpu = "cpu"
     nvlink = "nvlink"
+    hybrid = "hybrid"
     collective = "collective"
 
 
@@ -90,8 +91,11 @@ def bench(
     iterations: Annotated[int, typer.Option(min=1, help="Timed calls of each.")] = 30,
     warmup: Annotated[int, typer.Option(min=0, help="Calls before them.")] = 3,
     backend: Annotated[
-        Backend, typer.Option(help="Of the Buffer; nvlink: on GPUs.")
+        Backend, typer.Option(help="Of the Buffer; nvlink and hybrid: on GPUs.")
     ] = Backend.auto,
+    ranks_per_node: Annotated[
+        int | None, typer.Option(min=1, help="hybrid: ranks of a node. Default: those of a host.")
+    ] = None,
     transfer: Annotated[Transfer, typer.Option(help="GPUs: who moves the rows.")] = Transfer.sm,
     sms: Annotated[
         str, typer.Option(help="GPUs: SMs to measure with; several: 8,12,16. Default: computed.")
@@ -128,17 +132,19 @@ def bench(
         Case(
             num_ranks, count, hidden, topk, experts, dtype.value, layout.value,
             None if quantize is Quantize.none else quantize.value, alignment, capacity, static,
-            routing.value, seed, backend.value, transfer.value,
+            routing.value, seed, backend.value, transfer.value, ranks_per_node,
         )
         for count in _numbers(tokens)
     ]  # fmt: skip
-    on_gpus = backend is Backend.nvlink
+    on_gpus = backend in (Backend.nvlink, Backend.hybrid)
     if (baseline is Baseline.gloo and on_gpus) or (baseline is Baseline.nccl and not on_gpus):
         raise typer.BadParameter(f"no baseline {baseline.value} with backend {backend.value}")
-    if transfer is not Transfer.sm and not on_gpus:
+    if transfer is not Transfer.sm and backend is not Backend.nvlink:
         raise typer.BadParameter("--transfer needs --backend nvlink")
     if sms and not on_gpus:
-        raise typer.BadParameter("--sms needs --backend nvlink")
+        raise typer.BadParameter("--sms needs --backend nvlink or hybrid")
+    if ranks_per_node is not None and backend is not Backend.hybrid:
+        raise typer.BadParameter("--ranks-per-node needs --backend hybrid")
     options = Options(
         ops=tuple(op for op in OPS if op in chosen),
         iterations=iterations,

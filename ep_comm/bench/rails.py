@@ -1,0 +1,74 @@
+"""Bytes of a call across nodes: over rails, by the kernels' own counters, and over NVLink."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ep_comm.bench.cases import Case, choose_experts
+from ep_comm.buffer import Buffer
+
+
+def split(
+    case: Case,
+    rank: int,
+    buffer: Buffer,
+    call: Callable[[], Any],
+    dispatched: int = 0,
+    combined: int = 0,
+) -> dict[str, int]:
+    """Make one call, and tell its traffic at the busiest rank. Collective over the default group.
+
+    Args:
+        dispatched, combined: bytes of a row that the call dispatches, of a sum that it brings back;
+            0: it does not.
+    """
+    before = buffer.stats()["rails"]
+    call()
+    torch.cuda.synchronize()
+    after = buffer.stats()["rails"]
+    sent, came = (
+        sum((after[k] - before[k]) * size for k, size in counted)
+        for counted in (
+            (("rows_out", dispatched), ("sums_out", combined)),
+            (("rows_in", dispatched), ("sums_in", combined)),
+        )
+    )
+    near = near_rows(case, rank, after["ranks_per_node"]) * (dispatched + combined)
+    busiest = torch.tensor([max(sent, came), near])
+    if dist.get_backend() == "nccl":
+        busiest = busiest.cuda()
+    dist.all_reduce(busiest, dist.ReduceOp.MAX)
+    rail_bytes, nvlink_bytes = busiest.tolist()
+    return {"rail_bytes": rail_bytes, "nvlink_bytes": nvlink_bytes}
+
+
+def near_rows(case: Case, rank: int, per_node: int) -> int:
+    """Rows that a rank stores over NVLink in a dispatch: of its own tokens, and of those of its
+    rail, which it forwards; a combine pulls as many from there."""
+    node, local = divmod(rank, per_node)
+    rows = 0
+    for src in range(local, case.ranks, per_node):
+        owner = choose_experts(case, src) // (case.experts // case.ranks)
+        for dst in range(node * per_node, (node + 1) * per_node):
+            rows += int((owner == dst).any(1).sum()) if dst != rank else 0
+    return rows
+
+
+def rates(moved: dict[str, int], us: float) -> dict[str, float]:
+    """GB/s of `split`'s bytes."""
+    return {name.replace("bytes", "gbps"): round(n / us / 1e3, 1) for name, n in moved.items()}
+
+
+def describe(buffer: Buffer) -> dict[str, Any]:
+    """How the cluster is cut, and what its rails are."""
+    rails = buffer.stats()["rails"]
+    return {
+        "num_nodes": rails["num_nodes"],
+        "ranks_per_node": rails["ranks_per_node"],
+        "nodes_per_token": round(rails["nodes_per_token"], 3),
+        "transport": rails["transport"],
+    }
