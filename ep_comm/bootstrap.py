@@ -151,6 +151,7 @@ class Hello:
     pid: int = _free("q")
     boot_id: bytes = field(default=bytes(16), metadata={"fmt": "16s", "code": None})
     pid_namespace: int = _free("Q")
+    gpu: int = _free("Q")  # hash of its UUID, 0: none
     token: bytes = field(default=bytes(16), metadata={"fmt": "16s", "code": None})  # random
     refusal: str = _free("128s")  # why this rank cannot construct: "E203 rejected ..."; "" = it can
 
@@ -208,6 +209,12 @@ class Hello:
         """Whether two ranks are threads of one process."""
         mine = (self.boot_id, self.pid_namespace, self.pid)
         return mine == (other.boot_id, other.pid_namespace, other.pid)
+
+    def same_gpu(self, other: Hello) -> bool:
+        """Whether two ranks run on one GPU, as threads of a process or under MPS."""
+        if self.gpu == 0:
+            return self.same_process(other)
+        return (self.boot_id, self.gpu) == (other.boot_id, other.gpu)
 
     def shares_processes(self, other: Hello) -> bool:
         """Whether two ranks are processes that see each other."""

@@ -203,8 +203,15 @@ def _hello(
         pid=os.getpid(),
         boot_id=boot_id,
         pid_namespace=namespace,
+        gpu=_gpu(spec.device),
         token=token,
     )
+
+
+def _gpu(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    return _hash(str(torch.cuda.get_device_properties(device).uuid).encode())
 
 
 def _shape(spec: BufferSpec) -> _core.Shape:

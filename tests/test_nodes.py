@@ -63,6 +63,13 @@ def test_rails_follow_from_processes(hosts: str, pids: str, kind: str) -> None:
     assert kind_of_rails(hellos(hosts, pids)) == kind
 
 
+def test_ranks_that_share_a_gpu_are_told_by_its_uuid() -> None:
+    threads = hellos("aaab", "xxyx")  # no GPU is known: threads share what there is
+    assert [h.same_gpu(threads[0]) for h in threads] == [True, True, False, False]
+    known = [replace(h, gpu=g) for h, g in zip(threads, (5, 6, 5, 5), strict=True)]
+    assert [h.same_gpu(known[0]) for h in known] == [True, False, True, False]
+
+
 def chosen(monkeypatch: pytest.MonkeyPatch, asked: str, hosts: str, **more: Any) -> tuple[str, str]:
     build = {"cuda": "13.0", "cuda_missing": None, "nvshmem_missing": None, **more.pop("build", {})}
     monkeypatch.setattr(_core, "BUILD", {**_core.BUILD, **build})

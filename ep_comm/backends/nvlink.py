@@ -382,7 +382,7 @@ def connect_backend(
         near: the ranks that map each other's memory, ours among them; None: all.
     """
     kind = kind_of_memory(spec.device.index or 0, group.rank)
-    ranks_on_device = sum(h.same_process(hellos[group.rank]) for h in hellos)
+    ranks_on_device = sum(h.same_gpu(hellos[group.rank]) for h in hellos)
     size = default_arena_bytes(spec, ranks_on_device) if arena_bytes is None else arena_bytes
     control_bytes = _core.ControlLayout(shape).end
     memory = mapping.connect(
