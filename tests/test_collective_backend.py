@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -16,6 +17,8 @@ from test_buffer_properties import Call, Pair, World, bounded, calls, worlds
 from torch import Tensor
 
 from ep_comm import Buffer, EPConfig, EPError, Handle, Received, reference
+from ep_comm.backends.wire import _Peers
+from ep_comm.bootstrap import Hello
 from ep_comm.testing import Cluster, run_processes
 
 NUM_RANKS = 3
@@ -559,3 +562,14 @@ def test_c5_stopped_rank_is_given_up_after_the_progress_clock() -> None:
         assert (code, peer) == ("E101", 1)
         assert "alive but stopped" in text
         assert 1.0 < seconds < 5.0
+
+
+def test_a_rank_that_ended_before_it_could_be_watched_is_dead() -> None:
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    hellos = [
+        Hello(rank=r, boot_id=b"h" * 16, pid=p) for r, p in enumerate((os.getpid(), ended.pid))
+    ]
+    peers = _Peers.of(0, hellos)
+    assert peers.dead() == 1
+    peers.close()

@@ -344,17 +344,24 @@ class _Peers:
 
     pids: dict[int, int]
     pidfds: dict[int, int]
+    gone: set[int]  # already before they could be watched
 
     @classmethod
     def of(cls, me: int, hellos: Sequence[Hello]) -> _Peers:
         pids = {h.rank: h.pid for h in hellos if h.shares_processes(hellos[me])}
-        pidfds = {}
+        peers = cls(pids, {}, set())
         for rank, pid in pids.items():
-            with contextlib.suppress(OSError, AttributeError):
-                pidfds[rank] = os.pidfd_open(pid)
-        return cls(pids, pidfds)
+            try:
+                peers.pidfds[rank] = os.pidfd_open(pid)
+            except ProcessLookupError:
+                peers.gone.add(rank)
+            except (OSError, AttributeError):
+                pass  # an old kernel, or no descriptors left
+        return peers
 
     def dead(self) -> int | None:
+        if self.gone:
+            return min(self.gone)
         for rank, fd in self.pidfds.items():
             if select.select([fd], [], [], 0)[0]:
                 return rank
