@@ -2,6 +2,8 @@
 
 #include <utility>
 
+#include "bind/torch_device.h"
+
 namespace py = pybind11;
 
 namespace ep {
@@ -24,7 +26,7 @@ struct HeldTensor {
             }
         }
         managed.tensor = {data,
-                          {dlpack::kCuda, hold->device()},
+                          torch_device(hold->device()),
                           static_cast<int32_t>(shape.size()),
                           type,
                           shape.data(),

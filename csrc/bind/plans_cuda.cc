@@ -5,6 +5,7 @@
 #include <initializer_list>
 
 #include "bind/exchange.h"
+#include "bind/torch_device.h"
 #include "contract/config.h"
 #include "host/graph_hold.h"
 
@@ -25,7 +26,7 @@ public:
     bool take(py::handle object, const std::optional<dlpack::DataType>& type,
               std::initializer_list<int64_t> shape) {
         if (!see(object, view_) || !type || !same(view_.dtype, *type)) return false;
-        if (view_.device.type != dlpack::kCuda || view_.device.id != device_) return false;
+        if (!is_on(device_, object, view_)) return false;
         if (view_.ndim != static_cast<int>(shape.size())) return false;
         for (int i = 0; i < view_.ndim; ++i) {
             const int64_t want = shape.begin()[i];
@@ -135,13 +136,10 @@ std::shared_ptr<Flight> run(DeviceRank& rank, const DispatchPlan& plan, py::hand
         wants.max_recv = routing->num_recv;
         wants.max_rows = routing->num_rows;
     }
-    void* stream = nullptr;
-    if (exchange()->current_stream(dlpack::kCuda, rank.arena()->device(), &stream) != 0) {
-        throw py::error_already_set();
-    }
-    if (wants.reports && is_capturing(static_cast<Stream>(stream))) return nullptr;
+    const Stream stream = current_stream(rank.arena()->device());
+    if (wants.reports && is_capturing(stream)) return nullptr;
     py::gil_scoped_release nogil;
-    return rank.dispatch(a, wants, static_cast<Stream>(stream));
+    return rank.dispatch(a, wants, stream);
 }
 
 std::optional<Stream> run(DeviceRank& rank, const CombinePlan& plan, const Routing& routing,
@@ -188,13 +186,10 @@ std::optional<Stream> run(DeviceRank& rank, const CombinePlan& plan, const Routi
     a.rank_counts = routing.args.rank_counts;
     a.recv_src = routing.recv_src;
     a.recv_row = routing.recv_row;
-    void* stream = nullptr;
-    if (exchange()->current_stream(dlpack::kCuda, rank.arena()->device(), &stream) != 0) {
-        throw py::error_already_set();
-    }
+    const Stream stream = current_stream(rank.arena()->device());
     py::gil_scoped_release nogil;
-    rank.combine(a, plan.wants, static_cast<Stream>(stream));
-    return static_cast<Stream>(stream);
+    rank.combine(a, plan.wants, stream);
+    return stream;
 }
 
 }  // namespace ep
