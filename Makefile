@@ -5,10 +5,11 @@
 #   PYTHON=...       the Python to start from
 #   CMAKE_ARGS=...   options of the build, e.g. -DEP_CUDA=OFF
 #   PYTEST_ARGS=...  e.g. "-k compact", --slow
+#   EMULATOR_ARGS=...  the same for tests of GPUs that run without one
 #   BENCH_ARGS=...   options of `ep-comm bench`
 SHELL := /bin/bash
 .DEFAULT_GOAL := build
-.PHONY: build demo test wheel-test sanitize bench format lint clean distclean
+.PHONY: build demo test emulator-test wheel-test sanitize bench format lint clean distclean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -58,6 +59,15 @@ test: build
 	$(VENV)/bin/cmake --build $(BUILD)
 	$(VENV)/bin/ctest --test-dir $(BUILD) --output-on-failure
 	$(PY) -m pytest $(PYTEST_ARGS)
+	$(RUN_EMULATOR)
+
+# Tests of GPUs, on kernels that the CPU runs.
+emulator-test: build
+	$(VENV)/bin/cmake --build $(BUILD)
+	$(RUN_EMULATOR)
+
+RUN_EMULATOR = $(if $(filter x86_64,$(shell uname -m)),$(PY) -m pytest --emulator $(EMULATOR_ARGS), \
+    @echo "no tests on the emulator: it runs on x86_64 only")
 
 # The wheel, built offline from this tree and run from elsewhere.
 wheel-test: build

@@ -21,6 +21,11 @@ settings.load_profile("ci" if os.environ.get("CI") else "default")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run tests marked slow")
     parser.addoption(
+        "--emulator",
+        action="store_true",
+        help="run tests marked gpu, and only those, on kernels that a CPU runs",
+    )
+    parser.addoption(
         "--fault-matrix",
         action="store_true",
         help="run the fault matrix, record it, write the table in docs/reliability.md",
@@ -28,6 +33,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.option.emulator:
+        from emulator.plugin import Emulator
+
+        config.pluginmanager.register(Emulator(config))
     if config.option.fault_matrix:
         from fault_matrix import Recorder
 

@@ -22,7 +22,14 @@ from pathlib import Path
 from typing import Any, Self
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "ep_comm.buffer", "ep_comm.testing"])
+
+
+def preload(*first: str) -> None:
+    """What the server imports when it starts, these modules first."""
+    _context.set_forkserver_preload([*first, "torch", "ep_comm.buffer", "ep_comm.testing"])
+
+
+preload()
 
 
 @dataclass
