@@ -122,8 +122,28 @@ void fiber_main() {
     die("a finished thread runs");
 }
 
+// Stacks of fibers that have ended, for those to come: new pages cost more than most of what runs there.
+class Stacks {
+public:
+    std::unique_ptr<std::byte[]> take() {
+        const std::lock_guard lock(mutex_);
+        if (free_.empty()) return std::make_unique_for_overwrite<std::byte[]>(kStackBytes);
+        auto stack = std::move(free_.back());
+        free_.pop_back();
+        return stack;
+    }
+    void give(std::unique_ptr<std::byte[]> stack) {
+        const std::lock_guard lock(mutex_);
+        free_.push_back(std::move(stack));
+    }
+
+private:
+    std::mutex mutex_;
+    std::vector<std::unique_ptr<std::byte[]>> free_;
+} stacks;
+
 void prepare(Fiber& f) {
-    f.stack = std::make_unique_for_overwrite<std::byte[]>(kStackBytes);
+    f.stack = stacks.take();
     auto top = reinterpret_cast<uintptr_t>(f.stack.get() + kStackBytes) & ~uintptr_t{15};
     auto* sp = reinterpret_cast<void**>(top);
     *--sp = nullptr;  // a call leaves the stack like this
@@ -173,7 +193,7 @@ void run_block(Block& b) {
         b.running = b.ready.front();
         b.ready.pop_front();
         emulator_switch(&b.scheduler, b.running->stack_pointer);
-        if (b.running->done) b.running->stack.reset();
+        if (b.running->done) stacks.give(std::move(b.running->stack));
     }
     if (!b.loads.empty()) die("a block ended while a bulk load was under way");
     block = nullptr;
@@ -187,7 +207,10 @@ std::byte* dynamic_shared() { return block->shared; }
 
 void yield() {
     Block& b = *block;
-    if (++b.polls % 256 == 0) sched_yield();
+    if (++b.polls > b.ready.size()) {  // perhaps all wait for another block
+        b.polls = 0;
+        sched_yield();
+    }
     b.ready.push_back(b.running);
     to_scheduler();
 }
