@@ -53,11 +53,13 @@ struct State {
     uint64_t* chunks;         // [kMaxChunks][columns] packed, see kernels/tables.cuh
     int32_t* sent;            // [num_ranks] what a cached call found in its handle; all zero again
     uint32_t* finished;       // blocks that have read all notices; 0 again once that is all
+    uint64_t* without;        // [2] packed, 32 ranks each: whom a small operation goes without
+    uint64_t* lost;           // ranks whose rows stopped coming in this one
 };
 
 struct StateLayout {
-    Region seq, abort, owner, local, position, first, expected, chunks, op, sent, finished, control,
-        arena, arena_bytes;
+    Region seq, abort, owner, local, position, first, expected, chunks, op, sent, finished, without,
+        lost, control, arena, arena_bytes;
     int64_t tables_end = 0, end = 0;
 
     constexpr explicit StateLayout(const Shape& s) {
@@ -78,6 +80,8 @@ struct StateLayout {
         op = at.take(sizeof(OpState));
         sent = at.take(4 * ranks);
         finished = at.take(4);
+        without = at.take(16);
+        lost = at.take(8);
         end = at.end();
     }
 };
@@ -111,6 +115,9 @@ struct HostPage {
     Report sync[kMaxReports];     // of calls whose host waits; call n has place n % kMaxReports
     Report deferred;              // of the first call nobody has read of that failed without a host
     uint64_t waiting[kMaxRanks];  // per peer: a wait for it that takes long, see waiting_word
+    // With masks, per peer. Set by the host, which has lost it: why, a code.
+    uint32_t lost[kMaxRanks];
+    uint32_t masked[kMaxRanks];  // 1 once a kernel went on without it
 };
 
 // Why the host ends all waits: a code, and whom it blames (-1 = whoever is waited for).
@@ -131,6 +138,7 @@ constexpr Site waiting_site(uint64_t word) { return static_cast<Site>(word & 0xf
 // Clocks and the way out of a wait that takes too long.
 struct Watch {
     int64_t lives;    // where in a control block everybody's life is told
+    int64_t masks;    // and which ranks nobody waits for
     uint32_t* abort;  // device memory: 1 once a wait of this rank gave up
     HostPage* page;   // mapped
     std::byte* const* control;
@@ -138,6 +146,7 @@ struct Watch {
     int64_t post_ns;                  // a wait that takes longer tells the host
     int32_t rank, num_ranks;
     int32_t near_begin, near_end;  // see Peers
+    bool can_mask;                 // a wait that ends without its word masks the rank it is for
 };
 
 // All that stays the same from one operation to the next.

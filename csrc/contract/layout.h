@@ -43,7 +43,7 @@ struct NamedRegion {
 // said otherwise.
 struct ControlLayout {
     Region header, entries, counts, bases, expert_rows, arrived, pulled, released, staged, taken,
-        notices, lives, rows;
+        notices, lives, masks, rows;
     int64_t end = 0;
     int64_t stage_bytes = 0;
     int32_t num_ranks, num_experts, max_local_experts, notice_words;
@@ -68,6 +68,7 @@ struct ControlLayout {
         staged = at.take(s.num_ranks * kWordStride);            // [rank] uint64 per owner
         taken = at.take(s.num_ranks * kWordStride);             // [rank] uint64 per source
         lives = at.take(s.num_ranks * 8);                       // GPU: uint64 Life per rank
+        masks = at.take(8);                                     // uint64, a bit per masked rank
         notices = at.take(pairs * notice_words * 8);            // GPU: packed words per source
         rows = at.take(s.num_slots * s.stage_bytes);            // GPU: lines, see stage.h
         end = at.end();
@@ -109,7 +110,7 @@ struct ControlLayout {
     EP_HD constexpr int64_t stage(int slot) const { return rows.offset + slot * stage_bytes; }
     EP_HD constexpr int64_t life_word(int rank) const { return lives.offset + rank * 8; }
 
-    constexpr std::array<NamedRegion, 13> regions() const {
+    constexpr std::array<NamedRegion, 14> regions() const {
         return {{{"header", header},
                  {"entries", entries},
                  {"counts", counts},
@@ -122,6 +123,7 @@ struct ControlLayout {
                  {"taken", taken},
                  {"notices", notices},
                  {"lives", lives},
+                 {"masks", masks},
                  {"rows", rows}}};
     }
 

@@ -19,6 +19,7 @@ enum Code : int32_t {
     kPeerDied = 110,
     kPeerLeft = 111,
     kPeerFault = 112,  // its CUDA context broke
+    kMasked = 113,     // the others go on without this rank
     kBadDtype = 200,
     kBadShape = 201,
     kBadExpertId = 213,
@@ -28,6 +29,7 @@ enum Code : int32_t {
     kBadCount = 240,
     kBadEpoch = 241,
     kMiscount = 242,
+    kNeedsAll = 311,  // a call that no rank can be left out of, while one is masked
     kStaleHandle = 320,
     kOutOfStep = 330,
     kClosed = 340,  // this rank closed while the call waited; never leaves the process
@@ -40,7 +42,7 @@ inline constexpr int64_t kBadSeal = -1;
 // these fields is damage.
 EP_HD constexpr bool may_poison_entry(int code) {
     return (code >= 200 && code <= 203) || (code >= 210 && code <= 213) || code == kOverCapacity ||
-           code == kOutOfArena || code == 310 || code == kStaleHandle;
+           code == kOutOfArena || code == 310 || code == kNeedsAll || code == kStaleHandle;
 }
 EP_HD constexpr bool may_poison_base(int code) {
     return code == kOverCapacity || code == kOutOfArena || code == kStaleHandle;

@@ -169,6 +169,23 @@ __device__ __forceinline__ uint32_t atom_acq_rel_gpu_add(uint32_t* addr, uint32_
     return old;
 }
 
+// atom.acq_rel.gpu.global.cas.b64 d, [a], b, c;                        PTX ISA 6.0, sm_70
+__device__ __forceinline__ uint64_t atom_acq_rel_gpu_cas(uint64_t* addr, uint64_t expected,
+                                                         uint64_t value) {
+    uint64_t old;
+    asm volatile("atom.acq_rel.gpu.global.cas.b64 %0, [%1], %2, %3;"
+                 : "=l"(old)
+                 : "l"(addr), "l"(expected), "l"(value)
+                 : "memory");
+    return old;
+}
+
+// red.relaxed.sys.global.or.b64 [a], b;                                PTX ISA 6.0, sm_70
+// Orders nothing; several ranks may set bits of one word.
+__device__ __forceinline__ void red_relaxed_sys_or(uint64_t* addr, uint64_t value) {
+    asm volatile("red.relaxed.sys.global.or.b64 [%0], %1;" ::"l"(addr), "l"(value) : "memory");
+}
+
 // atom.acq_rel.cta.shared::cta.add.u32 d, [a], b;                      PTX ISA 7.8, sm_70
 // Orders: as acq_rel says, among threads of the block: who completes a count has seen what all did before.
 __device__ __forceinline__ uint32_t atom_acq_rel_cta_add(uint32_t* shared, uint32_t value) {

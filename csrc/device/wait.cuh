@@ -36,6 +36,45 @@ __device__ __forceinline__ bool gave_up(const Watch& watch) {
     return ptx::ld_relaxed_gpu(watch.abort) != 0;
 }
 
+// ---- masks: ranks that nobody waits for any more ----
+
+__device__ __forceinline__ bool has_rank(uint64_t ranks, int rank) {
+    return (ranks >> rank & 1) != 0;
+}
+
+__device__ __forceinline__ uint64_t* masks_of(const Watch& watch, int rank) {
+    return reinterpret_cast<uint64_t*>(watch.control[rank] + watch.masks);
+}
+
+// A bit for each rank that is masked, as far as we know by now.
+__device__ __forceinline__ uint64_t masked_ranks(const Watch& watch) {
+    return watch.can_mask ? ptx::ld_relaxed_sys(masks_of(watch, watch.rank)) : 0;
+}
+
+// The host may ask which ranks are masked.
+__device__ __forceinline__ void tell_masked(const Watch& watch, uint64_t ranks) {
+#pragma unroll 1
+    for (; ranks != 0; ranks &= ranks - 1) {
+        const int rank = __ffsll(static_cast<long long>(ranks)) - 1;
+        ptx::st_release_sys(&watch.page->masked[rank], 1);
+    }
+}
+
+// From now on nobody waits for `rank`, which is told, too. Every rank's waits look at its own word, so all
+// go on without it within a poll of each other.
+__device__ __noinline__ inline void mask(const Watch& watch, int rank) {
+#pragma unroll 1
+    for (int p = watch.near_begin; p < watch.near_end; ++p) {
+        ptx::red_relaxed_sys_or(masks_of(watch, p), uint64_t{1} << rank);
+    }
+    tell_masked(watch, uint64_t{1} << rank);
+}
+
+// After a wait that came to nothing: whether the rank is masked, and the operation goes on without it.
+__device__ __forceinline__ bool goes_on(const Watch& watch) {
+    return watch.can_mask && !gave_up(watch);
+}
+
 // What `peer` last told us of its life.
 __device__ __forceinline__ uint64_t life_of(const Watch& watch, int peer) {
     const auto* lives = reinterpret_cast<const uint64_t*>(watch.control[watch.rank] + watch.lives);
@@ -141,6 +180,25 @@ __device__ __forceinline__ bool is_gone(uint32_t life) {
            life == static_cast<uint32_t>(Life::kFailed);
 }
 
+// We are masked by the others, and must not go on as if we were not.
+__device__ __noinline__ inline void leave_masked(const Watch& watch, Operation op) {
+    give_up(watch, op, kMasked, {Site::kNone, watch.rank, 0}, 0, 0);
+}
+
+// Whether nobody waits for this peer any more, or for us.
+__device__ __forceinline__ bool is_masked(const Watch& watch, Operation op, int peer) {
+    const uint64_t masked = masked_ranks(watch);
+    if (has_rank(masked, watch.rank)) leave_masked(watch, op);
+    return has_rank(masked, peer) || has_rank(masked, watch.rank);
+}
+
+// Instead of giving up: masks the peer, where that may be. False: give up.
+__device__ __forceinline__ bool goes_without(const Watch& watch, int peer) {
+    if (!watch.can_mask || peer == watch.rank) return false;
+    mask(watch, peer);
+    return true;
+}
+
 // Tells the host of a wait that takes long, or that it is over. True, as its caller returns.
 __device__ __noinline__ inline bool post(const Watch& watch, Operation op, Awaited awaited,
                                          uint64_t start, bool waits) {
@@ -156,6 +214,7 @@ __device__ __noinline__ inline bool is_over(const Watch& watch, Operation op, Aw
                                             uint64_t start) {
     post(watch, op, awaited, start, true);
     if (ptx::ld_acquire_sys(&watch.page->abort) != 0) return true;
+    if (ptx::ld_acquire_sys(&watch.page->lost[awaited.peer]) != 0) return true;
     return awaited.peer != watch.rank &&
            is_gone(ptx::ld_acquire_sys(&header_of(watch, awaited.peer)->life));
 }
@@ -166,7 +225,13 @@ __device__ __noinline__ inline bool still_counts(const Watch& watch, Operation o
     const uint64_t abort = ptx::ld_acquire_sys(&watch.page->abort);
     if (abort_code(abort) != kInterrupted && now >= awaited.want) return true;
     if (abort == 0) {
-        adopt_failure(watch, op, awaited, now, waited_ns);
+        const auto lost = static_cast<int>(ptx::ld_acquire_sys(&watch.page->lost[awaited.peer]));
+        if (goes_without(watch, awaited.peer)) return false;
+        if (lost != 0) {
+            give_up(watch, op, lost, awaited, now, waited_ns);
+        } else {
+            adopt_failure(watch, op, awaited, now, waited_ns);
+        }
         return false;
     }
     Awaited blamed = awaited;
@@ -213,14 +278,16 @@ struct LongWait {
         }
         if (now >= awaited.want) return post(watch, op, awaited, start, false) ? kThere : kOver;
         if (turn % kLookEvery != 0) return kWaits;
-        if (gave_up(watch)) return kOver;
+        if (gave_up(watch) || is_masked(watch, op, awaited.peer)) return kOver;
         const uint64_t time = ptx::globaltimer();
         if (now != seen && !arriving(awaited.site)) progress = time;
         seen = now;
         const int64_t limit = limit_of(watch, awaited);
         if (limit >= 0 && time - progress > static_cast<uint64_t>(limit)) {
             const int code = arriving(awaited.site) ? kPeerAbsent : kStalled;
-            give_up(watch, op, code, awaited, now, time - start);
+            if (!goes_without(watch, awaited.peer)) {
+                give_up(watch, op, code, awaited, now, time - start);
+            }
             return kOver;
         }
         if (turn != kLookFurther) return kWaits;
@@ -258,6 +325,7 @@ __device__ __noinline__ inline void time_waits(const Watch& watch, Operation op,
             if (state == LongWait::kThere) {
                 *stats += static_cast<int64_t>(ptx::globaltimer() - from);
             }
+            if (state == LongWait::kOver && goes_on(watch)) state = LongWait::kThere;
         }
         if (__any_sync(~0u, state == LongWait::kOver)) return;
         if (__all_sync(~0u, state == LongWait::kThere)) return;
@@ -265,7 +333,7 @@ __device__ __noinline__ inline void time_waits(const Watch& watch, Operation op,
 }
 
 // True when the word has reached what is awaited. False when time ran out, here or elsewhere on this
-// rank: leave, touch nothing.
+// rank: leave, touch nothing; unless goes_on() says that only this peer is lost.
 [[nodiscard]] __device__ __forceinline__ bool wait_word(const Watch& watch, Operation op,
                                                         Awaited awaited, const uint64_t* word) {
     return ptx::ld_acquire_sys(word) >= awaited.want ||

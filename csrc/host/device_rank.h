@@ -10,6 +10,7 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "contract/gpu.h"
@@ -42,12 +43,12 @@ class DeviceRank {
 public:
     // Collective in effect: every rank constructs one before the first operation. `max_blocks`
     // bounds what any kernel may occupy. `late` is called from a thread of ours. `rails`: of a buffer
-    // across nodes.
+    // across nodes. `can_mask`: small operations go on without a rank that is lost; not across nodes.
     DeviceRank(const Shape& shape, int rank, uint64_t generation,
                const std::vector<int32_t>& expert_owner, std::vector<DevicePeer> peers,
                std::shared_ptr<DeviceArena> arena, const PeerClocks& clocks, int max_blocks,
                std::function<void(OpKind, int peer, double waited_s)> late,
-               const RailSetup* rails = nullptr);
+               const RailSetup* rails = nullptr, bool can_mask = false);
     ~DeviceRank();
     DeviceRank(const DeviceRank&) = delete;
     DeviceRank& operator=(const DeviceRank&) = delete;
@@ -73,6 +74,18 @@ public:
     void finish(BegunCombine& begun, Stream stream);
     // Makes every peer fail this operation instead of waiting for us.
     void refuse(OpKind kind, const Outcome& why, Stream stream);
+
+    // Nobody waits for a rank any more, as soon as this returns.
+    void mask(int rank);
+    // A bit for each rank that is masked, as far as this host was told: by the end of an operation.
+    uint64_t masked() const;
+    // As of now; and a number that no operation of ours exceeds, as this host or, with graphs replayed, the
+    // device counts them. Waits for a copy.
+    std::pair<uint64_t, uint64_t> masked_and_seq() const;
+    // Collective in effect, between operations: these stay masked, and `seq` is the last number.
+    void unmask(uint64_t seq, uint64_t masked);
+    // Whether a peer has closed or its process has ended, as far as we know by now.
+    bool is_gone(int peer) const { return !watch_ || watch_->is_over(peer); }
 
     // What the first static call or combine could not raise, of those nobody has asked about yet.
     std::optional<Outcome> take_deferred();
@@ -102,6 +115,7 @@ private:
     void launch_staged(Flight& flight, Half half, int num_sms);
     void launch_staged(BegunCombine& begun, Half half, int num_sms, Stream stream);
     int blocks(OpKind kind, int num_sms) const;
+    RankView small_view() const;  // of operations that go on without masked ranks
     std::optional<Outcome> incident() const;
 
     Shape shape_;
@@ -122,6 +136,7 @@ private:
     uint64_t begun_ = 0;     // operations begun by this host
     int smem_bytes_ = 0, max_blocks_ = 1;
     bool left_ = false;
+    const bool can_mask_;
     const int64_t pid_;
     Outcome last_words_{};  // the verdict, once the page is gone
 };

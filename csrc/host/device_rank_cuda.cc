@@ -27,14 +27,24 @@ uint64_t load_acquire(uint64_t& word) {
     return std::atomic_ref(word).load(std::memory_order_acquire);
 }
 
+// Others may be capturing graphs while this thread does what a capture would not allow.
+class BesideCaptures {
+public:
+    BesideCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+    ~BesideCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+    BesideCaptures(const BesideCaptures&) = delete;
+    BesideCaptures& operator=(const BesideCaptures&) = delete;
+
+private:
+    cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
 // An error of the context that no call can mend, or 0. The thread of a watch asks while others
 // capture graphs.
 int context_error(int device, cudaStream_t stream) {
-    auto mode = cudaStreamCaptureModeRelaxed;
-    cudaThreadExchangeStreamCaptureMode(&mode);
+    const BesideCaptures beside;
     cudaSetDevice(device);
     const cudaError_t state = cudaStreamQuery(stream);
-    cudaThreadExchangeStreamCaptureMode(&mode);
     return state == cudaSuccess || state == cudaErrorNotReady ? 0 : static_cast<int>(state);
 }
 
@@ -49,12 +59,14 @@ Begin begin_of(OpKind kind) {
 DeviceRank::DeviceRank(const Shape& shape, int rank, uint64_t generation,
                        const std::vector<int32_t>& expert_owner, std::vector<DevicePeer> peers,
                        std::shared_ptr<DeviceArena> arena, const PeerClocks& clocks, int max_blocks,
-                       std::function<void(OpKind, int, double)> late, const RailSetup* rails)
+                       std::function<void(OpKind, int, double)> late, const RailSetup* rails,
+                       bool can_mask)
     : shape_(shape),
       rank_(rank),
       peers_(std::move(peers)),
       arena_(std::move(arena)),
       view_{shape, ControlLayout(shape), {}, {}, {}},
+      can_mask_(can_mask),
       pid_(getpid()) {
     release_dropped();
     const int device = arena_->device();
@@ -97,6 +109,7 @@ DeviceRank::DeviceRank(const Shape& shape, int rank, uint64_t generation,
     }
     view_.state = state_->view();
     view_.watch = {view_.layout.lives.offset,
+                   view_.layout.masks.offset,
                    state_->abort(),
                    state_->mapped_page(),
                    view_.peers.control,
@@ -106,7 +119,8 @@ DeviceRank::DeviceRank(const Shape& shape, int rank, uint64_t generation,
                    rank,
                    shape.num_ranks,
                    view_.peers.near_begin,
-                   view_.peers.near_end};
+                   view_.peers.near_end,
+                   false};
     ControlHeader header{};
     header.magic = kControlMagic;
     header.generation = generation;
@@ -118,7 +132,7 @@ DeviceRank::DeviceRank(const Shape& shape, int rank, uint64_t generation,
         return context_error(device, stream);
     };
     watch_ = std::make_unique<PeerWatch>(rank, page_, std::move(processes), clocks, post_s,
-                                         PeerHooks{std::move(late), broken});
+                                         PeerHooks{std::move(late), broken}, can_mask_);
 }
 
 DeviceRank::~DeviceRank() { leave(); }
@@ -174,6 +188,7 @@ std::shared_ptr<Flight> DeviceRank::dispatch(const DispatchArgs& args, const Dis
         return flight;
     }
     if (is_staged(shape_, args)) {
+        job.view = small_view();
         launch_staged(*flight, wants.in_halves ? Half::kSend : Half::kBoth, wants.num_sms);
         return flight;
     }
@@ -295,6 +310,7 @@ std::shared_ptr<BegunCombine> DeviceRank::combine(const CombineArgs& args,
     job.begin.report_later = true;
     job.begin.describe(describe(args), args.num_tokens);
     if (is_staged(shape_, args)) {
+        job.view = small_view();
         launch_staged(*begun, wants.in_halves ? Half::kSend : Half::kBoth, wants.num_sms, stream);
         return begun;
     }
@@ -373,7 +389,7 @@ void DeviceRank::refuse(OpKind kind, const Outcome& why, Stream stream) {
     if (rails_) {
         EP_CUDA(rails_->refuse(view_, refusal, stream));
     } else {
-        EP_CUDA(kernels::launch_refuse(view_, refusal, stream));
+        EP_CUDA(kernels::launch_refuse(small_view(), refusal, stream));
     }
 }
 
@@ -391,6 +407,58 @@ Outcome DeviceRank::verdict() const { return incident().value_or(Outcome{}); }
 void DeviceRank::interrupt() {
     if (page_ == nullptr) return;
     std::atomic_ref(page_->abort).store(abort_word(kInterrupted, -1), std::memory_order_release);
+}
+
+RankView DeviceRank::small_view() const {
+    RankView view = view_;
+    view.watch.can_mask = can_mask_;
+    return view;
+}
+
+// Kernels that wait for it now see our page; all later ones the word that ours sets everywhere.
+void DeviceRank::mask(int rank) {
+    std::atomic_ref(page_->lost[rank]).store(kPeerLeft, std::memory_order_release);
+    const BesideCaptures beside;
+    EP_CUDA(cudaSetDevice(arena_->device()));
+    const auto probe = static_cast<cudaStream_t>(probe_);
+    EP_CUDA(kernels::launch_mask(small_view(), rank, probe));
+    EP_CUDA(cudaStreamSynchronize(probe));
+}
+
+uint64_t DeviceRank::masked() const {
+    uint64_t ranks = 0;
+    for (int p = 0; can_mask_ && page_ != nullptr && p < shape_.num_ranks; ++p) {
+        const bool is = std::atomic_ref(page_->masked[p]).load(std::memory_order_acquire) != 0;
+        ranks |= uint64_t{is} << p;
+    }
+    return ranks;
+}
+
+std::pair<uint64_t, uint64_t> DeviceRank::masked_and_seq() const {
+    const BesideCaptures beside;
+    EP_CUDA(cudaSetDevice(arena_->device()));
+    const auto probe = static_cast<cudaStream_t>(probe_);
+    uint64_t masked = 0, seq = 0;
+    const auto read = [probe](uint64_t& word, const void* from) {
+        EP_CUDA(cudaMemcpyAsync(&word, from, sizeof(word), cudaMemcpyDeviceToHost, probe));
+    };
+    read(masked, peers_[rank_].control->data() + view_.layout.masks.offset);
+    read(seq, view_.state.seq);
+    EP_CUDA(cudaStreamSynchronize(probe));
+    return {masked, std::max(seq, begun_)};
+}
+
+void DeviceRank::unmask(uint64_t seq, uint64_t masked) {
+    EP_CUDA(cudaSetDevice(arena_->device()));
+    const auto probe = static_cast<cudaStream_t>(probe_);
+    EP_CUDA(kernels::launch_unmask(small_view(), seq, masked, probe));
+    EP_CUDA(cudaStreamSynchronize(probe));
+    begun_ = seq;
+    for (int p = 0; p < shape_.num_ranks; ++p) {
+        const auto is = static_cast<uint32_t>(masked >> p & 1);
+        std::atomic_ref(page_->masked[p]).store(is, std::memory_order_release);
+        if (is == 0) std::atomic_ref(page_->lost[p]).store(0, std::memory_order_release);
+    }
 }
 
 // What is under way may finish for a while; then every wait in it is cut short.

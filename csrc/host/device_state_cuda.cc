@@ -60,7 +60,8 @@ State DeviceState::view() const {
             ints(layout_.owner),     ints(layout_.local),
             ints(layout_.position),  ints(layout_.first),
             words(layout_.expected), words(layout_.chunks),
-            ints(layout_.sent),      reinterpret_cast<uint32_t*>(at(layout_.finished))};
+            ints(layout_.sent),      reinterpret_cast<uint32_t*>(at(layout_.finished)),
+            words(layout_.without),  words(layout_.lost)};
 }
 
 Peers DeviceState::peers(int rank) const {

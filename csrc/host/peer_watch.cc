@@ -21,12 +21,13 @@ double seconds_now() {
 }  // namespace
 
 PeerWatch::PeerWatch(int rank, HostPage* page, std::vector<PeerProcess> peers,
-                     const PeerClocks& clocks, double post_s, PeerHooks hooks)
+                     const PeerClocks& clocks, double post_s, PeerHooks hooks, bool can_mask)
     : rank_(rank),
       page_(page),
       clocks_(clocks),
       post_s_(post_s),
       hooks_(std::move(hooks)),
+      can_mask_(can_mask),
       wake_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
       pid_(getpid()) {
     for (const PeerProcess& process : peers) {
@@ -50,6 +51,11 @@ void PeerWatch::stop() {
 int PeerWatch::fault() const {
     std::lock_guard lock(mutex_);
     return static_cast<int>(fault_);
+}
+
+bool PeerWatch::is_over(int peer) const {
+    std::lock_guard lock(looking_);
+    return peers_[peer].over;
 }
 
 void PeerWatch::pause(bool paused) {
@@ -113,6 +119,13 @@ void PeerWatch::listen(int p) {
 
 // The first reason stays.
 void PeerWatch::end_waits(int code, int peer) {
+    if (can_mask_) {
+        uint32_t not_yet = 0;
+        std::atomic_ref(page_->lost[peer])
+            .compare_exchange_strong(not_yet, static_cast<uint32_t>(code),
+                                     std::memory_order_release);
+        return;
+    }
     uint64_t none = 0;
     std::atomic_ref(page_->abort)
         .compare_exchange_strong(none, abort_word(code, peer), std::memory_order_release);

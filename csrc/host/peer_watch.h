@@ -34,8 +34,9 @@ struct PeerHooks {
 class PeerWatch {
 public:
     // `page` outlives the watch. Waits are reported to us once they took `post_s`.
+    // With `can_mask` kernels are told of a peer that is lost, and decide what becomes of it.
     PeerWatch(int rank, HostPage* page, std::vector<PeerProcess> peers, const PeerClocks& clocks,
-              double post_s, PeerHooks hooks);
+              double post_s, PeerHooks hooks, bool can_mask = false);
     ~PeerWatch() { stop(); }
     PeerWatch(const PeerWatch&) = delete;
     PeerWatch& operator=(const PeerWatch&) = delete;
@@ -44,6 +45,8 @@ public:
     void stop();
     // While paused the connections are left alone. Returns when that is so.
     void pause(bool paused);
+    // Whether a peer has left, or its process has ended, as far as we know by now.
+    bool is_over(int peer) const;
     // The error number of our own broken context, or 0.
     int fault() const;
 
@@ -67,7 +70,7 @@ private:
     void look();
     void listen(int p);
     void time_waits(int p, double now);
-    void end_waits(int code, int peer);
+    void end_waits(int code, int peer);  // all, or with masks those for this peer
     void tell_all(const Message& message);
 
     const int rank_;
@@ -76,11 +79,12 @@ private:
     const PeerClocks clocks_;
     const double post_s_;
     const PeerHooks hooks_;
+    const bool can_mask_;
     int wake_ = -1;  // eventfd: the end
     int64_t fault_ = 0;
     bool paused_ = false;
-    mutable std::mutex mutex_;  // of fault_
-    std::mutex looking_;        // of paused_, and held while we look
+    mutable std::mutex mutex_;    // of fault_
+    mutable std::mutex looking_;  // of paused_, and held while we look
     std::thread thread_;
     const int64_t pid_;  // a fork has our memory but not our thread
 };

@@ -42,10 +42,12 @@ struct Uninitialized {
 // In shared memory of a block.
 struct Entering {
     uint64_t seq;
-    int32_t slot;        // seq % num_slots
-    uint32_t first_bad;  // the lowest objection to a notice, see judge
-    uint32_t size_bad;   // and, should there be none, to what all of them come to
-    uint32_t routings;   // of a cached call: 0 when what is sent and what is expected agree
+    int32_t slot;                // seq % num_slots
+    uint32_t first_bad;          // the lowest objection to a notice, see judge
+    uint32_t size_bad;           // and, should there be none, to what all of them come to
+    uint32_t routings;           // of a cached call: 0 when what is sent and what is expected agree
+    uint64_t masked;             // ranks that this operation goes without
+    unsigned long long unheard;  // and those that a wait of this block has given up meanwhile
     uint64_t* outbox;   // where our notice is written once more, for ranks we do not reach; or null
     int32_t code;       // of our own refusal
     int64_t detail[4];  // and its numbers
@@ -75,21 +77,30 @@ __device__ __forceinline__ void init_entering(const RankView& view, const Begin&
     in.slot = static_cast<int>(view.state.seq[1]);
     in.first_bad = in.size_bad = kNoObjection;
     in.routings = 0;
+    in.masked = device::masked_ranks(view.watch);
+    in.unheard = 0;
     in.outbox = nullptr;
     in.code = code_of(begin.head.what);
 }
 
 // The slot is ours once every peer has left what it did there num_slots operations ago. One warp of the
-// block that publishes; the others wait for what it publishes to ourselves.
-__device__ inline bool acquire_slot(const RankView& view, Operation op, int slot) {
+// block that publishes; the others wait for what it publishes to ourselves. `masked`: not waited for.
+__device__ inline bool acquire_slot(const RankView& view, Operation op, int slot,
+                                    uint64_t masked = 0) {
     const uint64_t num_slots = view.shape.num_slots;
     bool ok = true;
+    if (device::has_rank(masked, view.peers.rank)) {
+        device::leave_masked(view.watch, op);
+        return false;
+    }
 #pragma unroll 1
     for (int p = view.peers.near_begin + ptx::lane_id();
          op.seq > num_slots && p < view.peers.near_end; p += 32) {
+        if (masked != 0 && device::has_rank(masked, p)) continue;
         // pairs with the store in leave_slot
         const auto* word = at<uint64_t>(view, view.peers.rank, view.layout.released_word(slot, p));
-        ok = ok && device::wait_word(view.watch, op, {Site::kSlot, p, op.seq - num_slots}, word);
+        ok = ok && (device::wait_word(view.watch, op, {Site::kSlot, p, op.seq - num_slots}, word) ||
+                    device::goes_on(view.watch));
     }
     if (ptx::lane_id() == 0) {  // for sentences only, orders nothing
         ControlHeader* own = at<ControlHeader>(view, view.peers.rank, 0);
@@ -112,6 +123,7 @@ __device__ __forceinline__ void publish_words(const RankView& view, const Enteri
         const uint64_t word = device::pack(bits(i), in.seq);
 #pragma unroll 1
         for (int p = view.peers.near_begin; p < view.peers.near_end; ++p) {
+            if (in.masked != 0 && device::has_rank(in.masked, p)) continue;
             ptx::st_relaxed_sys(at<uint64_t>(view, p, offset) + i, word);
         }
         if (in.outbox != nullptr) in.outbox[i] = word;
@@ -276,14 +288,16 @@ __device__ __noinline__ inline void time_notices(const RankView& view, const Ent
         const NoticeWords relay(view, in.slot,
                                 near.near_begin + p % (near.near_end - near.near_begin));
         const bool is_near = p >= near.near_begin && p < near.near_end;
+        const bool is_masked = in.masked != 0 && device::has_rank(in.masked, p);
         device::time_waits(view.watch, op, {Site::kEntry, p, op.seq}, notice.words,
                            is_near ? nullptr : relay.words, device::Word::kPacked,
-                           first + lane < num_ranks ? stats + p : nullptr);
+                           first + lane < num_ranks && !is_masked ? stats + p : nullptr);
     }
 }
 
 // Waits for everybody's notice; in.first_bad is the verdict on them. A warp calls read(p, words, head)
 // for one it has found nothing wrong with; `false` from there: leave. kCopies: bulk copies of ours follow.
+// Who is masked meanwhile is added to in.unheard.
 template <bool kCopies = true, class Read>
 __device__ __forceinline__ bool await_notices(const RankView& view, const Begin& begin,
                                               Entering& in, Read read) {
@@ -292,11 +306,16 @@ __device__ __forceinline__ bool await_notices(const RankView& view, const Begin&
     bool ok = true;
 #pragma unroll 1
     for (int p = threadIdx.x / 32; ok && p < view.shape.num_ranks; p += num_warps) {
+        if (in.masked != 0 && device::has_rank(in.masked, p)) continue;
         const NoticeWords words(view, in.slot, p);
         uint64_t word;
         ok = device::wait_packed(view.watch, op, p, words.words + ptx::lane_id(), word);
         ok = __all_sync(~0u, ok);
-        if (!ok) break;
+        if (!ok) {
+            ok = __all_sync(~0u, device::goes_on(view.watch));
+            if (ok && ptx::lane_id() == 0) atomicOr(&in.unheard, 1ull << p);
+            continue;
+        }
         const Head head{device::bits_of(word)};
         const uint32_t objected = judge(begin, p, head, !device::is_of(word, in.seq));
         if (objected == kNoObjection) {

@@ -30,6 +30,10 @@ int launch_stage(const CombineJob& job, int num_blocks, Stream stream);
 int launch_refuse(const RankView& view, const Begin& begin, Stream stream);
 // Writes the life word of our control block, so that peers stop waiting for us.
 int launch_leave(const RankView& view, Stream stream);
+// Tells every rank that nobody waits for `rank` any more.
+int launch_mask(const RankView& view, int rank, Stream stream);
+// Of all ranks that stay, between operations: from now on these are masked, and `seq` is the last number.
+int launch_unmask(const RankView& view, uint64_t seq, uint64_t masked, Stream stream);
 
 // Loads every kernel now: a module loaded behind a waiting kernel would wait for it. `smem_bytes`
 // is what one block may have.

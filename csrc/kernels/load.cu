@@ -9,11 +9,12 @@ int load_dispatch(int smem_bytes);
 int load_expand(int smem_bytes);
 int load_combine(int smem_bytes);
 int load_leave(int smem_bytes);
+int load_mask(int smem_bytes);
 int load_stage_dispatch(int smem_bytes);
 int load_stage_combine(int smem_bytes);
 
 int load_kernels(int smem_bytes) {
-    for (const auto load : {load_dispatch, load_expand, load_combine, load_leave,
+    for (const auto load : {load_dispatch, load_expand, load_combine, load_leave, load_mask,
                             load_stage_dispatch, load_stage_combine}) {
         if (const int error = load(smem_bytes)) return error;
     }

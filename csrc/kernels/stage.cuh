@@ -54,8 +54,10 @@ __device__ __forceinline__ bool begin_half(const RankView& view, const Begin& be
         if constexpr (kHalf == Half::kReceive) in.seq = begun->seq, in.slot = begun->slot;
     }
     __syncwarp();
-    if constexpr (kHalf == Half::kReceive) return true;
-    return acquire_slot(view, {kind_of(begin.head.what), in.seq}, in.slot);
+    const Operation op{kind_of(begin.head.what), in.seq};
+    if constexpr (kHalf == Half::kReceive)
+        return !device::is_masked(view.watch, op, view.peers.rank);
+    return acquire_slot(view, op, in.slot, in.masked);
 }
 
 // Whether this block is the last of the grid that comes here; all have read what they will. One warp.

@@ -16,6 +16,7 @@
 #include "kernels/enter.cuh"
 #include "kernels/launch.cuh"
 #include "kernels/stage.cuh"
+#include "kernels/stage_masks.cuh"
 
 namespace ep::kernels {
 namespace {
@@ -93,6 +94,7 @@ template <DType kDtype>
 struct PartSender {
     const CombineJob& job;
     StageView stage;
+    uint64_t masked = 0;  // ranks that nothing is sent to
 
     // A token that came here: its rows are held by the lanes of their slots.
     struct Token {
@@ -143,6 +145,7 @@ private:
                             0);
             return false;
         }
+        if (masked != 0 && device::has_rank(masked, src)) return true;
         const uint32_t rows = __ballot_sync(~0u, row >= 0);
         if (compact || !a.per_rank) return send_each(src, t, p, row, rows);
         return send_sum(src, t, p, row, rows);
@@ -232,6 +235,8 @@ template <DType kDtype>
 struct PartReceiver {
     const CombineJob& job;
     StageView stage;
+    Entering& in;
+    uint64_t masked;  // owners whose rows are left out
 
     // What a lane knows of the slot that is its: in which order its row is added, if it is.
     struct Part {
@@ -251,6 +256,7 @@ struct PartReceiver {
             if (here) owner = __ldg(job.view.state.owner + id);
             if (a.weighted && !a.per_rank) part.weight = a.topk_weights[i];
         }
+        if (masked != 0 && owner >= 0 && device::has_rank(masked, owner)) owner = -1;
         const uint32_t same = __match_any_sync(~0u, owner);
         const bool adds = owner >= 0 && (!per_rank() || (same & ptx::lanemask_lt()) == 0);
         if (adds) part.key = a.topk_order && !per_rank() ? lane : owner * 32 + lane;
@@ -258,7 +264,7 @@ struct PartReceiver {
     }
 
     // From the token with this part on, the first of this warp. False: leave.
-    __device__ __forceinline__ bool run(Pieces at, Part part) const {
+    __device__ __forceinline__ bool run(Pieces at, Part part) {
         bool ok = true;
 #pragma unroll 1
         while (ok && at.item < job.args.num_tokens) {
@@ -275,7 +281,7 @@ private:
         return args().layout == RecvLayout::kCompact || args().per_rank;
     }
 
-    __device__ __forceinline__ bool receive(int t, int p, const Part& part) const {
+    __device__ __forceinline__ bool receive(int t, int p, const Part& part) {
         const CombineArgs& a = args();
         const int words = stage.piece_bytes(p, a.row_bytes()) / 8;
 #pragma unroll 1
@@ -290,8 +296,10 @@ private:
             while (now != ~0u) {
                 const uint32_t then = __reduce_min_sync(~0u, part.key > now ? part.key : ~0u);
                 if (!there(line, words, next)) {
-                    if (!await(t, p, now, line, words)) return false;
-                    get(from(t, p, now), line, words, next);
+                    const bool came = await(t, p, now, line, words);
+                    if (!came && !leave_out(owner_of(t, now))) return false;
+                    if (!came) now = then;
+                    if (now != ~0u) get(from(t, p, now), line, words, next);
                     continue;
                 }
                 Words w[kAtOnce];
@@ -310,9 +318,17 @@ private:
         return true;
     }
 
-    __device__ __forceinline__ bool await(int t, int p, uint32_t key, int line, int words) const {
+    // The last block adds up everything again without this owner.
+    __device__ __forceinline__ bool leave_out(int owner) {
+        masked |= uint64_t{1} << owner;
+        return lose(job.view, in, owner);
+    }
+    __device__ __forceinline__ int owner_of(int t, uint32_t key) const {
         const int64_t slot = int64_t{t} * args().num_topk + key % 32;
-        const int owner = __ldg(job.view.state.owner + args().topk_idx[slot]);
+        return __ldg(job.view.state.owner + args().topk_idx[slot]);
+    }
+    __device__ __forceinline__ bool await(int t, int p, uint32_t key, int line, int words) const {
+        const int owner = owner_of(t, key);
         const int end = (words + kLineWords - 1) / kLineWords;
         return device::await_lines(job.view.watch, stage.op, owner, from(t, p, key), line,
                                    min(line + kAtOnce * LineLane::kAtOnce, end));
@@ -374,6 +390,26 @@ private:
     }
 };
 
+// Nobody has more to say than that it is there.
+struct HearNothing {
+    __device__ __forceinline__ bool operator()(int, const NoticeWords&, const Head&) const {
+        return true;
+    }
+};
+__device__ __noinline__ bool hear_again(const RankView& view, const Begin& begin, Entering& in) {
+    return await_notices<false>(view, begin, in, HearNothing{});
+}
+
+// An owner was lost when some of its rows had been added: now by one warp, without it.
+template <DType kDtype>
+__device__ __noinline__ void add_again(const CombineJob& job, const Record& record,
+                                       std::byte* const* control, Entering& in, uint64_t lost) {
+    const StageView stage{job.view, record, control, {OpKind::kCombine, in.seq}, in.slot};
+    PartReceiver<kDtype> receiver{job, stage, in, in.masked | lost};
+    // Nothing of the others is missing.
+    (void)receiver.run(Pieces(record.num_pieces, 0, 1), receiver.part_of(0));
+}
+
 // ---- the kernel ----
 
 template <DType kDtype, Half kHalf>
@@ -400,23 +436,33 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     if (!__syncthreads_and(ok)) return;
     sender.stage.op.seq = in.seq;
     sender.stage.slot = in.slot;
+    sender.masked = in.masked;
     if constexpr (kHalf != Half::kReceive) {
         if (blockIdx.x == gridDim.x - 1) publish_head(view, job.begin, in);
         ok = sender.run(pieces, token);
     }
     bool good = true;
     if constexpr (kHalf != Half::kSend) {
-        const PartReceiver<kDtype> receiver{job, sender.stage};
-        const auto part = receiver.part_of(pieces.item);
-        const auto nothing = [](int, const NoticeWords&, const Head&) { return true; };
+        PartReceiver<kDtype> receiver{job, sender.stage, in, in.masked};
+        auto part = receiver.part_of(pieces.item);
         if (blockIdx.x == 0 && warp == kWarps - 1 && job.args.wait_stats != nullptr) {
             time_notices(view, in, {OpKind::kCombine, in.seq}, job.args.wait_stats);
         }
-        if (!await_notices<false>(view, job.begin, in, nothing)) return;
+        if (!await_notices<false>(view, job.begin, in, HearNothing{})) return;
+        if (!settle_masked(view, in) && !hear_again(view, job.begin, in)) return;
+        if (receiver.masked != in.masked) {
+            receiver.masked = in.masked;
+            part = receiver.part_of(pieces.item);
+        }
         good = in.first_bad == kNoObjection;
         if (ok && good) ok = receiver.run(pieces, part);
     }
     if (!__syncthreads_and(ok) || threadIdx.x >= 32 || !last_block(view)) return;
+    if constexpr (kHalf != Half::kSend) {
+        if (const uint64_t lost = take_lost(view, in)) {
+            add_again<kDtype>(job, record, control, in, lost);
+        }
+    }
     if (good) return end_half<kHalf>(view, job.begun, in);
     if (ptx::lane_id() == 0) explain(view, job.begin, in);
     __syncwarp();

@@ -17,6 +17,7 @@
 #include "kernels/origins.cuh"
 #include "kernels/stage.cuh"
 #include "kernels/stage_hear.cuh"
+#include "kernels/stage_masks.cuh"
 #include "kernels/stage_receive.cuh"
 #include "kernels/stage_send.cuh"
 #include "kernels/stage_tables.cuh"
@@ -60,11 +61,9 @@ __device__ __forceinline__ bool send(const DispatchJob& job, const StageSpread& 
     const int warp = threadIdx.x / 32, pieces = spread.record.num_pieces;
     const bool publishes = blockIdx.x == gridDim.x - 1;
     const Span own = tokens_of_block(job, spread);
-    Sender sender{job,
-                  spread,
-                  tables,
-                  {view, spread.record, tables.control(), {OpKind::kDispatch, 0}, 0},
-                  memory};
+    Sender sender{job,    spread,
+                  tables, {view, spread.record, tables.control(), {OpKind::kDispatch, 0}, 0},
+                  memory, in};
     // The first warp says what becomes of tokens, others send them.
     constexpr int kMovers = kSenders - 1;
     const int all = (own.end - own.begin) * pieces;
@@ -142,7 +141,7 @@ __device__ __noinline__ void tell_outputs(const DispatchJob& job, const StageSpr
 #pragma unroll 1
     for (int p = lane; p < num_ranks; p += 32) {
         a.rank_counts[num_ranks + p] = ok ? tables.rows(p + 1, me) - tables.rows(p, me) : 0;
-        if (!ok) a.rank_counts[p] = 0;
+        if (!ok || without(in, p)) a.rank_counts[p] = 0;
     }
     if (lane == 0) {
         OpState& state = *view.state.op;
@@ -172,7 +171,7 @@ __device__ __noinline__ void judge_index(const DispatchJob& job, const StageSpre
         for (int e = view.state.first[p]; e < view.state.first[p + 1]; ++e) {
             rows += (tables.total(e) + a.alignment - 1) / a.alignment * a.alignment;
         }
-        if (rows <= a.index_capacity) continue;
+        if (rows <= a.index_capacity || without(in, p)) continue;
         atomicMin(&in.size_bad, objection(kSizeObjection, p));
     }
     __syncthreads();
@@ -188,22 +187,39 @@ __device__ __noinline__ void explain_any(const DispatchJob& job, const StageSpre
     __syncwarp();
 }
 
+// Everybody's heads, and if there is nothing wrong with them, their counts. False: leave.
+__device__ __forceinline__ bool hear(const DispatchJob& job, const StageTables& tables,
+                                     Entering& in, uint64_t first_count, bool& good) {
+    if (!await_notices<false>(job.view, job.begin, in, HeadListener{tables})) return false;
+    good = in.first_bad == kNoObjection;
+    const bool counted = !good || CountsListener{job, tables, in}.take(first_count);
+    return __syncthreads_and(counted) != 0;
+}
+
+__device__ __noinline__ bool hear_again(const DispatchJob& job, const StageSpread& spread,
+                                        Entering& in) {
+    bool good;
+    return hear(job, StageTables{spread, job.view.shape}, in, 0, good);
+}
+
 // False: leave. `good`: the verdict.
 __device__ __forceinline__ bool receive(const DispatchJob& job, const StageSpread& spread,
                                         const StageTables& tables, Entering& in, bool& good) {
     const RankView& view = job.view;
     const int warp = threadIdx.x / 32;
-    const CountsListener counts{job, tables, in};
-    const uint64_t count = counts.look();
+    const uint64_t count = CountsListener{job, tables, in}.look();
     // A warp that has little else to do tells what has come, and how long it took.
     const bool tells = blockIdx.x == gridDim.x - 1 && warp == kStageWarps - 1;
     if (tells && job.args.wait_stats != nullptr) {
         time_notices(view, in, {OpKind::kDispatch, in.seq}, job.args.wait_stats);
     }
-    if (!await_notices<false>(view, job.begin, in, HeadListener{tables})) return false;
-    good = in.first_bad == kNoObjection;
+    if (!hear(job, tables, in, count, good)) return false;
+    if (!settle_masked(view, in)) {
+        if (!hear_again(job, spread, in)) return false;
+        good = in.first_bad == kNoObjection;
+        __syncthreads();
+    }
     if (good) {
-        if (!__syncthreads_and(counts.take(count))) return false;
         judge_stage(job, tables, in);
         __syncthreads();
         if (job.args.index_capacity >= 0) judge_index(job, spread, in);
@@ -217,10 +233,10 @@ __device__ __forceinline__ bool receive(const DispatchJob& job, const StageSprea
     if (good) {
         const StageView stage{
             view, spread.record, tables.control(), {OpKind::kDispatch, in.seq}, in.slot};
-        if (!Receiver{job, tables, stage}.run(from, step)) return false;
+        if (!Receiver{job, tables, stage, in}.run(from, step)) return false;
     }
     const Span own = tokens_of_block(job, spread);
-    settle_rows(job, tables, own.begin, own.end, good);
+    settle_rows(job, tables, own.begin, own.end, in, good);
     StagePadder{job, from, step}.run(tables, good);
     return true;
 }
@@ -252,6 +268,9 @@ __global__ void __launch_bounds__(kStageWarps * 32, 1)
     }
     if constexpr (kHalf != Half::kSend) ok = ok && receive(job, spread, tables, in, good);
     if (!__syncthreads_and(ok) || warp != 0 || !last_block(view)) return;
+    if constexpr (kHalf != Half::kSend) {
+        if (const uint64_t lost = take_lost(view, in)) forget_rows(job, spread, lost);
+    }
     if (good) return end_half<kHalf>(view, job.begun, in);
     explain_any(job, spread, in);
     fail_call(view, job.begin, in, kHalf == Half::kBoth);

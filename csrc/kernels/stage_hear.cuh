@@ -11,6 +11,7 @@
 #include "device/ptx.cuh"
 #include "device/wait.cuh"
 #include "kernels/enter.cuh"
+#include "kernels/stage_masks.cuh"
 #include "kernels/stage_tables.cuh"
 
 namespace ep::kernels {
@@ -30,11 +31,12 @@ struct HeadListener {
 };
 
 // The counts of all ranks, a word a thread; they are untrusted until judge_stage has seen them. Who refuses
-// a call, or is at another, tells no counts: so while heads are awaited one only looks for them.
+// a call, or is at another, tells no counts: so while heads are awaited one only looks for them. Whom the
+// call goes without, and who is masked meanwhile, brings nothing.
 struct CountsListener {
     const DispatchJob& job;
     const StageTables& tables;
-    const Entering& in;
+    Entering& in;
 
     // Word c of all that is listened for.
     __device__ __forceinline__ const uint64_t* word_of(int c, int& src, int& column) const {
@@ -67,16 +69,20 @@ struct CountsListener {
     __device__ __forceinline__ bool take(uint64_t word) const {
         const Operation op{OpKind::kDispatch, in.seq};
         const int all = tables.shape.num_ranks * tables.columns();
+        const uint64_t gone = in.masked | in.unheard;
         bool ok = true;
 #pragma unroll 1
         for (int c = threadIdx.x; ok && c < all; c += blockDim.x) {
             int src, column;
             const uint64_t* addr = word_of(c, src, column);
             if (c >= static_cast<int>(blockDim.x)) word = ptx::ld_relaxed_sys(addr);
-            if (!device::is_of(word, in.seq)) {
-                ok = device::wait_packed(job.view.watch, op, src, addr, word);
+            bool here = !device::has_rank(gone, src);
+            if (here && !device::is_of(word, in.seq)) {
+                here = device::wait_packed(job.view.watch, op, src, addr, word);
+                ok = here || device::goes_on(job.view.watch);
+                if (!here) atomicOr(&in.unheard, 1ull << src);
             }
-            tables.prefix()[c] = static_cast<int32_t>(device::bits_of(word));
+            tables.prefix()[c] = here ? static_cast<int32_t>(device::bits_of(word)) : 0;
         }
         return ok;
     }
@@ -97,6 +103,12 @@ __device__ __forceinline__ void judge_stage(const DispatchJob& job, const StageT
     const DispatchArgs& a = job.args;
     const int num_ranks = job.view.shape.num_ranks;
     const bool compact = a.layout == RecvLayout::kCompact;
+    const auto owner_of = [&](int c) {
+        const int32_t* first = job.view.state.first;
+        int p = 0;
+        while (first[p + 1] <= c - num_ranks) ++p;
+        return p;
+    };
 #pragma unroll 1
     for (int c = threadIdx.x; c < tables.columns(); c += blockDim.x) {
         const bool rows = c < num_ranks;
@@ -104,7 +116,9 @@ __device__ __forceinline__ void judge_stage(const DispatchJob& job, const StageT
 #pragma unroll 1
         for (int p = 0; p < num_ranks; ++p) {
             int32_t& at = tables.prefix()[p * tables.columns() + c];
-            const int count = at, tokens = tables.heard()[p].num_tokens;
+            const bool counts = !without(in, p);  // of some that do not, some words have come
+            const int count = counts ? at : 0;
+            const int tokens = counts ? tables.heard()[p].num_tokens : 0;
             const bool fine = tokens >= 0 && tokens <= job.view.shape.max_tokens && count >= 0 &&
                               count <= tokens * (rows ? 1 : a.num_topk);
             if (!fine) atomicMin(&in.first_bad, objection(kNumberObjection, p));
@@ -113,16 +127,11 @@ __device__ __forceinline__ void judge_stage(const DispatchJob& job, const StageT
         }
         tables.prefix()[num_ranks * tables.columns() + c] = sum;
         const bool over = compact ? rows && sum > a.capacity : !rows && sum > a.capacity;
-        const auto owner = [&] {
-            const int32_t* first = job.view.state.first;
-            int p = 0;
-            while (first[p + 1] <= c - num_ranks) ++p;
-            return p;
-        };
         if (over && a.capacity >= 0) {
-            atomicMin(&in.size_bad, objection(kSizeObjection, rows ? c : owner()));
+            const int owner = rows ? c : owner_of(c);
+            if (!without(in, owner)) atomicMin(&in.size_bad, objection(kSizeObjection, owner));
         }
-        if (!rows) continue;
+        if (!rows || without(in, c)) continue;
         const bool fits = sum <= tables.heard()[c].max_recv &&
                           (compact ? sum : rows_of(job, tables, c)) <= tables.heard()[c].max_rows;
         if (!fits) atomicMin(&in.size_bad, objection(kSizeObjection, c));

@@ -12,6 +12,7 @@
 #include "device/wait.cuh"
 #include "kernels/enter.cuh"
 #include "kernels/stage.cuh"
+#include "kernels/stage_masks.cuh"
 #include "kernels/stage_tables.cuh"
 
 namespace ep::kernels {
@@ -23,6 +24,7 @@ struct Receiver {
     const DispatchJob& job;
     StageTables tables;
     StageView stage;
+    Entering& in;  // whom this block goes without
 
     // Pieces first, first + step, ... of all tokens that all ranks may have. False: leave.
     __device__ __forceinline__ bool run(int first, int step) const {
@@ -35,7 +37,7 @@ struct Receiver {
         while (ok) {
             for (; t >= most; t -= most) ++src;
             if (src >= job.view.shape.num_ranks) break;
-            if (t < tables.heard()[src].num_tokens) ok = take(src, t, p);
+            if (t < tables.heard()[src].num_tokens && !is_gone(src)) ok = take(src, t, p);
             t += tokens;
             p += rest;
             if (p >= pieces) p -= pieces, ++t;
@@ -73,7 +75,7 @@ private:
         if (tells) meta = device::get_line(record + at.offset(0));
         get(piece, 0, words, w);
         while (!__all_sync(~0u, !tells || !at.is_last() || is_ours(meta))) {
-            if (!await(src, record, 0, stage.record.meta_lines)) return false;
+            if (!await(src, record, 0, stage.record.meta_lines)) return lose(job.view, in, src);
             if (tells) meta = device::get_line(record + at.offset(0));
         }
         const Arrival to = understand(src, meta);
@@ -84,7 +86,7 @@ private:
 #pragma unroll 1
         for (int line = 0;;) {
             while (!there(line, words, w)) {
-                if (!await(src, piece, line, lines)) return false;
+                if (!await(src, piece, line, lines)) return lose(job.view, in, src);
                 get(piece, line, words, w);
             }
             put(p, line, row_words, words, to, w);
@@ -92,6 +94,11 @@ private:
             if (line >= lines) return true;
             get(piece, line, words, w);
         }
+    }
+
+    __device__ __forceinline__ bool is_gone(int src) const {
+        const uint64_t gone = in.masked | in.unheard;
+        return __any_sync(~0u, gone != 0 && device::has_rank(gone, src));
     }
 
     __device__ __forceinline__ bool is_ours(const device::Words& w) const {
@@ -333,9 +340,9 @@ private:
 };
 
 // Of our own tokens, which know by now only their turn among ours: their rows at their owners. A thread
-// takes a selection. Of a call that failed: none.
+// takes a selection. Of a call that failed, or at a rank that is masked: none.
 __device__ __forceinline__ void settle_rows(const DispatchJob& job, const StageTables& tables,
-                                            int begin, int end, bool good) {
+                                            int begin, int end, const Entering& in, bool good) {
     const DispatchArgs& a = job.args;
     const RankView& view = job.view;
     const int64_t* ids = a.routed_idx != nullptr ? a.routed_idx : a.topk_idx;
@@ -346,7 +353,7 @@ __device__ __forceinline__ void settle_rows(const DispatchJob& job, const StageT
         const int64_t id = ids[i];
         const Expert expert = tables.expert(id);
         if (turn < 0 || expert.position < 0) continue;
-        if (!good) {
+        if (!good || without(in, staged_rank(expert.code))) {
             a.send_row[i] = -1;
         } else if (a.layout == RecvLayout::kCompact) {
             a.send_row[i] = tables.rows(view.peers.rank, staged_rank(expert.code)) + turn;

@@ -15,6 +15,7 @@
 #include "kernels/enter.cuh"
 #include "kernels/mover.cuh"
 #include "kernels/stage.cuh"
+#include "kernels/stage_masks.cuh"
 #include "kernels/stage_tables.cuh"
 
 namespace ep::kernels {
@@ -120,6 +121,7 @@ struct Sender {
     StageTables tables;
     StageView stage;
     device::Stage piece;  // in shared memory
+    const Entering& in;
     bool loading = false;
 
     __device__ const DispatchArgs& args() const { return job.args; }
@@ -189,7 +191,7 @@ struct Sender {
     __device__ __forceinline__ void send(int t, int p, const Slot& slot) const {
         const int dst = slot.dst();
         const uint32_t same = __match_any_sync(~0u, dst);
-        const bool first = dst >= 0 && (same & ptx::lanemask_lt()) == 0;
+        const bool first = dst >= 0 && (same & ptx::lanemask_lt()) == 0 && !without(in, dst);
         std::byte* to = first ? record_at(dst, t) + stage.piece_at(p) : nullptr;
         put_lines(p, piece.data + spread.scales_at, to, __ballot_sync(~0u, first));
     }
@@ -217,6 +219,7 @@ struct Sender {
             if (at.is_last()) words.b = stage.op.seq;
 #pragma unroll 1
             for (int p = 0; p < tables.shape.num_ranks; ++p) {
+                if (without(in, p)) continue;
                 const uint32_t here = __ballot_sync(~0u, first && dst == p);
                 const int n = __shfl_sync(~0u, index, here == 0 ? 0 : __ffs(here) - 1);
                 if (lane == 0) words.a = static_cast<uint32_t>(here == 0 ? -1 : n);

@@ -59,4 +59,6 @@ __global__ void every_wrapper(void** out) {
     keep(out, 39, &ptx::st_relaxed_sys_v2);
     keep(out, 40, &ptx::ld_relaxed_sys_v2);
     keep(out, 41, &ptx::atom_acq_rel_gpu_add);
+    keep(out, 42, &ptx::atom_acq_rel_gpu_cas);
+    keep(out, 43, &ptx::red_relaxed_sys_or);
 }

@@ -34,6 +34,7 @@ struct Case {
     bool is_static = false, weights = true, wide = true, row_index = false, origins = false;
     bool by_copies = false, one_expert = false, replicas = false;
     bool staged = false, halves = false;  // as small batches go
+    bool masks = false;                   // go on without ranks that are lost
     bool stats = false;                   // and the last rank comes late to every call
     Quantize quantize = Quantize::kNone;
     unsigned seed = 1;
@@ -93,11 +94,14 @@ struct World {
     TwoReplicas replicas;
     std::vector<int32_t> owner;
     std::vector<Rank> ranks;
+    std::vector<DevicePeer> peers;
+    std::vector<bool> gone;  // ranks that make no calls, and whom nobody waits for
     std::chrono::steady_clock::time_point came;  // the late rank
     Shape shape;
     RailShape rail;  // of a cluster
 
-    explicit World(const Case& given) : c(given), replicas(given.experts / 2), ranks(given.ranks) {
+    explicit World(const Case& given)
+        : c(given), replicas(given.experts / 2), ranks(given.ranks), gone(given.ranks) {
         std::mt19937 random(c.seed);
         for (int e = 0; e < c.experts; ++e) owner.push_back(e * c.ranks / c.experts);
         shape.num_ranks = c.ranks;
@@ -111,7 +115,6 @@ struct World {
         if (c.staged) shape.stage_bytes = stage_bytes_for(shape, c.hidden);
         for (int r = 0; r < c.ranks; ++r)
             make_inputs(ranks[r], c.tokens[r % c.tokens.size()], random);
-        std::vector<DevicePeer> peers;
         for (int r = 0; r < c.ranks; ++r) {
             peers.push_back({DeviceMemory::create(0, ControlLayout(shape).end),
                              DeviceMemory::create(0, c.arena_bytes),
@@ -129,7 +132,7 @@ struct World {
             if (c.nodes > 1) setup = ranks[r].rails->setup();
             ranks[r].device = std::make_unique<DeviceRank>(
                 shape, r, 1, owner, seen, ranks[r].arena, PeerClocks{5, c.limit_s, c.limit_s}, 16,
-                [](OpKind, int, double) {}, c.nodes > 1 ? &setup : nullptr);
+                [](OpKind, int, double) {}, c.nodes > 1 ? &setup : nullptr, c.masks);
             cudaStreamCreateWithFlags(&ranks[r].stream, cudaStreamNonBlocking);
         }
     }
@@ -309,8 +312,9 @@ struct World {
     }
 
     void finish(bool reports) {
-        for (Rank& r : ranks) r.device->finish(*r.flight, r.stream);
-        for (Rank& r : ranks) {
+        for (int i : left()) ranks[i].device->finish(*ranks[i].flight, ranks[i].stream);
+        for (int i : left()) {
+            Rank& r = ranks[i];
             if (reports) {
                 while (!r.device->await_report(*r.flight, std::chrono::milliseconds(100))) {
                 }
@@ -319,7 +323,8 @@ struct World {
             }
             r.device->settle(*r.flight);
         }
-        for (Rank& r : ranks) {
+        for (int i : left()) {
+            Rank& r = ranks[i];
             cudaStreamSynchronize(r.stream);
             if (!(*r.flight)[Out::kRailLog]) continue;
             r.rail_log = (*r.flight)[Out::kRailLog].hold;
@@ -328,8 +333,16 @@ struct World {
         }
     }
 
-    void dispatch() {
+    std::vector<int> left() const {
+        std::vector<int> all;
         for (int i = 0; i < c.ranks; ++i) {
+            if (!gone[i]) all.push_back(i);
+        }
+        return all;
+    }
+
+    void dispatch() {
+        for (int i : left()) {
             if (c.stats) come(i);
             queue(i, args_of(i), !c.is_static);
         }
@@ -356,6 +369,7 @@ inline Expected expect_of(const World& w) {
     for (int d = 0; d < c.ranks; ++d) {
         std::vector<int> count(w.num_local(d), 0), next(w.num_local(d) + 1, 0);
         for (int s = 0; s < c.ranks; ++s) {
+            if (w.gone[s]) continue;
             for (const int64_t id : w.ranks[s].ids) {
                 if (id >= 0 && w.owner[id] == d) ++count[id - w.first(d)];
             }
@@ -369,7 +383,7 @@ inline Expected expect_of(const World& w) {
         e.counts.push_back(count);
         e.starts.push_back(next);
         for (int s = 0; s < c.ranks; ++s) {
-            for (int t = 0; t < w.tokens(s); ++t) {
+            for (int t = 0; !w.gone[s] && !w.gone[d] && t < w.tokens(s); ++t) {
                 std::vector<int> rows(c.topk, -1);
                 bool here = false;
                 for (int k = 0; k < c.topk; ++k) {
@@ -546,7 +560,7 @@ struct Holders {
 
     bool holds(int d, int s, int t, int k) const {
         const int64_t id = w.ranks[s].ids[t * w.c.topk + k];
-        return id >= 0 && w.owner[id] == d;
+        return id >= 0 && w.owner[id] == d && !w.gone[d];
     }
     // The row of slot k.
     void add_row(Sum& sum, int d, int s, int t, int k) const {
@@ -576,7 +590,7 @@ struct Holders {
         const Case& c = w.c;
         for (int k = 0; k < c.topk; ++k) {
             const int64_t id = w.ranks[s].ids[t * c.topk + k], row = e.send_row[s][t * c.topk + k];
-            if (id < 0) continue;
+            if (id < 0 || w.gone[w.owner[id]]) continue;
             sum.weights[k] =
                 back[w.owner[id]][c.layout == RecvLayout::kCompact ? row * c.topk + k : row];
         }
@@ -611,15 +625,17 @@ inline Sum add_up(const Holders& all, int s, int t) {
     return sum;
 }
 
-// Sends every received row back; from the arena or from ordinary memory.
-inline void check_combine(World& w, const Expected& e, bool in_arena) {
+// Sends every received row back; from the arena or from ordinary memory. `between`: once first halves are
+// over, or all of them is queued.
+template <class Between>
+inline void check_combine(World& w, const Expected& e, bool in_arena, Between between) {
     const Case& c = w.c;
     const bool compact = c.layout == RecvLayout::kCompact;
     std::vector<std::vector<uint16_t>> y(c.ranks), out(c.ranks);
     std::vector<std::vector<float>> back(c.ranks), home(c.ranks);
     std::vector<std::shared_ptr<StreamHold>> holds;
-    std::vector<std::shared_ptr<BegunCombine>> begun;
-    for (int d = 0; d < c.ranks; ++d) {
+    std::vector<std::shared_ptr<BegunCombine>> begun(c.ranks);
+    for (int d : w.left()) {
         Rank& r = w.ranks[d];
         const int64_t rows = r.flight->job.out.max_rows;
         const int64_t used = c.is_static || c.layout == RecvLayout::kSlab ? rows : e.num_rows[d];
@@ -649,7 +665,7 @@ inline void check_combine(World& w, const Expected& e, bool in_arena) {
         a.recv_row = r.flight->job.out.recv_row;
         a.out = reinterpret_cast<std::byte*>(out[d].data());
         a.num_tokens = w.tokens(d);
-        a.num_recv = c.is_static ? r.flight->job.out.max_recv : e.recv[d].size();
+        a.num_recv = c.is_static || c.masks ? r.flight->job.out.max_recv : e.recv[d].size();
         a.num_rows = used;
         a.hidden = c.hidden;
         a.num_topk = c.topk;
@@ -668,11 +684,12 @@ inline void check_combine(World& w, const Expected& e, bool in_arena) {
         wants.num_sms = c.num_sms;
         wants.begun = &r.begun[1];
         wants.in_halves = c.halves;
-        begun.push_back(r.device->combine(a, wants, r.stream));
+        begun[d] = r.device->combine(a, wants, r.stream);
     }
-    for (int d = 0; d < c.ranks; ++d) w.ranks[d].device->finish(*begun[d], w.ranks[d].stream);
-    for (Rank& r : w.ranks) cudaStreamSynchronize(r.stream);
-    for (int s = 0; s < c.ranks; ++s) {
+    between();
+    for (int d : w.left()) w.ranks[d].device->finish(*begun[d], w.ranks[d].stream);
+    for (int d : w.left()) cudaStreamSynchronize(w.ranks[d].stream);
+    for (int s : w.left()) {
         for (int t = 0; t < w.tokens(s); ++t) {
             const Sum sum = add_up({w, e, y, back}, s, t);
             for (int k = 0; !c.staged && !c.per_rank && k < c.topk; ++k) {
@@ -683,7 +700,12 @@ inline void check_combine(World& w, const Expected& e, bool in_arena) {
             }
         }
     }
-    for (Rank& r : w.ranks) expect(!r.device->take_deferred().has_value(), "combine failed");
+    for (int d : w.left()) {
+        expect(!w.ranks[d].device->take_deferred().has_value(), "combine failed");
+    }
+}
+inline void check_combine(World& w, const Expected& e, bool in_arena) {
+    check_combine(w, e, in_arena, [] {});
 }
 
 inline Case grouped() {

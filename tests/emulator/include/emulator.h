@@ -206,6 +206,10 @@ T atomicExch(T* p, std::type_identity_t<T> v) {
     return std::atomic_ref(*p).exchange(v);
 }
 template <class T>
+T atomicOr(T* p, std::type_identity_t<T> v) {
+    return std::atomic_ref(*p).fetch_or(v);
+}
+template <class T>
 T atomicMin(T* p, std::type_identity_t<T> v) {
     std::atomic_ref word(*p);
     T old = word.load();
