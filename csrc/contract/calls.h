@@ -39,6 +39,14 @@ inline Descriptor describe(const CombineArgs& a) {
     return d;
 }
 
+// Whether a call of the cpu backend goes on without masked ranks. Small batches on GPUs: is_staged.
+inline bool can_lack_ranks(const DispatchArgs& a) {
+    return a.layout == RecvLayout::kSlab && !a.cached;
+}
+inline bool can_lack_ranks(const CombineArgs& a) {
+    return a.layout == RecvLayout::kSlab && !a.with_weights;
+}
+
 EP_HD constexpr MetaLayout meta_layout(const DispatchArgs& a) {
     return MetaLayout(a.num_topk, !a.cached, a.with_weights, a.layout != RecvLayout::kCompact,
                       a.scale_bytes, a.paranoid);

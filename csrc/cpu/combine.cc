@@ -27,30 +27,36 @@ struct Contribution {
 class CombineOp : public Operation {
 public:
     CombineOp(Rank& rank, uint64_t sequence, const CombineArgs& args, const WaitHooks& hooks)
-        : Operation(rank, OpKind::kCombine, sequence, hooks),
+        : Operation(rank, OpKind::kCombine, sequence, hooks, can_lack_ranks(args)),
           a(args),
           stage(*this, args),
           incoming(num_ranks),
           part(args.per_rank ? args.row_bytes() : 0) {}
 
     Outcome run() {
-        if (!acquire_slot()) return fail(watch.outcome());
+        if (!acquire_slot()) return failed(watch.outcome());
         publish();
-        if (!await_entries(describe(a), a.wait_stats) || !check_peers()) return fail(outcome);
-        if (!pull()) return fail(outcome);
+        if (!await_entries(describe(a), a.wait_stats) || !check_peers()) return failed(outcome);
+        if (!pull()) return failed(outcome);
         // A peer that failed meanwhile may have let its user change y under our reads.
-        if (!watch.healthy(Site::kPulled)) return fail(watch.outcome());
+        if (!watch.healthy(Site::kPulled)) return failed(watch.outcome());
         for (int p = 0; p < num_ranks; ++p) {
             // Our reads of y are done; pairs with the acquire in await_pulled.
             store_release(at<uint64_t>(p, layout.pulled_word(slot, me)), seq);
         }
         ring_all();
-        if (!await_pulled()) return fail(watch.outcome());
+        if (!await_pulled()) return failed(watch.outcome());
         release_slot();
         return Outcome{};
     }
 
 private:
+    // Others, who may go on without us, read our rings to their end.
+    Outcome failed(const Outcome& why) {
+        if (rings && ends_communicator(why.incident.code)) abandon(rings);
+        return fail(why);
+    }
+
     // 1. y where peers can read it, or rings through which it will come.
     void publish() {
         EntryRecord entry{};
@@ -61,7 +67,7 @@ private:
         entry.ring_rows = stage.ring_rows();
         entry.weights_offset = -1;
         if (!rows_follow(a.topk_idx, a.send_row, a.num_tokens, a.num_topk, a.layout, experts,
-                         num_ranks)) {
+                         num_ranks, watch.has_masks())) {
             entry.code = kStaleHandle;
             std::strncpy(entry.reason, kDamagedHandle, kReasonBytes - 1);
         }
@@ -102,7 +108,7 @@ private:
         const int64_t per_row = weights_per_row() * int64_t{sizeof(float)};
         for (int p = 0; p < num_ranks; ++p) {
             const EntryRecord& entry = entry_of(p);
-            if (p == me) continue;
+            if (p == me || without(p)) continue;
             const int64_t limit = rank.peers_arena_bytes(p);
             const auto fits = [&](int64_t offset, int64_t rows, int64_t bytes) {
                 return offset >= 0 && offset <= limit && offset % kRowAlign == 0 && rows >= 0 &&
@@ -142,6 +148,7 @@ private:
             const int64_t expert = a.topk_idx[t * a.num_topk + k];
             const int64_t row = a.send_row[t * a.num_topk + k];
             if (expert < 0 || expert >= experts.num_experts() || row < 0) continue;
+            if (without(experts.owner(expert))) continue;
             const Contribution next{experts.owner(expert), k, row};
             int at = count;
             while (!a.topk_order && at > 0 && found[at - 1].owner > next.owner) --at;
@@ -173,6 +180,10 @@ private:
             const auto start = WaitTimes::Clock::now();
             if (!watch.until(added ? Site::kPulled : Site::kRows, peer, ready, progress, 0,
                              WokenBy::kAnyone)) {
+                if (goes_without(peer)) {
+                    stage.drop(peer);
+                    continue;
+                }
                 outcome = watch.outcome();
                 return false;
             }
@@ -293,7 +304,7 @@ private:
     // What was staged for us and what we asked for are the same, or somebody's handle is not.
     bool took_everything() {
         for (int p = 0; p < num_ranks; ++p) {
-            if (p == me) continue;
+            if (p == me || without(p)) continue;
             flow(p).staged += static_cast<uint64_t>(stage.rows_for(p));
             if (!streams_from(p)) continue;
             publish_taken(p);
@@ -337,9 +348,13 @@ private:
     // 4. y may change once everybody has read it.
     bool await_pulled() {
         for (int src = 0; src < num_ranks; ++src) {
+            if (without(src)) continue;
             uint64_t& word = at<uint64_t>(me, layout.pulled_word(slot, src));
             const auto ready = [&] { return load_acquire(word) >= seq; };
-            if (!watch.until(Site::kPulled, src, ready, [] { return int64_t{0}; })) return false;
+            if (!watch.until(Site::kPulled, src, ready, [] { return int64_t{0}; }) &&
+                !goes_without(src)) {
+                return false;
+            }
         }
         return true;
     }
@@ -366,7 +381,10 @@ private:
 Outcome Rank::combine(uint64_t seq, const CombineArgs& args, const WaitHooks& hooks) {
     std::lock_guard lock(running_);
     if (!verdict_.ok()) return verdict_;
-    return CombineOp(*this, seq, args, hooks).run();
+    CombineArgs mine = args;
+    // Nobody has to know whether a rank that failed has let its user change y.
+    if (can_mask_ && can_lack_ranks(args)) mine.arena_offset = -1;
+    return CombineOp(*this, seq, mine, hooks).run();
 }
 
 }  // namespace ep::cpu

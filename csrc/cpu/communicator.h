@@ -47,6 +47,8 @@ public:
     void refuse(OpKind kind, const Outcome& why);
     std::shared_ptr<Pending> begin_dispatch(const DispatchArgs& args);
     std::shared_ptr<Pending> begin_combine(const CombineArgs& args);
+    // Waits for all that was begun, refusals too; false when the hooks interrupted it.
+    bool drain(const WaitHooks& hooks);
 
     // Local and bounded: what is begun is cut short, peers learn that we left. Never throws, may be
     // called twice, from any thread: a call that waits in another one ends with kClosed, and so
@@ -59,7 +61,6 @@ private:
     class Visit;
 
     std::shared_ptr<Pending> submit(std::function<void(Pending&)> work);
-    bool drain(const WaitHooks& hooks);
     void work();
     Outcome told(Outcome outcome) const;
 

@@ -73,7 +73,9 @@ Counts count(const DispatchArgs& a, const ExpertMap& experts, int rank, int num_
 class DispatchOp : public Operation {
 public:
     DispatchOp(Rank& rank, uint64_t sequence, const DispatchArgs& args, const WaitHooks& hooks)
-        : Operation(rank, OpKind::kDispatch, sequence, hooks), a(args), meta(meta_layout(args)) {}
+        : Operation(rank, OpKind::kDispatch, sequence, hooks, can_lack_ranks(args)),
+          a(args),
+          meta(meta_layout(args)) {}
 
     Dispatched run() {
         result.seq = seq;
@@ -86,6 +88,7 @@ public:
         if (a.rank_ends != nullptr) read_rank_ends();
         if (!push()) return failed(outcome);
         if (!await_rows()) return failed(watch.outcome());
+        forget_lost();
         if (a.paranoid && !verify()) return failed(outcome);
         for (int e = 0; a.recv_stats != nullptr && e < experts.num_local(me); ++e) {
             add_to_stats(a.recv_stats[e], a.expert_counts[e]);
@@ -153,7 +156,7 @@ private:
                std::all_of(a.expert_counts, a.expert_counts + num_local,
                            [](int32_t n) { return n >= 0; }) &&
                rows_follow(a.topk_idx, a.send_row, a.num_tokens, a.num_topk, a.layout, experts,
-                           num_ranks);
+                           num_ranks, false);
     }
 
     const int32_t* counts_from(int src) const {
@@ -166,6 +169,8 @@ private:
         for (int src = 0; !a.cached && src < num_ranks; ++src) {
             const int32_t* row = &at<int32_t>(me, layout.count_row(slot, src));
             counts.insert(counts.end(), row, row + experts.num_local(me));
+            if (without(src))
+                std::fill_n(counts.end() - experts.num_local(me), experts.num_local(me), 0);
         }
         for (int src = 0; src < num_ranks; ++src) {
             const EntryRecord& entry = entry_of(src);
@@ -274,6 +279,7 @@ private:
     void publish_bases() {
         std::vector<int32_t> next(result.group_start.begin(), result.group_start.end());
         for (int src = 0; src < num_ranks; ++src) {
+            if (without(src)) continue;
             if (!a.cached && placed.ok()) {
                 for (int e = 0; e < experts.num_local(me); ++e) {
                     at<int32_t>(src, layout.expert_row(slot, experts.first(me) + e)) = next[e];
@@ -297,9 +303,11 @@ private:
     // row moves.
     bool await_bases() {
         for (int p = 0; p < num_ranks; ++p) {
+            if (without(p)) continue;
             uint64_t& word = at<BaseRecord>(me, layout.base(slot, p)).seq;
             const auto ready = [&] { return load_acquire(word) >= seq; };
             if (!watch.until(Site::kBase, p, ready, [] { return int64_t{0}; })) {
+                if (goes_without(p)) continue;
                 outcome = watch.outcome();
                 return false;
             }
@@ -307,6 +315,10 @@ private:
         }
         for (int p = 0; p < num_ranks; ++p) {
             const BaseRecord& base = base_of(p);
+            if (without(p)) {
+                a.rank_counts[p] = 0;
+                continue;
+            }
             if (base.code == kOk) {
                 if (check_base(p)) continue;
                 return false;
@@ -376,17 +388,47 @@ private:
         const auto there = [&](int src) { return have(src) >= expected(src); };
         WaitTimes times(a.wait_stats, num_ranks);
         for (int src = 0; src < num_ranks; ++src) {
+            if (without(src)) continue;
             const auto ready = [&] {
                 times.look(there);
                 return there(src);
             };
             const auto progress = [&] { return static_cast<int64_t>(have(src)); };
             if (!watch.until(Site::kRows, src, ready, progress, static_cast<int64_t>(expected(src)),
-                             times.woken_by())) {
+                             times.woken_by()) &&
+                !goes_without(src)) {
                 return false;
             }
         }
         return true;
+    }
+
+    // Rows that were counted on and did not all come: they are zero, and nobody's.
+    void forget_lost() {
+        const int num_local = experts.num_local(me);
+        for (int src = 0; src < num_ranks; ++src) {
+            if (!without(src) || entry_of(src).num_rows == 0) continue;
+            abandon(result.x);  // it may live and go on writing
+            abandon(result.meta);
+            if (!result.meta) continue;
+            std::byte* records = rank.arena_data() + result.meta->extent().offset;
+            for (int64_t j = 0; j < entry_of(src).num_rows; ++j) {
+                std::byte* record = records + (first_row[src] + j) * meta.bytes;
+                std::memset(record, 0, meta.bytes);
+                for (const Region& none : {meta.src_token, meta.experts, meta.rows}) {
+                    std::memset(record + none.offset, 0xff, none.bytes);
+                }
+            }
+            for (int e = 0; e < num_local; ++e) {
+                int64_t row = result.group_start[e];
+                for (int s = 0; s < src; ++s) row += counts_from(s)[e];
+                for (int i = 0; i < counts_from(src)[e]; ++i) result.lost_rows.push_back(row++);
+            }
+        }
+        for (const int64_t row : result.lost_rows) {
+            std::memset(rank.arena_data() + result.x_offset + row * a.row_bytes(), 0,
+                        a.row_bytes());
+        }
     }
 
     // Paranoid: every row and record is what its source sent, and every expert got what was
@@ -395,6 +437,10 @@ private:
         const std::byte* record =
             rank.arena_data() + (result.meta ? result.meta->extent().offset : 0);
         for (int src = 0; src < num_ranks; ++src) {
+            if (without(src)) {
+                record += entry_of(src).num_rows * meta.bytes;
+                continue;
+            }
             std::vector<int64_t> got(experts.num_local(me), 0);
             for (int64_t j = 0; j < entry_of(src).num_rows; ++j, record += meta.bytes) {
                 if (!fits_seal(src, record)) return false;

@@ -11,11 +11,16 @@ namespace ep::cpu {
 
 class Operation {
 public:
-    Operation(Rank& rank, OpKind kind, uint64_t seq, const WaitHooks& hooks);
+    // `can_lack`: it goes on without masked ranks, where there are masks.
+    Operation(Rank& rank, OpKind kind, uint64_t seq, const WaitHooks& hooks, bool can_lack);
 
     // 0. The slot is ours again at every peer: it has finished what it did there num_slots
     // operations ago.
     bool acquire_slot();
+    // Whether it goes without a rank: nothing is sent there or awaited from there.
+    bool without(int peer) const { return gone_ != 0 && (gone_ >> peer & 1) != 0; }
+    // After a wait for it that came to nothing: whether it is only masked. From here on without it.
+    bool goes_without(int peer);
     // 1. Publishes `entry` (and our selections of the peer's experts) to one peer.
     void enter(int peer, EntryRecord entry, const int32_t* expert_counts);
     // 2. Waits for everybody's entry; false when one of them poisons the call or disagrees with
@@ -56,6 +61,7 @@ public:
 private:
     bool judge_entries(const Descriptor& mine);
 
+    uint64_t gone_;                     // a bit for each rank
     std::vector<EntryRecord> entries_;  // [num_ranks]
     std::vector<BaseRecord> bases_;     // [num_ranks]
 };

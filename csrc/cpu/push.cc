@@ -84,8 +84,9 @@ void Push::arrive() {
 
 void Push::find_owners(int64_t t, const int64_t* ids, Route& route) {
     for (int k = 0; k < a_.num_topk; ++k) {
-        const bool none = ids[k] < 0;
-        const int owner = none ? -1 : op_.experts.owner(ids[k]);
+        const int chosen = ids[k] < 0 ? -1 : op_.experts.owner(ids[k]);
+        const bool none = chosen < 0 || op_.without(chosen);
+        const int owner = none ? -1 : chosen;
         route.owner[k] = owner;
         route.local[k] = none ? -1 : op_.experts.local(ids[k]);
         if (none || last_token_[owner] == t) continue;

@@ -16,7 +16,8 @@ ExpertMap::ExpertMap(std::vector<int32_t> owner, int num_ranks)
 }
 
 Rank::Rank(const Shape& shape, int rank, uint64_t generation, std::vector<int32_t> expert_owner,
-           std::vector<Peer> peers, std::shared_ptr<Arena> arena, const Clocks& clocks)
+           std::vector<Peer> peers, std::shared_ptr<Arena> arena, const Clocks& clocks,
+           bool can_mask)
     : shape_(shape),
       layout_(shape),
       rank_(rank),
@@ -24,6 +25,8 @@ Rank::Rank(const Shape& shape, int rank, uint64_t generation, std::vector<int32_
       peers_(std::move(peers)),
       arena_(std::move(arena)),
       clocks_(clocks),
+      can_mask_(can_mask),
+      masks_(rank, all_headers(), mask_words()),
       expected_(size_t(shape.num_slots) * shape.num_ranks, 0),
       flows_(shape.num_ranks) {
     for (const Peer& peer : peers_) processes_.push_back(peer.process);
@@ -35,6 +38,47 @@ Rank::Rank(const Shape& shape, int rank, uint64_t generation, std::vector<int32_
 
 ControlHeader& Rank::header(int rank) const {
     return *reinterpret_cast<ControlHeader*>(peers_[rank].control->data() + layout_.header.offset);
+}
+
+std::vector<ControlHeader*> Rank::all_headers() const {
+    std::vector<ControlHeader*> headers;
+    for (int p = 0; p < shape_.num_ranks; ++p) headers.push_back(&header(p));
+    return headers;
+}
+
+std::vector<uint64_t*> Rank::mask_words() const {
+    std::vector<uint64_t*> words;
+    for (const Peer& peer : peers_) {
+        words.push_back(reinterpret_cast<uint64_t*>(peer.control->data() + layout_.masks.offset));
+    }
+    return words;
+}
+
+bool Rank::is_gone(int peer) const {
+    const auto life = std::atomic_ref(header(peer).life).load(std::memory_order_acquire);
+    return ep::is_gone(processes_[peer]) || life != static_cast<uint32_t>(Life::kAlive);
+}
+
+// Nobody is in an operation, and counts that go on from one to the next may have come apart: they begin
+// anew, everywhere.
+void Rank::unmask(uint64_t seq, uint64_t masked) {
+    std::lock_guard lock(running_);
+    const auto put = [this](int64_t offset, uint64_t value) {
+        auto* word = reinterpret_cast<uint64_t*>(peers_[rank_].control->data() + offset);
+        store_release(*word, value);
+    };
+    for (int p = 0; p < shape_.num_ranks; ++p) {
+        for (int slot = 0; slot < shape_.num_slots; ++slot) {
+            put(layout_.released_word(slot, p), seq);
+            put(layout_.arrived_word(slot, p), 0);
+        }
+        put(layout_.staged_word(p), 0);
+        put(layout_.taken_word(p), 0);
+    }
+    std::fill(expected_.begin(), expected_.end(), 0);
+    std::fill(flows_.begin(), flows_.end(), Flow{});
+    last_seq_ = seq;
+    masks_.reset(masked);
 }
 
 void Rank::leave() {
@@ -76,17 +120,7 @@ bool ends_communicator(int code) {
            code == kBadEpoch || code == kMiscount || code == kOutOfStep;
 }
 
-namespace {
-
-std::vector<ControlHeader*> all_headers(const Rank& rank) {
-    std::vector<ControlHeader*> headers;
-    for (int p = 0; p < rank.shape().num_ranks; ++p) headers.push_back(&rank.header(p));
-    return headers;
-}
-
-}  // namespace
-
-Operation::Operation(Rank& r, OpKind op, uint64_t sequence, const WaitHooks& hooks)
+Operation::Operation(Rank& r, OpKind op, uint64_t sequence, const WaitHooks& hooks, bool can_lack)
     : rank(r),
       layout(r.layout_),
       experts(r.experts_),
@@ -95,7 +129,9 @@ Operation::Operation(Rank& r, OpKind op, uint64_t sequence, const WaitHooks& hoo
       me(r.rank_),
       num_ranks(r.shape_.num_ranks),
       slot(static_cast<int>(sequence % uint64_t(r.shape_.num_slots))),
-      watch(r.rank_, all_headers(r), r.processes_, r.clocks_, hooks, op, sequence),
+      watch(r.rank_, r.all_headers(), r.processes_, r.clocks_, hooks, op, sequence,
+            can_lack && r.can_mask_ ? &r.masks_ : nullptr),
+      gone_(can_lack && r.can_mask_ ? r.masked() : 0),
       entries_(num_ranks),
       bases_(num_ranks) {
     ControlHeader& own = rank.header(me);
@@ -103,19 +139,28 @@ Operation::Operation(Rank& r, OpKind op, uint64_t sequence, const WaitHooks& hoo
     store_release(own.entered_seq, seq);
 }
 
+bool Operation::goes_without(int peer) {
+    if (!watch.outcome().ok()) return false;
+    gone_ |= uint64_t{1} << peer;
+    return true;
+}
+
 bool Operation::acquire_slot() {
+    if (!watch.is_wanted()) return false;
     const uint64_t num_slots = static_cast<uint64_t>(rank.shape_.num_slots);
     if (seq <= num_slots) return true;  // nobody has used it yet
     for (int p = 0; p < num_ranks; ++p) {
+        if (without(p)) continue;
         uint64_t& released = at<uint64_t>(me, layout.released_word(slot, p));
         // pairs with the release in release_slot
         const auto free = [&] { return load_acquire(released) + num_slots >= seq; };
-        if (!watch.until(Site::kSlot, p, free)) return false;
+        if (!watch.until(Site::kSlot, p, free) && !goes_without(p)) return false;
     }
     return true;
 }
 
 void Operation::enter(int peer, EntryRecord entry, const int32_t* expert_counts) {
+    if (without(peer)) return;
     EntryRecord& theirs = at<EntryRecord>(peer, layout.entry(slot, me));
     entry.seq = theirs.seq;  // the word itself is published last
     entry.kind = static_cast<int32_t>(kind);
@@ -144,11 +189,13 @@ bool Operation::await_entries(const Descriptor& mine, int64_t* wait_stats) {
     const auto there = [&](int p) { return seen(p) >= seq; };
     WaitTimes times(wait_stats, num_ranks);
     for (int p = 0; p < num_ranks; ++p) {
+        if (without(p)) continue;
         const auto ready = [&] {
             times.look(there);
             return there(p);
         };
         if (!watch.until(Site::kEntry, p, ready, nullptr, 0, times.woken_by())) {
+            if (goes_without(p)) continue;
             outcome = watch.outcome();
             return false;
         }
@@ -165,14 +212,14 @@ bool Operation::await_entries(const Descriptor& mine, int64_t* wait_stats) {
 // Every rank reads the same entries, so every rank comes to the same verdict.
 bool Operation::judge_entries(const Descriptor& mine) {
     for (int p = 0; p < num_ranks; ++p) {
-        if (entry_of(p).kind != static_cast<int32_t>(kind)) {
+        if (!without(p) && entry_of(p).kind != static_cast<int32_t>(kind)) {
             outcome = outcome_of(kOutOfStep, p, static_cast<int64_t>(kind), entry_of(p).kind);
             return false;
         }
     }
     for (int p = 0; p < num_ranks; ++p) {
         const EntryRecord& entry = entry_of(p);
-        if (entry.code == kOk) continue;
+        if (entry.code == kOk || without(p)) continue;
         if (!may_poison_entry(entry.code)) {
             outcome = outcome_of(kBadCount, p, kOk, entry.code);
             return false;
@@ -184,7 +231,7 @@ bool Operation::judge_entries(const Descriptor& mine) {
         return false;
     }
     for (int p = 0; p < num_ranks; ++p) {
-        for (int f = 0; f < kNumFields; ++f) {
+        for (int f = 0; !without(p) && f < kNumFields; ++f) {
             const int64_t theirs = entry_of(p).descriptor.value[f];
             if (theirs == mine.value[f]) continue;
             outcome = outcome_of(kCallDiffers, p, mine.value[f], theirs);
@@ -233,7 +280,7 @@ Outcome Operation::fail(const Outcome& why) {
 Outcome Rank::refuse(uint64_t seq, OpKind kind, const Outcome& why, const WaitHooks& hooks) {
     std::lock_guard lock(running_);
     if (!verdict_.ok()) return verdict_;
-    Operation op(*this, kind, seq, hooks);
+    Operation op(*this, kind, seq, hooks, true);
     if (!op.acquire_slot()) return op.fail(op.watch.outcome());
     EntryRecord entry{};
     entry.code = why.incident.code;

@@ -53,13 +53,15 @@ struct Dispatched {
     int64_t num_rows = 0;              // rows of x; slab: rows per expert
     int64_t x_offset = -1;             // of x in our arena
     std::vector<int32_t> group_start;  // [num_local_experts + 1] grouped: first row of each group
+    std::vector<int64_t> lost_rows;  // slab: counted, but their source was masked before they came
     std::shared_ptr<ExtentHold> x, meta;
 };
 
 class Rank {
 public:
     Rank(const Shape& shape, int rank, uint64_t generation, std::vector<int32_t> expert_owner,
-         std::vector<Peer> peers, std::shared_ptr<Arena> arena, const Clocks& clocks);
+         std::vector<Peer> peers, std::shared_ptr<Arena> arena, const Clocks& clocks,
+         bool can_mask = false);
 
     // The next operation's sequence number, in the order operations are begun.
     uint64_t take_seq() { return ++last_seq_; }
@@ -73,6 +75,14 @@ public:
     // Tells every peer that this rank refused its call, so that they raise instead of waiting.
     // Waits only for the slot.
     Outcome refuse(uint64_t seq, OpKind kind, const Outcome& why, const WaitHooks& hooks);
+
+    // Nobody waits for a rank any more.
+    void mask(int rank) const { masks_.mask(rank); }
+    uint64_t masked() const { return masks_.now(); }  // a bit for each rank
+    // Collective in effect, between operations: these stay masked, and `seq` is the last number.
+    void unmask(uint64_t seq, uint64_t masked);
+    // Whether a peer has closed or failed, or its process has ended.
+    bool is_gone(int peer) const;
 
     void leave();  // peers that wait for us raise E111 from now on
     Outcome verdict() const { return verdict_; }
@@ -98,6 +108,8 @@ private:
 
     void give_up(const Outcome& why);  // the communicator has failed; tells every peer
     void wake_all() const;
+    std::vector<ControlHeader*> all_headers() const;
+    std::vector<uint64_t*> mask_words() const;
 
     Shape shape_;
     ControlLayout layout_;
@@ -107,6 +119,8 @@ private:
     std::vector<PeerProcess> processes_;
     std::shared_ptr<Arena> arena_;
     Clocks clocks_;
+    const bool can_mask_;
+    Masks masks_;
     uint64_t last_seq_ = 0;
     std::vector<uint64_t> expected_;                 // [slots][ranks] rows ever announced to us
     std::vector<Flow> flows_;                        // [ranks]

@@ -5,7 +5,7 @@
 namespace ep::cpu {
 
 bool rows_follow(const int64_t* topk_idx, const int32_t* send_row, int64_t num_tokens, int num_topk,
-                 RecvLayout layout, const ExpertMap& experts, int num_ranks) {
+                 RecvLayout layout, const ExpertMap& experts, int num_ranks, bool some_masked) {
     const bool compact = layout == RecvLayout::kCompact;
     std::vector<int64_t> next(compact ? num_ranks : experts.num_experts(), -1);
     std::vector<int64_t> last_token(compact ? num_ranks : 0, -1);
@@ -28,7 +28,8 @@ bool rows_follow(const int64_t* topk_idx, const int32_t* send_row, int64_t num_t
             if (compact) last_token[group] = t;
         }
     }
-    return placed == 0 || unplaced == 0;  // of a static dispatch that failed, no row was placed
+    // Of a static dispatch that failed, no row was placed; of masked ranks, none there.
+    return some_masked || placed == 0 || unplaced == 0;
 }
 
 }  // namespace ep::cpu

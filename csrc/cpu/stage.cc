@@ -34,7 +34,7 @@ Stage::Stage(Operation& op, const CombineArgs& args) : op_(op), a_(args), source
         const int64_t received = std::max<int64_t>(args.rank_counts[op.num_ranks + src], 0);
         token = std::min(token + received, args.num_recv);
         source.end = token;
-        if (src == op.me) continue;
+        if (src == op.me || op.without(src)) continue;
         Source walk = source;
         for (skip_none(walk); walk.token < walk.end; step(walk)) ++source.num_rows;
         skip_none(source);
@@ -118,6 +118,12 @@ int Stage::blocked_on() const {
         if (sources_[src].staged < sources_[src].num_rows) return src;
     }
     return op_.me;
+}
+
+void Stage::drop(int src) {
+    Source& source = sources_[src];
+    left_ -= source.num_rows - source.staged;
+    source.num_rows = source.staged;
 }
 
 int64_t Stage::progress() const {

@@ -33,6 +33,8 @@ public:
     bool advance();
     bool can_advance() const { return first_with_room() >= 0; }
     bool over() const { return left_ == 0; }
+    // This source takes no more.
+    void drop(int src);
     // The first source whose ring is full.
     int blocked_on() const;
     // Changes while sources take rows.

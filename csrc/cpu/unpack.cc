@@ -35,6 +35,10 @@ public:
             if (!sane && culprit < 0) culprit = src;
         }
         if (!compact) zero_padding();
+        const std::vector<std::byte> none(a.scale_bytes);
+        for (const int64_t row : result.lost_rows) {
+            if (out.scales != nullptr) put_scales(row, none.data());
+        }
         if (out.row_index != nullptr) index_rows();
         if (!sane && culprit < 0) culprit = rank.rank();
         return culprit;
@@ -121,7 +125,8 @@ private:
             check(record.local, num_topk, num_local);
             check(&record.src_token, 1, rank.shape().max_tokens);
             if (out.recv_src != nullptr) {
-                out.recv_src[2 * i] = src;
+                const bool is_lost = record.src_token < 0 && !result.lost_rows.empty();
+                out.recv_src[2 * i] = is_lost ? -1 : src;
                 out.recv_src[2 * i + 1] = record.src_token;
             }
         }

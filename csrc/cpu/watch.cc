@@ -46,16 +46,24 @@ void ring(ControlHeader& receiver, int from) {
     if (wake) futex_wake_all(receiver.doorbell);
 }
 
+void Masks::mask(int rank) const {
+    for (uint64_t* word : words_) {
+        std::atomic_ref(*word).fetch_or(uint64_t{1} << rank, std::memory_order_release);
+    }
+    for (ControlHeader* header : headers_) ring(*header, kAnyRank);
+}
+
 Watch::Watch(int rank, std::vector<ControlHeader*> headers,
              const std::vector<PeerProcess>& processes, const Clocks& clocks,
-             const WaitHooks& hooks, OpKind op, uint64_t seq)
+             const WaitHooks& hooks, OpKind op, uint64_t seq, const Masks* masks)
     : rank_(rank),
       headers_(std::move(headers)),
       processes_(processes),
       clocks_(clocks),
       hooks_(hooks),
       op_(op),
-      seq_(seq) {}
+      seq_(seq),
+      masks_(masks) {}
 
 bool Watch::until(Site site, int peer, const std::function<bool()>& ready,
                   const std::function<int64_t()>& progress, int64_t want, WokenBy woken_by) {
@@ -93,7 +101,8 @@ bool Watch::until(Site site, int peer, const std::function<bool()>& ready,
 
 // A peer may publish its last word and leave between our two looks: what it published counts.
 bool Watch::came_after_all(const std::function<bool()>& ready) {
-    if (outcome_.incident.code == kInterrupted || !ready()) return false;
+    const int code = outcome_.incident.code;
+    if (code == kInterrupted || code == kMasked || !ready()) return false;
     outcome_ = Outcome{};
     return true;
 }
@@ -104,6 +113,7 @@ bool Watch::give_up(Wait& wait) {
         blame(kInterrupted, wait, wait.peer);
         return true;
     }
+    if (masks_ != nullptr) return goes_without(wait);
     const int gone = first_gone();
     if (gone >= 0) {
         blame(kPeerDied, wait, gone);
@@ -115,6 +125,28 @@ bool Watch::give_up(Wait& wait) {
         return true;
     }
     return expired(wait, Clock::now());
+}
+
+// Whom we wait for is masked, by others or now by us. Of all that died or failed everybody is told.
+bool Watch::goes_without(Wait& wait) {
+    if (!is_wanted()) return true;
+    for (int p = 0; p < static_cast<int>(headers_.size()); ++p) {
+        const Life life = life_of(*headers_[p]);
+        const bool lost = life == Life::kFailed || (p == wait.peer && life == Life::kLeft);
+        if (p != rank_ && !masks_->has(p) && (lost || is_dead(p))) masks_->mask(p);
+    }
+    if (masks_->has(wait.peer)) return true;
+    if (wait.peer == rank_ || !expired(wait, Clock::now())) return false;
+    outcome_ = Outcome{};
+    masks_->mask(wait.peer);
+    return true;
+}
+
+bool Watch::is_wanted() {
+    if (masks_ == nullptr || !masks_->has(rank_)) return true;
+    const auto now = Clock::now();
+    blame(kMasked, {Site::kNone, rank_, now, now, 0, 0, false, false}, rank_);
+    return false;
 }
 
 bool Watch::adopt_failure(const Wait& wait) {
@@ -130,6 +162,7 @@ bool Watch::adopt_failure(const Wait& wait) {
 bool Watch::healthy(Site site) {
     // What we read until now was read before we look whether its owner had given up.
     std::atomic_thread_fence(std::memory_order_acquire);
+    if (masks_ != nullptr) return outcome_.ok() && is_wanted();
     const Wait wait{site, rank_, Clock::now(), Clock::now(), 0, 0, false, false};
     return outcome_.ok() && !adopt_failure(wait);
 }
@@ -156,10 +189,13 @@ bool Watch::expired(Wait& wait, Clock::time_point now) {
 }
 
 // A process that ended after it closed its buffer has left, not died.
+bool Watch::is_dead(int peer) const {
+    return is_gone(processes_[peer]) && life_of(*headers_[peer]) == Life::kAlive;
+}
+
 int Watch::first_gone() const {
-    for (size_t p = 0; p < headers_.size(); ++p) {
-        if (static_cast<int>(p) == rank_ || !is_gone(processes_[p])) continue;
-        if (life_of(*headers_[p]) == Life::kAlive) return static_cast<int>(p);
+    for (int p = 0; p < static_cast<int>(headers_.size()); ++p) {
+        if (p != rank_ && is_dead(p)) return p;
     }
     return -1;
 }
