@@ -144,6 +144,7 @@ class Hello:
     max_tokens: int = _same("q", "E221")
     num_slots: int = _same("i", "E221")
     paranoid: int = _same("i", "E221")
+    masking: int = _same("i", "E221")
     backend: str = _same("16s", "E221")  # as asked for
     ranks_per_node: int = _same("i", "E221")  # as asked for, 0 = those of a host
     device: str = _same("16s", "E221")
@@ -311,22 +312,48 @@ class Exchange:
         """
         group = self.group
         self.publish(name, payload)
-        keys = [f"{self._number}/{name}/{r}" for r in range(group.size)]
         start = time.monotonic()
         answers: list[bytes] = []
-        for rank, key in enumerate(keys):
-            while (answer := self._wait_slice(key)) is None:
+        for rank in range(group.size):
+            while (answer := self._wait_slice(name, rank)) is None:
                 self.raise_failure()
                 for dead in self.dead_ranks():
-                    if self._read(keys[dead]) is None:
+                    if self.heard(name, dead) is None:
                         raise died_early(group.rank, dead)
-                if self.deadline is not None and time.monotonic() > self.deadline:
-                    later = [r for r in range(rank + 1, group.size) if self._read(keys[r]) is None]
-                    waited = time.monotonic() - start
-                    what = f"waited {waited:.1f} s: ranks {[rank, *later]} missing"
-                    raise make_error("E120", what, rank=group.rank, peer=rank)
+                self._check_deadline(name, rank, start)
             answers.append(answer)
         return answers
+
+    def gather_living(
+        self, name: str, payload: bytes, is_gone: Callable[[int], bool]
+    ) -> dict[int, bytes]:
+        """The bytes of all ranks but those that are gone and had not published any. Collective.
+
+        All that are heard of in a round are the same for everybody: who is gone says no more.
+
+        Raises:
+            EPTimeout: E120, the deadline has passed; names all ranks that are missing.
+        """
+        self.publish(name, payload)
+        start = time.monotonic()
+        answers: dict[int, bytes] = {}
+        for rank in range(self.group.size):
+            while (answer := self._wait_slice(name, rank)) is None:
+                if is_gone(rank) and (answer := self.heard(name, rank)) is None:
+                    break
+                self._check_deadline(name, rank, start)
+            if answer is not None:
+                answers[rank] = answer
+        return answers
+
+    def _check_deadline(self, name: str, rank: int, start: float) -> None:
+        """E120 when we have waited for too long, now for this rank."""
+        now = time.monotonic()
+        if self.deadline is None or now <= self.deadline:
+            return
+        later = [r for r in range(rank + 1, self.group.size) if self.heard(name, r) is None]
+        what = f"waited {now - start:.1f} s: ranks {[rank, *later]} missing"
+        raise make_error("E120", what, rank=self.group.rank, peer=rank)
 
     def fail(self, error: BaseException) -> None:
         """Tell ranks that wait for us, in whatever round, that we will not come: we lost a rank, or
@@ -370,7 +397,8 @@ class Exchange:
         answer = bytes(store.get(key)) if store.check([key]) else _GAVE_UP
         return None if answer == _GAVE_UP else answer
 
-    def _wait_slice(self, key: str) -> bytes | None:
+    def _wait_slice(self, name: str, rank: int) -> bytes | None:
+        key = f"{self._number}/{name}/{rank}"
         answer = self._read(key)
         if answer is None:
             with contextlib.suppress(Exception):  # each kind of store raises its own timeout

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ep_comm import _core
-from ep_comm.backends.base import Backend, Combined
+from ep_comm.backends.base import Backend, Combined, Masking
 from ep_comm.begun import Begun
 from ep_comm.bootstrap import resolve_group
 from ep_comm.checks import (
@@ -488,6 +488,64 @@ class Buffer:
             raise make_error("E203", f"rejected layer={shown(layer)}: want set_placement() first")
         positive("layer", layer, 0, maximum=tables.num_layers - 1)
         return None if call.handle is not None else tables.of_layer(layer)
+
+    # ---- masks ----
+
+    @property
+    def masked_ranks(self) -> tuple[int, ...]:
+        """Ranks that slab calls go on without, with `EPConfig(masking=True)`; ascending.
+
+        A rank that dies, closes its buffer, or does not come within the clocks of the config, is
+        masked by whoever finds out first, and so for all. Calls among the ranks left stay exact:
+        tokens of a masked rank count as none, and a choice of its experts as -1. Of a rank that is
+        lost in the middle of a call each of the others may or may not have what it sent before: a
+        dispatch that had counted on its rows has zeros there, of no source; a combine adds all of
+        its rows of a token or none. A rank that was masked while it lives raises E113.
+
+        As known without waiting for the device: of GPU calls, of those that are over.
+        """
+        self._enter()
+        return self._masking().masked_ranks() if self.config.masking else ()
+
+    def mask(self, rank: int) -> None:
+        """From now on slab calls go on without this rank, on all ranks, also those under way.
+
+        Args:
+            rank: another one of the group.
+        Raises:
+            EPArgumentError: E203, no such rank, or the buffer has no masks.
+
+        Local: one rank is enough, and any may. Calls that need all ranks raise E311 from now on:
+        all that are not slab, cached ones, those of `transfer="copy_engine"`, those that bring back
+        weights; on nvlink also those that are too large to go as small batches.
+        """
+        self._enter()
+        backend = self._masking()
+        positive("rank", rank, 0, maximum=self._spec.num_ranks - 1)
+        if rank == self._spec.rank:
+            raise make_error("E203", f"rejected rank={rank}: want another one, this is rank {rank}")
+        with self._lock:
+            backend.mask(rank)
+
+    def unmask(self) -> None:
+        """Take in again all masked ranks that live; those that died or closed stay masked.
+
+        Raises:
+            EPArgumentError: E203, the buffer has no masks. EPTimeout: E120, a rank that lives did
+                not come; nothing has changed. EPError: the one that ended this communicator.
+
+        Collective between all ranks that live, masked ones included: they agree on the number of
+        the next operation. Waits for what is begun. A rank that raised E113 has failed: it closes.
+        """
+        self._enter()
+        with self._lock:
+            self._masking().unmask()
+
+    def _masking(self) -> Masking:
+        if not self.config.masking:
+            what = "rejected this call: want a buffer with config=EPConfig(masking=True)"
+            raise make_error("E203", what, rank=self._spec.rank)
+        return cast(Masking, self._backend)
 
     # ---- memory, state, end ----
 

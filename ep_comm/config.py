@@ -1,4 +1,4 @@
-"""Options that rarely change: clocks and paranoia. Everything else is an argument of Buffer."""
+"""Options that rarely change: clocks, paranoia, masks. Everything else is an argument of Buffer."""
 
 from __future__ import annotations
 
@@ -26,8 +26,12 @@ class EPConfig:
             E241 or E242 on all ranks. Rows that nothing was sent to are NaN or -1 instead of
             whatever lay there. Costs a pass over all rows on both sides. The same on all ranks
             (E221).
+        masking: cpu and nvlink backends, up to 64 ranks: slab calls go on without a rank that died,
+            left, or did not come in time, instead of ending the communicator; see
+            `Buffer.masked_ranks`. On GPUs other calls then ask the device first whether all ranks
+            are there. The same on all ranks (E221).
     Raises:
-        EPArgumentError: E203, a limit is not a positive number, or paranoid is no bool.
+        EPArgumentError: E203, a limit is not a positive number, or another option is no bool.
 
     Clocks are run-time seconds of the wall clock and may differ between ranks.
     """
@@ -36,6 +40,7 @@ class EPConfig:
     arrival_s: float | None = 600.0
     progress_s: float = 30.0
     paranoid: bool = False
+    masking: bool = False
 
     def __post_init__(self) -> None:
         for name in ("arrival_warn_s", "arrival_s", "progress_s"):
@@ -46,5 +51,6 @@ class EPConfig:
             if not number or not 0 < value <= MAX_S:
                 what = f"rejected {name}={shown(value)}: want seconds > 0, at most {MAX_S:g}"
                 raise make_error("E203", what)
-        if not isinstance(self.paranoid, bool):
-            raise make_error("E203", f"rejected paranoid={shown(self.paranoid)}: want a bool")
+        for name in ("paranoid", "masking"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise make_error("E203", f"rejected {name}={shown(value)}: want a bool")

@@ -28,6 +28,7 @@ from ep_comm.bootstrap import (
 from ep_comm.checks import BufferSpec, check_options, one_of, positive
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPError, EPTimeout, make_error, shown
+from ep_comm.masks import MOST_RANKS
 
 
 class Constructed(NamedTuple):
@@ -70,6 +71,8 @@ def construct(
         spec = check_options(
             me, group.size, device=target, arena_bytes=arena_bytes, num_sms=num_sms, **sizes
         )
+        if usable.masking and group.size > MOST_RANKS:
+            raise make_error("E212", f"rejected {group.size} ranks: limit {MOST_RANKS} with masks")
         host = host_identity()
         listener = Listener()
     except EPError as error:
@@ -86,7 +89,7 @@ def construct(
         with contextlib.closing(listener):
             hello = _hello(
                 spec, backend, ranks_per_node, group.members, host, listener.token,
-                paranoid=usable.paranoid,
+                paranoid=usable.paranoid, masking=usable.masking,
             )  # fmt: skip
             opened, reason = _open_backend(
                 group, exchange, listener, hello, spec, usable, arena_bytes, num_sms
@@ -120,6 +123,8 @@ def _open_backend(
     name, reason = choose(hello.backend, spec.device.type, group, hellos, per_node)
     if config.paranoid and name != "cpu":
         raise make_error("E404", f"cannot use backend {name!r}: it has no paranoid mode", rank=me)
+    if config.masking and name not in ("cpu", "nvlink"):
+        raise make_error("E404", f"cannot use backend {name!r}: it has no masks", rank=me)
     generation = int.from_bytes(group_token(hellos)[:8], "little") >> 1
     shape = _shape(spec)
     if name in ("nvlink", "hybrid"):
@@ -181,6 +186,7 @@ def _hello(
     token: bytes,
     *,
     paranoid: bool,
+    masking: bool,
 ) -> Hello:
     boot_id, namespace = host
     return Hello(
@@ -196,6 +202,7 @@ def _hello(
         max_tokens=spec.max_tokens,
         num_slots=spec.num_slots,
         paranoid=int(paranoid),
+        masking=int(masking),
         backend=backend,
         ranks_per_node=ranks_per_node or 0,
         device=spec.device.type,

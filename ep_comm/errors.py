@@ -104,6 +104,10 @@ class EPPeerFault(EPError):
     """A peer's CUDA context broke (E112)."""
 
 
+class EPMasked(EPError):
+    """The other ranks have masked this one and go on without it (E113)."""
+
+
 class EPArgumentError(EPError):
     """An argument of this call, here or on the peer named, is not acceptable (E200 to E213)."""
 
@@ -169,6 +173,7 @@ CODES: Final[dict[str, CodeInfo]] = {
     "E110": CodeInfo(EPPeerDied, "comm", "process died", "read its log, close(), rebuild"),
     "E111": CodeInfo(EPPeerLeft, "comm", "peer closed or raised", "read its traceback"),
     "E112": CodeInfo(EPPeerFault, "comm", "peer's CUDA context broke", "run that rank's kernel under a sanitizer"),
+    "E113": CodeInfo(EPMasked, "comm", "masked by the others", "find out why it was late, close(), rebuild on all ranks"),
     "E120": CodeInfo(EPTimeout, "init", "ranks absent", "start all ranks"),
     "E200": CodeInfo(_TypeArgument, "call", "dtype, type", "cast it"),
     "E201": CodeInfo(_ValueArgument, "call", "shape", "reshape it"),
@@ -190,6 +195,7 @@ CODES: Final[dict[str, CodeInfo]] = {
     "E301": CodeInfo(EPUsageError, "init", "built during capture", "construct before capturing"),
     "E302": CodeInfo(EPUsageError, "comm", "old graph replayed", "capture again"),
     "E310": CodeInfo(EPUsageError, "call", "slot busy, view reused, unordered stream", "wait for the earlier operation"),
+    "E311": CodeInfo(EPUsageError, "call", "needs all ranks, some are masked", "make slab calls, unmask(), or rebuild without them"),
     "E320": CodeInfo(EPUsageError, "call", "foreign or stale handle", "pass the handle of a dispatch on this buffer"),
     "E330": CodeInfo(EPUsageError, "comm", "ranks in different ops", "make every rank call in the same order"),
     "E340": CodeInfo(EPClosedError, "local", "used after close()", "keep the buffer open"),

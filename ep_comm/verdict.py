@@ -130,7 +130,7 @@ def _sentence(o: Outcome, peer: PeerState) -> str:
 
 
 def _liveness(o: Outcome, peer: PeerState) -> str:
-    """E101 to E112: who, how long, where, and what the peer was last seen doing."""
+    """E101 to E113: who, how long, where, and what the peer was last seen doing."""
     p = o.peer
     last = f"last entered #{o.peer_seq}" if o.peer_seq else "entered nothing yet"
     if peer.is_far:
@@ -138,6 +138,8 @@ def _liveness(o: Outcome, peer: PeerState) -> str:
     found = (
         f"; rank {o.detail[0] - 1} found out" if o.detail[0] and o.detail[0] - 1 != o.rank else ""
     )
+    if o.code == 113:
+        return "is masked: the others go on without it"
     if o.code == 110:
         return f"lost rank {p}: its process ended; it {last}{found}"
     if o.code == 112:

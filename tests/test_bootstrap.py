@@ -61,6 +61,7 @@ DISAGREE: dict[str, tuple[str, Any]] = {
     "max_tokens": ("E221", 9),
     "num_slots": ("E221", 3),
     "paranoid": ("E221", 1),
+    "masking": ("E221", 1),
     "backend": ("E221", "cpu"),
     "ranks_per_node": ("E221", 2),
     "device": ("E221", "cuda"),
@@ -131,6 +132,7 @@ def test_real_differences_of_options_are_found() -> None:
         ({"expert_map": [0, 0, 0, 1, 1, 0]}, "expert_map"),
         ({"backend": "cpu"}, "backend"),
         ({"config": EPConfig(paranoid=True)}, "paranoid"),
+        ({"config": EPConfig(masking=True)}, "masking"),
     ):
         with Cluster(1, 2) as cluster:
 

@@ -16,6 +16,7 @@
 #include "bind/fields.h"
 #include "contract/args.h"
 #include "contract/build_info.h"
+#include "contract/calls.h"
 #include "contract/config.h"
 #include "contract/layout.h"
 #include "contract/records.h"
@@ -321,7 +322,7 @@ std::unique_ptr<cpu::Communicator> make_communicator(
     const Shape& shape, int rank, uint64_t generation, std::vector<int32_t> owner,
     const std::vector<
         std::tuple<std::shared_ptr<Segment>, std::shared_ptr<Segment>, int, int, int64_t>>& peers,
-    const ArenaView& arena, std::tuple<double, double, double> clocks) {
+    const ArenaView& arena, std::tuple<double, double, double> clocks, bool can_mask) {
     std::vector<cpu::Peer> views;
     for (const auto& [control, memory, pidfd, socket, pid] : peers) {
         views.push_back({control, memory, {pidfd, socket, pid}});
@@ -329,7 +330,7 @@ std::unique_ptr<cpu::Communicator> make_communicator(
     const auto [warn, arrival, progress] = clocks;
     return std::make_unique<cpu::Communicator>(
         std::make_unique<cpu::Rank>(shape, rank, generation, std::move(owner), std::move(views),
-                                    arena.arena, cpu::Clocks{warn, arrival, progress}));
+                                    arena.arena, cpu::Clocks{warn, arrival, progress}, can_mask));
 }
 
 void bind_cpu(py::module_& m) {
@@ -342,6 +343,7 @@ void bind_cpu(py::module_& m) {
         .def_readonly("num_recv", &Dispatched::num_recv)
         .def_readonly("num_rows", &Dispatched::num_rows)
         .def_readonly("group_start", &Dispatched::group_start)
+        .def_property_readonly("has_lost", [](const Dispatched& d) { return !d.lost_rows.empty(); })
         .def("drop", [](Dispatched& d) {
             d.x.reset();
             d.meta.reset();
@@ -356,7 +358,7 @@ void bind_cpu(py::module_& m) {
         .def_readonly("combined", &Pending::combined);
     py::class_<Communicator>(m, "CpuCommunicator")
         .def(py::init(&make_communicator), "shape"_a, "rank"_a, "generation"_a, "expert_owner"_a,
-             "peers"_a, "arena"_a, "clocks"_a)
+             "peers"_a, "arena"_a, "clocks"_a, "can_mask"_a = false)
         .def(
             "dispatch",
             [](Communicator& self, const DispatchArgs& args, const py::object& late) {
@@ -376,6 +378,10 @@ void bind_cpu(py::module_& m) {
              py::call_guard<py::gil_scoped_release>())
         .def("begin_combine", &Communicator::begin_combine, "args"_a,
              py::call_guard<py::gil_scoped_release>())
+        .def("drain",
+             [](Communicator& self) {
+                 return blocking(py::none(), [&](const auto& hooks) { return self.drain(hooks); });
+             })
         .def(
             "unpack",
             [](Communicator& self, const Dispatched& d, const DispatchArgs& a,
@@ -394,8 +400,28 @@ void bind_cpu(py::module_& m) {
             "dispatched"_a, "byte_shape"_a)
         .def("close", &Communicator::close, py::call_guard<py::gil_scoped_release>())
         .def("verdict", [](Communicator& self) { return self.rank().verdict(); })
+        .def(
+            "mask", [](Communicator& self, int rank) { self.rank().mask(rank); }, "rank"_a)
+        .def("masked", [](Communicator& self) { return self.rank().masked(); })
+        .def("masked_and_seq",
+             [](Communicator& self) { return std::pair(self.rank().masked(), self.rank().seq()); })
+        .def(
+            "unmask",
+            [](Communicator& self, uint64_t seq, uint64_t masked) {
+                py::gil_scoped_release nogil;
+                self.rank().unmask(seq, masked);
+            },
+            "seq"_a, "masked"_a)
+        .def(
+            "is_gone", [](Communicator& self, int peer) { return self.rank().is_gone(peer); },
+            "peer"_a)
         .def("seq", [](Communicator& self) { return self.rank().seq(); })
         .def("seed_seq", [](Communicator& self, uint64_t seq) { self.rank().seed_seq(seq); });
+    m.def(
+        "dispatch_can_lack_ranks", [](const DispatchArgs& a) { return can_lack_ranks(a); },
+        "args"_a);
+    m.def(
+        "combine_can_lack_ranks", [](const CombineArgs& a) { return can_lack_ranks(a); }, "args"_a);
     m.def("simd", [] { return std::string(cpu::simd().name); });
     m.def(
         "force_simd",

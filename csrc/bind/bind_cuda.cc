@@ -152,7 +152,8 @@ std::function<void(OpKind, int, double)> as_late_hook(py::object late) {
 RankPtr make_rank(const Shape& shape, int rank, uint64_t generation,
                   const std::vector<int32_t>& owner, const std::vector<PeerTuple>& peers,
                   std::shared_ptr<DeviceArena> arena, std::tuple<double, double, double> clocks,
-                  int max_blocks, py::object late, const std::optional<RailSetup>& rails) {
+                  int max_blocks, py::object late, const std::optional<RailSetup>& rails,
+                  bool can_mask) {
     std::vector<DevicePeer> views;
     for (const auto& [control, memory, pidfd, socket, pid, arena_bytes] : peers) {
         views.push_back({control, memory, {pidfd, socket, pid}, arena_bytes});
@@ -162,7 +163,7 @@ RankPtr make_rank(const Shape& shape, int rank, uint64_t generation,
     py::gil_scoped_release nogil;
     return RankPtr(new DeviceRank(shape, rank, generation, owner, std::move(views),
                                   std::move(arena), PeerClocks{warn, arrival, progress}, max_blocks,
-                                  std::move(hook), rails ? &*rails : nullptr));
+                                  std::move(hook), rails ? &*rails : nullptr, can_mask));
 }
 
 // The tensors of a handle that a flight was granted, in their order there.
@@ -309,7 +310,8 @@ void bind_rank(py::module_& m) {
     m.attr("MAX_REPORTS") = kMaxReports;
     py::class_<DeviceRank, RankPtr>(m, "DeviceRank")
         .def(py::init(&make_rank), "shape"_a, "rank"_a, "generation"_a, "expert_owner"_a, "peers"_a,
-             "arena"_a, "clocks"_a, "max_blocks"_a, "late"_a, "rails"_a = std::nullopt)
+             "arena"_a, "clocks"_a, "max_blocks"_a, "late"_a, "rails"_a = std::nullopt,
+             "can_mask"_a = false)
         .def(
             "dispatch",
             [](DeviceRank& self, const DispatchArgs& args, const DispatchWants& wants,
@@ -362,6 +364,13 @@ void bind_rank(py::module_& m) {
                 self.refuse(kind, why, as_stream(stream));
             },
             "kind"_a, "why"_a, "stream"_a)
+        .def("mask", &DeviceRank::mask, "rank"_a, py::call_guard<py::gil_scoped_release>())
+        .def("masked", &DeviceRank::masked)
+        .def("masked_and_seq", &DeviceRank::masked_and_seq,
+             py::call_guard<py::gil_scoped_release>())
+        .def("unmask", &DeviceRank::unmask, "seq"_a, "masked"_a,
+             py::call_guard<py::gil_scoped_release>())
+        .def("is_gone", &DeviceRank::is_gone, "peer"_a, py::call_guard<py::gil_scoped_release>())
         .def("take_deferred", &DeviceRank::take_deferred)
         .def("failed", &DeviceRank::failed)
         .def("fault", &DeviceRank::fault)

@@ -47,6 +47,14 @@ class Plans(Protocol):
     def learn_combine(self, options: Any, work: Any) -> None: ...
 
 
+class Masking(Protocol):
+    """What a backend has beside, that can go on without ranks; see `Buffer.masked_ranks`."""
+
+    def masked_ranks(self) -> tuple[int, ...]: ...
+    def mask(self, rank: int) -> None: ...
+    def unmask(self) -> None: ...
+
+
 class Backend(Protocol):
     """One rank's end of a buffer. Calls are checked before they come here.
 

@@ -23,6 +23,7 @@ from ep_comm.bootstrap import Exchange, Group, Hello, Listener
 from ep_comm.checks import BufferSpec, CombineCall, DispatchCall
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPError, make_error
+from ep_comm.masks import Unmasking, needs_all, ranks_in
 from ep_comm.received import Promised, Received
 from ep_comm.verdict import PeerState, error_of
 
@@ -52,6 +53,7 @@ class CpuBackend:
         generation: int,
         config: EPConfig,
         memory: Memory,
+        exchange: Exchange,
         shape: _core.Shape,
     ) -> None:
         self.spec = spec
@@ -74,16 +76,43 @@ class CpuBackend:
         arrival = -1.0 if config.arrival_s is None else config.arrival_s
         self.comm = _core.CpuCommunicator(
             shape, spec.rank, generation, list(spec.owner), peers, self._arena,
-            (config.arrival_warn_s, arrival, config.progress_s),
+            (config.arrival_warn_s, arrival, config.progress_s), config.masking,
         )  # fmt: skip
+        self.masking = config.masking
+        self._unmasking = Unmasking(exchange, config.arrival_s)
 
     # ---- operations ----
 
     def prepare_dispatch(self, call: DispatchCall) -> _Dispatch:
-        return _Dispatch(self, call)
+        work = _Dispatch(self, call)
+        self._check_masks(_core.dispatch_can_lack_ranks(work.args))
+        return work
 
     def prepare_combine(self, call: CombineCall) -> _Combine:
-        return _Combine(self, call)
+        work = _Combine(self, call)
+        self._check_masks(_core.combine_can_lack_ranks(work.args))
+        return work
+
+    def _check_masks(self, can_lack: bool) -> None:
+        """E311 for a call that cannot go on without a rank, while one is masked."""
+        if self.masking and not can_lack and (masked := self.comm.masked()):
+            raise needs_all(masked, self.spec.rank)
+
+    def masked_ranks(self) -> tuple[int, ...]:
+        return ranks_in(self.comm.masked())
+
+    def mask(self, rank: int) -> None:
+        self.comm.mask(rank)
+
+    def unmask(self) -> None:
+        """What is begun is finished first."""
+        self._unmasking.run(self.comm, self._finish_begun)
+
+    def _finish_begun(self) -> None:
+        self.comm.drain()
+        outcome = self.comm.verdict()
+        if outcome.code != 0:
+            raise self.error(outcome, "unmask", "")
 
     def keep(self, pending: _core.Pending, work: object) -> None:
         """Hold the tensors of a begun operation until the communication thread is done with them,
@@ -283,6 +312,8 @@ class _Dispatch(calls.Dispatch):
                 raise error
             return self._failed(error)
         arrival = Arrival(result.num_recv, result.num_rows, result.seq)
+        if result.has_lost and self.promised is not None:
+            self.backend.abandon(self.promised.x)  # a masked rank that lives may still write there
         x = self._take_x(result)
         out = self._outputs(arrival)
         if not self.backend.comm.unpack(result, self.args, self._unpack_args(arrival, out)):
@@ -475,7 +506,7 @@ def open_backend(
 
     def use(memory: Memory) -> None:
         memory.own.control.close_fd()
-        made.append(CpuBackend(spec, generation, config, memory, shape))
+        made.append(CpuBackend(spec, generation, config, memory, exchange, shape))
 
     try:
         mapping.connect(_SEGMENTS, group, hellos, listener, exchange, control_bytes, size, use)

@@ -28,6 +28,7 @@ from ep_comm.bootstrap import Exchange, Group, Hello, Listener
 from ep_comm.checks import BufferSpec, CombineCall, DispatchCall
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPError, make_error
+from ep_comm.masks import Unmasking, needs_all, ranks_in
 from ep_comm.verdict import PeerState, error_of
 
 _log = logging.getLogger("ep_comm")
@@ -78,6 +79,8 @@ class NvlinkBackend:
         self._unseen: dict[int, torch.cuda.Stream] = {}
         # Streams of one device share few hardware queues; ours goes first when SMs are short.
         self.aside: Any = torch.cuda.Stream(spec.device, priority=-1)  # type: ignore[no-untyped-call]
+        self.masking = config.masking
+        self._unmasking = Unmasking(exchange, config.arrival_s)
         self.unfinished: list[Dispatch] = []  # begun, their sizes not read
         self.halves = Outstanding()
         self.plans = Plans(self)
@@ -96,7 +99,7 @@ class NvlinkBackend:
         self.rank = _core.DeviceRank(
             shape, spec.rank, generation, list(spec.owner), peers, self.arena,
             (config.arrival_warn_s, arrival, config.progress_s), sms // ranks_on_device,
-            _warning(spec.rank), rails,
+            _warning(spec.rank), rails, self.masking,
         )  # fmt: skip
         self._lease = Lease(memory, exchange, config.arrival_s, self.rank.pause_watch)
         _load_conversions(spec.device)
@@ -104,10 +107,48 @@ class NvlinkBackend:
     # ---- operations ----
 
     def prepare_dispatch(self, call: DispatchCall) -> Dispatch:
-        return Dispatch(self, call)
+        work = Dispatch(self, call)
+        self._check_masks(self.rank.stages_dispatch(work.args))
+        return work
 
     def prepare_combine(self, call: CombineCall) -> Combine:
-        return Combine(self, call)
+        work = Combine(self, call)
+        self._check_masks(self.rank.stages_combine(work.args))
+        return work
+
+    # ---- masks ----
+
+    def _check_masks(self, is_small: bool) -> None:
+        """E311 for a call that cannot go on without a rank, while one is masked."""
+        if self.may_repeat(is_small) or not (masked := self.rank.masked_and_seq()[0]):
+            return
+        raise needs_all(masked, self.spec.rank)
+
+    def may_repeat(self, is_small: bool) -> bool:
+        """Whether a call may be made again without asking who is masked."""
+        return is_small or not self.masking
+
+    def masked_ranks(self) -> tuple[int, ...]:
+        return ranks_in(self.rank.masked())
+
+    def mask(self, rank: int) -> None:
+        self.check_usable()
+        self.rank.mask(rank)
+
+    def unmask(self) -> None:
+        """What is begun is finished first."""
+        self.check_usable()
+        self._unmasking.run(self.rank, self._finish_begun)
+        self.check_usable()
+
+    def _finish_begun(self) -> None:
+        self.halves.make_room(self.seq())
+        while self.unfinished:
+            self.unfinished[0].settle()
+        torch.cuda.synchronize(self.spec.device)
+        self.check_usable()
+
+    # ---- order ----
 
     def stream(self) -> int:
         """Address of the current stream."""

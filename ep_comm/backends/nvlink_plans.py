@@ -97,6 +97,8 @@ class Plans:
         """The next call with these options may look like this one, which has been made."""
         call = work.call
         is_usual = call.transfer == "sm" and call.replicas is None and call.output != "torch"
+        if not self._backend.may_repeat(self._backend.rank.stages_dispatch(work.args)):
+            return
         if not is_usual or call.idx_dtype is not torch.int64 or work.given:
             return
         handle, serial = call.handle, -1
@@ -143,6 +145,8 @@ class Plans:
         """As learn_dispatch."""
         call, handle = work.call, work.call.handle
         if type(handle) is not OwnHandle or handle.routing is None:
+            return
+        if not self._backend.may_repeat(self._backend.rank.stages_combine(work.args)):
             return
         stages = self._backend.num_stages
         key = (options, call.x.dtype, call.row_weights is None, handle.look.serial, stages)
