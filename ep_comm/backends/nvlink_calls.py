@@ -97,10 +97,10 @@ class Halves:
     def finish(self) -> Any:
         self._backend.check_usable()
         self.queue()
-        result = self._result()
         stream = torch.cuda.current_stream(self._backend.spec.device)
         if stream != self._queued:
             stream.wait_stream(self._queued)
+        result = self._result()  # may copy, on the stream of the caller
         if isinstance(result, Received):
             result.use_on(stream)
         return result
