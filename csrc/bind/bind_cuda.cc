@@ -349,14 +349,10 @@ void bind_rank(py::module_& m) {
             "begun"_a, "stream"_a)
         .def(
             "stages_dispatch",
-            [](const DeviceRank& self, const DispatchArgs& a) {
-                return is_staged(self.shape(), a);
-            },
-            "args"_a)
+            [](const DeviceRank& self, const DispatchArgs& a) { return self.stages(a); }, "args"_a)
         .def(
             "stages_combine",
-            [](const DeviceRank& self, const CombineArgs& a) { return is_staged(self.shape(), a); },
-            "args"_a)
+            [](const DeviceRank& self, const CombineArgs& a) { return self.stages(a); }, "args"_a)
         .def(
             "refuse",
             [](DeviceRank& self, OpKind kind, const Outcome& why, uintptr_t stream) {

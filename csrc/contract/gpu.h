@@ -94,6 +94,7 @@ struct Peers {
     const int64_t* arena_bytes;  // [num_ranks]
     int32_t rank;
     int32_t near_begin, near_end;  // ranks whose memory we reach
+    bool relays = false;           // of others we hear through ranks of our node
 };
 
 // Calls whose reports their host has not read yet; before one more it reads the oldest.

@@ -30,6 +30,15 @@ struct NodeShape {
     EP_HD constexpr int rank(int node, int local) const { return node * ranks_per_node + local; }
 };
 
+// Direct mode: what rows of small batches need that go straight to their ranks on other nodes
+// (contract/direct.h), in each slot. No slots: a buffer without it.
+struct DirectShape {
+    int32_t num_slots = 0, num_ranks = 0;
+    int64_t inbox_bytes = 0;   // records that come
+    int64_t outbox_bytes = 0;  // and those that leave
+    int64_t note_bytes = 0;    // what a source tells its rail of all its tokens
+};
+
 // Sizes of the rails of a buffer; all ranks agree on them.
 struct RailShape {
     NodeShape nodes;
@@ -37,12 +46,37 @@ struct RailShape {
     int32_t ring_shift = 0;    // a ring has 2^ring_shift places
     int64_t chunk_bytes = 0;   // one place of a ring
     int64_t notice_bytes = 0;  // a mailbox
+    DirectShape direct{};
 
     EP_HD constexpr int num_peers() const { return nodes.num_nodes - 1; }
+    EP_HD constexpr bool is_direct() const { return direct.num_slots > 0; }
+
+    // Notices go to the ranks of our rail, which relay them; with direct mode to every rank of every other
+    // node. How many those are; which, each rank beginning with another; and who of them a rank is.
+    EP_HD constexpr int num_correspondents() const {
+        return is_direct() ? direct.num_ranks - nodes.ranks_per_node : num_peers();
+    }
+    EP_HD constexpr int correspondent(int me, int i) const {
+        const int next = nodes.node(me) + 1;
+        return is_direct() ? (nodes.rank(next, 0) + i) % direct.num_ranks
+                           : nodes.rank((next + i) % nodes.num_nodes, nodes.local(me));
+    }
+    EP_HD constexpr int num_senders() const {
+        return is_direct() ? direct.num_ranks : nodes.num_nodes;
+    }
+    EP_HD constexpr int sender(int rank) const { return is_direct() ? rank : nodes.node(rank); }
+    EP_HD constexpr int num_mailboxes() const {
+        return is_direct() ? direct.num_slots : kMailboxes;
+    }
     EP_HD constexpr int ring_chunks() const { return 1 << ring_shift; }
     EP_HD constexpr int64_t ring_bytes() const { return ring_chunks() * chunk_bytes; }
     EP_HD constexpr int64_t staging_bytes() const {
         return 2 * int64_t{num_peers()} * num_channels * ring_bytes();
+    }
+    EP_HD constexpr int64_t direct_bytes() const {
+        const DirectShape& d = direct;
+        return d.num_slots *
+               (d.inbox_bytes + d.outbox_bytes + (int64_t{nodes.num_nodes} + 1) * d.note_bytes);
     }
 };
 
@@ -52,46 +86,67 @@ EP_HD constexpr int place_in_ring(const RailShape& s, uint64_t count) {
 }
 
 // What crosses when an operation begins, as packed words (device/packed.cuh): the notice, which is the
-// same for every rank, then how many records each channel brings to each node.
+// same for every rank, then how many records each channel brings to each node; with direct mode also what
+// has ever been put into the inbox of each rank.
 struct RailNoticeLayout {
-    int32_t records, words, num_channels;
+    int32_t records, puts, words, num_channels;
 
     EP_HD constexpr RailNoticeLayout(const Shape& s, int num_nodes, int channels)
         : records(NoticeLayout(s).words),
-          words((records + num_nodes * channels + 15) / 16 * 16),
+          puts(records + num_nodes * channels),
+          words((puts + (s.stage_bytes > 0 ? s.num_ranks : 0) + 15) / 16 * 16),
           num_channels(channels) {}
     EP_HD constexpr int record_word(int node, int channel) const {
         return records + node * num_channels + channel;
     }
+    EP_HD constexpr int puts_word(int rank) const { return puts + rank; }
     EP_HD constexpr int64_t bytes() const { return int64_t{8} * words; }
 };
 
 // The symmetric segment of a rank, at the same offsets on every rank. Peers are nodes but our own.
 struct RailLayout {
-    Region entered, tails, heads, inbox, outbox, recv, send;
+    Region entered, released, tails, heads, came, inbox, outbox, recv, send;
+    Region direct_recv, direct_send, notes_recv, notes_send;
     int64_t end = 0;
     RailShape shape;
 
     EP_HD constexpr explicit RailLayout(const RailShape& s) : shape(s) {
+        const DirectShape& d = s.direct;
         const int64_t nodes = s.nodes.num_nodes;
         const int64_t rings = int64_t{s.num_peers()} * s.num_channels;
+        const int64_t mails = int64_t{s.num_mailboxes()} * s.num_senders();
+        const int64_t pairs = int64_t{d.num_slots} * d.num_ranks;
         Cursor at;
-        entered = at.take(kMailboxes * nodes * kWordStride);  // uint64 per mailbox
+        entered = at.take(mails * kWordStride);   // uint64 per mailbox
+        released = at.take(pairs * kWordStride);  // direct mode: uint64 per slot and rank
         tails =
             at.take(nodes * s.num_channels * s.ring_chunks() * kWordStride);  // uint64 per place
         heads = at.take(nodes * s.num_channels * s.ring_chunks() * kWordStride);
-        inbox = at.take(kMailboxes * nodes * s.notice_bytes);  // RailNoticeLayout per node
-        outbox = at.take(kMailboxes * s.notice_bytes);         // ours, as it leaves
+        came = at.take(pairs * kWordStride);      // direct mode: uint64 per slot and rank
+        inbox = at.take(mails * s.notice_bytes);  // RailNoticeLayout per sender
+        outbox = at.take(s.num_mailboxes() * s.notice_bytes);  // ours, as it leaves
         recv = at.take(rings * s.ring_bytes());                // [peer][channel][place]
         send = at.take(rings * s.ring_bytes());
+        direct_recv = at.take(d.num_slots * d.inbox_bytes);        // [slot] records, see stage.h
+        direct_send = at.take(d.num_slots * d.outbox_bytes);       // [slot] the same
+        notes_recv = at.take(d.num_slots * nodes * d.note_bytes);  // [slot][node] of our rail
+        notes_send = at.take(d.num_slots * d.note_bytes);          // [slot] ours
         end = at.end();
     }
 
     static constexpr int64_t kWordStride = 64;
 
-    // Notices that node has ever put into mailbox `seq % kMailboxes`; see notices_until.
-    EP_HD constexpr int64_t entered_word(uint64_t seq, int node) const {
-        return entered.offset + mailbox(seq, node) * kWordStride;
+    // Notices that a sender has ever put into mailbox `seq % num_mailboxes`; see notices_until.
+    EP_HD constexpr int64_t entered_word(uint64_t seq, int sender) const {
+        return entered.offset + mailbox(seq, sender) * kWordStride;
+    }
+    // Direct mode: operations after which a rank of another node has ever released its slot to us; see
+    // releases_until. And what it has ever put into ours.
+    EP_HD constexpr int64_t released_word(int slot, int rank) const {
+        return released.offset + pair(slot, rank) * kWordStride;
+    }
+    EP_HD constexpr int64_t came_word(int slot, int rank) const {
+        return came.offset + pair(slot, rank) * kWordStride;
     }
     // Chunks that node has ever put into the place of the `count`-th in our ring; see chunks_until. A word
     // for each place, so that nothing depends on the order in which two puts arrive.
@@ -103,11 +158,26 @@ struct RailLayout {
     EP_HD constexpr int64_t head_word(int node, int channel, uint64_t count) const {
         return heads.offset + word(node, channel, count);
     }
-    EP_HD constexpr int64_t inbox_at(uint64_t seq, int node) const {
-        return inbox.offset + mailbox(seq, node) * shape.notice_bytes;
+    EP_HD constexpr int64_t inbox_at(uint64_t seq, int sender) const {
+        return inbox.offset + mailbox(seq, sender) * shape.notice_bytes;
     }
     EP_HD constexpr int64_t outbox_at(uint64_t seq) const {
-        return outbox.offset + static_cast<int64_t>(seq % kMailboxes) * shape.notice_bytes;
+        return outbox.offset + box(seq) * shape.notice_bytes;
+    }
+    // Direct mode: where records begin that come to a slot and leave from it, and what the source on `node`
+    // tells of its tokens.
+    EP_HD constexpr int64_t direct_inbox(int slot) const {
+        return direct_recv.offset + slot * shape.direct.inbox_bytes;
+    }
+    EP_HD constexpr int64_t direct_outbox(int slot) const {
+        return direct_send.offset + slot * shape.direct.outbox_bytes;
+    }
+    EP_HD constexpr int64_t notes_of(int slot, int node) const {
+        return notes_recv.offset +
+               (int64_t{slot} * shape.nodes.num_nodes + node) * shape.direct.note_bytes;
+    }
+    EP_HD constexpr int64_t own_notes(int slot) const {
+        return notes_send.offset + slot * shape.direct.note_bytes;
     }
     // The place of the `count`-th chunk between rank `me` and the rank of `node` on its rail.
     EP_HD constexpr int64_t recv_chunk(int my_node, int node, int channel, uint64_t count) const {
@@ -117,19 +187,31 @@ struct RailLayout {
         return send.offset + place(my_node, node, channel, count);
     }
 
-    constexpr std::array<NamedRegion, 7> regions() const {
+    constexpr std::array<NamedRegion, 13> regions() const {
         return {{{"entered", entered},
+                 {"released", released},
                  {"tails", tails},
                  {"heads", heads},
+                 {"came", came},
                  {"inbox", inbox},
                  {"outbox", outbox},
                  {"recv", recv},
-                 {"send", send}}};
+                 {"send", send},
+                 {"direct_recv", direct_recv},
+                 {"direct_send", direct_send},
+                 {"notes_recv", notes_recv},
+                 {"notes_send", notes_send}}};
     }
 
 private:
-    EP_HD constexpr int64_t mailbox(uint64_t seq, int node) const {
-        return static_cast<int64_t>(seq % kMailboxes) * shape.nodes.num_nodes + node;
+    EP_HD constexpr int64_t box(uint64_t seq) const {
+        return static_cast<int64_t>(seq % static_cast<uint64_t>(shape.num_mailboxes()));
+    }
+    EP_HD constexpr int64_t mailbox(uint64_t seq, int sender) const {
+        return box(seq) * shape.num_senders() + sender;
+    }
+    EP_HD constexpr int64_t pair(int slot, int rank) const {
+        return int64_t{slot} * shape.direct.num_ranks + rank;
     }
     EP_HD constexpr int64_t word(int node, int channel, uint64_t count) const {
         const int64_t ring = int64_t{node} * shape.num_channels + channel;
@@ -144,8 +226,14 @@ private:
 };
 
 // What `entered_word` shows once the notice of operation `seq`, counted from 1, is there.
-EP_HD constexpr uint64_t notices_until(uint64_t seq) {
-    return seq / kMailboxes + (seq % kMailboxes != 0 ? 1 : 0);
+EP_HD constexpr uint64_t notices_until(const RailShape& s, uint64_t seq) {
+    const auto boxes = static_cast<uint64_t>(s.num_mailboxes());
+    return seq / boxes + (seq % boxes != 0 ? 1 : 0);
+}
+
+// What `released_word` shows once the slot of operation `seq` is free for it: one for each before it there.
+EP_HD constexpr uint64_t releases_until(const RailShape& s, uint64_t seq) {
+    return notices_until(s, seq) - 1;
 }
 
 // What `tail_word` shows once the `count`-th chunk of a ring, counted from 0, is there.
@@ -284,6 +372,8 @@ struct RailState {
     uint64_t* incoming;  // [nodes][channels] packed: records that each of them brings to us
     uint64_t* visits;    // [groups of 32 tokens][nodes] which of them go there, how many did before
     uint64_t* ever;      // [RailCounter::kCount]
+    uint64_t* puts;      // direct mode: [slots][ranks] what we have ever put there
+    uint64_t* coming;    // [ranks] packed: the same, as each of them tells it of us and this slot
 };
 
 // What a rank has moved since its buffer was made.
@@ -294,11 +384,12 @@ enum class RailCounter : int32_t {
     kRecordsIn,
     kSumsOut,  // and came back in combines
     kSumsIn,
+    kDirectOut,  // tokens put straight to ranks of other nodes, in both
     kCount,
 };
 
 struct RailStateLayout {
-    Region sent, taken, brings, incoming, visits, ever;
+    Region sent, taken, brings, incoming, visits, ever, puts, coming;
     int64_t end = 0;
 
     constexpr RailStateLayout(const Shape& s, const RailShape& r) {
@@ -311,6 +402,8 @@ struct RailStateLayout {
         // Every channel begins a group of its own.
         visits = at.take(8 * r.nodes.num_nodes * (s.max_tokens / 32 + 2 * r.num_channels + 2));
         ever = at.take(8 * static_cast<int>(RailCounter::kCount));
+        puts = at.take(int64_t{8} * r.direct.num_slots * r.direct.num_ranks);
+        coming = at.take(int64_t{8} * r.direct.num_ranks);
         end = at.end();
     }
 };

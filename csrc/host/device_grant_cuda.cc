@@ -87,7 +87,7 @@ void set_granted(T*& pointer, const Granted& granted) {
 bool DeviceRank::grant(Flight& flight, const DispatchWants& wants) {
     const DispatchArgs& args = flight.job.args;
     const int num_local = state_->num_local();
-    flight.parts = parts_of(args, wants, shape_, num_local, is_staged(shape_, args));
+    flight.parts = parts_of(args, wants, shape_, num_local, stages(args));
     if (rails_) {
         flight.parts.push_back({Out::kRailLog, Lies::kAlone, 0, 0, rails_->log_bytes(args)});
     }

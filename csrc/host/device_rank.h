@@ -98,6 +98,11 @@ public:
     void leave();      // peers that wait for us raise E111 from now on; waits for our kernels
 
     const Shape& shape() const { return shape_; }
+    // Whether a call goes as small batches do.
+    template <class Args>
+    bool stages(const Args& args) const {
+        return rails_ ? rails_->is_direct(shape_, args) : is_staged(shape_, args);
+    }
     uint64_t seq() const { return begun_; }
     int default_sms(OpKind kind) const;
     int num_local() const { return state_->num_local(); }  // experts of this rank

@@ -106,6 +106,7 @@ DeviceRank::DeviceRank(const Shape& shape, int rank, uint64_t generation,
         const NodeShape& nodes = rails_->nodes();
         view_.peers.near_begin = nodes.rank(nodes.node(rank), 0);
         view_.peers.near_end = view_.peers.near_begin + nodes.ranks_per_node;
+        view_.peers.relays = !rails_->is_direct();
     }
     view_.state = state_->view();
     view_.watch = {view_.layout.lives.offset,
@@ -187,7 +188,7 @@ std::shared_ptr<Flight> DeviceRank::dispatch(const DispatchArgs& args, const Dis
         copies_->begin(job, stream);
         return flight;
     }
-    if (is_staged(shape_, args)) {
+    if (stages(args)) {
         job.view = small_view();
         launch_staged(*flight, wants.in_halves ? Half::kSend : Half::kBoth, wants.num_sms);
         return flight;
@@ -201,7 +202,12 @@ void DeviceRank::launch_staged(Flight& flight, Half half, int num_sms) {
     const DispatchJob& job = flight.job;
     const int most = num_sms > 0 ? std::min(num_sms, max_blocks_) : max_blocks_;
     flight.num_blocks = std::min(kernels::stage_blocks(job), most);
-    EP_CUDA(kernels::launch_stage_dispatch(job, half, flight.num_blocks, flight.stream));
+    if (rails_) {
+        auto* log = reinterpret_cast<int32_t*>(flight[Out::kRailLog].data());
+        EP_CUDA(rails_->direct_dispatch(job, log, half, flight.num_blocks, flight.stream));
+    } else {
+        EP_CUDA(kernels::launch_stage_dispatch(job, half, flight.num_blocks, flight.stream));
+    }
     flight.half = half;
     if (half == Half::kSend) return;
     EP_CUDA(kernels::launch_row_index(job, state_->num_local(), flight.stream));
@@ -309,7 +315,7 @@ std::shared_ptr<BegunCombine> DeviceRank::combine(const CombineArgs& args,
     CombineJob& job = begun->job;
     job.begin.report_later = true;
     job.begin.describe(describe(args), args.num_tokens);
-    if (is_staged(shape_, args)) {
+    if (stages(args)) {
         job.view = small_view();
         launch_staged(*begun, wants.in_halves ? Half::kSend : Half::kBoth, wants.num_sms, stream);
         return begun;
@@ -369,7 +375,11 @@ std::shared_ptr<BegunCombine> DeviceRank::combine(const CombineArgs& args,
 void DeviceRank::launch_staged(BegunCombine& begun, Half half, int num_sms, Stream stream) {
     const int most = num_sms > 0 ? std::min(num_sms, max_blocks_) : max_blocks_;
     begun.num_blocks = std::min(kernels::stage_blocks(begun.job), most);
-    EP_CUDA(kernels::launch_stage_combine(begun.job, half, begun.num_blocks, stream));
+    if (rails_) {
+        EP_CUDA(rails_->direct_combine(begun.job, half, begun.num_blocks, stream));
+    } else {
+        EP_CUDA(kernels::launch_stage_combine(begun.job, half, begun.num_blocks, stream));
+    }
     begun.half = half;
 }
 

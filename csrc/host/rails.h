@@ -8,6 +8,7 @@
 #include <memory>
 #include <vector>
 
+#include "contract/direct.h"
 #include "contract/gpu.h"
 #include "contract/rail.h"
 #include "kernels/rail_kernels.h"
@@ -29,6 +30,12 @@ public:
     Rails& operator=(const Rails&) = delete;
 
     const NodeShape& nodes() const { return view_.shape.nodes; }
+    // Whether a call goes straight to the ranks of other nodes; see contract/direct.h.
+    bool is_direct() const { return view_.shape.is_direct(); }
+    template <class Args>
+    bool is_direct(const Shape& shape, const Args& args) const {
+        return ep::is_direct(shape, view_.shape, args);
+    }
     int num_channels() const { return view_.shape.num_channels; }  // a block each, at most
     std::byte* blank_header() const {
         return blank_;
@@ -41,12 +48,18 @@ public:
     int dispatch(const DispatchJob& job, int32_t* log, const LaunchPlan& plan,
                  kernels::Stream stream) const;
     int combine(const CombineJob& job, const LaunchPlan& plan, kernels::Stream stream) const;
+    int direct_dispatch(const DispatchJob& job, int32_t* log, Half half, int num_blocks,
+                        kernels::Stream stream) const;
+    int direct_combine(const CombineJob& job, Half half, int num_blocks,
+                       kernels::Stream stream) const;
     int refuse(const RankView& view, const Begin& begin, kernels::Stream stream) const;
 
     // What has crossed, by RailCounter. Waits for the device.
     std::vector<uint64_t> counters() const;
 
 private:
+    RailView view_of(const DispatchJob& job, int32_t* log) const;
+
     RailSetup setup_;
     RailView view_;
     std::byte *data_ = nullptr, *blank_ = nullptr;

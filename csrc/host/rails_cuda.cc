@@ -26,7 +26,8 @@ Rails::Rails(const Shape& shape, int rank, RailSetup setup, int smem_bytes)
     view_.shape = setup_.shape;
     view_.layout = RailLayout(setup_.shape);
     view_.state = {words(layout.sent),     words(layout.taken),  words(layout.brings),
-                   words(layout.incoming), words(layout.visits), words(layout.ever)};
+                   words(layout.incoming), words(layout.visits), words(layout.ever),
+                   words(layout.puts),     words(layout.coming)};
 }
 
 Rails::~Rails() { cudaFree(data_); }
@@ -40,13 +41,30 @@ int64_t Rails::log_bytes(const DispatchArgs& args) const {
     return log_bytes(args, view_.shape.num_peers() * max_tokens_);
 }
 
-int Rails::dispatch(const DispatchJob& job, int32_t* log, const LaunchPlan& plan,
-                    kernels::Stream stream) const {
+RailView Rails::view_of(const DispatchJob& job, int32_t* log) const {
     RailView view = view_;
     view.log = log;
     view.num_logged = view.shape.num_peers() * max_tokens_;
     view.log_has_weights = job.args.with_weights;
-    return setup_.kernels->dispatch(setup_.kernels->rail, job, view, plan, smem_bytes_, stream);
+    return view;
+}
+
+int Rails::dispatch(const DispatchJob& job, int32_t* log, const LaunchPlan& plan,
+                    kernels::Stream stream) const {
+    return setup_.kernels->dispatch(setup_.kernels->rail, job, view_of(job, log), plan, smem_bytes_,
+                                    stream);
+}
+
+int Rails::direct_dispatch(const DispatchJob& job, int32_t* log, Half half, int num_blocks,
+                           kernels::Stream stream) const {
+    return setup_.kernels->direct_dispatch(setup_.kernels->rail, job, view_of(job, log), half,
+                                           num_blocks, stream);
+}
+
+int Rails::direct_combine(const CombineJob& job, Half half, int num_blocks,
+                          kernels::Stream stream) const {
+    return setup_.kernels->direct_combine(setup_.kernels->rail, job, view_, half, num_blocks,
+                                          stream);
 }
 
 int Rails::combine(const CombineJob& job, const LaunchPlan& plan, kernels::Stream stream) const {

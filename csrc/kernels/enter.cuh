@@ -287,7 +287,7 @@ __device__ __noinline__ inline void time_notices(const RankView& view, const Ent
         const NoticeWords notice(view, in.slot, p);
         const NoticeWords relay(view, in.slot,
                                 near.near_begin + p % (near.near_end - near.near_begin));
-        const bool is_near = p >= near.near_begin && p < near.near_end;
+        const bool is_near = !near.relays || (p >= near.near_begin && p < near.near_end);
         const bool is_masked = in.masked != 0 && device::has_rank(in.masked, p);
         device::time_waits(view.watch, op, {Site::kEntry, p, op.seq}, notice.words,
                            is_near ? nullptr : relay.words, device::Word::kPacked,

@@ -178,8 +178,9 @@ __device__ __forceinline__ void conclude_combine(const HybridCombine<R>& h, Ente
     const RankView& view = h.job.view;
     const Operation op{OpKind::kCombine, in.seq};
     if (!await_blocks(view, op)) return;
+    if (good && !await_pulled(view, op, in.slot)) return;
+    if (!leave_far(h.rail, view, h.rails, op, in)) return;
     if (!good) return fail_outputs(h.job, in, sources);
-    if (!await_pulled(view, op, in.slot)) return;
     leave_rails(
         h.rails, h.spread, h.chunks, h.rails.shape.nodes.node(view.peers.rank),
         h.job.args.num_tokens,
@@ -226,7 +227,9 @@ __global__ void __launch_bounds__(kMaxPullWarps * 32, 1)
     }
     bool ok = !__syncthreads_or(device::gave_up(view.watch));
     const Operation op{OpKind::kCombine, in.seq};
-    if (ok && publishes && warp == 0) ok = acquire_slot(view, op, in.slot);
+    if (ok && publishes && warp == 0) {
+        ok = acquire_slot(view, op, in.slot) && acquire_far(h.rail, view, h.rails, op, in.slot);
+    }
     count_visits(h.rails, visits, block, job.args.num_topk, in.seq,
                  [&](int t, int k) { return holder_of_slot(job, t, k); });
     ok = __syncthreads_and(ok);

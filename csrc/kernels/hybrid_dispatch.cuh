@@ -77,6 +77,7 @@ __device__ __forceinline__ void conclude_dispatch(const HybridDispatch<R>& h, En
     }
     if (good && !await_rows(view, op, in.slot, job.args.wait_stats)) return;
     if (!await_blocks(view, op, 2)) return;  // movers and forwarders of each
+    if (!leave_far(h.rail, view, h.rails, op, in)) return;
     if (!good) return fail_call(view, job.begin, in);
     if (!check_sent(job, op)) return;
     leave_rails(h.rails, h.rail_spread, h.parcel.chunks, h.rails.shape.nodes.node(view.peers.rank),
@@ -208,7 +209,9 @@ __global__ void __launch_bounds__(kMaxHybridWarps * 32, 1)
     bool ok = !__syncthreads_or(device::gave_up(view.watch));
     const Operation op{OpKind::kDispatch, in.seq};
     take_counts(job, tables);
-    if (ok && role.publishes && concludes) ok = acquire_slot(view, op, in.slot);
+    if (ok && role.publishes && concludes) {
+        ok = acquire_slot(view, op, in.slot) && acquire_far(h.rail, view, h.rails, op, in.slot);
+    }
     if (counts_tokens(job.args)) ok = count(job, op, spread, span, role) && ok;
     count_visits(h.rails, visits, blockIdx.x, job.args.num_topk, in.seq,
                  [&](int t, int k) { return owner_of_slot(job, t, k); });

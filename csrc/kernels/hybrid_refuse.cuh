@@ -37,11 +37,14 @@ __global__ void __launch_bounds__(128, 1)
     if (threadIdx.x < 4) in.detail[threadIdx.x] = begin.refusal.detail[threadIdx.x];
     bool ok = !__syncthreads_or(device::gave_up(h.view.watch));
     const Operation op{kind_of(begin.head.what), in.seq};
-    if (ok && threadIdx.x < 32) ok = acquire_slot(h.view, op, in.slot);
+    if (ok && threadIdx.x < 32) {
+        ok = acquire_slot(h.view, op, in.slot) && acquire_far(h.rail, h.view, h.rails, op, in.slot);
+    }
     if (!__syncthreads_and(ok)) return;
     publish_head(h.view, begin, in);
     if (!exchange_notices(h.rail, h.view, h.rails, in, op, false, nullptr)) return;
-    if (threadIdx.x < 32) leave_slot(h.view, in.seq, in.slot);  // we read nothing there
+    if (threadIdx.x >= 32 || !leave_far(h.rail, h.view, h.rails, op, in)) return;
+    leave_slot(h.view, in.seq, in.slot);  // we read nothing there
 }
 
 template <device::Rail R>

@@ -4,10 +4,13 @@
 #pragma once
 
 #include "device/rail.cuh"
+#include "kernels/direct.cuh"
 #include "kernels/hybrid_combine.cuh"
 #include "kernels/hybrid_dispatch.cuh"
 #include "kernels/hybrid_refuse.cuh"
 #include "kernels/rail_kernels.h"
+#include "kernels/stage_combine.cuh"
+#include "kernels/stage_dispatch.cuh"
 
 namespace ep::kernels {
 
@@ -18,7 +21,8 @@ RailKernels rail_kernels(const R* rail) {
     table.rail = rail;
     table.load = [](int smem_bytes) {
         for (const auto load :
-             {load_hybrid_dispatch<R>, load_hybrid_combine<R>, load_hybrid_refuse<R>}) {
+             {load_hybrid_dispatch<R>, load_hybrid_combine<R>, load_hybrid_refuse<R>,
+              load_staged_dispatch<Far<R>>, load_staged_combine<Far<R>>}) {
             if (const int error = load(smem_bytes)) return error;
         }
         return 0;
@@ -32,6 +36,16 @@ RailKernels rail_kernels(const R* rail) {
                        const LaunchPlan& plan, int smem_bytes, Stream stream) {
         return launch_hybrid_combine(*static_cast<const R*>(any), job, rails, plan, smem_bytes,
                                      stream);
+    };
+    table.direct_dispatch = [](const void* any, const DispatchJob& job, const RailView& rails,
+                               Half half, int num_blocks, Stream stream) {
+        const Far<R> far{rails, *static_cast<const R*>(any)};
+        return launch_staged_dispatch(far, job, half, num_blocks, stream);
+    };
+    table.direct_combine = [](const void* any, const CombineJob& job, const RailView& rails,
+                              Half half, int num_blocks, Stream stream) {
+        const Far<R> far{rails, *static_cast<const R*>(any)};
+        return launch_staged_combine(far, job, half, num_blocks, stream);
     };
     table.refuse = [](const void* any, const RankView& view, const Begin& begin,
                       const RailView& rails, Stream stream) {

@@ -19,6 +19,11 @@ struct RailKernels {
                     const LaunchPlan& plan, int smem_bytes, Stream stream);
     int (*combine)(const void* rail, const CombineJob& job, const RailView& rails,
                    const LaunchPlan& plan, int smem_bytes, Stream stream);
+    // Small batches in direct mode, whole or in halves, see contract/direct.h: is_direct.
+    int (*direct_dispatch)(const void* rail, const DispatchJob& job, const RailView& rails,
+                           Half half, int num_blocks, Stream stream);
+    int (*direct_combine)(const void* rail, const CombineJob& job, const RailView& rails, Half half,
+                          int num_blocks, Stream stream);
     int (*refuse)(const void* rail, const RankView& view, const Begin& begin, const RailView& rails,
                   Stream stream);
 };

@@ -1,6 +1,8 @@
-// Notices across nodes: ours goes to the ranks of our rail, theirs come to us, and we tell our node.
+// Notices across nodes: ours goes to the ranks of our rail, theirs come to us, and we tell our node. With
+// direct mode ours goes to every rank of the other nodes, and slots are released there, too.
 //
-// defines: open_outbox, exchange_notices, Traffic, leave_rails
+// defines: open_outbox, acquire_far, await_puts, leave_far, put_notices, hear_notice, exchange_notices,
+// Traffic, leave_rails
 //
 // A notice has the counts of its source for every rank, so once a node has heard all of them its ranks
 // place all rows by themselves, as on one node. Each crosses once per rail: 2 (nodes - 1) messages a rank.
@@ -23,7 +25,74 @@ __device__ __forceinline__ void open_outbox(const R& rail, const RailView& rails
     in.outbox = reinterpret_cast<uint64_t*>(rail.own(rails.layout.outbox_at(in.seq)));
 }
 
-// How many records each channel brings to each node, behind our notice. All threads. False: leave.
+// Direct mode: a rank of another node has left what it did in our memory, and in our slot, num_slots
+// operations ago. One warp. False: leave.
+template <device::Rail R>
+__device__ __forceinline__ bool acquire_far(const R& rail, const RankView& view,
+                                            const RailView& rails, Operation op, int slot) {
+    const RailShape& s = rails.shape;
+    const uint64_t want = releases_until(s, op.seq);
+    bool ok = true;
+#pragma unroll 1
+    for (int i = ptx::lane_id(); s.is_direct() && ok && i < s.num_correspondents(); i += 32) {
+        const int p = s.correspondent(view.peers.rank, i);
+        const device::RailWord word{rails.layout.released_word(slot, p), want};
+        // pairs with the signal in leave_far
+        ok = device::wait_word(view.watch, op, {Site::kSlot, p, want},
+                               reinterpret_cast<const uint64_t*>(rail.own(word.at)));
+        if (ok && want > 0) rail.acquired(word);
+    }
+    return __all_sync(~0u, ok);
+}
+
+// Direct mode: all that rank p, of another node, had put into this slot of ours when it told of operation
+// `op` is there. One thread. False: leave.
+template <device::Rail R>
+__device__ __forceinline__ bool await_puts(const R& rail, const RankView& view,
+                                           const RailView& rails, Operation op, int slot, int p) {
+    const uint64_t* told = rails.state.coming + p;
+    if (!device::is_of(ptx::ld_relaxed_gpu(told), op.seq) &&
+        !device::wait_packed_own(view.watch, op, told)) {
+        return false;
+    }
+    const uint32_t low = device::bits_of(ptx::ld_relaxed_gpu(told));
+    const int64_t at = rails.layout.came_word(slot, p);
+    const auto* came = reinterpret_cast<const uint64_t*>(rail.own(at));
+    const uint64_t have = ptx::ld_acquire_sys(came);  // pairs with the signals of put_signal
+    const auto missing = static_cast<int32_t>(low - static_cast<uint32_t>(have));
+    const uint64_t want = have + static_cast<uint64_t>(int64_t{missing});
+    if (missing > 0 && !device::wait_word(view.watch, op, {Site::kRailChunk, p, want}, came)) {
+        return false;
+    }
+    if (want > 0) rail.acquired({at, want});
+    return true;
+}
+
+// Direct mode: the slot is left to other nodes once all is there that they have put, also of a call that
+// failed, whose records nobody looks at: so who has all releases may put to the same places, from the same
+// places. One warp; nothing of this slot is looked at after it. False: leave.
+template <device::Rail R>
+__device__ __noinline__ bool leave_far(const R& rail, const RankView& view, const RailView& rails,
+                                       Operation op, const Entering& in) {
+    const RailShape& s = rails.shape;
+    const int me = view.peers.rank, slot = in.slot;
+    bool ok = true;
+    if (!s.is_direct() || in.first_bad >> 16 == kEpochObjection) return true;  // that is the end
+#pragma unroll 1
+    for (int i = ptx::lane_id(); ok && i < s.num_correspondents(); i += 32) {
+        ok = await_puts(rail, view, rails, op, slot, s.correspondent(me, i));
+    }
+    if (!__all_sync(~0u, ok)) return false;
+#pragma unroll 1
+    for (int i = ptx::lane_id(); i < s.num_correspondents(); i += 32) {
+        // pairs with the wait in acquire_far
+        rail.signal_add(s.correspondent(me, i), {rails.layout.released_word(slot, me), 1});
+    }
+    return true;
+}
+
+// How many records each channel brings to each node, and what we have ever put to each rank, behind our
+// notice. All threads. False: leave.
 __device__ __forceinline__ bool write_records(const RankView& view, const RailView& rails,
                                               const Entering& in, Operation op, bool counted) {
     const RailShape& s = rails.shape;
@@ -42,32 +111,68 @@ __device__ __forceinline__ bool write_records(const RankView& view, const RailVi
         }
         in.outbox[notice.record_word(node, channel)] = device::pack(records, op.seq);
     }
+#pragma unroll 1
+    for (int p = threadIdx.x; p < s.direct.num_ranks; p += blockDim.x) {
+        const uint64_t ever = rails.state.puts[in.slot * s.direct.num_ranks + p];
+        in.outbox[notice.puts_word(p)] = device::pack(static_cast<uint32_t>(ever), op.seq);
+    }
     return __syncthreads_and(ok);
 }
 
-// A part of a notice that has come, to every rank of our node; and how much comes to us. One warp.
+// The notice in our outbox to ranks of other nodes: each `apart`-th of them, from `first` on. One warp.
 template <device::Rail R>
-__device__ __forceinline__ void relay(const R& rail, const RankView& view, const RailView& rails,
-                                      const Entering& in, int node, int part, int parts) {
+__device__ __forceinline__ void put_notices(const R& rail, const RankView& view,
+                                            const RailView& rails, uint64_t seq, int first,
+                                            int apart) {
     const RailShape& s = rails.shape;
+    const RailLayout& layout = rails.layout;
+    const int me = view.peers.rank;
+    device::fence_stage();
+#pragma unroll 1
+    for (int i = first; i < s.num_correspondents(); i += apart) {
+        rail.put_signal(s.correspondent(me, i), layout.inbox_at(seq, s.sender(me)),
+                        layout.outbox_at(seq), s.notice_bytes,
+                        {layout.entered_word(seq, s.sender(me)), 1});
+    }
+}
+
+// A part of the notice of rank `src` once it has come, to every rank of our node, or with direct mode, where
+// each hears for itself, to ourselves; and how much comes to us. One warp. False: leave.
+template <device::Rail R>
+__device__ __forceinline__ bool hear_notice(const R& rail, const RankView& view,
+                                            const RailView& rails, Operation op, int slot, int src,
+                                            int part = 0, int parts = 1) {
+    const RailShape& s = rails.shape;
+    const int me = view.peers.rank, sender = s.sender(src), node = s.nodes.node(src);
+    if (!device::rail_wait(rail, view.watch, op, Site::kRailNotice, src,
+                           {rails.layout.entered_word(op.seq, sender), notices_until(s, op.seq)})) {
+        return false;
+    }
     const RailNoticeLayout notice(view.shape, s.nodes.num_nodes, s.num_channels);
     const auto* words =
-        reinterpret_cast<const uint64_t*>(rail.own(rails.layout.inbox_at(in.seq, node)));
-    const int src = s.nodes.rank(node, s.nodes.local(view.peers.rank));
-    const int64_t offset = view.layout.notice(in.slot, src);
+        reinterpret_cast<const uint64_t*>(rail.own(rails.layout.inbox_at(op.seq, sender)));
+    const int64_t offset = view.layout.notice(slot, src);
+    const int begin = s.is_direct() ? me : view.peers.near_begin;
+    const int end = s.is_direct() ? me + 1 : view.peers.near_end;
 #pragma unroll 1
     for (int i = 32 * part + ptx::lane_id(); i < notice.records; i += 32 * parts) {
         const uint64_t word = words[i];
 #pragma unroll 1
-        for (int p = view.peers.near_begin; p < view.peers.near_end; ++p) {
+        for (int p = begin; p < end; ++p) {
             ptx::st_relaxed_sys(at<uint64_t>(view, p, offset) + i, word);
         }
     }
+    if (part != 0) return true;
+    const bool is_on_rail = s.nodes.local(src) == s.nodes.local(me);
 #pragma unroll 1
-    for (int c = ptx::lane_id(); part == 0 && c < s.num_channels; c += 32) {
+    for (int c = ptx::lane_id(); is_on_rail && c < s.num_channels; c += 32) {
         ptx::st_relaxed_gpu(rails.state.incoming + node * s.num_channels + c,
-                            words[notice.record_word(s.nodes.node(view.peers.rank), c)]);
+                            words[notice.record_word(s.nodes.node(me), c)]);
     }
+    if (s.is_direct() && ptx::lane_id() == 0) {
+        ptx::st_relaxed_gpu(rails.state.coming + src, words[notice.puts_word(me)]);
+    }
+    return true;
 }
 
 // Once the notice is in the outbox. `counted`: with what channels bring, else with nothing. All threads of
@@ -77,32 +182,19 @@ template <device::Rail R>
 __device__ __forceinline__ bool exchange_notices(const R& rail, const RankView& view,
                                                  const RailView& rails, const Entering& in,
                                                  Operation op, bool counted, int64_t* stats) {
-    const RailShape& s = rails.shape;
-    const RailLayout& layout = rails.layout;
     // The last warp only looks, while the others bring what it sees.
-    const int peers = s.num_peers(), warp = threadIdx.x / 32, num_warps = blockDim.x / 32 - 1;
+    const int peers = rails.shape.num_correspondents();
+    const int warp = threadIdx.x / 32, num_warps = blockDim.x / 32 - 1;
     const bool looks = warp == num_warps;
-    const int me = view.peers.rank, my_node = s.nodes.node(me);
-    // Each rank begins with another node.
-    const auto node_of = [&](int peer) { return (my_node + 1 + peer) % s.nodes.num_nodes; };
-    const auto rank_of = [&](int node) { return s.nodes.rank(node, s.nodes.local(me)); };
     bool ok = write_records(view, rails, in, op, counted);
     if (!ok || peers == 0) return ok;
-    device::fence_stage();
-#pragma unroll 1
-    for (int peer = looks ? peers : warp; peer < peers; peer += num_warps) {
-        rail.put_signal(rank_of(node_of(peer)), layout.inbox_at(in.seq, my_node),
-                        layout.outbox_at(in.seq), s.notice_bytes,
-                        {layout.entered_word(in.seq, my_node), 1});
-    }
+    put_notices(rail, view, rails, op.seq, looks ? peers : warp, num_warps);
     // Warps share a notice when there are more of them.
     const int parts = max(num_warps / peers, 1);
 #pragma unroll 1
     for (int i = looks ? peers * parts : warp; ok && i < peers * parts; i += num_warps) {
-        const int node = node_of(i % peers);
-        ok = device::rail_wait(rail, view.watch, op, Site::kRailNotice, rank_of(node),
-                               {layout.entered_word(in.seq, node), notices_until(in.seq)});
-        if (ok) relay(rail, view, rails, in, node, i / peers, parts);
+        const int src = rails.shape.correspondent(view.peers.rank, i % peers);
+        ok = hear_notice(rail, view, rails, op, in.slot, src, i / peers, parts);
     }
     rail.flush();
     if (looks && stats != nullptr) time_notices(view, in, op, stats);

@@ -4,7 +4,9 @@
 // ranks' notices as always, comes to the same verdict as everybody, and only then makes anything of the
 // lines. Both halves are one kernel, or two with nothing of ours on the GPU in between.
 //
-// defines: kStageWarps, StageView, begin_half, last_block, end_half
+// Ranks of other nodes are `F`: NoFar, or Far of kernels/direct.cuh.
+//
+// defines: kStageWarps, NoFar, StageView, begin_half, last_block, end_half
 #pragma once
 
 #include <cstdint>
@@ -18,19 +20,45 @@
 
 namespace ep::kernels {
 
-constexpr int kStageWarps = 16;  // of a block
+constexpr int kStageWarps = 16;  // of a block of a dispatch, at most
+
+// Inside a node nobody is far.
+struct NoFar {
+    static constexpr bool kAny = false;
+    static constexpr int kWarps = kStageWarps;  // of a block of a dispatch
+};
 
 // The places of one operation.
+template <class F>
 struct StageView {
     const RankView& view;
     const Record& record;
     std::byte* const* control;  // [num_ranks] control blocks
     Operation op;
     int slot;
+    const F& far;
 
+    __device__ __forceinline__ bool is_far(int p) const {
+        return F::kAny && (p < view.peers.near_begin || p >= view.peers.near_end);
+    }
     // Place `index` in what rank p has for this slot.
     __device__ __forceinline__ std::byte* place(int p, int64_t index) const {
         return control[p] + view.layout.stage(slot) + index * record.bytes();
+    }
+    // Where the record of rank p with this index has come, or will.
+    __device__ __forceinline__ const std::byte* arrival(int p, int64_t index) const {
+        if constexpr (F::kAny) {
+            if (is_far(p)) return far.came(slot, index * record.bytes());
+        }
+        return place(view.peers.rank, index);
+    }
+    // Lanes name ranks, or -1: what those of other nodes have put is there. One warp. False: leave.
+    __device__ __forceinline__ bool await_far(int p) const {
+        if constexpr (F::kAny) {
+            const bool ok = p < 0 || !is_far(p) || far.await(view, op, slot, p);
+            return __all_sync(~0u, ok);
+        }
+        return true;
     }
     // Where a piece begins in a record.
     __device__ __forceinline__ int64_t piece_at(int piece) const {
@@ -46,9 +74,9 @@ struct StageView {
 // The number and the slot of an operation: the next ones, or those its first half took. One warp, which
 // also waits until the slot is ours; nobody writes before that. A barrier of the block must follow.
 // False: leave.
-template <Half kHalf>
+template <Half kHalf, class F>
 __device__ __forceinline__ bool begin_half(const RankView& view, const Begin& begin,
-                                           const Begun* begun, Entering& in) {
+                                           const Begun* begun, const F& far, Entering& in) {
     if (ptx::lane_id() == 0) {
         init_entering(view, begin, in);
         if constexpr (kHalf == Half::kReceive) in.seq = begun->seq, in.slot = begun->slot;
@@ -57,7 +85,9 @@ __device__ __forceinline__ bool begin_half(const RankView& view, const Begin& be
     const Operation op{kind_of(begin.head.what), in.seq};
     if constexpr (kHalf == Half::kReceive)
         return !device::is_masked(view.watch, op, view.peers.rank);
-    return acquire_slot(view, op, in.slot, in.masked);
+    const bool ok = acquire_slot(view, op, in.slot, in.masked);
+    if constexpr (F::kAny) return far.acquire(view, op, in) && ok;
+    return ok;
 }
 
 // Whether this block is the last of the grid that comes here; all have read what they will. One warp.
@@ -71,8 +101,12 @@ __device__ __forceinline__ bool last_block(const RankView& view) {
 }
 
 // The end of a half that went well here. One warp of the last block.
-template <Half kHalf>
-__device__ __forceinline__ void end_half(const RankView& view, Begun* begun, const Entering& in) {
+template <Half kHalf, class F>
+__device__ __forceinline__ void end_half(const RankView& view, Begun* begun, const F& far,
+                                         Operation op, const Entering& in) {
+    if constexpr (F::kAny && kHalf != Half::kSend) {
+        if (!far.leave(view, op, in)) return;
+    }
     if constexpr (kHalf != Half::kSend) release_slot(view, in.seq, in.slot);
     if (ptx::lane_id() != 0) return;
     if constexpr (kHalf == Half::kSend) *begun = {in.seq, in.slot, 0};

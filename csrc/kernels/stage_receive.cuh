@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "contract/direct.h"
 #include "contract/gpu.h"
 #include "device/lines.cuh"
 #include "device/ptx.cuh"
@@ -18,12 +19,13 @@
 namespace ep::kernels {
 
 // Of a warp, which takes pieces of tokens of any source.
+template <class F>
 struct Receiver {
     static constexpr int kAtOnce = 4;  // times four lines that a warp has in flight
 
     const DispatchJob& job;
     StageTables tables;
-    StageView stage;
+    StageView<F> stage;
     Entering& in;  // whom this block goes without
 
     // Pieces first, first + step, ... of all tokens that all ranks may have. False: leave.
@@ -37,7 +39,7 @@ struct Receiver {
         while (ok) {
             for (; t >= most; t -= most) ++src;
             if (src >= job.view.shape.num_ranks) break;
-            if (t < tables.heard()[src].num_tokens && !is_gone(src)) ok = take(src, t, p);
+            if (t < places_of(src) && !is_gone(src)) ok = take(src, t, p);
             t += tokens;
             p += rest;
             if (p >= pieces) p -= pieces, ++t;
@@ -48,7 +50,7 @@ struct Receiver {
 private:
     // What becomes of a token here; a slot's row is held by its lane.
     struct Arrival {
-        int index = -1;  // among the tokens of its source
+        int token = -1, index = -1;  // of its source; among those that come here
         int row = -1, local = -1;
         float weight = 0.0f;
     };
@@ -62,10 +64,18 @@ private:
                int64_t{job.begin.head.grant.page[Grant::kX]} * kExtentAlign;
     }
 
+    // Places of a source that may have a record for us: one for each token, of which not all come here. From
+    // another node one for each that does.
+    __device__ __forceinline__ int places_of(int src) const {
+        const int me = job.view.peers.rank;
+        if (stage.is_far(src)) return tables.rows(src + 1, me) - tables.rows(src, me);
+        return tables.heard()[src].num_tokens;
+    }
+
     __device__ bool take(int src, int t, int p) const {
         const RankView& view = job.view;
-        const std::byte* record =
-            stage.place(view.peers.rank, int64_t{src} * view.shape.max_tokens + t);
+        if (!stage.await_far(ptx::lane_id() == 0 ? src : -1)) return false;
+        const std::byte* record = stage.arrival(src, int64_t{src} * view.shape.max_tokens + t);
         const std::byte* piece = record + stage.piece_at(p);
         const device::LineLane at;
         const int row_words = stage.piece_bytes(p, args().row_bytes()) / 8;
@@ -78,10 +88,10 @@ private:
             if (!await(src, record, 0, stage.record.meta_lines)) return lose(job.view, in, src);
             if (tells) meta = device::get_line(record + at.offset(0));
         }
-        const Arrival to = understand(src, meta);
+        const Arrival to = understand(src, t, meta);
         if (to.index < 0) return true;  // it does not come here
         if (!in_bounds(src, to)) return false;
-        if (p == 0) describe(src, t, to);
+        if (p == 0) describe(src, to);
         const int lines = (words + kLineWords - 1) / kLineWords;
 #pragma unroll 1
         for (int line = 0;;) {
@@ -130,13 +140,16 @@ private:
         }
     }
 
-    // From what the source told: see Sender::describe.
-    __device__ __forceinline__ Arrival understand(int src, const device::Words& meta) const {
+    // From what the source told, and the place: see Sender::describe.
+    __device__ __forceinline__ Arrival understand(int src, int place,
+                                                  const device::Words& meta) const {
         const DispatchArgs& a = args();
         const RankView& view = job.view;
         const int slot = min(static_cast<int>(ptx::lane_id()), a.num_topk - 1);
         Arrival r;
         r.index = static_cast<int>(__shfl_sync(~0u, static_cast<uint32_t>(meta.a), 0));
+        r.token = place;
+        if (stage.is_far(src)) r.token = r.index, r.index = place;
         const uint64_t told = word(meta, 1 + slot);
         uint64_t pair = 0;
         if (a.with_weights) pair = word(meta, 1 + a.num_topk + slot / 2);
@@ -145,7 +158,8 @@ private:
             staged_rank(code) != view.peers.rank) {
             return r;
         }
-        const auto turn = static_cast<int>(told >> 32);
+        const auto turn =
+            F::kAny ? turn_of(static_cast<uint32_t>(told >> 32)) : static_cast<int>(told >> 32);
         r.local = staged_local(code);
         r.weight = __uint_as_float(static_cast<uint32_t>(slot % 2 != 0 ? pair >> 32 : pair));
         if (compact()) {
@@ -182,8 +196,9 @@ private:
         return false;
     }
 
-    __device__ __forceinline__ void describe(int src, int t, const Arrival& to) const {
+    __device__ __forceinline__ void describe(int src, const Arrival& to) const {
         const DispatchArgs& a = args();
+        const int t = to.token;
         const UnpackArgs& out = job.out;
         const int lane = ptx::lane_id();
         const int64_t i = int64_t{tables.rows(src, job.view.peers.rank)} + to.index;

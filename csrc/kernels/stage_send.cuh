@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "contract/direct.h"
 #include "contract/gpu.h"
 #include "device/copy.cuh"
 #include "device/lines.cuh"
@@ -20,19 +21,18 @@
 
 namespace ep::kernels {
 
-// Warps of a block that count and send; the other two look after the operation itself.
-constexpr int kSenders = kStageWarps - 2;
-
 // ---- counting ----
 
-// A thread takes a token. Tokens below `own` are before the block's; all of them, when it publishes.
+// A thread takes a token, `threads` of them do. Tokens below `own` are before the block's; all of them, when
+// it publishes.
 template <class ExpertOf>
 __device__ __forceinline__ void count_each(const DispatchJob& job, const StageTables& tables,
-                                           int own, bool publishes, ExpertOf expert_of_id) {
+                                           int own, bool publishes, int threads,
+                                           ExpertOf expert_of_id) {
     const DispatchArgs& a = job.args;
     const int end = publishes ? static_cast<int>(a.num_tokens) : own;
 #pragma unroll 1
-    for (int t = threadIdx.x; t < end; t += 32 * kSenders) {
+    for (int t = threadIdx.x; t < end; t += threads) {
         const int64_t* ids = a.topk_idx + int64_t{t} * a.num_topk;
         const bool earlier = t < own;
         uint64_t ranks = 0;
@@ -60,15 +60,17 @@ __device__ __forceinline__ void count_each(const DispatchJob& job, const StageTa
 }
 
 __device__ __noinline__ inline void count_logical(const DispatchJob& job, const StageSpread& spread,
-                                                  int own, bool publishes) {
-    count_each(job, StageTables{spread, job.view.shape}, own, publishes,
+                                                  int own, bool publishes, int threads) {
+    count_each(job, StageTables{spread, job.view.shape}, own, publishes, threads,
                [&](int t, int64_t id) { return replica_of(job, t, id); });
 }
 
 __device__ __forceinline__ void count_tokens(const DispatchJob& job, const StageSpread& spread,
-                                             int own, bool publishes) {
-    if (job.args.replicas.num_logical != 0) return count_logical(job, spread, own, publishes);
-    count_each(job, StageTables{spread, job.view.shape}, own, publishes,
+                                             int own, bool publishes, int threads) {
+    if (job.args.replicas.num_logical != 0) {
+        return count_logical(job, spread, own, publishes, threads);
+    }
+    count_each(job, StageTables{spread, job.view.shape}, own, publishes, threads,
                [](int, int64_t id) { return id; });
 }
 
@@ -115,11 +117,12 @@ __device__ __forceinline__ void publish_counts(const DispatchJob& job, const Sta
 // ---- sending ----
 
 // Of a warp.
+template <class F>
 struct Sender {
     const DispatchJob& job;
     const StageSpread& spread;
     StageTables tables;
-    StageView stage;
+    StageView<F> stage;
     device::Stage piece;  // in shared memory
     const Entering& in;
     bool loading = false;
@@ -193,7 +196,14 @@ struct Sender {
         const uint32_t same = __match_any_sync(~0u, dst);
         const bool first = dst >= 0 && (same & ptx::lanemask_lt()) == 0 && !without(in, dst);
         std::byte* to = first ? record_at(dst, t) + stage.piece_at(p) : nullptr;
-        put_lines(p, piece.data + spread.scales_at, to, __ballot_sync(~0u, first));
+        uint32_t leaders = __ballot_sync(~0u, first);
+        if constexpr (F::kAny) {  // once for all that are far
+            const uint32_t far = __ballot_sync(~0u, first && stage.is_far(dst));
+            const uint32_t one = far & (0u - far);
+            if (one >> ptx::lane_id() & 1) to = outgoing(t) + stage.piece_at(p);
+            leaders = (leaders & ~far) | one;
+        }
+        put_lines(p, piece.data + spread.scales_at, to, leaders);
     }
 
     // What becomes of the block's tokens, to every rank; each in turn, by one warp. `slot`: of the first.
@@ -215,10 +225,11 @@ struct Sender {
             const int earlier =
                 take(chosen && ahead == 0, tables.shape.num_ranks + position, __popc(rivals));
             const int turn = __shfl_sync(~0u, earlier, __ffs(rivals) - 1) + ahead;
-            device::Words words{word(at.word(0), slot, turn), word(at.word(0) + 1, slot, turn)};
+            const auto told = static_cast<int>(F::kAny ? direct_turn(number, turn) : turn);
+            device::Words words{word(at.word(0), slot, told), word(at.word(0) + 1, slot, told)};
             if (at.is_last()) words.b = stage.op.seq;
 #pragma unroll 1
-            for (int p = 0; p < tables.shape.num_ranks; ++p) {
+            for (int p = job.view.peers.near_begin; p < job.view.peers.near_end; ++p) {
                 if (without(in, p)) continue;
                 const uint32_t here = __ballot_sync(~0u, first && dst == p);
                 const int n = __shfl_sync(~0u, index, here == 0 ? 0 : __ffs(here) - 1);
@@ -228,6 +239,7 @@ struct Sender {
                     device::put_line(record_at(p, t) + at.offset(0), words);
                 }
             }
+            if constexpr (F::kAny) describe_far(t, words);
             if (lane < a.num_topk) {
                 a.send_row[int64_t{t} * a.num_topk + lane] = !chosen ? -1 : compact ? number : turn;
             }
@@ -236,6 +248,20 @@ struct Sender {
     }
 
 private:
+    // Our record of token t for other nodes.
+    __device__ std::byte* outgoing(int t) const {
+        return stage.far.outgoing(stage.slot, t * stage.record.bytes());
+    }
+    // There a record's place is its number, and it says which token it is; the rail hears of all tokens.
+    __device__ __forceinline__ void describe_far(int t, device::Words words) const {
+        const device::LineLane at;
+        if (ptx::lane_id() == 0) words.a = static_cast<uint32_t>(t);
+        __syncwarp();
+        if (at.line >= stage.record.meta_lines) return;
+        device::put_line(outgoing(t) + at.offset(0), words);
+        device::put_line(stage.far.own_note(stage.slot, t, stage.record) + at.offset(0), words);
+    }
+
     // Adds to what is counted in a column; what it was before. For lanes with different columns.
     __device__ __forceinline__ int take(bool takes, int column, int amount) const {
         int old = 0;

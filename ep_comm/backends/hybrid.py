@@ -31,7 +31,7 @@ from ep_comm.received import Received
 from ep_comm.verdict import PeerState
 
 # A rank's counters as the core numbers them (RailCounter in csrc/contract/rail.h).
-COUNTERS: Final = ("tokens", "home_visits", "rows_out", "rows_in", "sums_out", "sums_in")
+COUNTERS: Final = ("tokens", "home_visits", "rows_out", "rows_in", "sums_out", "sums_in", "direct_out")
 
 
 class HybridOutputs(Outputs):

@@ -1,6 +1,6 @@
 // Rails: regions are disjoint, every word and every chunk lies in its own place, staging keeps to its
 // budget whatever the cluster.
-#include "contract/rail.h"
+#include "contract/direct.h"
 
 #include <algorithm>
 #include <map>
@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "check.h"
+#include "contract/rail.h"
 
 namespace {
 
@@ -29,6 +30,24 @@ std::vector<ep::RailShape> shapes() {
     return all;
 }
 
+// Clusters with direct mode, and without where it does not fit.
+std::vector<ep::RailShape> direct_shapes() {
+    std::vector<ep::RailShape> all;
+    for (int nodes : {2, 4, 8}) {
+        for (int tokens : {1, 128, 1024}) {
+            for (int64_t hidden : {int64_t{64}, int64_t{7168}}) {
+                ep::Shape shape{8 * nodes, 3, 64 * nodes, 8, 8, tokens};
+                shape.stage_bytes = ep::stage_bytes_for(shape, hidden);
+                ep::RailShape s = ep::divide_staging({nodes, 8}, 4, kBf16);
+                s.direct = ep::direct_shape_for(shape, s.nodes, hidden);
+                s.notice_bytes = ep::RailNoticeLayout(shape, nodes, s.num_channels).bytes();
+                all.push_back(s);
+            }
+        }
+    }
+    return all;
+}
+
 bool holds(const ep::Region& region, int64_t offset, int64_t bytes) {
     return offset >= region.offset && offset + bytes <= region.offset + region.bytes;
 }
@@ -37,7 +56,9 @@ bool holds(const ep::Region& region, int64_t offset, int64_t bytes) {
 
 int main() {
     ep::test("regions are disjoint, aligned and inside the end", [] {
-        for (const ep::RailShape& shape : shapes()) {
+        std::vector<ep::RailShape> all = shapes();
+        for (const ep::RailShape& s : direct_shapes()) all.push_back(s);
+        for (const ep::RailShape& shape : all) {
             const ep::RailLayout layout(shape);
             auto regions = layout.regions();
             std::sort(regions.begin(), regions.end(), [](const auto& a, const auto& b) {
@@ -80,6 +101,58 @@ int main() {
                 }
             }
             ep::expect_eq(int(lines.size()), words);
+        }
+    });
+
+    ep::test("direct mode: words and places of a slot are its own, and bounded", [] {
+        int num_direct = 0;
+        for (const ep::RailShape& shape : direct_shapes()) {
+            if (!shape.is_direct()) continue;
+            ++num_direct;
+            const ep::RailLayout layout(shape);
+            const ep::DirectShape& d = shape.direct;
+            ep::expect(shape.direct_bytes() <= int64_t{9} << 27, "more than a rank gives");
+            std::set<int64_t> lines;
+            for (int slot = 0; slot < d.num_slots; ++slot) {
+                ep::expect(holds(layout.direct_recv, layout.direct_inbox(slot), d.inbox_bytes),
+                           "in");
+                ep::expect(holds(layout.direct_send, layout.direct_outbox(slot), d.outbox_bytes),
+                           "out");
+                ep::expect(holds(layout.notes_send, layout.own_notes(slot), d.note_bytes), "own");
+                for (int node = 0; node < shape.nodes.num_nodes; ++node) {
+                    const int64_t notes = layout.notes_of(slot, node);
+                    ep::expect(holds(layout.notes_recv, notes, d.note_bytes), "notes");
+                }
+                for (int rank = 0; rank < d.num_ranks; ++rank) {
+                    const auto seq = static_cast<uint64_t>(slot);
+                    ep::expect(holds(layout.inbox, layout.inbox_at(seq, rank), shape.notice_bytes),
+                               "inbox");
+                    lines.insert(layout.entered_word(seq, rank) / 64);
+                    lines.insert(layout.released_word(slot, rank) / 64);
+                    lines.insert(layout.came_word(slot, rank) / 64);
+                }
+            }
+            ep::expect_eq(int(lines.size()), 3 * d.num_slots * d.num_ranks);
+        }
+        // All but those with 512 experts on 64 ranks, and with 1024 tokens of 7168.
+        ep::expect_eq(num_direct, 10);
+    });
+
+    ep::test("notices go to the rail, with direct mode to every rank of another node", [] {
+        for (const bool is_direct : {false, true}) {
+            ep::RailShape s;
+            s.nodes = {3, 2};
+            if (is_direct) s.direct = {2, 6, 0, 0, 0};
+            for (int me = 0; me < 6; ++me) {
+                std::set<int> others;
+                for (int i = 0; i < s.num_correspondents(); ++i) {
+                    const int p = s.correspondent(me, i);
+                    ep::expect(s.nodes.node(p) != s.nodes.node(me), "of our own node");
+                    ep::expect(is_direct || s.nodes.local(p) == s.nodes.local(me), "another rail");
+                    others.insert(p);
+                }
+                ep::expect_eq(int(others.size()), is_direct ? 4 : 2);
+            }
         }
     });
 
@@ -167,7 +240,15 @@ int main() {
     ep::test("mailbox words count the operations that used the mailbox", [] {
         uint64_t put[ep::kMailboxes] = {};
         for (uint64_t seq = 1; seq <= 9; ++seq) {
-            ep::expect_eq(++put[seq % ep::kMailboxes], ep::notices_until(seq));
+            ep::expect_eq(++put[seq % ep::kMailboxes], ep::notices_until(ep::RailShape{}, seq));
+        }
+        // With direct mode a mailbox, like all else, is of a slot: it was left once for each notice in it.
+        ep::RailShape direct;
+        direct.direct.num_slots = 3;
+        uint64_t ever[3] = {};
+        for (uint64_t seq = 1; seq <= 9; ++seq) {
+            ep::expect_eq(ever[seq % 3], ep::releases_until(direct, seq));
+            ep::expect_eq(++ever[seq % 3], ep::notices_until(direct, seq));
         }
     });
 

@@ -14,6 +14,7 @@
 
 #include "../cpp/check.h"
 #include "contract/calls.h"
+#include "contract/direct.h"
 #include "device/ptx.cuh"
 #include "host/device_rank.h"
 #include "host/loopback_rails.h"
@@ -154,6 +155,7 @@ struct World {
         }
         rail.chunk_bytes = (rail.chunk_bytes + 127) / 128 * 128;
         rail.notice_bytes = RailNoticeLayout(shape, c.nodes, c.channels).bytes();
+        rail.direct = direct_shape_for(shape, rail.nodes, c.hidden);
         std::vector<std::shared_ptr<DeviceMemory>> segments;
         for (int r = 0; r < c.ranks; ++r) {
             segments.push_back(DeviceMemory::create(0, RailLayout(rail).end));

@@ -3,14 +3,17 @@
 // Each block counts the tokens before its own, puts its tokens in front of their receivers and says what
 // becomes of them; one tells every rank what we bring. Then all blocks hear everybody, and their warps
 // take what has come, piece by piece, to its rows.
-#include <cuda_runtime_api.h>
+//
+// defines: launch_staged_dispatch, load_staged_dispatch
+#pragma once
 
-#include <algorithm>
+#include <cuda_runtime_api.h>
 
 #include "contract/gpu.h"
 #include "contract/stage.h"
 #include "device/ptx.cuh"
 #include "device/wait.cuh"
+#include "kernels/direct_notes.cuh"
 #include "kernels/enter.cuh"
 #include "kernels/launch.cuh"
 #include "kernels/mover.cuh"
@@ -23,7 +26,6 @@
 #include "kernels/stage_tables.cuh"
 
 namespace ep::kernels {
-namespace {
 
 // What does not depend on anything that happens on the GPU.
 __device__ __forceinline__ void prepare(const DispatchJob& job, const StageTables& tables) {
@@ -53,34 +55,35 @@ __device__ __forceinline__ Span tokens_of_block(const DispatchJob& job, const St
 // ---- the first half ----
 
 // False: leave. What does not need the number of the operation comes before it is known.
-template <class Config>
+template <class Config, class F>
 __device__ __forceinline__ bool send(const DispatchJob& job, const StageSpread& spread,
-                                     const StageTables& tables, Entering& in,
+                                     const StageTables& tables, const F& far, Entering& in,
                                      const device::Stage& memory) {
     const RankView& view = job.view;
     const int warp = threadIdx.x / 32, pieces = spread.record.num_pieces;
     const bool publishes = blockIdx.x == gridDim.x - 1;
     const Span own = tokens_of_block(job, spread);
-    Sender sender{job,    spread,
-                  tables, {view, spread.record, tables.control(), {OpKind::kDispatch, 0}, 0},
-                  memory, in};
+    Sender<F> sender{
+        job,    spread,
+        tables, {view, spread.record, tables.control(), {OpKind::kDispatch, 0}, 0, far},
+        memory, in};
     // The first warp says what becomes of tokens, others send them.
-    constexpr int kMovers = kSenders - 1;
+    constexpr int kMovers = F::kWarps - 3;
     const int all = (own.end - own.begin) * pieces;
-    int i = warp == 0 || warp >= kSenders ? all : warp - 1;
+    int i = warp == 0 || warp >= F::kWarps - 2 ? all : warp - 1;
     int t = own.begin + i / pieces, p = i % pieces;
-    Sender::Slot slot;
+    typename Sender<F>::Slot slot;
     bool ok = true;
-    if (warp == kStageWarps - 1) {
-        ok = begin_half<Half::kSend>(view, job.begin, nullptr, in);
-    } else if (warp == kStageWarps - 2) {
+    if (warp == F::kWarps - 1) {
+        ok = begin_half<Half::kSend>(view, job.begin, nullptr, far, in);
+    } else if (warp == F::kWarps - 2) {
         ok = !device::gave_up(view.watch);
     } else {
         if (i < all) sender.load(t, p);
         if (i < all || (warp == 0 && own.begin < own.end)) {
             slot = sender.slot_of(warp == 0 ? own.begin : t);
         }
-        count_tokens(job, spread, own.begin, publishes);
+        count_tokens(job, spread, own.begin, publishes, 32 * (F::kWarps - 2));
         if (i < all) ok = sender.template prepare<Config>(t, p);
     }
     if (!__syncthreads_and(ok)) {
@@ -89,7 +92,10 @@ __device__ __forceinline__ bool send(const DispatchJob& job, const StageSpread& 
     }
     sender.stage.op.seq = in.seq;
     sender.stage.slot = in.slot;
-    if (publishes) publish_counts(job, tables, in);
+    if (publishes) {
+        publish_counts(job, tables, in);
+        if constexpr (F::kAny) tell_nodes(job, tables, far, in);
+    }
     if (warp == 0) sender.describe(own, slot);
 #pragma unroll 1
     while (i < all) {
@@ -105,14 +111,18 @@ __device__ __forceinline__ bool send(const DispatchJob& job, const StageSpread& 
         if (!ok) break;
     }
     if (publishes && job.args.logical_load != nullptr) count_load(job, tables.bad()[0] == 0);
+    if constexpr (F::kAny) {
+        if (!__syncthreads_and(ok)) return false;
+        put_records(job, sender.stage, own);
+    }
     return ok;
 }
 
 // ---- the second half ----
 
 // What the host and kernels behind this one need to know, and what callers read. One warp of one block.
-__device__ __noinline__ void tell_outputs(const DispatchJob& job, const StageSpread& spread,
-                                          const Entering& in, bool ok) {
+__device__ __noinline__ inline void tell_outputs(const DispatchJob& job, const StageSpread& spread,
+                                                 const Entering& in, bool ok, int64_t num_logged) {
     const StageTables tables{spread, job.view.shape};
     const RankView& view = job.view;
     const DispatchArgs& a = job.args;
@@ -150,6 +160,7 @@ __device__ __noinline__ void tell_outputs(const DispatchJob& job, const StageSpr
             state.num_recv = tables.total_rows(me);
             state.num_rows = rows_of(job, tables, me);
             state.index_rows = group_end;
+            state.num_logged = num_logged;
             report(view, job.begin, in.seq, nullptr, state);
         }
         if (job.status != nullptr) *job.status = state.code;
@@ -159,8 +170,8 @@ __device__ __noinline__ void tell_outputs(const DispatchJob& job, const StageSpr
 }
 
 // An index of rows whose size does not depend on what comes has to hold it.
-__device__ __noinline__ void judge_index(const DispatchJob& job, const StageSpread& spread,
-                                         Entering& in) {
+__device__ __noinline__ inline void judge_index(const DispatchJob& job, const StageSpread& spread,
+                                                Entering& in) {
     const StageTables tables{spread, job.view.shape};
     const RankView& view = job.view;
     const DispatchArgs& a = job.args;
@@ -177,8 +188,8 @@ __device__ __noinline__ void judge_index(const DispatchJob& job, const StageSpre
     __syncthreads();
 }
 
-__device__ __noinline__ void explain_any(const DispatchJob& job, const StageSpread& spread,
-                                         Entering& in) {
+__device__ __noinline__ inline void explain_any(const DispatchJob& job, const StageSpread& spread,
+                                                Entering& in) {
     if (ptx::lane_id() == 0 && in.first_bad < objection(kNumberObjection, 0)) {
         explain(job.view, job.begin, in);
     } else if (ptx::lane_id() == 0) {
@@ -196,22 +207,26 @@ __device__ __forceinline__ bool hear(const DispatchJob& job, const StageTables& 
     return __syncthreads_and(counted) != 0;
 }
 
-__device__ __noinline__ bool hear_again(const DispatchJob& job, const StageSpread& spread,
-                                        Entering& in) {
+__device__ __noinline__ inline bool hear_again(const DispatchJob& job, const StageSpread& spread,
+                                               Entering& in) {
     bool good;
     return hear(job, StageTables{spread, job.view.shape}, in, 0, good);
 }
 
 // False: leave. `good`: the verdict.
+template <class F>
 __device__ __forceinline__ bool receive(const DispatchJob& job, const StageSpread& spread,
-                                        const StageTables& tables, Entering& in, bool& good) {
+                                        const StageTables& tables, const F& far, Entering& in,
+                                        bool& good) {
     const RankView& view = job.view;
     const int warp = threadIdx.x / 32;
+    const Operation op{OpKind::kDispatch, in.seq};
+    if constexpr (F::kAny) (void)far.hear(view, op, in.slot, F::kWarps - 1);
     const uint64_t count = CountsListener{job, tables, in}.look();
     // A warp that has little else to do tells what has come, and how long it took.
-    const bool tells = blockIdx.x == gridDim.x - 1 && warp == kStageWarps - 1;
+    const bool tells = blockIdx.x == gridDim.x - 1 && warp == F::kWarps - 1;
     if (tells && job.args.wait_stats != nullptr) {
-        time_notices(view, in, {OpKind::kDispatch, in.seq}, job.args.wait_stats);
+        time_notices(view, in, op, job.args.wait_stats);
     }
     if (!hear(job, tables, in, count, good)) return false;
     if (!settle_masked(view, in)) {
@@ -225,15 +240,19 @@ __device__ __forceinline__ bool receive(const DispatchJob& job, const StageSprea
         if (job.args.index_capacity >= 0) judge_index(job, spread, in);
         good = min(in.first_bad, in.size_bad) == kNoObjection;
     }
+    const StageView<F> stage{view, spread.record, tables.control(), op, in.slot, far};
     if (tells) {
         if (!good) explain_any(job, spread, in);
-        tell_outputs(job, spread, in, good);
+        int64_t num_logged = 0;
+        if constexpr (F::kAny) {
+            if (good && !count_logged(stage, far.nodes().num_nodes, num_logged)) return false;
+        }
+        tell_outputs(job, spread, in, good, num_logged);
     }
-    const int from = warp * gridDim.x + blockIdx.x, step = kStageWarps * gridDim.x;
-    if (good) {
-        const StageView stage{
-            view, spread.record, tables.control(), {OpKind::kDispatch, in.seq}, in.slot};
-        if (!Receiver{job, tables, stage, in}.run(from, step)) return false;
+    const int from = warp * gridDim.x + blockIdx.x, step = F::kWarps * gridDim.x;
+    if (good && !Receiver<F>{job, tables, stage, in}.run(from, step)) return false;
+    if constexpr (F::kAny) {
+        if (good && !RailLogger<F>{job, tables, stage}.run(from, step)) return false;
     }
     const Span own = tokens_of_block(job, spread);
     settle_rows(job, tables, own.begin, own.end, in, good);
@@ -241,11 +260,12 @@ __device__ __forceinline__ bool receive(const DispatchJob& job, const StageSprea
     return true;
 }
 
-template <class Config, Half kHalf>
-__global__ void __launch_bounds__(kStageWarps * 32, 1)
+template <class Config, Half kHalf, class F>
+__global__ void __launch_bounds__(F::kWarps * 32, 1)
     stage_dispatch_kernel(const __grid_constant__ DispatchJob job,
-                          const __grid_constant__ StageSpread spread) {
-    __shared__ uint64_t loaded[kStageWarps];
+                          const __grid_constant__ StageSpread spread,
+                          const __grid_constant__ F far) {
+    __shared__ uint64_t loaded[F::kWarps];
     __shared__ Uninitialized<Entering> entering;
     Entering& in = entering.get();
     const RankView& view = job.view;
@@ -260,70 +280,72 @@ __global__ void __launch_bounds__(kStageWarps * 32, 1)
     ptx::griddepcontrol_wait();
     bool ok = true, good = true;
     if constexpr (kHalf == Half::kReceive) {
-        if (warp == 0) ok = begin_half<Half::kReceive>(view, job.begin, job.begun, in);
+        if (warp == 0) ok = begin_half<Half::kReceive>(view, job.begin, job.begun, far, in);
         if (warp == 1) ok = !device::gave_up(view.watch);
         ok = __syncthreads_and(ok);
     } else {
-        ok = send<Config>(job, spread, tables, in, memory);
+        ok = send<Config>(job, spread, tables, far, in, memory);
     }
-    if constexpr (kHalf != Half::kSend) ok = ok && receive(job, spread, tables, in, good);
+    if constexpr (kHalf != Half::kSend) ok = ok && receive(job, spread, tables, far, in, good);
     if (!__syncthreads_and(ok) || warp != 0 || !last_block(view)) return;
+    const Operation op{OpKind::kDispatch, in.seq};
     if constexpr (kHalf != Half::kSend) {
         if (const uint64_t lost = take_lost(view, in)) forget_rows(job, spread, lost);
     }
-    if (good) return end_half<kHalf>(view, job.begun, in);
+    if (good) return end_half<kHalf>(view, job.begun, far, op, in);
     explain_any(job, spread, in);
+    if constexpr (F::kAny) {
+        if (!far.leave(view, op, in)) return;
+    }
     fail_call(view, job.begin, in, kHalf == Half::kBoth);
 }
 
-using Kernel = void (*)(DispatchJob, StageSpread);
+template <class F>
+using StageDispatchKernel = void (*)(DispatchJob, StageSpread, F);
 
-template <Half kHalf>
-Kernel kernel_of(Quantize quantize, DType dtype) {
-    if (quantize == Quantize::kNone) return stage_dispatch_kernel<Verbatim, kHalf>;
+// Every kernel that exists, in one place.
+template <Half kHalf, class F>
+StageDispatchKernel<F> stage_dispatch_of(Quantize quantize, DType dtype) {
+    if (quantize == Quantize::kNone) return stage_dispatch_kernel<Verbatim, kHalf, F>;
     switch (dtype) {
         case DType::kBF16:
-            return stage_dispatch_kernel<Quantized<DType::kBF16>, kHalf>;
+            return stage_dispatch_kernel<Quantized<DType::kBF16>, kHalf, F>;
         case DType::kF16:
-            return stage_dispatch_kernel<Quantized<DType::kF16>, kHalf>;
+            return stage_dispatch_kernel<Quantized<DType::kF16>, kHalf, F>;
         default:
-            return stage_dispatch_kernel<Quantized<DType::kF32>, kHalf>;
+            return stage_dispatch_kernel<Quantized<DType::kF32>, kHalf, F>;
     }
 }
 
-Kernel kernel_for(const DispatchArgs& a, Half half) {
+template <class F>
+StageDispatchKernel<F> stage_dispatch_for(const DispatchArgs& a, Half half) {
     switch (half) {
         case Half::kBoth:
-            return kernel_of<Half::kBoth>(a.quantize, a.dtype);
+            return stage_dispatch_of<Half::kBoth, F>(a.quantize, a.dtype);
         case Half::kSend:
-            return kernel_of<Half::kSend>(a.quantize, a.dtype);
+            return stage_dispatch_of<Half::kSend, F>(a.quantize, a.dtype);
         default:
-            return stage_dispatch_kernel<Verbatim, Half::kReceive>;
+            return stage_dispatch_kernel<Verbatim, Half::kReceive, F>;
     }
 }
 
-}  // namespace
-
-int stage_blocks(const DispatchJob& job) {
-    const Shape& s = job.view.shape;
-    const int64_t pieces = s.num_ranks * s.max_tokens * record_of(job.args).num_pieces;
-    return static_cast<int>(
-        std::max<int64_t>({job.args.num_tokens, divide_up(pieces, kStageWarps), 1}));
-}
-
-int launch_stage_dispatch(const DispatchJob& job, Half half, int num_blocks, Stream stream) {
+template <class F>
+int launch_staged_dispatch(const F& far, const DispatchJob& job, Half half, int num_blocks,
+                           Stream stream) {
     const StageSpread spread(job.view.shape, job.args, num_blocks);
-    return launch_dependent(kernel_for(job.args, half), {num_blocks, kStageWarps * 32, spread.end},
-                            true, stream, job, spread);
+    return launch_dependent(stage_dispatch_for<F>(job.args, half),
+                            {num_blocks, F::kWarps * 32, spread.end}, true, stream, job, spread,
+                            far);
 }
 
-int load_stage_dispatch(int smem_bytes) {
+template <class F>
+int load_staged_dispatch(int smem_bytes) {
     for (const Half half : {Half::kBoth, Half::kSend, Half::kReceive}) {
         for (const DType dtype : {DType::kBF16, DType::kF16, DType::kF32}) {
             for (const Quantize quantize : {Quantize::kNone, Quantize::kFp8}) {
                 DispatchArgs a;
                 a.dtype = dtype, a.quantize = quantize;
-                const auto kernel = reinterpret_cast<const void*>(kernel_for(a, half));
+                const auto kernel = reinterpret_cast<const void*>(stage_dispatch_for<F>(a, half));
                 if (const int error = load_kernel(kernel, smem_bytes)) return error;
             }
         }

@@ -3,14 +3,22 @@
 //
 // Sums are those of pull.cu, bit for bit. Of a call with per_rank an owner adds its rows in the order of
 // slots and rounds, and a source adds what owners send in ascending order.
+//
+// Of other nodes a source first adds up what each of them sends, and rounds, as when sums cross by rails: what
+// comes out does not depend on the way.
+//
+// defines: kCombineWarps, launch_staged_combine, load_staged_combine
+#pragma once
+
 #include <cuda_runtime_api.h>
 
-#include <algorithm>
-
 #include "contract/gpu.h"
+#include "contract/rail.h"
 #include "contract/stage.h"
 #include "device/lines.cuh"
+#include "device/packed.cuh"
 #include "device/ptx.cuh"
+#include "device/rail.cuh"
 #include "device/reduce.cuh"
 #include "device/wait.cuh"
 #include "kernels/enter.cuh"
@@ -19,13 +27,12 @@
 #include "kernels/stage_masks.cuh"
 
 namespace ep::kernels {
-namespace {
 
 using device::LineLane;
 using device::Words;
 
-constexpr int kWarps = 12;  // of a block, which has registers for so many
-constexpr int kAtOnce = 4;  // times four lines that a warp has in flight
+constexpr int kCombineWarps = 12;  // of a block, which has registers for so many
+constexpr int kAtOnce = 4;         // times four lines that a warp has in flight
 constexpr int kAtOnceWords = LineLane::kAtOnce * kLineWords;
 
 // Of a warp: pieces of rows, first, first + step, ...; a piece of `items` after the other.
@@ -90,10 +97,10 @@ __device__ __forceinline__ void load_words(const std::byte* row, int first, int 
 
 // ---- the owner ----
 
-template <DType kDtype>
+template <DType kDtype, class F>
 struct PartSender {
     const CombineJob& job;
-    StageView stage;
+    StageView<F> stage;
     uint64_t masked = 0;  // ranks that nothing is sent to
 
     // A token that came here: its rows are held by the lanes of their slots.
@@ -165,13 +172,18 @@ private:
             const int slot = __ffs(left) - 1, row = __shfl_sync(~0u, own, slot);
             const int64_t place = per_rank ? int64_t{view.peers.rank} * view.shape.max_tokens + t
                                            : int64_t{t} * a.num_topk + slot;
-            std::byte* to = stage.place(src, place) + stage.piece_at(p);
+            const int64_t own_place = place_out(src, t, per_rank ? 0 : slot);
+            std::byte* to = target(src, place, own_place) + stage.piece_at(p);
 #pragma unroll 1
             for (int line = 0; line * kLineWords < words; line += kAtOnce * LineLane::kAtOnce) {
                 Words w[kAtOnce];
                 load_words(piece_of(row, p), LineLane().word(line), words, w);
                 put(to, line, words, w);
             }
+            // A token counts the same at its source, however many rows it has here.
+            const bool is_last = (left & (left - 1)) == 0;
+            const int others = per_rank ? 0 : a.num_topk - __popc(rows);
+            send_off(src, place, own_place, p, words, is_last ? 1 + others : 1);
         }
         return true;
     }
@@ -183,7 +195,8 @@ private:
         float weight = 1.0f;
         if (a.weighted && own >= 0) weight = a.row_weights[own];
         const int64_t place = int64_t{view.peers.rank} * view.shape.max_tokens + t;
-        std::byte* to = stage.place(src, place) + stage.piece_at(p);
+        const int64_t own_place = place_out(src, t, 0);
+        std::byte* to = target(src, place, own_place) + stage.piece_at(p);
 #pragma unroll 1
         for (int line = 0; line * kLineWords < words; line += kAtOnce * LineLane::kAtOnce) {
             const int first = LineLane().word(line);
@@ -213,7 +226,40 @@ private:
             for (int v = 0; v < kAtOnce; ++v) out[v] = as_words(sums.unit[v].rounded());
             put(to, line, words, out);
         }
+        send_off(src, place, own_place, p, words, 1);
         return true;
+    }
+
+    // ---- ranks of other nodes ----
+
+    // Where a row for one of them stands in our outbox.
+    __device__ __forceinline__ int64_t place_out(int src, int t, int slot) const {
+        const RankView& view = job.view;
+        const int ahead =
+            src < view.peers.near_begin ? 0 : view.peers.near_end - view.peers.near_begin;
+        const int each = args().one_per_rank() ? 1 : args().num_topk;
+        return ((src - ahead) * view.shape.max_tokens + t) * each + slot;
+    }
+    // Where lines of a record go, by its place there and in our outbox.
+    __device__ __forceinline__ std::byte* target(int src, int64_t place, int64_t own_place) const {
+        if constexpr (F::kAny) {
+            if (stage.is_far(src)) {
+                return stage.far.outgoing(stage.slot, own_place * stage.record.bytes());
+            }
+        }
+        return stage.place(src, place);
+    }
+    // A piece that is complete there.
+    __device__ __forceinline__ void send_off(int src, int64_t place, int64_t own_place, int p,
+                                             int words, int amount) const {
+        if constexpr (F::kAny) {
+            if (!stage.is_far(src)) return;
+            const int64_t bytes = stage.record.bytes(), at = stage.piece_at(p);
+            const int64_t lines = (words + kLineWords - 1) / kLineWords;
+            device::fence_stage();
+            stage.far.put(job.view, stage.slot, src, own_place * bytes + at, place * bytes + at,
+                          kLineBytes * lines, static_cast<uint64_t>(amount));
+        }
     }
 
     __device__ __forceinline__ void put(std::byte* to, int line, int words,
@@ -231,10 +277,47 @@ private:
 
 // ---- the source ----
 
-template <DType kDtype>
+// Where a row is added: inside a node to the sums of its token. Rows of another node come to a sum of their
+// own, which is rounded and added in turn.
+template <DType kDtype, class F>
+struct NodeSums {
+    LineSums<kDtype>& sums;
+    const StageView<F>& stage;
+
+    __device__ __forceinline__ LineSums<kDtype>& of(int) { return sums; }
+    __device__ __forceinline__ void close() {}
+};
+
+template <DType kDtype, class F>
+    requires F::kAny
+struct NodeSums<kDtype, F> {
+    LineSums<kDtype>& sums;
+    const StageView<F>& stage;
+    LineSums<kDtype> other{};
+    int node = -1;  // that `other` is of
+
+    // Of a row of rank p; ranks come in ascending order.
+    __device__ __forceinline__ LineSums<kDtype>& of(int p) {
+        const int its_node = stage.is_far(p) ? stage.far.nodes().node(p) : -1;
+        if (its_node != node) {
+            close();
+            node = its_node;
+            other.clear();
+        }
+        return node < 0 ? sums : other;
+    }
+    __device__ __forceinline__ void close() {
+        if (node < 0) return;
+#pragma unroll
+        for (int v = 0; v < kAtOnce; ++v) sums.unit[v].add(other.unit[v].rounded());
+        node = -1;
+    }
+};
+
+template <DType kDtype, class F>
 struct PartReceiver {
     const CombineJob& job;
-    StageView stage;
+    StageView<F> stage;
     Entering& in;
     uint64_t masked;  // owners whose rows are left out
 
@@ -284,9 +367,11 @@ private:
     __device__ __forceinline__ bool receive(int t, int p, const Part& part) {
         const CombineArgs& a = args();
         const int words = stage.piece_bytes(p, a.row_bytes()) / 8;
+        if (!stage.await_far(part.key == ~0u ? -1 : static_cast<int>(part.key / 32))) return false;
 #pragma unroll 1
         for (int line = 0; line * kLineWords < words; line += kAtOnce * LineLane::kAtOnce) {
             LineSums<kDtype> sums;
+            NodeSums<kDtype, F> of_node{sums, stage};
             start(sums, t, p, LineLane().word(line), words);
             // One row is added while the next one comes.
             Words next[kAtOnce];
@@ -306,13 +391,15 @@ private:
 #pragma unroll
                 for (int v = 0; v < kAtOnce; ++v) w[v] = next[v];
                 if (then != ~0u) get(from(t, p, then), line, words, next);
+                LineSums<kDtype>& to = of_node.of(static_cast<int>(now / 32));
                 if (a.weighted && !a.per_rank) {
-                    sums.add(w, __shfl_sync(~0u, part.weight, now % 32));
+                    to.add(w, __shfl_sync(~0u, part.weight, now % 32));
                 } else {
-                    sums.add(w);
+                    to.add(w);
                 }
                 now = then;
             }
+            of_node.close();
             finish(sums, t, p, LineLane().word(line), words);
         }
         return true;
@@ -337,7 +424,7 @@ private:
         const RankView& view = job.view;
         const int64_t place = per_rank() ? int64_t{key / 32} * view.shape.max_tokens + t
                                          : int64_t{t} * args().num_topk + key % 32;
-        return stage.place(view.peers.rank, place) + stage.piece_at(p);
+        return stage.arrival(static_cast<int>(key / 32), place) + stage.piece_at(p);
     }
 
     __device__ __forceinline__ void get(const std::byte* piece, int line, int words,
@@ -396,26 +483,48 @@ struct HearNothing {
         return true;
     }
 };
-__device__ __noinline__ bool hear_again(const RankView& view, const Begin& begin, Entering& in) {
+__device__ __noinline__ inline bool hear_again(const RankView& view, const Begin& begin,
+                                               Entering& in) {
     return await_notices<false>(view, begin, in, HearNothing{});
 }
 
 // An owner was lost when some of its rows had been added: now by one warp, without it.
-template <DType kDtype>
+template <DType kDtype, class F>
 __device__ __noinline__ void add_again(const CombineJob& job, const Record& record,
-                                       std::byte* const* control, Entering& in, uint64_t lost) {
-    const StageView stage{job.view, record, control, {OpKind::kCombine, in.seq}, in.slot};
-    PartReceiver<kDtype> receiver{job, stage, in, in.masked | lost};
+                                       std::byte* const* control, const F& far, Entering& in,
+                                       uint64_t lost) {
+    const StageView<F> stage{job.view, record, control, {OpKind::kCombine, in.seq}, in.slot, far};
+    PartReceiver<kDtype, F> receiver{job, stage, in, in.masked | lost};
     // Nothing of the others is missing.
     (void)receiver.run(Pieces(record.num_pieces, 0, 1), receiver.part_of(0));
 }
 
 // ---- the kernel ----
 
-template <DType kDtype, Half kHalf>
-__global__ void __launch_bounds__(kWarps * 32, 1)
+// All threads of the block that publishes: what we put to each rank, as many as tokens of it came here.
+template <class F>
+__device__ __forceinline__ void tell_rows(const CombineJob& job, const Record& record, const F& far,
+                                          const Entering& in) {
+    const CombineArgs& a = job.args;
+    const RankView& view = job.view;
+    const int num_nodes = far.nodes().num_nodes, channels = far.shape().num_channels;
+    const RailNoticeLayout notice(view.shape, num_nodes, channels);
+    const auto each =
+        static_cast<uint64_t>(record.num_pieces * (a.one_per_rank() ? 1 : a.num_topk));
+#pragma unroll 1
+    for (int i = threadIdx.x; i < num_nodes * channels; i += blockDim.x) {  // nothing by rings
+        in.outbox[notice.records + i] = device::pack(0, in.seq);
+    }
+    const auto tokens = [&](int p) {
+        return static_cast<uint64_t>(a.rank_counts[view.shape.num_ranks + p]);
+    };
+    far.publish(view, in, tokens, [&](int p) { return tokens(p) * each; });
+}
+
+template <DType kDtype, Half kHalf, class F>
+__global__ void __launch_bounds__(kCombineWarps * 32, 1)
     stage_combine_kernel(const __grid_constant__ CombineJob job,
-                         const __grid_constant__ Record record) {
+                         const __grid_constant__ Record record, const __grid_constant__ F far) {
     auto** control = reinterpret_cast<std::byte**>(ptx::dynamic_shared());  // [num_ranks] blocks
     __shared__ Uninitialized<Entering> entering;
     Entering& in = entering.get();
@@ -425,28 +534,35 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     for (int p = threadIdx.x; p < view.shape.num_ranks; p += blockDim.x) {
         control[p] = view.peers.control[p];
     }
-    const Pieces pieces(record.num_pieces, warp * gridDim.x + blockIdx.x, kWarps * gridDim.x);
-    PartSender<kDtype> sender{job, {view, record, control, {OpKind::kCombine, 0}, 0}};
+    const Pieces pieces(record.num_pieces, warp * gridDim.x + blockIdx.x,
+                        kCombineWarps * gridDim.x);
+    PartSender<kDtype, F> sender{job, {view, record, control, {OpKind::kCombine, 0}, 0, far}};
     ptx::griddepcontrol_wait();
-    typename PartSender<kDtype>::Token token;
+    typename PartSender<kDtype, F>::Token token;
     if constexpr (kHalf != Half::kReceive) token = sender.look(pieces.item);
     bool ok = true;
-    if (warp == kWarps - 1) ok = begin_half<kHalf>(view, job.begin, job.begun, in);
-    if (warp == kWarps - 2) ok = !device::gave_up(view.watch);
+    if (warp == kCombineWarps - 1) ok = begin_half<kHalf>(view, job.begin, job.begun, far, in);
+    if (warp == kCombineWarps - 2) ok = !device::gave_up(view.watch);
     if (!__syncthreads_and(ok)) return;
     sender.stage.op.seq = in.seq;
     sender.stage.slot = in.slot;
     sender.masked = in.masked;
+    const Operation op = sender.stage.op;
     if constexpr (kHalf != Half::kReceive) {
-        if (blockIdx.x == gridDim.x - 1) publish_head(view, job.begin, in);
+        if (blockIdx.x == gridDim.x - 1) {
+            publish_head(view, job.begin, in);
+            if constexpr (F::kAny) tell_rows(job, record, far, in);
+        }
         ok = sender.run(pieces, token);
+        if constexpr (F::kAny) far.rail.flush();
     }
     bool good = true;
     if constexpr (kHalf != Half::kSend) {
-        PartReceiver<kDtype> receiver{job, sender.stage, in, in.masked};
+        PartReceiver<kDtype, F> receiver{job, sender.stage, in, in.masked};
         auto part = receiver.part_of(pieces.item);
-        if (blockIdx.x == 0 && warp == kWarps - 1 && job.args.wait_stats != nullptr) {
-            time_notices(view, in, {OpKind::kCombine, in.seq}, job.args.wait_stats);
+        if constexpr (F::kAny) (void)far.hear(view, op, in.slot, kCombineWarps - 1);
+        if (blockIdx.x == 0 && warp == kCombineWarps - 1 && job.args.wait_stats != nullptr) {
+            time_notices(view, in, op, job.args.wait_stats);
         }
         if (!await_notices<false>(view, job.begin, in, HearNothing{})) return;
         if (!settle_masked(view, in) && !hear_again(view, job.begin, in)) return;
@@ -460,59 +576,60 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     if (!__syncthreads_and(ok) || threadIdx.x >= 32 || !last_block(view)) return;
     if constexpr (kHalf != Half::kSend) {
         if (const uint64_t lost = take_lost(view, in)) {
-            add_again<kDtype>(job, record, control, in, lost);
+            add_again<kDtype>(job, record, control, far, in, lost);
         }
     }
-    if (good) return end_half<kHalf>(view, job.begun, in);
+    if (good) return end_half<kHalf>(view, job.begun, far, op, in);
     if (ptx::lane_id() == 0) explain(view, job.begin, in);
     __syncwarp();
+    if constexpr (F::kAny) {
+        if (!far.leave(view, op, in)) return;
+    }
     fail_call(view, job.begin, in, kHalf == Half::kBoth);
 }
 
-using Kernel = void (*)(CombineJob, Record);
+template <class F>
+using StageCombineKernel = void (*)(CombineJob, Record, F);
 
-template <Half kHalf>
-Kernel kernel_of(DType dtype) {
+// Every kernel that exists, in one place.
+template <Half kHalf, class F>
+StageCombineKernel<F> stage_combine_of(DType dtype) {
     switch (dtype) {
         case DType::kBF16:
-            return stage_combine_kernel<DType::kBF16, kHalf>;
+            return stage_combine_kernel<DType::kBF16, kHalf, F>;
         case DType::kF16:
-            return stage_combine_kernel<DType::kF16, kHalf>;
+            return stage_combine_kernel<DType::kF16, kHalf, F>;
         default:
-            return stage_combine_kernel<DType::kF32, kHalf>;
+            return stage_combine_kernel<DType::kF32, kHalf, F>;
     }
 }
 
-Kernel kernel_for(DType dtype, Half half) {
+template <class F>
+StageCombineKernel<F> stage_combine_for(DType dtype, Half half) {
     switch (half) {
         case Half::kBoth:
-            return kernel_of<Half::kBoth>(dtype);
+            return stage_combine_of<Half::kBoth, F>(dtype);
         case Half::kSend:
-            return kernel_of<Half::kSend>(dtype);
+            return stage_combine_of<Half::kSend, F>(dtype);
         default:
-            return kernel_of<Half::kReceive>(dtype);
+            return stage_combine_of<Half::kReceive, F>(dtype);
     }
 }
 
-}  // namespace
-
-int stage_blocks(const CombineJob& job) {
-    const int64_t pieces = record_of(job.args).num_pieces;
-    return static_cast<int>(std::max<int64_t>(
-        divide_up(std::max(job.args.num_tokens, job.args.num_recv) * pieces, kWarps), 1));
-}
-
-int launch_stage_combine(const CombineJob& job, Half half, int num_blocks, Stream stream) {
+template <class F>
+int launch_staged_combine(const F& far, const CombineJob& job, Half half, int num_blocks,
+                          Stream stream) {
     const int control_bytes = 8 * job.view.shape.num_ranks;
-    return launch_dependent(kernel_for(job.args.dtype, half),
-                            {num_blocks, kWarps * 32, control_bytes}, true, stream, job,
-                            record_of(job.args));
+    return launch_dependent(stage_combine_for<F>(job.args.dtype, half),
+                            {num_blocks, kCombineWarps * 32, control_bytes}, true, stream, job,
+                            record_of(job.args), far);
 }
 
-int load_stage_combine(int smem_bytes) {
+template <class F>
+int load_staged_combine(int smem_bytes) {
     for (const Half half : {Half::kBoth, Half::kSend, Half::kReceive}) {
         for (const DType dtype : {DType::kBF16, DType::kF16, DType::kF32}) {
-            const auto kernel = reinterpret_cast<const void*>(kernel_for(dtype, half));
+            const auto kernel = reinterpret_cast<const void*>(stage_combine_for<F>(dtype, half));
             if (const int error = load_kernel(kernel, smem_bytes)) return error;
         }
     }
