@@ -145,6 +145,7 @@ class Hello:
     num_slots: int = _same("i", "E221")
     paranoid: int = _same("i", "E221")
     masking: int = _same("i", "E221")
+    direct: int = _same("i", "E221")
     backend: str = _same("16s", "E221")  # as asked for
     ranks_per_node: int = _same("i", "E221")  # as asked for, 0 = those of a host
     device: str = _same("16s", "E221")

@@ -1,4 +1,4 @@
-"""Options that rarely change: clocks, paranoia, masks. Everything else is an argument of Buffer."""
+"""Options that rarely change: clocks, paranoia, masks, direct mode. See Buffer for all others."""
 
 from __future__ import annotations
 
@@ -30,6 +30,10 @@ class EPConfig:
             left, or did not come in time, instead of ending the communicator; see
             `Buffer.masked_ranks`. On GPUs other calls then ask the device first whether all ranks
             are there. The same on all ranks (E221).
+        direct: hybrid backend: small batches go straight to their ranks on other nodes, where
+            memory for that is within reason: slabs, and compact outputs of sync=False, of up to
+            1024 tokens a rank on up to 64 ranks. False: all goes by rails, which takes less memory.
+            Results are the same bit for bit. The same on all ranks (E221).
     Raises:
         EPArgumentError: E203, a limit is not a positive number, or another option is no bool.
 
@@ -41,6 +45,7 @@ class EPConfig:
     progress_s: float = 30.0
     paranoid: bool = False
     masking: bool = False
+    direct: bool = True
 
     def __post_init__(self) -> None:
         for name in ("arrival_warn_s", "arrival_s", "progress_s"):
@@ -51,6 +56,6 @@ class EPConfig:
             if not number or not 0 < value <= MAX_S:
                 what = f"rejected {name}={shown(value)}: want seconds > 0, at most {MAX_S:g}"
                 raise make_error("E203", what)
-        for name in ("paranoid", "masking"):
+        for name in ("paranoid", "masking", "direct"):
             if not isinstance(value := getattr(self, name), bool):
                 raise make_error("E203", f"rejected {name}={shown(value)}: want a bool")

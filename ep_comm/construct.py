@@ -89,7 +89,7 @@ def construct(
         with contextlib.closing(listener):
             hello = _hello(
                 spec, backend, ranks_per_node, group.members, host, listener.token,
-                paranoid=usable.paranoid, masking=usable.masking,
+                paranoid=usable.paranoid, masking=usable.masking, direct=usable.direct,
             )  # fmt: skip
             opened, reason = _open_backend(
                 group, exchange, listener, hello, spec, usable, arena_bytes, num_sms
@@ -187,6 +187,7 @@ def _hello(
     *,
     paranoid: bool,
     masking: bool,
+    direct: bool,
 ) -> Hello:
     boot_id, namespace = host
     return Hello(
@@ -203,6 +204,7 @@ def _hello(
         num_slots=spec.num_slots,
         paranoid=int(paranoid),
         masking=int(masking),
+        direct=int(direct),
         backend=backend,
         ranks_per_node=ranks_per_node or 0,
         device=spec.device.type,

@@ -62,6 +62,7 @@ DISAGREE: dict[str, tuple[str, Any]] = {
     "num_slots": ("E221", 3),
     "paranoid": ("E221", 1),
     "masking": ("E221", 1),
+    "direct": ("E221", 0),
     "backend": ("E221", "cpu"),
     "ranks_per_node": ("E221", 2),
     "device": ("E221", "cuda"),
@@ -133,6 +134,7 @@ def test_real_differences_of_options_are_found() -> None:
         ({"backend": "cpu"}, "backend"),
         ({"config": EPConfig(paranoid=True)}, "paranoid"),
         ({"config": EPConfig(masking=True)}, "masking"),
+        ({"config": EPConfig(direct=False)}, "direct"),
     ):
         with Cluster(1, 2) as cluster:
 

@@ -301,9 +301,112 @@ def test_graph_replays_across_nodes(make_cluster: MakeCluster) -> None:
     replay_graphs(make_cluster(2, 2, case), case, ranks_per_node=2)
 
 
+# ---- small batches ----
+
+DIRECT = {"slab": SLAB, "slab static": {**SLAB, **STATIC}, "compact static": STATIC}
+
+
+def sums_of(cluster: Cluster, case: Case) -> list[Tensor]:
+    """What comes home of a case; weighted where that can be."""
+    inputs = case.inputs()
+    x, idx, weights = on_gpu(inputs.x), on_gpu(inputs.topk_idx), on_gpu(inputs.topk_weights)
+    assert x is not None
+    assert idx is not None
+    dispatch = lambda r: cluster.buffers[r].dispatch(  # noqa: E731
+        x[r], idx[r], of_rank(weights, r), **case.options
+    )
+    got = on_streams(cluster, dispatch)
+    y = [torch.randn(g.x.shape, generator=torch.Generator().manual_seed(r)).to(case.dtype)
+         for r, g in enumerate(got)]  # fmt: skip
+    on_device = on_gpu(y)
+    assert on_device is not None
+    weighted = case.options.get("layout") == "slab"
+    combine = lambda r: cluster.buffers[r].combine(  # noqa: E731
+        on_device[r], got[r].handle, weighted=weighted
+    )
+    return [t.cpu() for t in on_streams(cluster, combine)]
+
+
+@pytest.mark.parametrize("options", DIRECT.values(), ids=DIRECT.keys())
+def test_direct_or_by_rails_the_results_are_the_same(
+    make_cluster: MakeCluster, options: dict[str, Any]
+) -> None:
+    case = Case(num_experts=9, options=options)
+    results = []
+    for direct in (True, False):
+        config = EPConfig(arrival_s=20.0, progress_s=10.0, direct=direct)
+        cluster = make_cluster(2, 2, case, config=config)
+        disturb(cluster, seed=5)
+        check_case(cluster, case, ranks_per_node=2)
+        results.append(sums_of(cluster, case))
+        rails = [b.stats()["rails"] for b in cluster.buffers]
+        assert all((r["direct_bytes"] > 0) == direct for r in rails)
+        assert any(r["direct_out"] > 0 for r in rails) == direct
+    for straight, by_rails in zip(*results, strict=True):
+        same_bits(straight, by_rails)
+
+
+def test_halves_of_direct_calls_are_waited_for_in_any_order(make_cluster: MakeCluster) -> None:
+    case = Case(options=SLAB)
+    cluster = make_cluster(2, 2, case)
+    disturb(cluster, seed=2)
+    rounds = [dataclasses.replace(case, seed=s).inputs() for s in range(2)]
+    want = [want_dispatch(case, inputs) for inputs in rounds]
+    x, idx = [on_gpu(i.x) for i in rounds], [on_gpu(i.topk_idx) for i in rounds]
+    weights = [on_gpu(i.topk_weights) for i in rounds]
+
+    def work(rank: int) -> list[Any]:
+        buffer, results = cluster.buffers[rank], []
+        for turn in range(4):
+            begun = [
+                buffer.dispatch(
+                    x[n][rank], idx[n][rank], of_rank(weights[n], rank), wait=False, **SLAB
+                )
+                for n in range(2)
+            ]
+            first = (rank + turn) % 2
+            received = {n: begun[n].wait() for n in (first, 1 - first)}
+            sums = [buffer.combine(r.x, r.handle, wait=False) for _, r in sorted(received.items())]
+            out = {n: sums[n].wait() for n in (1 - first, first)}
+            results.append((received, out))
+        return results
+
+    expected = [
+        reference.combine([w.x for w in ws], [w.handle for w in ws], ranks_per_node=2)
+        for ws in want
+    ]
+    for rank, results in enumerate(on_streams(cluster, work)):
+        for received, sums in results:
+            for n in range(2):
+                check_received(received[n], want[n][rank], computed=False)
+                same_values(sums[n].cpu(), expected[n][rank])
+
+
+def test_rows_that_a_rail_loses_are_missed_at_their_rank(make_cluster: MakeCluster) -> None:
+    case = Case(tokens=(40,) * 4, options=SLAB)
+    config = EPConfig(arrival_s=3.0, progress_s=1.0)
+    cluster = make_cluster(2, 2, case, config=config)
+    inputs = case.inputs()
+    x, idx = on_gpu(inputs.x), on_gpu(inputs.topk_idx)
+    assert x is not None
+    assert idx is not None
+    dispatch = lambda r: cluster.buffers[r].dispatch(x[r], idx[r], **SLAB)  # noqa: E731
+    on_streams(cluster, dispatch)
+    # Notices still come; of rows of rank 3, which tell what has been put, those for rank 0 do not.
+    shape = cluster.buffers[3]._backend.rails.shape
+    came = next(start for name, start, _ in _core.RailLayout(shape).regions() if name == "came")
+    cluster.disturb(3, stalled_peer=0, lost_from=came)
+    run_catching(cluster, dispatch)
+    torch.cuda.synchronize()
+    errors = run_catching(cluster, dispatch)
+    assert (code_of(errors[0]), errors[0].peer) == ("E102", 3)
+    assert all(e is not None for e in errors)
+
+
 def test_what_crosses_is_counted(make_cluster: MakeCluster) -> None:
     case = Case(num_ranks=6, num_experts=12)
-    cluster = make_cluster(3, 2, case)
+    config = EPConfig(arrival_s=20.0, progress_s=10.0, direct=False)
+    cluster = make_cluster(3, 2, case, config=config)
     inputs = case.inputs()
     x, idx = on_gpu(inputs.x), on_gpu(inputs.topk_idx)
     assert x is not None

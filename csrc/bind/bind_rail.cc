@@ -1,5 +1,6 @@
 #include "bind/bind_rail.h"
 
+#include "contract/direct.h"
 #include "contract/rail.h"
 
 namespace py = pybind11;
@@ -29,7 +30,15 @@ void bind_rail(py::module_& m) {
         .def_property_readonly("ring_chunks", &RailShape::ring_chunks)
         .def_readonly("chunk_bytes", &RailShape::chunk_bytes)
         .def_readwrite("notice_bytes", &RailShape::notice_bytes)
-        .def_property_readonly("staging_bytes", &RailShape::staging_bytes);
+        .def_property_readonly("staging_bytes", &RailShape::staging_bytes)
+        .def(
+            "add_direct",
+            [](RailShape& s, const Shape& shape, int64_t hidden) {
+                s.direct = direct_shape_for(shape, s.nodes, hidden);
+            },
+            "shape"_a, "hidden"_a)
+        .def_property_readonly("is_direct", &RailShape::is_direct)
+        .def_property_readonly("direct_bytes", &RailShape::direct_bytes);
     py::class_<RailLayout>(m, "RailLayout")
         .def(py::init<const RailShape&>(), "shape"_a)
         .def_readonly("end", &RailLayout::end)

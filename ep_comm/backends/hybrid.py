@@ -1,5 +1,6 @@
 """The hybrid backend: GPUs on several nodes. A token crosses the network once for each node it
-visits, to the rank with its source's index there, which forwards it over NVLink.
+visits, to the rank with its source's index there, which forwards it over NVLink; of a small batch
+it goes straight to its ranks, once for each.
 
 Within a node everything is as in the nvlink backend, whose calls these are; what lies between nodes
 is the business of `ep_comm.backends.rails`, and kernels do not know which rails they have.
@@ -31,7 +32,15 @@ from ep_comm.received import Received
 from ep_comm.verdict import PeerState
 
 # A rank's counters as the core numbers them (RailCounter in csrc/contract/rail.h).
-COUNTERS: Final = ("tokens", "home_visits", "rows_out", "rows_in", "sums_out", "sums_in", "direct_out")
+COUNTERS: Final = (
+    "tokens",
+    "home_visits",
+    "rows_out",
+    "rows_in",
+    "sums_out",
+    "sums_in",
+    "direct_out",
+)
 
 
 class HybridOutputs(Outputs):
@@ -127,7 +136,7 @@ class HybridBackend(NvlinkBackend):
         return replace(super().peer_state(peer), is_far=is_far)
 
     def stats(self) -> dict[str, Any]:
-        """Waits for the device. rails: transport, nodes, staging, and what has crossed so far."""
+        """Waits for the device. rails: transport, nodes, memory, and what has crossed so far."""
         moved = dict(zip(COUNTERS, self.rank.rail_counters(), strict=True))
         visits = moved["home_visits"] + moved["rows_out"]
         return {
@@ -137,6 +146,7 @@ class HybridBackend(NvlinkBackend):
                 "num_nodes": self.nodes.num_nodes,
                 "ranks_per_node": self.nodes.ranks_per_node,
                 "staging_bytes": int(self.rails.shape.staging_bytes),
+                "direct_bytes": int(self.rails.shape.direct_bytes),
                 **moved,
                 "nodes_per_token": visits / max(moved["tokens"], 1),
             },
@@ -167,7 +177,7 @@ def open_backend(
         EPFabricError: E501, no NVSHMEM, or one that does not fit. Otherwise as there.
     """
     near, me = nodes.near(group.rank), group.rank
-    rail_shape = rails.rail_shape(spec, shape, nodes)
+    rail_shape = rails.rail_shape(spec, shape, nodes, config.direct)
 
     def make(memory: Memory, ranks_on_device: int) -> HybridBackend:
         sizes = exchange.gather("arena", str(memory.own.arena.bytes).encode())

@@ -25,11 +25,21 @@ from ep_comm.errors import EPError, make_error
 NUM_CHANNELS: Final = 20
 
 
-def rail_shape(spec: BufferSpec, shape: _core.Shape, nodes: Nodes) -> _core.RailShape:
-    """Rings for rows of 16 bits, and all that may go along; wider ones take more places."""
+def rail_shape(spec: BufferSpec, shape: _core.Shape, nodes: Nodes, direct: bool) -> _core.RailShape:
+    """Rings for rows of 16 bits, and all that may go along; wider ones take more places.
+
+    Args:
+        shape: its `stage_bytes` become those of small batches.
+        direct: whether these may go straight to their ranks on other nodes.
+    """
     head = _core.RailHeadLayout(spec.num_topk, True, True, 4 * (spec.hidden // 32))
     record = int(head.bytes) + 2 * spec.hidden
     rails = _core.divide_staging(nodes.num_nodes, nodes.ranks_per_node, NUM_CHANNELS, record)
+    if direct:
+        shape.stage_bytes = _core.stage_bytes_for(shape, spec.hidden)
+        rails.add_direct(shape, spec.hidden)
+    if not rails.is_direct:
+        shape.stage_bytes = 0
     notice = _core.RailNoticeLayout(shape, nodes.num_nodes, rails.num_channels)
     rails.notice_bytes = int(notice.bytes)
     return rails
