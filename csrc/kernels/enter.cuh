@@ -84,23 +84,25 @@ __device__ __forceinline__ void init_entering(const RankView& view, const Begin&
 }
 
 // The slot is ours once every peer has left what it did there num_slots operations ago. One warp of the
-// block that publishes; the others wait for what it publishes to ourselves. `masked`: not waited for.
+// block that publishes; the others wait for what it publishes to ourselves. kMasks: `masked` are not
+// waited for, nor who is masked meanwhile.
+template <bool kMasks = false>
 __device__ inline bool acquire_slot(const RankView& view, Operation op, int slot,
                                     uint64_t masked = 0) {
     const uint64_t num_slots = view.shape.num_slots;
     bool ok = true;
-    if (device::has_rank(masked, view.peers.rank)) {
+    if (kMasks && device::has_rank(masked, view.peers.rank)) {
         device::leave_masked(view.watch, op);
         return false;
     }
 #pragma unroll 1
     for (int p = view.peers.near_begin + ptx::lane_id();
          op.seq > num_slots && p < view.peers.near_end; p += 32) {
-        if (masked != 0 && device::has_rank(masked, p)) continue;
+        if (kMasks && device::has_rank(masked, p)) continue;
         // pairs with the store in leave_slot
         const auto* word = at<uint64_t>(view, view.peers.rank, view.layout.released_word(slot, p));
         ok = ok && (device::wait_word(view.watch, op, {Site::kSlot, p, op.seq - num_slots}, word) ||
-                    device::goes_on(view.watch));
+                    (kMasks && device::goes_on(view.watch)));
     }
     if (ptx::lane_id() == 0) {  // for sentences only, orders nothing
         ControlHeader* own = at<ControlHeader>(view, view.peers.rank, 0);
@@ -296,9 +298,9 @@ __device__ __noinline__ inline void time_notices(const RankView& view, const Ent
 }
 
 // Waits for everybody's notice; in.first_bad is the verdict on them. A warp calls read(p, words, head)
-// for one it has found nothing wrong with; `false` from there: leave. kCopies: bulk copies of ours follow.
-// Who is masked meanwhile is added to in.unheard.
-template <bool kCopies = true, class Read>
+// for one it has found nothing wrong with; `false` from there: leave. kMasks: of a small operation, which
+// goes on without who is masked, adds whom that happens to meanwhile to in.unheard, and has no bulk copies.
+template <bool kMasks = false, class Read>
 __device__ __forceinline__ bool await_notices(const RankView& view, const Begin& begin,
                                               Entering& in, Read read) {
     const int num_warps = blockDim.x / 32;
@@ -306,12 +308,13 @@ __device__ __forceinline__ bool await_notices(const RankView& view, const Begin&
     bool ok = true;
 #pragma unroll 1
     for (int p = threadIdx.x / 32; ok && p < view.shape.num_ranks; p += num_warps) {
-        if (in.masked != 0 && device::has_rank(in.masked, p)) continue;
+        if (kMasks && device::has_rank(in.masked, p)) continue;
         const NoticeWords words(view, in.slot, p);
         uint64_t word;
         ok = device::wait_packed(view.watch, op, p, words.words + ptx::lane_id(), word);
         ok = __all_sync(~0u, ok);
         if (!ok) {
+            if (!kMasks) break;
             ok = __all_sync(~0u, device::goes_on(view.watch));
             if (ok && ptx::lane_id() == 0) atomicOr(&in.unheard, 1ull << p);
             continue;
@@ -323,7 +326,7 @@ __device__ __forceinline__ bool await_notices(const RankView& view, const Begin&
         } else if (ptx::lane_id() == 0) {
             atomicMin(&in.first_bad, objected);
         }
-        if constexpr (kCopies) ptx::fence_proxy_async();  // what we have heard, before them
+        if constexpr (!kMasks) ptx::fence_proxy_async();  // what we have heard, before them
     }
     return __syncthreads_and(ok);
 }

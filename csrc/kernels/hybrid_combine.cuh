@@ -65,7 +65,7 @@ struct Adder {
     uint32_t met_parity = 0;
 
     // Sum after sum, until the feeder says stop. False: leave.
-    __device__ bool run() {
+    __device__ __noinline__ bool run() {
         Sums<kDtype> sums;
         sums.first = number * kSliceBytes + 16 * static_cast<int>(ptx::lane_id());
         while (true) {
@@ -173,8 +173,8 @@ __device__ __forceinline__ int holder_of_slot(const CombineJob& job, int t, int 
 
 // One warp of the block that speaks for the rank, once all its blocks are through.
 template <device::Rail R>
-__device__ __forceinline__ void conclude_combine(const HybridCombine<R>& h, Entering& in,
-                                                 const Source* sources, bool good) {
+__device__ __noinline__ void conclude_combine(const HybridCombine<R>& h, Entering& in,
+                                              const Source* sources, bool good) {
     const RankView& view = h.job.view;
     const Operation op{OpKind::kCombine, in.seq};
     if (!await_blocks(view, op)) return;

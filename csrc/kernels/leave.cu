@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(128, 1)
     if (threadIdx.x < 4) in.detail[threadIdx.x] = begin.refusal.detail[threadIdx.x];
     bool ok = !__syncthreads_or(device::gave_up(view.watch));
     if (ok && threadIdx.x < 32)
-        ok = acquire_slot(view, {kind_of(begin.head.what), in.seq}, in.slot, in.masked);
+        ok = acquire_slot<true>(view, {kind_of(begin.head.what), in.seq}, in.slot, in.masked);
     if (!__syncthreads_and(ok)) return;
     publish_head(view, begin, in);
     if (threadIdx.x < 32) leave_slot(view, in.seq, in.slot);  // we read nothing there

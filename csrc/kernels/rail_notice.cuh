@@ -28,8 +28,8 @@ __device__ __forceinline__ void open_outbox(const R& rail, const RailView& rails
 // Direct mode: a rank of another node has left what it did in our memory, and in our slot, num_slots
 // operations ago. One warp. False: leave.
 template <device::Rail R>
-__device__ __forceinline__ bool acquire_far(const R& rail, const RankView& view,
-                                            const RailView& rails, Operation op, int slot) {
+__device__ __noinline__ bool acquire_far(const R& rail, const RankView& view, const RailView& rails,
+                                         Operation op, int slot) {
     const RailShape& s = rails.shape;
     const uint64_t want = releases_until(s, op.seq);
     bool ok = true;

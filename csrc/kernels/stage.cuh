@@ -85,7 +85,7 @@ __device__ __forceinline__ bool begin_half(const RankView& view, const Begin& be
     const Operation op{kind_of(begin.head.what), in.seq};
     if constexpr (kHalf == Half::kReceive)
         return !device::is_masked(view.watch, op, view.peers.rank);
-    const bool ok = acquire_slot(view, op, in.slot, in.masked);
+    const bool ok = acquire_slot<true>(view, op, in.slot, in.masked);
     if constexpr (F::kAny) return far.acquire(view, op, in) && ok;
     return ok;
 }

@@ -485,7 +485,7 @@ struct HearNothing {
 };
 __device__ __noinline__ inline bool hear_again(const RankView& view, const Begin& begin,
                                                Entering& in) {
-    return await_notices<false>(view, begin, in, HearNothing{});
+    return await_notices<true>(view, begin, in, HearNothing{});
 }
 
 // An owner was lost when some of its rows had been added: now by one warp, without it.
@@ -564,7 +564,7 @@ __global__ void __launch_bounds__(kCombineWarps * 32, 1)
         if (blockIdx.x == 0 && warp == kCombineWarps - 1 && job.args.wait_stats != nullptr) {
             time_notices(view, in, op, job.args.wait_stats);
         }
-        if (!await_notices<false>(view, job.begin, in, HearNothing{})) return;
+        if (!await_notices<true>(view, job.begin, in, HearNothing{})) return;
         if (!settle_masked(view, in) && !hear_again(view, job.begin, in)) return;
         if (receiver.masked != in.masked) {
             receiver.masked = in.masked;

@@ -201,7 +201,7 @@ __device__ __noinline__ inline void explain_any(const DispatchJob& job, const St
 // Everybody's heads, and if there is nothing wrong with them, their counts. False: leave.
 __device__ __forceinline__ bool hear(const DispatchJob& job, const StageTables& tables,
                                      Entering& in, uint64_t first_count, bool& good) {
-    if (!await_notices<false>(job.view, job.begin, in, HeadListener{tables})) return false;
+    if (!await_notices<true>(job.view, job.begin, in, HeadListener{tables})) return false;
     good = in.first_bad == kNoObjection;
     const bool counted = !good || CountsListener{job, tables, in}.take(first_count);
     return __syncthreads_and(counted) != 0;
