@@ -100,6 +100,7 @@ public:
                         static_cast<int>(r), trouble[r % trouble.size()]};
             job.shape = shape_;
             job.watch = {kLives,
+                         0,
                          reinterpret_cast<uint32_t*>(rank.abort.get()),
                          rank.page,
                          reinterpret_cast<std::byte* const*>(rank.control.get()),
@@ -109,7 +110,8 @@ public:
                          static_cast<int>(r),
                          static_cast<int>(ranks_.size()),
                          static_cast<int>(r),
-                         static_cast<int>(r) + 1};
+                         static_cast<int>(r) + 1,
+                         false};
             job.wrong = reinterpret_cast<unsigned long long*>(rank.wrong.get());
             job.first = first_;
             job.rank = static_cast<int>(r);
