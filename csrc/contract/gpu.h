@@ -138,16 +138,16 @@ constexpr Site waiting_site(uint64_t word) { return static_cast<Site>(word & 0xf
 
 // Clocks and the way out of a wait that takes too long.
 struct Watch {
-    int64_t lives;    // where in a control block everybody's life is told
-    int64_t masks;    // and which ranks nobody waits for
-    uint32_t* abort;  // device memory: 1 once a wait of this rank gave up
-    HostPage* page;   // mapped
+    int64_t lives;      // where in a control block everybody's life is told
+    int64_t masks = 0;  // and which ranks nobody waits for
+    uint32_t* abort;    // device memory: 1 once a wait of this rank gave up
+    HostPage* page;     // mapped
     std::byte* const* control;
     int64_t arrival_ns, progress_ns;  // < 0: never
     int64_t post_ns;                  // a wait that takes longer tells the host
     int32_t rank, num_ranks;
     int32_t near_begin, near_end;  // see Peers
-    bool can_mask;                 // a wait that ends without its word masks the rank it is for
+    bool can_mask = false;         // a wait that ends without its word masks the rank it is for
 };
 
 // All that stays the same from one operation to the next.

@@ -39,10 +39,17 @@ ProbeResult probe_nvshmem(const NvshmemSegment& segment, const RailShape& shape,
     Job job{
         {segment.data, pes.get(), has_network}, shape, {}, wrong.get(), first, rank, num_chunks};
     const auto limit_ns = static_cast<int64_t>(limit_s * 1e9);
-    job.watch = {lives,         abort.get(), page.get(),
-                 control.get(), limit_ns,    limit_ns,
-                 limit_ns,      rank,        static_cast<int32_t>(pe.size()),
-                 rank,          rank + 1};
+    job.watch = {.lives = lives,
+                 .abort = abort.get(),
+                 .page = page.get(),
+                 .control = control.get(),
+                 .arrival_ns = limit_ns,
+                 .progress_ns = limit_ns,
+                 .post_ns = limit_ns,
+                 .rank = rank,
+                 .num_ranks = static_cast<int32_t>(pe.size()),
+                 .near_begin = rank,
+                 .near_end = rank + 1};
     check_cuda(kernels::launch_rail_probe(job, nullptr), "rail_probe_kernel");
     check_cuda(cudaStreamSynchronize(nullptr), "cudaStreamSynchronize");
 

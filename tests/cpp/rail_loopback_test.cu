@@ -99,19 +99,17 @@ public:
                         reinterpret_cast<ep::device::HeldPuts*>(rank.held.get()), shape_.nodes,
                         static_cast<int>(r), trouble[r % trouble.size()]};
             job.shape = shape_;
-            job.watch = {kLives,
-                         0,
-                         reinterpret_cast<uint32_t*>(rank.abort.get()),
-                         rank.page,
-                         reinterpret_cast<std::byte* const*>(rank.control.get()),
-                         limit_ns_,
-                         limit_ns_,
-                         limit_ns_,
-                         static_cast<int>(r),
-                         static_cast<int>(ranks_.size()),
-                         static_cast<int>(r),
-                         static_cast<int>(r) + 1,
-                         false};
+            job.watch = {.lives = kLives,
+                         .abort = reinterpret_cast<uint32_t*>(rank.abort.get()),
+                         .page = rank.page,
+                         .control = reinterpret_cast<std::byte* const*>(rank.control.get()),
+                         .arrival_ns = limit_ns_,
+                         .progress_ns = limit_ns_,
+                         .post_ns = limit_ns_,
+                         .rank = static_cast<int>(r),
+                         .num_ranks = static_cast<int>(ranks_.size()),
+                         .near_begin = static_cast<int>(r),
+                         .near_end = static_cast<int>(r) + 1};
             job.wrong = reinterpret_cast<unsigned long long*>(rank.wrong.get());
             job.first = first_;
             job.rank = static_cast<int>(r);
