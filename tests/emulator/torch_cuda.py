@@ -211,7 +211,6 @@ _OTHERWISE: dict[Any, Callable[..., Any]] = {
     Tensor.to: _to,
     Tensor.tolist: _read(Tensor.tolist),
     Tensor.numpy: _read(Tensor.numpy),
-    Tensor.record_stream: lambda *_: None,  # see _kept
 }
 
 
@@ -351,6 +350,8 @@ def in_place() -> Iterator[None]:
             patch.setattr(torch.cuda, name, value)
         for kind, name in _MAKERS:
             patch.setattr(kind, name, _made_there(getattr(kind, name)))
+        # See _kept. No mode sees this call: torch first looks whether the stream is one of its own.
+        patch.setattr(Tensor, "record_stream", lambda *_: None)
         patch.setattr(torch.version, "cuda", "emulated")
         engine = _backward(torch.autograd._engine_run_backward)
         patch.setattr(torch.autograd, "_engine_run_backward", engine)
