@@ -8,6 +8,8 @@ import contextlib
 import hashlib
 import os
 import struct
+import traceback
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -104,6 +106,27 @@ def construct(
     return Constructed(spec, opened, reason)
 
 
+@contextlib.contextmanager
+def _keeping_nothing() -> Iterator[None]:
+    """An error's traceback keeps the locals of calls that made memory in vain: let go of them."""
+    try:
+        yield
+    except BaseException as error:
+        left: list[BaseException | None] = [error]
+        seen: set[int] = set()
+        while left:
+            one = left.pop()
+            if one is None or id(one) in seen:
+                continue
+            seen.add(id(one))
+            left += [one.__cause__, one.__context__]
+            for frame, _ in traceback.walk_tb(one.__traceback__):
+                if str(frame.f_globals.get("__name__")).partition(".")[0] == "ep_comm":
+                    with contextlib.suppress(RuntimeError):  # it still runs
+                        frame.clear()
+        raise
+
+
 def _open_backend(
     group: Group,
     exchange: Exchange,
@@ -133,11 +156,12 @@ def _open_backend(
         same = (group, hellos, listener, exchange, shape, spec, generation)
         options = (config, arena_bytes, num_sms)
         try:
-            if name == "nvlink":
-                return nvlink.open_backend(*same, *options), reason
-            nodes = find_nodes(per_node, hellos)
-            assert not isinstance(nodes, str)
-            return hybrid.open_backend(*same, *options, nodes), reason
+            with _keeping_nothing():
+                if name == "nvlink":
+                    return nvlink.open_backend(*same, *options), reason
+                nodes = find_nodes(per_node, hellos)
+                assert not isinstance(nodes, str)
+                return hybrid.open_backend(*same, *options, nodes), reason
         except EPError as error:  # on all ranks alike
             name, reason = instead_of_gpu(hello.backend, group, error)
     if name == "collective":
@@ -146,10 +170,11 @@ def _open_backend(
         return CollectiveBackend(spec, generation, config, group, hellos, exchange), reason
     from ep_comm.backends import cpu
 
-    host = cpu.open_backend(
-        group, hellos, listener, exchange, shape, spec, generation,
-        config, arena_bytes,
-    )  # fmt: skip
+    with _keeping_nothing():
+        host = cpu.open_backend(
+            group, hellos, listener, exchange, shape, spec, generation,
+            config, arena_bytes,
+        )  # fmt: skip
     return host, reason
 
 

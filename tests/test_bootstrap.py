@@ -625,6 +625,23 @@ def test_f1_allocation_that_fails_in_one_process_leaves_nothing() -> None:
     ranks.run(_fails_to_allocate, 3)
 
 
+def test_f1_an_error_that_is_kept_keeps_no_memory() -> None:
+    ranks.run(_keeps_an_error, 3)
+
+
+def _keeps_an_error(me: Any) -> None:
+    me.buffer("warm").close()
+    me.kept.clear()
+    before = footprint()["segments"]
+    gc.disable()
+    size = (1 << 62) if me.rank == 2 else (1 << 20)
+    with pytest.raises(EPMemoryError) as caught:
+        me.buffer("fails", arena_bytes=size)
+    with open("/proc/self/maps") as maps:
+        assert sum("memfd:ep_comm" in line for line in maps) == len(before)
+    assert caught.value.code == "E232"
+
+
 def _fails_to_allocate(me: Any) -> None:
     me.buffer("warm").close()
     me.kept.clear()
