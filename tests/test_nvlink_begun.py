@@ -284,3 +284,35 @@ def test_e5_replay_after_close_touches_nothing(make_cluster: MakeCluster) -> Non
     torch.cuda.synchronize()  # the context works
     assert bool((recv.x == 3.0).all())
     del graph
+
+
+def test_graph_of_a_closed_buffer_ends_and_the_next_capture_begins(
+    make_cluster: MakeCluster,
+) -> None:
+    """What it kept is freed soon after, whoever captures by then."""
+    case = Case(num_ranks=1, tokens=(33,), options={"sync": False})
+    rounds = rounds_of(case, 1)
+    x, idx, weights = rounds.x[0][0], rounds.idx[0][0], rounds.weights[0][0]
+    stays = make_cluster(1, **case.buffer_options()).buffers[0]
+
+    def captured(buffer: Any, times: int) -> tuple[Any, Any, Any]:
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(times):
+                recv = buffer.dispatch(x, idx, weights, sync=False)
+                out = buffer.combine(recv.x, recv.handle)
+                time.sleep(0.02)
+        return graph, recv, out
+
+    for _ in range(3):
+        goes = make_cluster(1, **case.buffer_options())
+        last = captured(goes.buffers[0], 1)
+        goes.close()
+        del last
+        graph, recv, out = captured(stays, 5)
+        graph.replay()
+        torch.cuda.synchronize()
+        check_received(recv, rounds.want[0][0], computed=False)
+        same_values(out.cpu(), rounds.sums(0)[0])
+        del graph, recv, out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import time
 import traceback
 from typing import Any
 
@@ -90,6 +92,24 @@ def test_arena_of_threads_is_given_back_and_taken_again(make_cluster: Any) -> No
     assert cluster.buffers[0].empty((4,), torch.float32).data_ptr() == address
 
 
+def test_memory_of_a_closed_buffer_comes_back_with_its_last_graph(make_cluster: Any) -> None:
+    case = loopback.Case(num_ranks=1, tokens=(8,))
+    inputs = case.inputs()
+    x, idx = inputs.x[0].cuda(), inputs.topk_idx[0].cuda()
+    cluster = make_cluster(1, **{**case.buffer_options(), "arena_bytes": ARENA})
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        cluster.buffers[0].dispatch(x, idx, sync=False)
+    cluster.close()
+    gc.collect()  # now only the graph holds it
+    before = torch.cuda.mem_get_info()[0]
+    del graph
+    end = time.monotonic() + 10.0
+    while torch.cuda.mem_get_info()[0] - before < 0.9 * ARENA:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def by_ipc(me: ranks.Me) -> None:
     """As where descriptors of GPU memory are refused."""
     create = _core.DeviceMemory.create
@@ -143,10 +163,12 @@ def out_of_memory(me: ranks.Me) -> int:
     free = torch.cuda.mem_get_info()[0]
     me.say()
     me.wait_for_go()
-    with pytest.raises(EPError, match="E232"):
+    gc.disable()
+    with pytest.raises(EPError, match="E232") as raised:
         gpus.buffer_of(me, case, arena_bytes=1 << 45 if me.rank == 0 else ARENA)
     me.say()
-    me.wait_for_go()  # all have given back what they had
+    me.wait_for_go()  # all have given back what they had, though the error is kept
+    assert raised.value.code == "E232"
     return free - torch.cuda.mem_get_info()[0]
 
 

@@ -36,6 +36,8 @@ CUDA_ONLY = {
     "Flight",
     "DeviceRank",
     "is_capturing",
+    "release_dropped",
+    "BesideCaptures",
 }
 
 

@@ -21,6 +21,7 @@
 #include "host/graph_hold.h"
 #include "host/loopback_rails.h"
 #include "host/rails.h"
+#include "transport/beside_captures.h"
 #include "transport/device_memory.h"
 
 namespace py = pybind11;
@@ -129,9 +130,10 @@ using RankPtr = std::unique_ptr<DeviceRank, WithoutGil>;
 using PeerTuple = std::tuple<std::shared_ptr<DeviceMemory>, std::shared_ptr<DeviceMemory>, int, int,
                              int64_t, int64_t>;
 
-// A Python object that native code keeps, from whichever thread drops it.
+// A Python object that native code keeps, from whichever thread drops it. Once Python has ended it stays.
 std::shared_ptr<py::object> keep(py::object object) {
     return {new py::object(std::move(object)), [](py::object* held) {
+                if (Py_IsInitialized() == 0) return;
                 py::gil_scoped_acquire gil;
                 delete held;
             }};
@@ -384,6 +386,15 @@ void bind_rank(py::module_& m) {
     m.def(
         "is_capturing", [](uintptr_t stream) { return is_capturing(as_stream(stream)); },
         "stream"_a);
+    m.def("release_dropped", py::overload_cast<>(&release_dropped),
+          py::call_guard<py::gil_scoped_release>());
+    struct Scope {  // of a `with`
+        std::optional<BesideCaptures> beside;
+    };
+    py::class_<Scope>(m, "BesideCaptures")
+        .def(py::init<>())
+        .def("__enter__", [](Scope& self) { self.beside.emplace(); })
+        .def("__exit__", [](Scope& self, const py::args&) { self.beside.reset(); });
 }
 
 }  // namespace

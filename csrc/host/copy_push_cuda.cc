@@ -7,6 +7,7 @@
 #include "host/copy_push.h"
 #include "host/cuda_check.h"
 #include "kernels/pack.h"
+#include "transport/beside_captures.h"
 
 namespace ep {
 namespace {
@@ -17,6 +18,7 @@ cudaEvent_t as_event(void* event) { return static_cast<cudaEvent_t>(event); }
 
 CopyPush::CopyPush(int rank, std::vector<std::byte*> arenas, int smem_bytes)
     : rank_(rank), arenas_(std::move(arenas)), smem_bytes_(smem_bytes) {
+    const BesideCaptures beside;
     const size_t bytes = sizeof(Place) * arenas_.size();
     EP_CUDA(cudaHostAlloc(reinterpret_cast<void**>(&places_), bytes, cudaHostAllocMapped));
     std::memset(static_cast<void*>(places_), 0, bytes);
@@ -27,6 +29,7 @@ CopyPush::CopyPush(int rank, std::vector<std::byte*> arenas, int smem_bytes)
 }
 
 CopyPush::~CopyPush() {
+    const BesideCaptures beside;
     cudaStreamSynchronize(copies_);
     cudaStreamDestroy(copies_);
     cudaEventDestroy(as_event(event_));

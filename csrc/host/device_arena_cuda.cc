@@ -5,34 +5,39 @@
 #include "host/cuda_check.h"
 #include "host/device_arena.h"
 #include "host/graph_hold.h"
+#include "transport/beside_captures.h"
 
 namespace ep {
 
 DeviceArena::DeviceArena(std::shared_ptr<DeviceMemory> memory)
     : memory_(std::move(memory)), extents_(memory_->bytes()) {
+    const BesideCaptures beside;
     EP_CUDA(cudaSetDevice(memory_->device()));
     EP_CUDA(
         cudaEventCreateWithFlags(reinterpret_cast<cudaEvent_t*>(&event_), cudaEventDisableTiming));
 }
 
-DeviceArena::~DeviceArena() { cudaEventDestroy(static_cast<cudaEvent_t>(event_)); }
+DeviceArena::~DeviceArena() {
+    const BesideCaptures beside;
+    cudaEventDestroy(static_cast<cudaEvent_t>(event_));
+}
 
 std::shared_ptr<StreamHold> DeviceArena::grant(int64_t bytes, Stream stream) {
     return grant(bytes, stream, is_capturing(stream));
 }
 
 std::shared_ptr<StreamHold> DeviceArena::grant(int64_t bytes, Stream stream, bool capturing) {
-    release_dropped();
+    release_dropped(this);
     collect(stream, capturing);
     const auto extent = extents_.grant(bytes);
     if (!extent) return nullptr;
     auto hold = std::make_shared<StreamHold>(shared_from_this(), *extent, stream);
-    if (capturing) keep_in_graph(stream, hold);
+    if (capturing) keep_in_graph(stream, hold, this);
     return hold;
 }
 
 int64_t DeviceArena::reclaim(Stream stream) {
-    release_dropped();
+    release_dropped(this);
     collect(stream, is_capturing(stream));
     return extents_.stats().largest_free;
 }

@@ -13,6 +13,7 @@
 #include "host/device_rank.h"
 #include "host/graph_hold.h"
 #include "kernels/launch.h"
+#include "transport/beside_captures.h"
 
 namespace ep {
 namespace {
@@ -27,18 +28,6 @@ uint64_t load_acquire(uint64_t& word) {
     return std::atomic_ref(word).load(std::memory_order_acquire);
 }
 
-// Others may be capturing graphs while this thread does what a capture would not allow.
-class BesideCaptures {
-public:
-    BesideCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-    ~BesideCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-    BesideCaptures(const BesideCaptures&) = delete;
-    BesideCaptures& operator=(const BesideCaptures&) = delete;
-
-private:
-    cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
-};
-
 // An error of the context that no call can mend, or 0. The thread of a watch asks while others
 // capture graphs.
 int context_error(int device, cudaStream_t stream) {
@@ -46,6 +35,15 @@ int context_error(int device, cudaStream_t stream) {
     cudaSetDevice(device);
     const cudaError_t state = cudaStreamQuery(stream);
     return state == cudaSuccess || state == cudaErrorNotReady ? 0 : static_cast<int>(state);
+}
+
+// Nothing runs yet of what is being captured, and nobody may ask. Without a context nothing runs.
+bool is_busy(cudaStream_t stream) {
+    try {
+        return !is_capturing(stream) && cudaStreamQuery(stream) == cudaErrorNotReady;
+    } catch (const DeviceError&) {
+        return false;
+    }
 }
 
 Begin begin_of(OpKind kind) {
@@ -69,6 +67,7 @@ DeviceRank::DeviceRank(const Shape& shape, int rank, uint64_t generation,
       can_mask_(can_mask),
       pid_(getpid()) {
     release_dropped();
+    const BesideCaptures beside;
     const int device = arena_->device();
     EP_CUDA(cudaSetDevice(device));
     int sms = 0;
@@ -128,7 +127,7 @@ DeviceRank::DeviceRank(const Shape& shape, int rank, uint64_t generation,
     header.life = static_cast<uint32_t>(Life::kAlive);
     EP_CUDA(
         cudaMemcpy(peers_[rank].control->data(), &header, sizeof(header), cudaMemcpyHostToDevice));
-    EP_CUDA(cudaDeviceSynchronize());
+    EP_CUDA(cudaStreamSynchronize(nullptr));  // what was set above, and by DeviceState and Rails
     const auto broken = [device, stream = static_cast<cudaStream_t>(probe_)] {
         return context_error(device, stream);
     };
@@ -298,6 +297,7 @@ bool DeviceRank::await_report(Flight& flight, std::chrono::milliseconds limit) {
             std::this_thread::yield();
             continue;
         }
+        const BesideCaptures beside;
         const cudaError_t state = cudaStreamQuery(flight.stream);
         if (state == cudaErrorNotReady) return false;
         EP_CUDA(state);
@@ -459,6 +459,7 @@ std::pair<uint64_t, uint64_t> DeviceRank::masked_and_seq() const {
 }
 
 void DeviceRank::unmask(uint64_t seq, uint64_t masked) {
+    const BesideCaptures beside;
     EP_CUDA(cudaSetDevice(arena_->device()));
     const auto probe = static_cast<cudaStream_t>(probe_);
     EP_CUDA(kernels::launch_unmask(small_view(), seq, masked, probe));
@@ -485,9 +486,10 @@ void DeviceRank::leave() {
         copies_.release();
         return;
     }
+    const BesideCaptures beside;
     cudaSetDevice(arena_->device());
     const auto end = std::chrono::steady_clock::now() + kGrace;
-    while (has_stream_ && cudaStreamQuery(last_stream_) == cudaErrorNotReady) {
+    while (has_stream_ && is_busy(last_stream_)) {
         if (std::chrono::steady_clock::now() > end) interrupt();
         std::this_thread::sleep_for(std::chrono::milliseconds(1));
     }

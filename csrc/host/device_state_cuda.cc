@@ -4,6 +4,7 @@
 
 #include "host/cuda_check.h"
 #include "host/device_state.h"
+#include "transport/beside_captures.h"
 
 namespace ep {
 
@@ -35,6 +36,7 @@ DeviceState::DeviceState(const Shape& shape, int rank, const std::vector<int32_t
     copy(layout_.arena, arenas.data());
     copy(layout_.arena_bytes, arena_bytes.data());
 
+    const BesideCaptures beside;
     EP_CUDA(cudaHostAlloc(reinterpret_cast<void**>(&page_), sizeof(HostPage), cudaHostAllocMapped));
     std::memset(static_cast<void*>(page_), 0, sizeof(HostPage));
     EP_CUDA(cudaHostGetDevicePointer(reinterpret_cast<void**>(&mapped_), page_, 0));
@@ -46,6 +48,7 @@ DeviceState::DeviceState(const Shape& shape, int rank, const std::vector<int32_t
 }
 
 DeviceState::~DeviceState() {
+    const BesideCaptures beside;
     cudaFree(data_);
     cudaFreeHost(page_);
 }

@@ -13,10 +13,14 @@ bool is_capturing(CUstream_st* stream);
 // none is captured.
 bool in_same_graph(CUstream_st* one, CUstream_st* other);
 
-// While the stream is captured: `kept` lives as long as the graph. Else nothing.
-void keep_in_graph(CUstream_st* stream, std::shared_ptr<void> kept);
+// While the stream is captured: `kept`, of the current device, lives as long as the graph. Else nothing.
+// CUDA forbids to free anything at a graph's end, so a thread of ours does it soon after. `arena`: whose
+// extent it is, which may ask for it earlier.
+void keep_in_graph(CUstream_st* stream, std::shared_ptr<void> kept, const void* arena = nullptr);
 
-// Lets go of what graphs that are gone have kept: CUDA forbids to free anything at their end.
+// Lets go of extents of a living arena that graphs which are gone have kept; frees no memory.
+void release_dropped(const void* arena);
+// Lets go of all that they have kept, and waits until that is free.
 void release_dropped();
 
 }  // namespace ep

@@ -2,6 +2,7 @@
 
 #include "host/cuda_check.h"
 #include "host/loopback_rails.h"
+#include "transport/beside_captures.h"
 
 namespace ep {
 namespace {
@@ -13,6 +14,7 @@ constexpr int kMaxWarps = 32;  // of a block
 std::shared_ptr<LoopbackRails> LoopbackRails::create(
     const RailShape& shape, int rank, std::vector<std::shared_ptr<DeviceMemory>> segments,
     int max_blocks) {
+    const BesideCaptures beside;
     EP_CUDA(cudaSetDevice(segments[rank]->device()));
     std::shared_ptr<LoopbackRails> rails(new LoopbackRails);
     rails->shape_ = shape;
@@ -32,7 +34,10 @@ std::shared_ptr<LoopbackRails> LoopbackRails::create(
     return rails;
 }
 
-LoopbackRails::~LoopbackRails() { cudaFree(data_); }
+LoopbackRails::~LoopbackRails() {
+    const BesideCaptures beside;
+    cudaFree(data_);
+}
 
 RailSetup LoopbackRails::setup() { return {shape_, &kernels_->table(), shared_from_this()}; }
 

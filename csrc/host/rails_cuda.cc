@@ -2,6 +2,7 @@
 
 #include "host/cuda_check.h"
 #include "host/rails.h"
+#include "transport/beside_captures.h"
 
 namespace ep {
 namespace {
@@ -15,6 +16,7 @@ Rails::Rails(const Shape& shape, int rank, RailSetup setup, int smem_bytes)
       max_tokens_(shape.max_tokens),
       rank_(rank),
       smem_bytes_(smem_bytes) {
+    const BesideCaptures beside;
     EP_CUDA(setup_.kernels->load(smem_bytes));
     const RailStateLayout layout(shape, setup_.shape);
     EP_CUDA(cudaMalloc(reinterpret_cast<void**>(&data_), layout.end + header_bytes()));
@@ -30,7 +32,10 @@ Rails::Rails(const Shape& shape, int rank, RailSetup setup, int smem_bytes)
                    words(layout.puts),     words(layout.coming)};
 }
 
-Rails::~Rails() { cudaFree(data_); }
+Rails::~Rails() {
+    const BesideCaptures beside;
+    cudaFree(data_);
+}
 
 int64_t Rails::log_bytes(const DispatchArgs& args, int64_t num_logged) {
     return int64_t{4} * RailLog{args.num_topk, args.with_weights}.words() * num_logged;
@@ -80,6 +85,7 @@ int Rails::refuse(const RankView& view, const Begin& begin, kernels::Stream stre
 }
 
 std::vector<uint64_t> Rails::counters() const {
+    const BesideCaptures beside;
     std::vector<uint64_t> values(static_cast<int>(RailCounter::kCount));
     EP_CUDA(cudaMemcpy(values.data(), view_.state.ever, 8 * values.size(), cudaMemcpyDeviceToHost));
     return values;

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <memory>
 
+#include "transport/beside_captures.h"
 #include "transport/nvshmem.h"
 
 namespace ep {
@@ -15,7 +16,10 @@ inline void check_cuda(int error, const char* call) {
 }
 
 struct FreeDevice {
-    void operator()(void* memory) const { cudaFree(memory); }
+    void operator()(void* memory) const {
+        const BesideCaptures beside;
+        cudaFree(memory);
+    }
 };
 template <class T>
 using OnDevice = std::unique_ptr<T, FreeDevice>;
@@ -23,6 +27,7 @@ using OnDevice = std::unique_ptr<T, FreeDevice>;
 // A copy of `from`, or zeros where that is null.
 template <class T>
 OnDevice<T> on_device(const T* from, size_t count) {
+    const BesideCaptures beside;
     void* memory = nullptr;
     check_cuda(cudaMalloc(&memory, count * sizeof(T)), "cudaMalloc");
     OnDevice<T> owned(static_cast<T*>(memory));

@@ -9,6 +9,8 @@
 #include <cerrno>
 #include <cstring>
 
+#include "transport/beside_captures.h"
+
 namespace ep {
 namespace {
 
@@ -122,9 +124,10 @@ void DeviceMemory::map_handle() {
     cu.check(cu.set_access(address, bytes_, &access, 1), "cuMemSetAccess");
 }
 
+// Nobody may wait for a whole device while some stream of it is captured.
 void DeviceMemory::zero() {
     check(cudaMemset(data_, 0, bytes_), "cudaMemset");
-    check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    check(cudaStreamSynchronize(nullptr), "cudaStreamSynchronize");
 }
 
 void DeviceMemory::make() {
@@ -152,6 +155,7 @@ void DeviceMemory::make_ipc() {
 }
 
 std::shared_ptr<DeviceMemory> DeviceMemory::create(int device, int64_t bytes, Kind kind) {
+    const BesideCaptures beside;
     use_device(device);
     const int64_t rounded = round_to_granularity(device, bytes);
     const auto start = [&](Kind with) {
@@ -182,6 +186,7 @@ void DeviceMemory::import(int fd) {
 }
 
 std::shared_ptr<DeviceMemory> DeviceMemory::map(int device, int fd, int64_t bytes) {
+    const BesideCaptures beside;
     use_device(device);
     IpcRecord record;
     const Kind kind = is_ipc(fd, record) ? Kind::kIpc : Kind::kVmm;
@@ -200,6 +205,7 @@ std::shared_ptr<DeviceMemory> DeviceMemory::map(int device, int fd, int64_t byte
 
 void DeviceMemory::drop() {
     if (kind_ != Kind::kVmm) return;
+    const BesideCaptures beside;
     const Driver& cu = the_driver();
     close_fd();
     if (mapped_) cu.check(cu.unmap(reinterpret_cast<CUdeviceptr>(data_), bytes_), "cuMemUnmap");
@@ -210,18 +216,21 @@ void DeviceMemory::drop() {
 
 void DeviceMemory::restore() {
     if (kind_ != Kind::kVmm || mapped_) return;
+    const BesideCaptures beside;
     use_device(device_);
     make();
 }
 
 void DeviceMemory::restore_from(int fd) {
     if (kind_ != Kind::kVmm || mapped_) return;
+    const BesideCaptures beside;
     use_device(device_);
     import(fd);
 }
 
 // Memory is freed when the last rank has let go of it; nothing here may throw.
 DeviceMemory::~DeviceMemory() {
+    const BesideCaptures beside;
     close_fd();
     if (kind_ == Kind::kIpc) {
         if (data_ != nullptr) is_own_ ? cudaFree(data_) : cudaIpcCloseMemHandle(data_);

@@ -6,6 +6,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "transport/beside_captures.h"
+
 namespace ep {
 namespace {
 
@@ -100,8 +102,9 @@ NvshmemSegment NvshmemWorld::allocate(int64_t bytes) {
 }
 
 void NvshmemWorld::clear(const NvshmemSegment& segment) {
+    const BesideCaptures beside;
     check(cudaMemset(segment.data, 0, static_cast<size_t>(segment.bytes)), "cudaMemset");
-    check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    check(cudaStreamSynchronize(nullptr), "cudaStreamSynchronize");
 }
 
 void NvshmemWorld::leave() {

@@ -9,6 +9,7 @@ and `combine` never touch the host: what goes wrong in them is raised by the nex
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import math
 import time
@@ -185,7 +186,8 @@ class NvlinkBackend:
         with torch.cuda.stream(self.aside):
             yield
             if not _core.is_capturing(self.stream()):
-                self._in_flight = [(e, w) for e, w in self._in_flight if not e.query()]
+                with _core.BesideCaptures():
+                    self._in_flight = [(e, w) for e, w in self._in_flight if not e.query()]
                 self._in_flight.append((self.aside.record_event(), work))
 
     def when_over(self) -> Callable[[], bool]:
@@ -193,7 +195,12 @@ class NvlinkBackend:
         if _core.is_capturing(self.stream()):
             return lambda: False
         event = self.aside.record_event()
-        return lambda: bool(event.query())
+
+        def is_over() -> bool:
+            with _core.BesideCaptures():
+                return bool(event.query())
+
+        return is_over
 
     def is_over(self, work: Dispatch) -> None:
         """The sizes of a begun dispatch have been read."""
@@ -225,7 +232,7 @@ class NvlinkBackend:
         """Wait for a stream so that signals are seen; one that raises ends the communicator."""
         event = stream.record_event()
         try:
-            with self.cuda_faults():
+            with self.cuda_faults(), _core.BesideCaptures():
                 while not event.query():
                     time.sleep(50e-6)
         except BaseException:
@@ -422,6 +429,7 @@ def connect_backend(
     Args:
         near: the ranks that map each other's memory, ours among them; None: all.
     """
+    _core.release_dropped()  # a closed buffer's, when its graphs have gone since
     kind = kind_of_memory(spec.device.index or 0, group.rank)
     ranks_on_device = sum(h.same_gpu(hellos[group.rank]) for h in hellos)
     size = default_arena_bytes(spec, ranks_on_device) if arena_bytes is None else arena_bytes
@@ -444,6 +452,10 @@ def connect_backend(
         return backend
     except BaseException:
         memory.close()
+        if backend is not None:  # another rank has none
+            backend.close()
+            backend = None
+            gc.collect()  # its parts know each other, and the arena
         raise
 
 

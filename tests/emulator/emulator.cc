@@ -368,7 +368,17 @@ void run_grid(int blocks, int threads, size_t smem_bytes, const std::function<vo
 
 // ---- the runtime ----
 
+struct CUuserObject_st {
+    void* data;
+    void (*destroy)(void*);
+};
+struct CUgraph_st {
+    std::mutex mutex;
+    std::vector<CUuserObject_st*> kept;
+};
+
 struct CUstream_st {
+    std::atomic<CUgraph_st*> capture = nullptr;
     std::mutex mutex;
     std::condition_variable changed;
     std::deque<std::function<void()>> work;
@@ -431,22 +441,63 @@ CUstream_st* stream_of(cudaStream_t stream) {
     return stream != nullptr ? stream : null_stream;
 }
 
+std::atomic<int> num_captures;
+thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
+thread_local bool ends_graph = false;
+
+void may_call() {
+    if (ends_graph) emulator::die("a user object calls CUDA at its end");
+}
+// What is not for captures in global mode, by any thread but those in relaxed mode.
+void may_call_unsafe() {
+    may_call();
+    if (num_captures > 0 && capture_mode != cudaStreamCaptureModeRelaxed) {
+        emulator::die("a call ends a capture");
+    }
+}
+void may_ask(cudaStream_t stream) {
+    may_call_unsafe();
+    if (stream_of(stream)->capture != nullptr) emulator::die("a stream is asked that is captured");
+}
+
+std::atomic<int> static_shared = 2048;  // as much as plans reckon with
+std::mutex kernels_mutex;
+std::map<const void*, int> dynamic_shared_bytes;  // that kernels may have
+
 }  // namespace
 
 namespace emulator {
 void queue(cudaStream_t stream, std::function<void()> work) {
-    stream_of(stream)->push(std::move(work));
+    may_call();
+    if (stream_of(stream)->capture == nullptr) stream_of(stream)->push(std::move(work));
+}
+void set_static_shared(int bytes) { static_shared = bytes; }
+bool may_launch(const void* kernel, const cudaLaunchConfig_t& grid) {
+    constexpr size_t kDefault = 48 * 1024;
+    std::lock_guard lock(kernels_mutex);
+    const auto found = dynamic_shared_bytes.find(kernel);
+    const size_t most = found == dynamic_shared_bytes.end() ? kDefault : found->second;
+    return grid.blockDim <= 1024 && grid.dynamicSmemBytes <= most;
 }
 }  // namespace emulator
 
 const char* cudaGetErrorString(cudaError_t) { return "an error of the emulator"; }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
-cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+cudaError_t cudaSetDevice(int) {
+    may_call();
+    return cudaSuccess;
+}
+cudaError_t cudaGetDevice(int* device) {
+    *device = 0;
+    return cudaSuccess;
+}
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-    *value = attribute == cudaDevAttrMultiProcessorCount ? 132 : 227 * 1024;
+    *value = attribute == cudaDevAttrMultiProcessorCount ? 132 : emulator::kSharedBytes;
     return cudaSuccess;
 }
 cudaError_t cudaDeviceSynchronize() {
+    may_call_unsafe();
+    if (num_captures > 0) emulator::die("a device is waited for that has a captured stream");
     std::vector<CUstream_st*> all;
     {
         std::lock_guard lock(streams_mutex);
@@ -457,10 +508,12 @@ cudaError_t cudaDeviceSynchronize() {
     return cudaSuccess;
 }
 cudaError_t cudaMalloc(void** memory, size_t bytes) {
+    may_call_unsafe();
     *memory = std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
     return cudaSuccess;
 }
 cudaError_t cudaFree(void* memory) {
+    may_call_unsafe();
     std::free(memory);
     return cudaSuccess;
 }
@@ -473,10 +526,12 @@ cudaError_t cudaHostGetDevicePointer(void** device, void* host, unsigned) {
     return cudaSuccess;
 }
 cudaError_t cudaMemset(void* memory, int value, size_t bytes) {
+    may_call_unsafe();
     std::memset(memory, value, bytes);
     return cudaSuccess;
 }
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+    may_call_unsafe();
     std::memcpy(to, from, bytes);
     return cudaSuccess;
 }
@@ -486,12 +541,14 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
     return cudaSuccess;
 }
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+    may_call_unsafe();
     *stream = new CUstream_st;
     std::lock_guard lock(streams_mutex);
     streams.insert(*stream);
     return cudaSuccess;
 }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+    may_call_unsafe();
     {
         std::lock_guard lock(streams_mutex);
         streams.erase(stream);
@@ -500,17 +557,21 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
     return cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+    may_ask(stream);
     stream_of(stream)->join();
     return cudaSuccess;
 }
 cudaError_t cudaStreamQuery(cudaStream_t stream) {
+    may_ask(stream);
     return stream_of(stream)->idle() ? cudaSuccess : cudaErrorNotReady;
 }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+    may_call_unsafe();
     *event = new CUevent_st;
     return cudaSuccess;
 }
 cudaError_t cudaEventDestroy(cudaEvent_t event) {
+    may_call_unsafe();
     delete event;
     return cudaSuccess;
 }
@@ -541,20 +602,60 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
     });
     return cudaSuccess;
 }
-cudaError_t cudaStreamGetCaptureInfo(cudaStream_t, cudaStreamCaptureStatus* status,
-                                     unsigned long long*, cudaGraph_t*, void*, void*, size_t*) {
-    *status = cudaStreamCaptureStatusNone;
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus* status,
+                                     unsigned long long*, cudaGraph_t* graph, void*, void*,
+                                     size_t*) {
+    *graph = stream_of(stream)->capture;
+    *status = *graph != nullptr ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
     return cudaSuccess;
 }
-cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
-cudaError_t cudaUserObjectCreate(cudaUserObject_t*, void*, void (*)(void*), unsigned, unsigned) {
-    return cudaErrorInvalidValue;
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+    may_call();
+    std::swap(capture_mode, *mode);
+    return cudaSuccess;
 }
-cudaError_t cudaGraphRetainUserObject(cudaGraph_t, cudaUserObject_t, unsigned, unsigned) {
-    return cudaErrorInvalidValue;
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode) {
+    if (mode != cudaStreamCaptureModeGlobal) return cudaErrorInvalidValue;
+    stream_of(stream)->capture = new CUgraph_st;
+    ++num_captures;
+    return cudaSuccess;
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+    *graph = stream_of(stream)->capture.exchange(nullptr);
+    --num_captures;
+    return cudaSuccess;
+}
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+    std::thread([graph] {
+        ends_graph = true;
+        for (CUuserObject_st* object : graph->kept) {
+            object->destroy(object->data);
+            delete object;
+        }
+        delete graph;
+    }).detach();
+    return cudaSuccess;
+}
+cudaError_t cudaUserObjectCreate(cudaUserObject_t* object, void* data, void (*destroy)(void*),
+                                 unsigned, unsigned) {
+    *object = new CUuserObject_st{data, destroy};
+    return cudaSuccess;
+}
+cudaError_t cudaGraphRetainUserObject(cudaGraph_t graph, cudaUserObject_t object, unsigned,
+                                      unsigned) {
+    std::lock_guard lock(graph->mutex);
+    graph->kept.push_back(object);
+    return cudaSuccess;
 }
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
-    attributes->sharedSizeBytes = 0;
+    may_call_unsafe();
+    attributes->sharedSizeBytes = static_shared;
     return cudaSuccess;
 }
-cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
+    may_call_unsafe();
+    if (value + static_shared > emulator::kSharedBytes) return cudaErrorInvalidValue;
+    std::lock_guard lock(kernels_mutex);
+    dynamic_shared_bytes[kernel] = value;
+    return cudaSuccess;
+}

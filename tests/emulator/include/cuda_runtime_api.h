@@ -1,5 +1,6 @@
 // As much of the CUDA runtime as csrc/host uses, over host memory: a stream is a thread that does one
-// thing after the other. Nothing is ever captured.
+// thing after the other. A graph holds its user objects and no work: what is queued while a stream is
+// captured is forgotten. A call that would end somebody's capture ends the program.
 #pragma once
 
 #include "emulator.h"
@@ -7,7 +8,11 @@
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorNotReady = 600 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToDevice, cudaMemcpyDeviceToHost };
-enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed };
+enum cudaStreamCaptureMode {
+    cudaStreamCaptureModeGlobal,
+    cudaStreamCaptureModeThreadLocal,
+    cudaStreamCaptureModeRelaxed,
+};
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaLaunchAttributeID { cudaLaunchAttributeProgrammaticStreamSerialization };
@@ -39,6 +44,7 @@ struct cudaLaunchConfig_t {
 const char* cudaGetErrorString(cudaError_t error);
 cudaError_t cudaGetLastError();
 cudaError_t cudaSetDevice(int device);
+cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaDeviceSynchronize();
 cudaError_t cudaMalloc(void** memory, size_t bytes);
@@ -62,6 +68,10 @@ cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatu
                                      unsigned long long* id, cudaGraph_t* graph, void* nodes,
                                      void* edges, size_t* count);
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode);
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode);  // Global
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph);
+cudaError_t cudaGraphDestroy(
+    cudaGraph_t graph);  // user objects go later, in a thread that may call nothing
 cudaError_t cudaUserObjectCreate(cudaUserObject_t* object, void* data, void (*destroy)(void*),
                                  unsigned count, unsigned flags);
 cudaError_t cudaGraphRetainUserObject(cudaGraph_t graph, cudaUserObject_t object, unsigned count,
@@ -71,6 +81,10 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
 
 namespace emulator {
 
+constexpr int kSharedBytes = 227 * 1024;  // of a block
+// Of these, what every kernel that is loaded from now on has by itself.
+void set_static_shared(int bytes);
+bool may_launch(const void* kernel, const cudaLaunchConfig_t& grid);
 // Queues work on a stream, as a kernel.
 void queue(cudaStream_t stream, std::function<void()> work);
 // Runs a grid to its end.
@@ -81,6 +95,9 @@ void run_grid(int blocks, int threads, size_t smem_bytes, const std::function<vo
 template <class... Params>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
                                std::type_identity_t<Params>... args) {
+    if (!emulator::may_launch(reinterpret_cast<const void*>(kernel), *config)) {
+        return cudaErrorInvalidValue;
+    }
     emulator::queue(config->stream, [grid = *config, kernel, args...] {
         emulator::run_grid(static_cast<int>(grid.gridDim), static_cast<int>(grid.blockDim),
                            grid.dynamicSmemBytes, [&] { kernel(args...); });

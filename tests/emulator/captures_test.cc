@@ -1,0 +1,125 @@
+// What graphs keep, how long, and that nothing of ours ends a capture: the emulator ends the program where
+// CUDA would end one.
+#include <cuda_runtime_api.h>
+
+#include <chrono>
+#include <memory>
+#include <thread>
+
+#include "host/graph_hold.h"
+#include "world.h"
+
+namespace {
+
+using namespace world;
+using Clock = std::chrono::steady_clock;
+
+Case alone() {
+    Case c;
+    c.ranks = 1;
+    c.is_static = true;
+    return c;
+}
+
+void begin_capture(World& w) {
+    cudaStreamBeginCapture(w.ranks[0].stream, cudaStreamCaptureModeGlobal);
+}
+
+cudaGraph_t end_capture(World& w) {
+    cudaGraph_t graph = nullptr;
+    cudaStreamEndCapture(w.ranks[0].stream, &graph);
+    return graph;
+}
+
+void dispatch(World& w) { w.queue(0, w.args_of(0), false); }
+
+cudaGraph_t captured(World& w) {
+    begin_capture(w);
+    dispatch(w);
+    w.ranks[0].flight.reset();
+    return end_capture(w);
+}
+
+// Within ten seconds.
+template <class Is>
+bool becomes(Is is) {
+    const auto end = Clock::now() + std::chrono::seconds(10);
+    while (!is()) {
+        if (Clock::now() > end) return false;
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    return true;
+}
+
+// The last graph of a closed buffer ends, and the next capture begins at once.
+void run_graph_of_closed_buffer() {
+    World next(alone());
+    std::weak_ptr<DeviceMemory> memory;
+    cudaGraph_t graph = nullptr;
+    {
+        World closed(alone());
+        memory = closed.peers[0].arena;
+        graph = captured(closed);
+    }
+    expect(!memory.expired(), "a graph keeps the memory its replays touch");
+    begin_capture(next);
+    cudaGraphDestroy(graph);
+    const bool gone = becomes([&] {
+        dispatch(next);
+        next.ranks[0].flight.reset();
+        return memory.expired();
+    });
+    expect(gone, "memory of a graph that is gone");
+    cudaGraphDestroy(end_capture(next));
+}
+
+void run_extents_come_back() {
+    World w(alone());
+    const DeviceArena& arena = *w.ranks[0].arena;
+    cudaGraph_t graph = captured(w);
+    expect(arena.in_use() > 0, "a graph keeps its extents");
+    cudaGraphDestroy(graph);
+    const bool back = becomes([&] {
+        w.ranks[0].arena->reclaim(w.ranks[0].stream);
+        return arena.in_use() == 0;
+    });
+    expect(back, "extents of a graph that is gone");
+}
+
+// Ranks come and go while another stream is captured.
+void run_ranks_beside_a_capture() {
+    World w(alone()), other(alone());
+    begin_capture(other);
+    Rank& r = w.ranks[0];
+    r.device.reset();
+    r.arena = std::make_shared<DeviceArena>(w.peers[0].arena);
+    r.device = std::make_unique<DeviceRank>(w.shape, 0, 2, w.owner, w.peers, r.arena,
+                                            PeerClocks{5, 5, 5}, 16, [](OpKind, int, double) {});
+    w.peers.clear();
+    w.queue(0, w.args_of(0), true);
+    while (!r.device->await_report(*r.flight, std::chrono::milliseconds(0))) {
+    }
+    expect_eq(code_of(r), int{kOk});
+    cudaGraphDestroy(end_capture(other));
+}
+
+// A buffer is closed whose last call is being captured.
+void run_close_in_its_capture() {
+    World w(alone());
+    begin_capture(w);
+    dispatch(w);
+    w.ranks[0].flight.reset();
+    w.ranks[0].device.reset();
+    cudaGraphDestroy(end_capture(w));
+}
+
+}  // namespace
+
+int main() {
+    test("a graph of a closed buffer ends in a capture", run_graph_of_closed_buffer);
+    test("extents of a graph come back", run_extents_come_back);
+    test("ranks come and go beside a capture", run_ranks_beside_a_capture);
+    test("a buffer is closed in its own capture", run_close_in_its_capture);
+    release_dropped();
+    return finish();
+}
