@@ -119,6 +119,11 @@ def main() -> None:
         print("ok three buffers", third.stats()["rails"], flush=True)
     second.close()
     third.close()
+    # Rows that a block has little shared memory for.
+    wide = me.case(hidden=7168, options=FP8)
+    fourth = me.buffer(wide)
+    me.check(fourth, wide)
+    fourth.close()
     dist.barrier()
     from ep_comm.backends import nvshmem
 

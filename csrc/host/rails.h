@@ -64,7 +64,8 @@ private:
     RailView view_;
     std::byte *data_ = nullptr, *blank_ = nullptr;
     const int64_t max_tokens_;
-    const int rank_, smem_bytes_;
+    const int rank_;
+    kernels::RailRoom room_;
 };
 
 }  // namespace ep

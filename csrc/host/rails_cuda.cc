@@ -12,12 +12,9 @@ int64_t header_bytes() { return (int64_t{sizeof(ControlHeader)} + 127) / 128 * 1
 }  // namespace
 
 Rails::Rails(const Shape& shape, int rank, RailSetup setup, int smem_bytes)
-    : setup_(std::move(setup)),
-      max_tokens_(shape.max_tokens),
-      rank_(rank),
-      smem_bytes_(smem_bytes) {
+    : setup_(std::move(setup)), max_tokens_(shape.max_tokens), rank_(rank) {
     const BesideCaptures beside;
-    EP_CUDA(setup_.kernels->load(smem_bytes));
+    EP_CUDA(setup_.kernels->load(smem_bytes, room_));
     const RailStateLayout layout(shape, setup_.shape);
     EP_CUDA(cudaMalloc(reinterpret_cast<void**>(&data_), layout.end + header_bytes()));
     EP_CUDA(cudaMemset(data_, 0, layout.end + header_bytes()));
@@ -56,8 +53,8 @@ RailView Rails::view_of(const DispatchJob& job, int32_t* log) const {
 
 int Rails::dispatch(const DispatchJob& job, int32_t* log, const LaunchPlan& plan,
                     kernels::Stream stream) const {
-    return setup_.kernels->dispatch(setup_.kernels->rail, job, view_of(job, log), plan, smem_bytes_,
-                                    stream);
+    return setup_.kernels->dispatch(setup_.kernels->rail, job, view_of(job, log), plan,
+                                    room_.dispatch, stream);
 }
 
 int Rails::direct_dispatch(const DispatchJob& job, int32_t* log, Half half, int num_blocks,
@@ -77,7 +74,7 @@ int Rails::combine(const CombineJob& job, const LaunchPlan& plan, kernels::Strea
     view.log = job.args.rail_log;
     view.num_logged = job.args.num_logged;
     view.log_has_weights = job.args.log_has_weights;
-    return setup_.kernels->combine(setup_.kernels->rail, job, view, plan, smem_bytes_, stream);
+    return setup_.kernels->combine(setup_.kernels->rail, job, view, plan, room_.combine, stream);
 }
 
 int Rails::refuse(const RankView& view, const Begin& begin, kernels::Stream stream) const {

@@ -212,7 +212,10 @@ constexpr DispatchKernel kMoveKernel = dispatch_kernel<Verbatim, Phase::kMove>;
 
 // Of a batch that keeps the link busy for long.
 constexpr int64_t kManyBytes = int64_t{16} << 20;
-constexpr int kFixedBytes = 2048;  // shared memory that is not dynamic
+constexpr int kFixedBytes = 2048;     // shared memory that is not dynamic
+constexpr int kReservedBytes = 1024;  // of these, what CUDA has for itself
+static_assert(sizeof(uint64_t) * Verbatim::kMaxMovers + sizeof(Entering) + 64 + kReservedBytes <=
+              kFixedBytes);
 
 int64_t source_bytes(const DispatchArgs& a) { return a.hidden * dtype_bytes(a.dtype); }
 

@@ -22,6 +22,7 @@
 #include "kernels/enter.cuh"
 #include "kernels/launch.cuh"
 #include "kernels/outputs.cuh"
+#include "kernels/rail_kernels.h"
 #include "kernels/rail_notice.cuh"
 #include "kernels/rail_sums.cuh"
 #include "kernels/rail_tables.cuh"
@@ -279,12 +280,10 @@ HybridCombineKernel<R> hybrid_combine_for(DType dtype) {
 
 // ---- how wide ----
 
+// `smem_bytes`: of a block, dynamic.
 inline HybridGroups divide_groups(const CombineArgs& a, int num_ranks, int tables_end,
                                   int smem_bytes) {
     // Rows in equal pieces; as many groups as there are warps for, half of them for other nodes.
-    constexpr int kFixed =
-        kMaxGroups * kMaxStages * (2 * 8 + static_cast<int>(sizeof(Piece) + sizeof(Handover))) +
-        static_cast<int>(sizeof(Entering)) + 1024;
     const int64_t row_bytes = std::max<int64_t>(a.row_bytes(), 16);
     const int64_t pieces = (row_bytes + kMaxPieceBytes - 1) / kMaxPieceBytes;
     const auto piece = static_cast<int>((row_bytes / 16 + pieces - 1) / pieces * 16);
@@ -295,7 +294,7 @@ inline HybridGroups divide_groups(const CombineArgs& a, int num_ranks, int table
     g.piece_bytes = (piece + 127) / 128 * 128;
     g.sources = tables_end;
     g.rings = (tables_end + static_cast<int>(sizeof(Source)) * num_ranks + 127) / 128 * 128;
-    const int room = smem_bytes - kFixed - g.rings;
+    const int room = smem_bytes - g.rings;
     g.num_stages = std::clamp(room / (g.count * g.piece_bytes), 1, kMaxStages);
     return g;
 }
@@ -327,10 +326,10 @@ int launch_hybrid_combine(const R& rail, const CombineJob& job, RailView rails,
 }
 
 template <device::Rail R>
-int load_hybrid_combine(int smem_bytes) {
+int load_hybrid_combine(int smem_bytes, RailRoom& room) {
     for (const DType dtype : {DType::kBF16, DType::kF16, DType::kF32}) {
         const auto kernel = reinterpret_cast<const void*>(hybrid_combine_for<R>(dtype));
-        if (const int error = load_kernel(kernel, smem_bytes)) return error;
+        if (const int error = load_kernel(kernel, smem_bytes, &room.combine)) return error;
     }
     return 0;
 }

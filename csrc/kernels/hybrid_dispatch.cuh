@@ -5,7 +5,7 @@
 // over the rails. Then the warps of a block divide: movers take its tokens to rows on the own node and into
 // the rings of its channel, forwarders empty the rings of the other nodes; one concludes.
 //
-// defines: HybridDispatch, launch_hybrid_dispatch, load_hybrid_dispatch
+// defines: HybridDispatch, spread_dispatch, grid_of, launch_hybrid_dispatch, load_hybrid_dispatch
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -28,6 +28,7 @@
 #include "kernels/mover.cuh"
 #include "kernels/origins.cuh"
 #include "kernels/pad.cuh"
+#include "kernels/rail_kernels.h"
 #include "kernels/rail_notice.cuh"
 #include "kernels/rail_out.cuh"
 #include "kernels/rail_tables.cuh"
@@ -285,11 +286,10 @@ inline int stage_of(const DispatchArgs& a) {
     return static_cast<int>((stage + 127) / 128 * 128);
 }
 
-// `num_warps`: at most, 0 = as many as there is room for.
+// `num_warps`: at most, 0 = as many as there is room for. `smem_bytes`: of a block, dynamic.
 template <device::Rail R>
 HybridDispatch<R> spread_dispatch(const R& rail, const DispatchJob& job, const RailView& rails,
                                   int num_warps, int smem_bytes) {
-    constexpr int kFixedBytes = 2048;  // shared memory that is not dynamic
     const int stage = stage_of(job.args);
     const auto divided = [&](int warps) {
         const int forwarders = std::max(warps / 2, 1), movers = std::max(warps - forwarders, 1);
@@ -298,11 +298,17 @@ HybridDispatch<R> spread_dispatch(const R& rail, const DispatchJob& job, const R
         return HybridDispatch<R>{job, spread, rails, own, parcel_of(job.args, rails.shape), rail};
     };
     int warps = num_warps > 0 ? std::min(num_warps, kMaxHybridWarps) - 1 : kMaxHybridWarps - 1;
-    while (warps > 2 &&
-           divided(warps).rail_spread.end + int64_t{warps} * stage + kFixedBytes > smem_bytes) {
+    while (warps > 2 && divided(warps).rail_spread.end + int64_t{warps} * stage > smem_bytes) {
         --warps;
     }
     return divided(warps);
+}
+
+template <device::Rail R>
+Grid grid_of(const HybridDispatch<R>& h) {
+    const int stages = h.num_movers() + h.num_forwarders();
+    return {h.rails.num_blocks, 32 * h.num_warps(),
+            h.rail_spread.end + stages * h.spread.stage_bytes};
 }
 
 template <device::Rail R>
@@ -314,21 +320,18 @@ int launch_hybrid_dispatch(const R& rail, DispatchJob job, RailView rails, const
     job.tokens_per_chunk = rails.tokens_per_block =
         static_cast<int>((job.args.num_tokens + kLess + blocks - 1) / blocks);
     const HybridDispatch<R> h = spread_dispatch(rail, job, rails, plan.num_warps, smem_bytes);
-    const int stages = h.num_movers() + h.num_forwarders();
-    const Grid grid{blocks, 32 * h.num_warps(), h.rail_spread.end + stages * h.spread.stage_bytes};
-    return launch(hybrid_dispatch_for<R>(job.args.quantize, job.args.dtype), grid, stream, h);
+    return launch(hybrid_dispatch_for<R>(job.args.quantize, job.args.dtype), grid_of(h), stream, h);
 }
 
 template <device::Rail R>
-int load_hybrid_dispatch(int smem_bytes) {
+int load_hybrid_dispatch(int smem_bytes, RailRoom& room) {
     for (const HybridDispatchKernel<R> kernel :
          {hybrid_dispatch_for<R>(Quantize::kNone, DType::kBF16),
           hybrid_dispatch_for<R>(Quantize::kFp8, DType::kBF16),
           hybrid_dispatch_for<R>(Quantize::kFp8, DType::kF16),
           hybrid_dispatch_for<R>(Quantize::kFp8, DType::kF32)}) {
-        if (const int error = load_kernel(reinterpret_cast<const void*>(kernel), smem_bytes)) {
-            return error;
-        }
+        const auto address = reinterpret_cast<const void*>(kernel);
+        if (const int error = load_kernel(address, smem_bytes, &room.dispatch)) return error;
     }
     return 0;
 }

@@ -5,6 +5,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
+
 #include "kernels/launch.h"
 
 namespace ep::kernels {
@@ -36,11 +38,13 @@ int launch(void (*kernel)(Params...), const Grid& grid, Stream stream, const Arg
     return launch_dependent(kernel, grid, false, stream, args...);
 }
 
-// Loads a kernel and lets it have all the shared memory of a block.
-inline int load_kernel(const void* kernel, int smem_bytes) {
+// Loads a kernel and lets it have all the shared memory of a block. `least`: becomes what is left for
+// dynamic memory, when that is less: only the loaded kernel tells, as its linker may have added to it.
+inline int load_kernel(const void* kernel, int smem_bytes, int* least = nullptr) {
     cudaFuncAttributes attributes;
     if (const int error = cudaFuncGetAttributes(&attributes, kernel)) return error;
     const int dynamic = smem_bytes - static_cast<int>(attributes.sharedSizeBytes);
+    if (least != nullptr) *least = std::min(*least, dynamic);
     return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, dynamic);
 }
 

@@ -19,10 +19,13 @@ template <device::Rail R>
 RailKernels rail_kernels(const R* rail) {
     RailKernels table{};
     table.rail = rail;
-    table.load = [](int smem_bytes) {
+    table.load = [](int smem_bytes, RailRoom& room) {
+        room = {smem_bytes, smem_bytes};
+        for (const auto load : {load_hybrid_dispatch<R>, load_hybrid_combine<R>}) {
+            if (const int error = load(smem_bytes, room)) return error;
+        }
         for (const auto load :
-             {load_hybrid_dispatch<R>, load_hybrid_combine<R>, load_hybrid_refuse<R>,
-              load_staged_dispatch<Far<R>>, load_staged_combine<Far<R>>}) {
+             {load_hybrid_refuse<R>, load_staged_dispatch<Far<R>>, load_staged_combine<Far<R>>}) {
             if (const int error = load(smem_bytes)) return error;
         }
         return 0;

@@ -8,12 +8,18 @@
 
 namespace ep::kernels {
 
+// Shared memory that a block of dispatch and of combine may have beside what its kernel has by itself.
+struct RailRoom {
+    int dispatch = 0, combine = 0;
+};
+
 // As in kernels/launch.h: each returns a cudaError_t as an int, 0 = launched; none waits, allocates or loads
-// a module, but `load`. `smem_bytes` is what one block may have.
+// a module, but `load`.
 struct RailKernels {
     const void* rail;  // the device's rail, which goes into every launch
 
-    int (*load)(int smem_bytes);
+    // `smem_bytes` is what one block may have; of `room` a call gets what is its own.
+    int (*load)(int smem_bytes, RailRoom& room);
     // plan: num_blocks; num_warps of a block, 0 = as many as there is room for.
     int (*dispatch)(const void* rail, const DispatchJob& job, const RailView& rails,
                     const LaunchPlan& plan, int smem_bytes, Stream stream);

@@ -53,6 +53,8 @@ class NvlinkBackend:
     name = "nvlink"
     fills = frozenset({"recv_stats", "wait_stats"})
     outputs_type: type[Outputs] = Outputs
+    # A row that is quantized on the way lies whole in the shared memory of an SM, with its scales.
+    max_quantized_bytes = 192 << 10
 
     def __init__(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,9 +19,6 @@ from ep_comm.received import Promised, Received
 
 if TYPE_CHECKING:
     from ep_comm.backends.nvlink import NvlinkBackend
-
-# A row that is quantized on the way lies whole in the shared memory of an SM, with its scales.
-_MAX_QUANTIZED_BYTES: Final = 192 << 10
 
 
 class Begun:
@@ -155,9 +152,9 @@ class Dispatch(calls.Dispatch):
                 "E203", "rejected sync=True: want sync=False while a graph is captured"
             )
         row_bytes = backend.spec.hidden * call.x.itemsize + 4 * call.scale_words
-        if call.quantize is not None and row_bytes > _MAX_QUANTIZED_BYTES:
-            what = f"rejected hidden={backend.spec.hidden}: want rows <= {_MAX_QUANTIZED_BYTES} B"
-            raise make_error("E211", f"{what} with quantize= and backend 'nvlink'")
+        if call.quantize is not None and row_bytes > (most := backend.max_quantized_bytes):
+            what = f"rejected hidden={backend.spec.hidden}: want rows <= {most} B"
+            raise make_error("E211", f"{what} with quantize= and backend {backend.name!r}")
         self.given: dict[_core.Out, Tensor] = {}
         super().__init__(backend.spec, call)
         self._settled = False

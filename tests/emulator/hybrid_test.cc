@@ -121,6 +121,15 @@ int main(int argc, char** argv) {
     });
     test("weights that are summed",
          [] { run_on_cluster({}, [](Case& c) { c.sum_weights = true; }); });
+    test("quantized, beside shared memory that a linker has added", [] {
+        emulator::set_static_shared(9584);
+        run(with(cluster(2, 1), [](Case& c) {
+            c.tokens = {2, 1};
+            c.hidden = 7040, c.quantize = Quantize::kFp8, c.num_warps = 0, c.weights = false;
+            c.trouble.clear();
+        }));
+        emulator::set_static_shared(2048);
+    });
     test("scales in units, and not", [] {
         run_on_cluster({}, [](Case& c) { c.scale_words = 4; });
         run_on_cluster({}, [](Case& c) { c.scale_words = 3; });
