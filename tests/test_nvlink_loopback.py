@@ -211,6 +211,10 @@ CASES = {
     "nobody-sends": Case(tokens=(0, 0, 0, 0)),
     "all-minus-one": Case(ids="none"),
     "all-to-one-expert": Case(ids="one"),
+    "all-to-one-expert-grouped": Case(ids="one", tokens=(40,) * 4, options=GROUPED),
+    "all-to-one-expert-row-index": Case(
+        ids="one", tokens=(40,) * 4, options={"row_index": True, "alignment": 8}
+    ),
     "map-of-experts": Case(expert_map=(3, 1, 0, 0, 3, 1, 1, 3, 0, 3)),
     "fp32": Case(dtype=torch.float32),
     "fp16-hidden-8": Case(dtype=torch.float16, hidden=8),

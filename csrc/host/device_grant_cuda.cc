@@ -47,8 +47,7 @@ std::vector<Part> parts_of(const DispatchArgs& a, const DispatchWants& wants, co
     if (wants.row_index && a.index_capacity >= 0) {
         beside(Out::kRowIndex, 0, 0, 4 * a.index_capacity);
     } else if (wants.row_index) {
-        const int64_t each = std::min(a.num_topk, num_local);
-        beside(Out::kRowIndex, 0, 4 * each, int64_t{4} * num_local * (a.alignment - 1));
+        beside(Out::kRowIndex, 0, 4 * a.num_topk, int64_t{4} * num_local * (a.alignment - 1));
     }
     if (!wants.grants_all) return parts;
     const int64_t ranks = shape.num_ranks;
@@ -94,9 +93,10 @@ bool DeviceRank::grant(Flight& flight, const DispatchWants& wants) {
     const int64_t worst = int64_t{shape_.num_ranks} * shape_.max_tokens;
     const bool compact = args.layout == RecvLayout::kCompact;
     const bool grouped = args.layout == RecvLayout::kGrouped;
-    const int64_t each = grouped ? std::min(args.num_topk, num_local) : 1;  // rows of a token
+    const int64_t most = grouped ? args.num_topk : 1;                       // rows of a token
+    const int64_t each = grouped ? std::min(args.num_topk, num_local) : 1;  // of distinct experts
     const int64_t padding = compact ? 0 : int64_t{num_local} * (args.alignment - 1);
-    int64_t tokens = worst, rows = worst * each + padding;
+    int64_t tokens = worst, rows = worst * most + padding;
     if (args.cached) {
         tokens = wants.max_recv, rows = wants.max_rows;
     } else if (args.capacity >= 0) {
@@ -104,21 +104,27 @@ bool DeviceRank::grant(Flight& flight, const DispatchWants& wants) {
         if (compact) tokens = std::min(worst, args.capacity);
     }
     if (take_extents(flight, rows, tokens)) return true;
+    const bool has_size = args.cached || args.is_static;
+    const int64_t distinct = std::min(rows, worst * each + padding);
+    if (!has_size && distinct < rows && take_extents(flight, distinct, tokens)) {
+        flight.job.begin.head.grant.free_pages =
+            static_cast<uint32_t>(arena_->stats().largest_free / kExtentAlign);
+        return true;
+    }
     if (wants.grants_all) return false;
 
     // As many tokens as one free piece holds with all that belongs to them.
     const int64_t free = arena_->reclaim(flight.stream);
-    const bool has_size = args.cached || args.is_static;
     const auto rows_for = [&](int64_t n) {
         return args.layout == RecvLayout::kSlab ? rows : std::min(rows, n * each + padding);
     };
     int64_t some = 0;
-    for (int64_t most = has_size ? 0 : tokens; some < most;) {
-        const int64_t middle = (some + most + 1) / 2;
+    for (int64_t end = has_size ? 0 : tokens; some < end;) {
+        const int64_t middle = (some + end + 1) / 2;
         if (bytes_of(flight.parts, rows_for(middle), middle) <= free) {
             some = middle;
         } else {
-            most = middle - 1;
+            end = middle - 1;
         }
     }
     const bool fits = some > 0 && take_extents(flight, rows_for(some), some);
