@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import time
 from collections.abc import Callable
@@ -316,3 +317,15 @@ def test_graph_of_a_closed_buffer_ends_and_the_next_capture_begins(
         check_received(recv, rounds.want[0][0], computed=False)
         same_values(out.cpu(), rounds.sums(0)[0])
         del graph, recv, out
+
+
+def test_memory_of_what_was_begun_comes_back_when_it_is_over(make_cluster: MakeCluster) -> None:
+    case = Case(num_ranks=2)
+    cluster = make_cluster(2, **case.buffer_options())
+    rounds = rounds_of(case, 1)
+    on_streams(cluster, lambda rank: rounds.begin(cluster, rank, 0).wait().num_recv)
+    gc.collect()
+    for buffer in cluster.buffers:
+        spare = buffer.empty((1,), torch.uint8)  # a grant takes back what has died
+        assert buffer.stats()["arena"]["num_extents"] == 1
+        del spare

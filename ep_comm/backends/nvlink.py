@@ -176,6 +176,7 @@ class NvlinkBackend:
     def make_room(self) -> None:
         """The report of what is begun is read before a later one takes its place, and its slot is
         left before a later one needs it."""
+        self.forget_finished()
         following = self.seq() + 1
         self.halves.make_room(following - self.spec.num_slots)
         while self.unfinished and self.unfinished[0].number + _core.MAX_REPORTS <= following:
@@ -188,9 +189,13 @@ class NvlinkBackend:
         with torch.cuda.stream(self.aside):
             yield
             if not _core.is_capturing(self.stream()):
-                with _core.BesideCaptures():
-                    self._in_flight = [(e, w) for e, w in self._in_flight if not e.query()]
                 self._in_flight.append((self.aside.record_event(), work))
+
+    def forget_finished(self) -> None:
+        """Let go of begun operations that are over, and so of arena memory that only they hold."""
+        if self._in_flight:
+            with _core.BesideCaptures():
+                self._in_flight = [(e, w) for e, w in self._in_flight if not e.query()]
 
     def when_over(self) -> Callable[[], bool]:
         """Asks whether what is queued on our stream by now is over."""
@@ -292,6 +297,7 @@ class NvlinkBackend:
         After a failure the error that ended the communicator: late peers may still write there.
         """
         self.check_usable()
+        self.forget_finished()
         num_bytes = dtype.itemsize * math.prod(shape)
         if num_bytes == 0:
             return torch.empty(tuple(shape), dtype=dtype, device=self.spec.device)

@@ -69,6 +69,7 @@ class Plans:
             return None
         plan, look, pieces = known
         backend = self._backend
+        backend.forget_finished()
         try:
             flight = plan.run(backend.rank, x, topk_idx, topk_weights, scales, *stats, routing)
         except RuntimeError as error:
