@@ -567,8 +567,9 @@ class Buffer:
     def check(self) -> None:
         """Raise what static calls (`sync=False`) could not: the first failure, once.
 
-        Waits for operations begun with wait=False. Local, but call it at the same point of the
-        program on all ranks: then all raise, or none does.
+        Waits for operations begun with wait=False, not for rows of other dispatches that still
+        come: a failure that stops these is raised by the first call that finds it. Local, but call
+        it at the same point of the program on all ranks: then all raise, or none does.
 
         Raises:
             EPError: E213, E230 or E231 of an earlier dispatch; its operation and number say which.

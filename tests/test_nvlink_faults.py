@@ -37,9 +37,14 @@ def begin(me: ranks.Me, **clocks: float) -> tuple[Buffer, Any, Any]:
 
 
 def failure(buffer: Buffer, call: Any) -> tuple[str, int | None, float, str]:
-    """Code, culprit, when, sentence of a call that fails; then the GPU still computes."""
+    """Code, culprit, when, sentence of a call that fails; then the GPU still computes.
+
+    A peer may have told what it brings before it failed: then the call returns with its sizes, and
+    rows that never come are missed by the kernel alone.
+    """
     try:
         call()
+        torch.cuda.synchronize()
         buffer.check()
     except EPError as error:
         when = time.monotonic()
@@ -200,6 +205,7 @@ def interrupted(me: ranks.Me) -> Any:
     try:
         buffer.dispatch(x, idx)
     except KeyboardInterrupt:
+        torch.cuda.synchronize()  # the kernel gives up soon, unless rank 1 comes before
         me.say("interrupted")
         return failure(buffer, lambda: buffer.dispatch(x, idx))[:1]
     raise AssertionError("nothing was raised")

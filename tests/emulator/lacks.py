@@ -43,7 +43,6 @@ LACKS: dict[str, tuple[str, ...]] = {
         "test_nvlink_sanitizer.py::*",
     ),
     "it is too slow for what a test expects of time": (
-        "test_nvlink_faults.py::test_interrupt_ends_a_wait_and_the_communicator",
         "test_nvlink_loopback.py::test_statistics_are_added_to_what_there_was",
     ),
 }
