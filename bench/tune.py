@@ -75,7 +75,7 @@ def many_tokens(case: Any) -> Iterator[Record]:
     bench = Bench(case)
     recv = bench.check()
     sms = (0, 8, 12, 14, 16, 20, 24)
-    warps = (0, 7, 9, 11, 13) if case.dtype == "bf16" else (0, 7, 11, 15, 17)
+    warps = (0, 7, 9, 11, 13) if case.dtype == "bf16" else (0, 9, 12, 15, 17)
     yield from sweep(bench, "dispatch", sms, warps, lambda n: bench.dispatch(num_sms=n))
     if case.dtype == "bf16":
         quantize = lambda n: bench.dispatch(num_sms=n, quantize="fp8")  # noqa: E731
@@ -127,8 +127,7 @@ def sweep(
 def stage_bytes(case: Any, op: str) -> int:
     """What a warp, or a place of a ring, holds of these rows, which are whole in one."""
     row = case.hidden * (case.result_dtype if op == "combine" else case.torch_dtype).itemsize
-    quantizes = op == "dispatch quantizing"
-    scales = 4 * (case.hidden // 128) if quantizes or case.torch_dtype.itemsize == 1 else 0
+    scales = 4 * (case.hidden // 128) if op == "dispatch quantizing" else 0
     return row if op == "combine" else -(-(row + scales) // 128) * 128
 
 

@@ -115,9 +115,10 @@ __device__ __forceinline__ bool cross_verbatim(Mover& m, const RailOut<R>& out, 
     const Divided d = divide(out, c, r, x);
     const std::byte* scales = a.scales + int64_t{t} * a.scale_bytes;
     const bool whole = a.row_bytes() <= m.stage_bytes && out.parcel.chunks.pieces == 1;
-    if (d.bring == 0) return move_verbatim(m, t, t + m.tokens.step, d.near, d.near_route);
+    const uint4 carried = m.look_at_scales(t);
+    if (d.bring == 0) return move_verbatim(m, t, t + m.tokens.step, d.near, d.near_route, carried);
     if (!whole) {  // the row comes once more for each ring
-        const bool ok = move_verbatim(m, t, m.tokens.end, d.near, d.near_route);
+        const bool ok = move_verbatim(m, t, m.tokens.end, d.near, d.near_route, carried);
         if (!ok) return false;
         const int parity = stage_pieces(m, out, t, c, r, x, d.bring, scales, true);
         if (parity < 0) return false;
@@ -126,19 +127,14 @@ __device__ __forceinline__ bool cross_verbatim(Mover& m, const RailOut<R>& out, 
         return true;
     }
     if (!m.await()) return false;
-    const bool staged = m.stages_scales();
     if (d.near_route.first) {
         device::store_stage(m.out().row_of(d.near, d.near_route), m.stage.data,
                             static_cast<int>(a.row_bytes()));
-        if (staged) {
-            device::store_stage(m.out().scales_of(d.near, d.near_route),
-                                m.stage.data + a.row_bytes(), static_cast<int>(a.scale_bytes));
-        }
     }
     m.out().describe(t, d.near, d.near_route);
+    m.put_scales(t, d.near, d.near_route, carried);
     const bool ok = stage_whole(m, out, t, c, r, x, d.bring, scales);
     m.refill(t + m.tokens.step, 0);
-    if (a.scale_bytes > 0 && !staged) m.out().copy_scales(d.near, d.near_route, scales);
     device::drain_stores();
     if (ok) out.hand_over(d.bring, x, 0);
     return ok;

@@ -256,7 +256,7 @@ LaunchPlan dispatch_plan(const DispatchJob& job, int num_blocks, int smem_bytes)
     const bool quantizes = a.quantize != Quantize::kNone;
     const int64_t source = source_bytes(a);
     int64_t stage = std::min(source, kPieceBytes);
-    if (quantizes || source <= kPieceBytes) stage = source + a.scale_bytes;
+    if (quantizes) stage = source + a.scale_bytes;
     LaunchPlan plan;
     plan.stage_bytes = static_cast<int>((stage + 127) / 128 * 128);
     plan.num_blocks = num_blocks;

@@ -62,11 +62,34 @@ struct Mover {
 
     __device__ const DispatchArgs& args() const { return job.args; }
     __device__ int64_t source_bytes() const { return args().hidden * dtype_bytes(args().dtype); }
-    // Given scales lie behind the row in the stage.
-    __device__ bool stages_scales() const {
+    // Given scales go through registers, 16 bytes a lane: a bulk copy of so few costs as much as a large one.
+    __device__ bool carries_scales() const {
         return args().quantize == Quantize::kNone && args().scale_bytes > 0 &&
-               stage_bytes >= source_bytes() + args().scale_bytes &&
-               in_units(args().scales, args().scale_bytes);
+               args().scale_bytes <= 16 * 32 && in_units(args().scales, args().scale_bytes);
+    }
+    __device__ bool holds_scales() const {
+        return 16 * static_cast<int64_t>(ptx::lane_id()) < args().scale_bytes;
+    }
+    // Those of a token that is not moved yet.
+    __device__ uint4 look_at_scales(int t) const {
+        if (!carries_scales() || t >= tokens.end || !holds_scales()) return make_uint4(0, 0, 0, 0);
+        const std::byte* from = args().scales + int64_t{t} * args().scale_bytes;
+        return reinterpret_cast<const uint4*>(from)[ptx::lane_id()];
+    }
+    // Given scales of token t, of which `carried` has been looked at, to every rank it goes to.
+    __device__ void put_scales(int t, const Choice& c, const Route& r, const uint4& carried) const {
+        const DispatchArgs& a = args();
+        if (a.scale_bytes == 0 || a.quantize != Quantize::kNone) return;
+        if (!carries_scales()) {
+            return out().copy_scales(c, r, a.scales + int64_t{t} * a.scale_bytes);
+        }
+#pragma unroll 1
+        for (uint32_t left = __ballot_sync(~0u, r.first); left != 0; left &= left - 1) {
+            const auto to = __shfl_sync(
+                ~0u, r.first ? reinterpret_cast<uint64_t>(out().scales_of(c, r)) : 0,
+                __ffs(left) - 1);
+            if (holds_scales()) reinterpret_cast<uint4*>(to)[ptx::lane_id()] = carried;
+        }
     }
 
     // The piece of a token's row at `offset`.
@@ -75,14 +98,7 @@ struct Mover {
         if (!loading || ptx::lane_id() != 0) return;
         const auto bytes =
             static_cast<uint32_t>(min(int64_t{stage_bytes}, source_bytes() - offset));
-        const bool scales = stages_scales();
-        ptx::mbarrier_arrive_expect_tx(
-            stage.loaded, bytes + (scales ? static_cast<uint32_t>(args().scale_bytes) : 0));
-        ptx::bulk_load(stage.data, args().x + int64_t{t} * args().x_stride + offset, bytes,
-                       stage.loaded);
-        if (!scales) return;
-        ptx::bulk_load(stage.data + source_bytes(), args().scales + int64_t{t} * args().scale_bytes,
-                       static_cast<uint32_t>(args().scale_bytes), stage.loaded);
+        device::load_stage(stage, args().x + int64_t{t} * args().x_stride + offset, bytes);
     }
 
     __device__ bool await() {
@@ -200,27 +216,21 @@ private:
 
 // One token, its row in as many pieces as the stage asks for; then `next` is loaded. False: leave.
 __device__ __forceinline__ bool move_verbatim(Mover& m, int t, int next, const Choice& c,
-                                              const Route& r) {
+                                              const Route& r, const uint4& scales) {
     const DispatchArgs& a = m.args();
     const int64_t row_bytes = a.row_bytes();
-    const bool staged = m.stages_scales();
 #pragma unroll 1
     for (int64_t offset = 0; offset < row_bytes; offset += m.stage_bytes) {
         const int bytes = static_cast<int>(min(int64_t{m.stage_bytes}, row_bytes - offset));
         if (!m.await()) return false;
-        if (r.first) {
-            device::store_stage(m.out().row_of(c, r) + offset, m.stage.data, bytes);
-            if (staged) {
-                device::store_stage(m.out().scales_of(c, r), m.stage.data + row_bytes,
-                                    static_cast<int>(a.scale_bytes));
-            }
+        if (r.first) device::store_stage(m.out().row_of(c, r) + offset, m.stage.data, bytes);
+        if (offset == 0) {  // while the stage is read
+            m.out().describe(t, c, r);
+            m.put_scales(t, c, r, scales);
         }
-        if (offset == 0) m.out().describe(t, c, r);  // while the stage is read
         const bool more = offset + bytes < row_bytes;
         m.refill(more ? t : next, more ? offset + bytes : 0);
     }
-    if (a.scale_bytes > 0 && !staged)
-        m.out().copy_scales(c, r, a.scales + int64_t{t} * a.scale_bytes);
     return true;
 }
 
@@ -261,6 +271,8 @@ __device__ __forceinline__ bool move_quantized(Mover& m, int t, const Choice& c,
 template <class Config>
 __device__ __forceinline__ bool move_rows(Mover& m, Choice ahead) {
     bool ok = true;
+    uint4 scales_ahead = make_uint4(0, 0, 0, 0);
+    if constexpr (!Config::kQuantizes) scales_ahead = m.look_at_scales(m.tokens.begin);
 #pragma unroll 1
     for (int t = m.tokens.begin; ok && t < m.tokens.end; t += m.tokens.step) {
         const Choice c = ahead;
@@ -271,7 +283,9 @@ __device__ __forceinline__ bool move_rows(Mover& m, Choice ahead) {
         if constexpr (Config::kQuantizes) {
             ok = move_quantized<Config::kSource>(m, t, c, r);
         } else {
-            ok = move_verbatim(m, t, t + m.tokens.step, c, r);
+            const uint4 scales = scales_ahead;
+            scales_ahead = m.look_at_scales(t + m.tokens.step);
+            ok = move_verbatim(m, t, t + m.tokens.step, c, r, scales);
         }
         if (!ok) break;
         m.keep(t, r);
