@@ -1,7 +1,7 @@
 // Small batches: a source puts its rows in front of their receivers at once, where each has a place of
 // its own, and hears nobody first. Here is how a row travels and where it stands.
 //
-// A record is a run of lines of 128 bytes: 15 words of 8 bytes and the number of the operation, which
+// A record is a run of lines of 128 bytes: seven units of 16 bytes and the number of the operation, which
 // travel together (device/lines.cuh). So rows need no flag behind them, and places are never cleared.
 #pragma once
 
@@ -15,7 +15,9 @@
 
 namespace ep {
 
-inline constexpr int kLineBytes = 128, kLineWords = 15;
+inline constexpr int kUnitBytes = 16;
+inline constexpr int kLineBytes = 128, kLineUnits = 7, kLineWords = 2 * kLineUnits;
+inline constexpr int kNumberWord = 15;  // of a line: the number of its operation
 // Every block of a dispatch looks at all tokens before its own, and at what all ranks bring to all
 // experts.
 inline constexpr int kMostStagedTokens = 1024, kMostStagedRanks = 64;
@@ -38,31 +40,39 @@ struct Record {
 };
 static_assert(std::is_trivially_copyable_v<Record>);
 
-// `unit`: bytes of which a piece is a multiple.
-constexpr Record record_of(int64_t row_bytes, int64_t scale_bytes, int64_t unit) {
-    constexpr int64_t kPiece = 16 * kLineWords * 8;  // 16 lines
+// Pieces of about `lines`. `unit`: bytes of which a piece is a multiple.
+constexpr Record record_of(int64_t row_bytes, int64_t scale_bytes, int64_t unit, int lines) {
+    const int64_t room = int64_t{lines} * kLineUnits * kUnitBytes;
+    const auto with_scales = [=](int64_t bytes) {
+        const int64_t scales = divide_up(scale_bytes * bytes, std::max<int64_t>(row_bytes, 1));
+        return bytes + divide_up(scales, kUnitBytes) * kUnitBytes;
+    };
+    int64_t most = std::max(room / unit * unit, unit);
+    while (most > unit && with_scales(most) > room) most -= unit;
     Record r;
-    const int64_t pieces = std::max<int64_t>(divide_up(row_bytes + scale_bytes, kPiece), 1);
+    const int64_t pieces = std::max<int64_t>(divide_up(row_bytes, most), 1);
     r.piece_bytes = static_cast<int32_t>(divide_up(divide_up(row_bytes, pieces), unit) * unit);
     r.num_pieces = static_cast<int32_t>(
         std::max<int64_t>(divide_up(row_bytes, std::max(r.piece_bytes, 1)), 1));
     r.scale_bytes = static_cast<int32_t>(4 * divide_up(scale_bytes / 4, r.num_pieces));
-    r.piece_lines = static_cast<int32_t>(
-        divide_up(r.piece_bytes + divide_up(r.scale_bytes, 8) * 8, 8 * kLineWords));
+    r.piece_lines = static_cast<int32_t>(divide_up(
+        r.piece_bytes + divide_up(r.scale_bytes, kUnitBytes) * kUnitBytes, kLineUnits * kUnitBytes));
     return r;
 }
 
 constexpr Record record_of(const DispatchArgs& a) {
     const int64_t block = a.quantize == Quantize::kNone ? 16 : a.scale_block;
     Record r = record_of(a.row_bytes(), a.scale_bytes,
-                         a.quantize == Quantize::kFp8Ue8m0 ? 4 * block : block);
+                         a.quantize == Quantize::kFp8Ue8m0 ? 4 * block : block, 12);
     // The row's number, then expert and turn of every slot, and weights of two slots a word.
     const int64_t words = 1 + a.num_topk + (a.with_weights ? divide_up(a.num_topk, 2) : 0);
     r.meta_lines = static_cast<int32_t>(divide_up(words, kLineWords));
     return r;
 }
 
-constexpr Record record_of(const CombineArgs& a) { return record_of(a.row_bytes(), 0, 16); }
+constexpr Record record_of(const CombineArgs& a) {
+    return record_of(a.row_bytes(), 0, kUnitBytes, 8);
+}
 
 // A selection as its receiver hears of it: whose expert it is, and its number there.
 inline constexpr uint32_t kNoStagedExpert = ~uint32_t{0};
@@ -99,8 +109,10 @@ constexpr int64_t stage_bytes_for(const Shape& s, int64_t hidden) {
     if (!fits_stage(s)) return 0;
     DispatchArgs widest;
     widest.hidden = hidden, widest.num_topk = s.num_topk, widest.with_weights = true;
-    const int64_t bytes =
-        std::max(s.num_ranks, s.num_topk) * s.max_tokens * record_of(widest).bytes();
+    CombineArgs back;
+    back.hidden = hidden;
+    const int64_t bytes = std::max(s.num_ranks, s.num_topk) * s.max_tokens *
+                          std::max(record_of(widest).bytes(), record_of(back).bytes());
     return bytes * s.num_slots <= kMost ? bytes : 0;
 }
 

@@ -2,7 +2,7 @@
 // the bits, so nothing has to be ordered behind them: one trip over the link, where a payload and a flag
 // take two and a fence (bench/ceilings.cu: 0.8 against 1.9 us).
 //
-// defines: pack, bits_of, is_of, wait_packed, wait_packed_own
+// defines: pack, bits_of, is_of, wait_packed_word, wait_packed, wait_packed_own
 #pragma once
 
 #include <cstdint>
@@ -17,6 +17,17 @@ __device__ __forceinline__ uint64_t pack(uint32_t bits, uint64_t seq) { return s
 __device__ __forceinline__ uint32_t bits_of(uint64_t word) { return static_cast<uint32_t>(word); }
 __device__ __forceinline__ bool is_of(uint64_t word, uint64_t seq) {
     return static_cast<uint32_t>(word >> 32) == static_cast<uint32_t>(seq);
+}
+
+// A word that rank `peer` stores with st_relaxed_sys, of which nothing but itself is read. False: leave.
+[[nodiscard]] __device__ __forceinline__ bool wait_packed_word(const Watch& watch, Operation op,
+                                                               int peer, const uint64_t* addr,
+                                                               uint64_t& word) {
+    word = ptx::ld_relaxed_sys(addr);
+    if (is_of(word, op.seq)) return true;
+    const bool ok = wait_long(watch, op, {Site::kEntry, peer, op.seq}, addr, Word::kPacked);
+    word = ptx::ld_relaxed_sys(addr);
+    return ok;
 }
 
 // A word that rank `peer` stores with st_relaxed_sys. It gives away what has been done by kernels before

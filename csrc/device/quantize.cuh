@@ -135,15 +135,16 @@ struct Gathered {
     }
 };
 
-// `row` holds `hidden` elements, afterwards as many bytes; `scales` one word, or one byte, a block.
-template <DType kSource, int kBlock>
+// kMost: vectors of a lane in a step. `row` holds `hidden` elements, afterwards as many bytes; `scales` one word, or one byte, a block.
+template <DType kSource, int kBlock, int kMost = 8>
 __device__ __forceinline__ void quantize_blocks(std::byte* row, std::byte* scales, int hidden,
                                                 bool ue8m0) {
     using Source = Vector<kSource>;
     constexpr int kLanes = kBlock / Source::kElements;  // of a block
-    constexpr int kAtOnce = kLanes < 8 ? kLanes : 8, kGroups = 32 / kLanes;
+    constexpr int kAtOnce = kLanes < kMost ? kLanes : kMost, kGroups = 32 / kLanes;
     constexpr int kWidth = 32 * Source::kElements;  // elements of a vector of the warp
     const int lane = ptx::lane_id(), group = lane / kLanes;
+#pragma unroll 1
     for (int column = 0; column < hidden; column += kAtOnce * kWidth) {
         Source source[kAtOnce];
         uint32_t most[kAtOnce];

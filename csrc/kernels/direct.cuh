@@ -26,6 +26,7 @@ template <device::Rail R>
 struct Far {
     static constexpr bool kAny = true;
     static constexpr int kWarps = 12;  // which have registers for what is more than inside a node
+    static constexpr int kCombineWarps = 12;
 
     RailView rails;
     R rail;

@@ -101,6 +101,8 @@ __device__ inline bool acquire_slot(const RankView& view, Operation op, int slot
         if (kMasks && device::has_rank(masked, p)) continue;
         // pairs with the store in leave_slot
         const auto* word = at<uint64_t>(view, view.peers.rank, view.layout.released_word(slot, p));
+        // Of a small operation only ordinary stores follow, which do not overtake what they depend on.
+        if (kMasks && ptx::ld_relaxed_sys(word) >= op.seq - num_slots) continue;
         ok = ok && (device::wait_word(view.watch, op, {Site::kSlot, p, op.seq - num_slots}, word) ||
                     (kMasks && device::goes_on(view.watch)));
     }
@@ -113,13 +115,13 @@ __device__ inline bool acquire_slot(const RankView& view, Operation op, int slot
 }
 
 // Words [begin, end) of our notice, to everybody, by half of the block: the warps that wait for notices
-// have no stores of their own to wait for at a fence. What the words give away has been done by kernels
-// before this one, so they need no release.
-template <class Bits>
+// have no stores of their own to wait for at a fence. kAll: by all of it, where there is no such fence. What
+// the words give away has been done by kernels before this one, so they need no release.
+template <bool kAll = false, class Bits>
 __device__ __forceinline__ void publish_words(const RankView& view, const Entering& in, int begin,
                                               int end, Bits bits) {
     const int64_t offset = view.layout.notice(in.slot, view.peers.rank);
-    const int half = blockDim.x / 64 * 32, first = static_cast<int>(threadIdx.x) - half;
+    const int half = kAll ? 0 : blockDim.x / 64 * 32, first = static_cast<int>(threadIdx.x) - half;
 #pragma unroll 1
     for (int i = begin + first; first >= 0 && i < end; i += blockDim.x - half) {
         const uint64_t word = device::pack(bits(i), in.seq);
@@ -132,23 +134,26 @@ __device__ __forceinline__ void publish_words(const RankView& view, const Enteri
     }
 }
 
-// Head, descriptor and, should we refuse, why.
-__device__ inline void publish_head(const RankView& view, const Begin& begin, const Entering& in) {
+// Word i of a notice in front of its counts: head, descriptor and, should we refuse, why.
+__device__ __forceinline__ uint32_t head_word(const Begin& begin, const Entering& in, int i) {
     using L = NoticeLayout;
     const auto* head = reinterpret_cast<const uint32_t*>(&begin.head);
     const auto* descriptor = reinterpret_cast<const uint32_t*>(&begin.descriptor);
-    publish_words(view, in, 0, L::kRefusal, [&](int i) {
-        if (i == L::kWhat) return (head[i] & 0xffff0000u) | static_cast<uint32_t>(in.code);
-        return i < L::kHead ? head[i] : descriptor[i - L::kDescriptor];
-    });
-    if (in.code == kOk) return;
     const auto* reason = reinterpret_cast<const uint32_t*>(&begin.refusal);
     const auto* detail = reinterpret_cast<const uint32_t*>(in.detail);
     constexpr int kDetail = sizeof(in.detail) / 4;
-    publish_words(view, in, L::kRefusal, L::kRows, [&](int i) {
-        const int at = i - L::kRefusal;
-        return at < kDetail ? detail[at] : reason[at];
-    });
+    if (i == L::kWhat) return (head[i] & 0xffff0000u) | static_cast<uint32_t>(in.code);
+    if (i < L::kHead) return head[i];
+    if (i < L::kRefusal) return descriptor[i - L::kDescriptor];
+    if (in.code == kOk) return 0;
+    const int at = i - L::kRefusal;
+    return at < kDetail ? detail[at] : reason[at];
+}
+
+__device__ inline void publish_head(const RankView& view, const Begin& begin, const Entering& in) {
+    using L = NoticeLayout;
+    publish_words(view, in, 0, in.code == kOk ? L::kRefusal : L::kRows,
+                  [&](int i) { return head_word(begin, in, i); });
 }
 
 // The notice of one rank, as it stands in our control block.
@@ -299,7 +304,8 @@ __device__ __noinline__ inline void time_notices(const RankView& view, const Ent
 
 // Waits for everybody's notice; in.first_bad is the verdict on them. A warp calls read(p, words, head)
 // for one it has found nothing wrong with; `false` from there: leave. kMasks: of a small operation, which
-// goes on without who is masked, adds whom that happens to meanwhile to in.unheard, and has no bulk copies.
+// goes on without who is masked, adds whom that happens to meanwhile to in.unheard, and reads nothing but
+// what notices say.
 template <bool kMasks = false, class Read>
 __device__ __forceinline__ bool await_notices(const RankView& view, const Begin& begin,
                                               Entering& in, Read read) {
@@ -311,7 +317,9 @@ __device__ __forceinline__ bool await_notices(const RankView& view, const Begin&
         if (kMasks && device::has_rank(in.masked, p)) continue;
         const NoticeWords words(view, in.slot, p);
         uint64_t word;
-        ok = device::wait_packed(view.watch, op, p, words.words + ptx::lane_id(), word);
+        const uint64_t* own = words.words + ptx::lane_id();
+        ok = kMasks ? device::wait_packed_word(view.watch, op, p, own, word)
+                    : device::wait_packed(view.watch, op, p, own, word);
         ok = __all_sync(~0u, ok);
         if (!ok) {
             if (!kMasks) break;

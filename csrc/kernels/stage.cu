@@ -15,14 +15,14 @@ namespace ep::kernels {
 int stage_blocks(const DispatchJob& job) {
     const Shape& s = job.view.shape;
     const int64_t pieces = s.num_ranks * s.max_tokens * record_of(job.args).num_pieces;
-    return static_cast<int>(
-        std::max<int64_t>({job.args.num_tokens, divide_up(pieces, kStageWarps), 1}));
+    // One that only says what comes, and each token a block.
+    return static_cast<int>(std::max(job.args.num_tokens + 1, divide_up(pieces, kStageWarps)));
 }
 
 int stage_blocks(const CombineJob& job) {
     const int64_t pieces = record_of(job.args).num_pieces;
     return static_cast<int>(std::max<int64_t>(
-        divide_up(std::max(job.args.num_tokens, job.args.num_recv) * pieces, kCombineWarps), 1));
+        divide_up(std::max(job.args.num_tokens, job.args.num_recv) * pieces, NoFar::kCombineWarps), 1));
 }
 
 int launch_stage_dispatch(const DispatchJob& job, Half half, int num_blocks, Stream stream) {

@@ -26,6 +26,7 @@ constexpr int kStageWarps = 16;  // of a block of a dispatch, at most
 struct NoFar {
     static constexpr bool kAny = false;
     static constexpr int kWarps = kStageWarps;  // of a block of a dispatch
+    static constexpr int kCombineWarps = 16;
 };
 
 // The places of one operation.

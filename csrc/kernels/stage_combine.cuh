@@ -7,7 +7,7 @@
 // Of other nodes a source first adds up what each of them sends, and rounds, as when sums cross by rails: what
 // comes out does not depend on the way.
 //
-// defines: kCombineWarps, launch_staged_combine, load_staged_combine
+// defines: launch_staged_combine, load_staged_combine
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -31,37 +31,20 @@ namespace ep::kernels {
 using device::LineLane;
 using device::Words;
 
-constexpr int kCombineWarps = 12;  // of a block, which has registers for so many
-constexpr int kAtOnce = 4;         // times four lines that a warp has in flight
-constexpr int kAtOnceWords = LineLane::kAtOnce * kLineWords;
+constexpr int kAtOnce = 2;      // times four lines of a row that a warp works at
+constexpr int kRowsAtOnce = 4;  // rows of a token that are on their way together
+constexpr int kUnitsApart = LineLane::kAtOnce * kLineUnits;
 
-// Of a warp: pieces of rows, first, first + step, ...; a piece of `items` after the other.
+// Of a warp: pieces of rows, one of `step` of the grid after the other; a piece of `item` after the other.
 struct Pieces {
-    int item, piece;
-    int items_apart, pieces_apart, num_pieces;
+    int index, num_pieces;
 
-    __device__ __forceinline__ Pieces(int pieces, int first, int step)
-        : item(first / pieces), num_pieces(pieces) {
-        piece = first - item * pieces;
-        items_apart = step / pieces;
-        pieces_apart = step - items_apart * pieces;
-    }
-    __device__ __forceinline__ void next() {
-        item += items_apart;
-        piece += pieces_apart;
-        if (piece >= num_pieces) piece -= num_pieces, ++item;
-    }
+    __device__ __forceinline__ int item() const { return index / num_pieces; }
+    __device__ __forceinline__ int piece() const { return index - item() * num_pieces; }
+    __device__ __forceinline__ void next(int step) { index += step; }
 };
 
-__device__ __forceinline__ uint4 as_unit(const Words& w) {
-    return make_uint4(static_cast<uint32_t>(w.a), static_cast<uint32_t>(w.a >> 32),
-                      static_cast<uint32_t>(w.b), static_cast<uint32_t>(w.b >> 32));
-}
-__device__ __forceinline__ Words as_words(const uint4& u) {
-    return {uint64_t{u.y} << 32 | u.x, uint64_t{u.w} << 32 | u.z};
-}
-
-// Sums of a warp: what its lanes have of sixteen lines.
+// Sums of a warp: what its lanes have of eight lines.
 template <DType kDtype>
 struct LineSums {
     device::Unit<kDtype> unit[kAtOnce];
@@ -72,27 +55,29 @@ struct LineSums {
     }
     __device__ __forceinline__ void add(const Words (&w)[kAtOnce]) {
 #pragma unroll
-        for (int v = 0; v < kAtOnce; ++v) unit[v].add(as_unit(w[v]));
+        for (int v = 0; v < kAtOnce; ++v) unit[v].add(device::unit_of(w[v]));
     }
     __device__ __forceinline__ void add(const Words (&w)[kAtOnce], float weight) {
 #pragma unroll
-        for (int v = 0; v < kAtOnce; ++v) unit[v].add(as_unit(w[v]), weight);
+        for (int v = 0; v < kAtOnce; ++v) unit[v].add(device::unit_of(w[v]), weight);
     }
 };
 
-// Words of a row in memory, from word `first` of a lane on. The second word of the last lane of a line is no
-// word of the row.
-__device__ __forceinline__ void load_words(const std::byte* row, int first, int words,
+// Units of a row in memory, from a lane's first one on.
+__device__ __forceinline__ void load_units(const std::byte* row, int first, int units,
                                            Words (&w)[kAtOnce]) {
-    const auto* from = reinterpret_cast<const uint64_t*>(row);
-    const bool last = LineLane().is_last();
 #pragma unroll
     for (int v = 0; v < kAtOnce; ++v) {
-        const int i = first + v * kAtOnceWords;
+        const int i = first + v * kUnitsApart;
         w[v] = {};
-        if (i < words) w[v].a = from[i];
-        if (i + 1 < words && !last) w[v].b = from[i + 1];
+        if (i < units) w[v] = device::words_of(reinterpret_cast<const uint4*>(row)[i]);
     }
+}
+
+// A lane's first unit, or none.
+__device__ __forceinline__ int first_unit(int line, int units) {
+    const LineLane at;
+    return at.is_last() ? units : at.index(line);
 }
 
 // ---- the owner ----
@@ -122,14 +107,25 @@ struct PartSender {
         return token;
     }
 
+    // What will be read of a token comes nearer.
+    __device__ __forceinline__ void fetch(const Token& token, int p) const {
+        if (token.row < 0 || token.row >= args().num_rows) return;
+        const std::byte* piece = piece_of(token.row, p);
+        const int bytes = stage.piece_bytes(p, args().row_bytes());
+#pragma unroll 1
+        for (int at = 0; at < bytes; at += 128) ptx::prefetch_global_l2(piece + at);
+    }
+
     // From `token` on, the first of this warp. False: leave.
-    __device__ __forceinline__ bool run(Pieces at, Token token) const {
+    __device__ __forceinline__ bool run(Pieces at, int step, Token token) const {
         bool ok = true;
 #pragma unroll 1
-        while (ok && at.item < job.args.num_recv) {
-            ok = send(token, at.piece);
-            at.next();
-            token = look(at.item);
+        while (ok && at.item() < job.args.num_recv) {
+            const int piece = at.piece();
+            at.next(step);
+            const Token ahead = look(at.item());
+            ok = send(token, piece);
+            token = ahead;
         }
         return ok;
     }
@@ -165,7 +161,7 @@ private:
     __device__ __forceinline__ bool send_each(int src, int t, int p, int own, uint32_t rows) const {
         const CombineArgs& a = args();
         const RankView& view = job.view;
-        const int words = stage.piece_bytes(p, a.row_bytes()) / 8;
+        const int units = stage.piece_bytes(p, a.row_bytes()) / kUnitBytes;
         const bool per_rank = a.layout == RecvLayout::kCompact;
 #pragma unroll 1
         for (uint32_t left = rows; left != 0; left &= left - 1) {
@@ -175,15 +171,15 @@ private:
             const int64_t own_place = place_out(src, t, per_rank ? 0 : slot);
             std::byte* to = target(src, place, own_place) + stage.piece_at(p);
 #pragma unroll 1
-            for (int line = 0; line * kLineWords < words; line += kAtOnce * LineLane::kAtOnce) {
+            for (int line = 0; line * kLineUnits < units; line += kAtOnce * LineLane::kAtOnce) {
                 Words w[kAtOnce];
-                load_words(piece_of(row, p), LineLane().word(line), words, w);
-                put(to, line, words, w);
+                load_units(piece_of(row, p), first_unit(line, units), units, w);
+                put(to, line, units, w);
             }
             // A token counts the same at its source, however many rows it has here.
             const bool is_last = (left & (left - 1)) == 0;
             const int others = per_rank ? 0 : a.num_topk - __popc(rows);
-            send_off(src, place, own_place, p, words, is_last ? 1 + others : 1);
+            send_off(src, place, own_place, p, units, is_last ? 1 + others : 1);
         }
         return true;
     }
@@ -191,42 +187,42 @@ private:
     __device__ __forceinline__ bool send_sum(int src, int t, int p, int own, uint32_t rows) const {
         const CombineArgs& a = args();
         const RankView& view = job.view;
-        const int words = stage.piece_bytes(p, a.row_bytes()) / 8;
+        const int units = stage.piece_bytes(p, a.row_bytes()) / kUnitBytes;
         float weight = 1.0f;
         if (a.weighted && own >= 0) weight = a.row_weights[own];
         const int64_t place = int64_t{view.peers.rank} * view.shape.max_tokens + t;
         const int64_t own_place = place_out(src, t, 0);
         std::byte* to = target(src, place, own_place) + stage.piece_at(p);
 #pragma unroll 1
-        for (int line = 0; line * kLineWords < words; line += kAtOnce * LineLane::kAtOnce) {
-            const int first = LineLane().word(line);
+        for (int line = 0; line * kLineUnits < units; line += kAtOnce * LineLane::kAtOnce) {
+            const int first = first_unit(line, units);
             LineSums<kDtype> sums;
             sums.clear();
-            Words next[kAtOnce];
-            load_words(piece_of(__shfl_sync(~0u, own, __ffs(rows) - 1), p), first, words, next);
 #pragma unroll 1
             for (uint32_t left = rows; left != 0;) {
-                const float factor = __shfl_sync(~0u, weight, __ffs(left) - 1);
-                Words w[kAtOnce];
+                Words w[kRowsAtOnce][kAtOnce];
+                uint32_t coming = left;
 #pragma unroll
-                for (int v = 0; v < kAtOnce; ++v) w[v] = next[v];
-                left &= left - 1;
-                if (left != 0) {
-                    const int row = __shfl_sync(~0u, own, __ffs(left) - 1);
-                    load_words(piece_of(row, p), first, words, next);
+                for (int r = 0; r < kRowsAtOnce && coming != 0; ++r, coming &= coming - 1) {
+                    const int row = __shfl_sync(~0u, own, __ffs(coming) - 1);
+                    load_units(piece_of(row, p), first, units, w[r]);
                 }
-                if (a.weighted) {
-                    sums.add(w, factor);
-                } else {
-                    sums.add(w);
+#pragma unroll
+                for (int r = 0; r < kRowsAtOnce && left != 0; ++r, left &= left - 1) {
+                    const float factor = __shfl_sync(~0u, weight, __ffs(left) - 1);
+                    if (a.weighted) {
+                        sums.add(w[r], factor);
+                    } else {
+                        sums.add(w[r]);
+                    }
                 }
             }
             Words out[kAtOnce];
 #pragma unroll
-            for (int v = 0; v < kAtOnce; ++v) out[v] = as_words(sums.unit[v].rounded());
-            put(to, line, words, out);
+            for (int v = 0; v < kAtOnce; ++v) out[v] = device::words_of(sums.unit[v].rounded());
+            put(to, line, units, out);
         }
-        send_off(src, place, own_place, p, words, 1);
+        send_off(src, place, own_place, p, units, 1);
         return true;
     }
 
@@ -251,18 +247,18 @@ private:
     }
     // A piece that is complete there.
     __device__ __forceinline__ void send_off(int src, int64_t place, int64_t own_place, int p,
-                                             int words, int amount) const {
+                                             int units, int amount) const {
         if constexpr (F::kAny) {
             if (!stage.is_far(src)) return;
             const int64_t bytes = stage.record.bytes(), at = stage.piece_at(p);
-            const int64_t lines = (words + kLineWords - 1) / kLineWords;
+            const int64_t lines = (units + kLineUnits - 1) / kLineUnits;
             device::fence_stage();
             stage.far.put(job.view, stage.slot, src, own_place * bytes + at, place * bytes + at,
                           kLineBytes * lines, static_cast<uint64_t>(amount));
         }
     }
 
-    __device__ __forceinline__ void put(std::byte* to, int line, int words,
+    __device__ __forceinline__ void put(std::byte* to, int line, int units,
                                         Words (&w)[kAtOnce]) const {
         const LineLane at;
 #pragma unroll
@@ -270,7 +266,7 @@ private:
             const int l = line + v * LineLane::kAtOnce;
             if (at.is_last()) w[v].b = stage.op.seq;
             __syncwarp();
-            if ((l + at.line) * kLineWords < words) device::put_line(to + at.offset(l), w[v]);
+            if ((l + at.line) * kLineUnits < units) device::put_line(to + at.offset(l), w[v]);
         }
     }
 };
@@ -347,13 +343,13 @@ struct PartReceiver {
     }
 
     // From the token with this part on, the first of this warp. False: leave.
-    __device__ __forceinline__ bool run(Pieces at, Part part) {
+    __device__ __forceinline__ bool run(Pieces at, int step, Part part) {
         bool ok = true;
 #pragma unroll 1
-        while (ok && at.item < job.args.num_tokens) {
-            ok = receive(at.item, at.piece, part);
-            at.next();
-            part = part_of(at.item);
+        while (ok && at.item() < job.args.num_tokens) {
+            ok = receive(at.item(), at.piece(), part);
+            at.next(step);
+            part = part_of(at.item());
         }
         return ok;
     }
@@ -364,43 +360,68 @@ private:
         return args().layout == RecvLayout::kCompact || args().per_rank;
     }
 
-    __device__ __forceinline__ bool receive(int t, int p, const Part& part) {
-        const CombineArgs& a = args();
-        const int words = stage.piece_bytes(p, a.row_bytes()) / 8;
+    __device__ __forceinline__ bool receive(int t, int p, Part part) {
+        const int units = stage.piece_bytes(p, args().row_bytes()) / kUnitBytes;
         if (!stage.await_far(part.key == ~0u ? -1 : static_cast<int>(part.key / 32))) return false;
 #pragma unroll 1
-        for (int line = 0; line * kLineWords < words; line += kAtOnce * LineLane::kAtOnce) {
+        for (int line = 0; line * kLineUnits < units; line += kAtOnce * LineLane::kAtOnce) {
             LineSums<kDtype> sums;
-            NodeSums<kDtype, F> of_node{sums, stage};
-            start(sums, t, p, LineLane().word(line), words);
-            // One row is added while the next one comes.
-            Words next[kAtOnce];
-            uint32_t now = __reduce_min_sync(~0u, part.key);
-            if (now != ~0u) get(from(t, p, now), line, words, next);
 #pragma unroll 1
-            while (now != ~0u) {
-                const uint32_t then = __reduce_min_sync(~0u, part.key > now ? part.key : ~0u);
-                if (!there(line, words, next)) {
-                    const bool came = await(t, p, now, line, words);
-                    if (!came && !leave_out(owner_of(t, now))) return false;
-                    if (!came) now = then;
-                    if (now != ~0u) get(from(t, p, now), line, words, next);
-                    continue;
-                }
-                Words w[kAtOnce];
-#pragma unroll
-                for (int v = 0; v < kAtOnce; ++v) w[v] = next[v];
-                if (then != ~0u) get(from(t, p, then), line, words, next);
-                LineSums<kDtype>& to = of_node.of(static_cast<int>(now / 32));
-                if (a.weighted && !a.per_rank) {
-                    to.add(w, __shfl_sync(~0u, part.weight, now % 32));
-                } else {
-                    to.add(w);
-                }
-                now = then;
+            while (!add(t, p, line, units, part, sums)) {
+                if (!await_parts(t, p, line, units, part)) return false;
             }
-            of_node.close();
-            finish(sums, t, p, LineLane().word(line), words);
+            finish(sums, t, p, first_unit(line, units), units);
+        }
+        return true;
+    }
+
+    // False: some lines are not there yet, and the sums are none.
+    __device__ __forceinline__ bool add(int t, int p, int line, int units, const Part& part,
+                                        LineSums<kDtype>& sums) const {
+        const CombineArgs& a = args();
+        NodeSums<kDtype, F> of_node{sums, stage};
+        start(sums, t, p, first_unit(line, units), units);
+        bool all = true;
+        uint32_t ahead = __reduce_min_sync(~0u, part.key);
+#pragma unroll 1
+        while (ahead != ~0u) {
+            uint32_t now[kRowsAtOnce];
+            Words w[kRowsAtOnce][kAtOnce];
+#pragma unroll
+            for (int r = 0; r < kRowsAtOnce; ++r) {
+                now[r] = ahead;
+                if (ahead == ~0u) continue;
+                get(from(t, p, ahead), line, units, w[r]);
+                ahead = __reduce_min_sync(~0u, part.key > ahead ? part.key : ~0u);
+            }
+#pragma unroll
+            for (int r = 0; r < kRowsAtOnce; ++r) {
+                if (now[r] == ~0u) break;
+                all = all && there(line, units, w[r]);
+                LineSums<kDtype>& to = of_node.of(static_cast<int>(now[r] / 32));
+                if (a.weighted && !a.per_rank) {
+                    to.add(w[r], __shfl_sync(~0u, part.weight, now[r] % 32));
+                } else {
+                    to.add(w[r]);
+                }
+            }
+        }
+        of_node.close();
+        return all;
+    }
+
+    // Until all of them are there. False: leave.
+    __device__ __forceinline__ bool await_parts(int t, int p, int line, int units, Part& part) {
+        const int end = min(line + kAtOnce * LineLane::kAtOnce,
+                            (units + kLineUnits - 1) / kLineUnits);
+#pragma unroll 1
+        for (uint32_t now = __reduce_min_sync(~0u, part.key); now != ~0u;
+             now = __reduce_min_sync(~0u, part.key > now ? part.key : ~0u)) {
+            const int owner = owner_of(t, now);
+            const std::byte* piece = from(t, p, now);
+            if (device::await_lines(job.view.watch, stage.op, owner, piece, line, end)) continue;
+            if (!leave_out(owner)) return false;
+            part = part_of(t);
         }
         return true;
     }
@@ -414,12 +435,6 @@ private:
         const int64_t slot = int64_t{t} * args().num_topk + key % 32;
         return __ldg(job.view.state.owner + args().topk_idx[slot]);
     }
-    __device__ __forceinline__ bool await(int t, int p, uint32_t key, int line, int words) const {
-        const int owner = owner_of(t, key);
-        const int end = (words + kLineWords - 1) / kLineWords;
-        return device::await_lines(job.view.watch, stage.op, owner, from(t, p, key), line,
-                                   min(line + kAtOnce * LineLane::kAtOnce, end));
-    }
     __device__ __forceinline__ const std::byte* from(int t, int p, uint32_t key) const {
         const RankView& view = job.view;
         const int64_t place = per_rank() ? int64_t{key / 32} * view.shape.max_tokens + t
@@ -427,52 +442,49 @@ private:
         return stage.arrival(static_cast<int>(key / 32), place) + stage.piece_at(p);
     }
 
-    __device__ __forceinline__ void get(const std::byte* piece, int line, int words,
+    __device__ __forceinline__ void get(const std::byte* piece, int line, int units,
                                         Words (&w)[kAtOnce]) const {
         const LineLane at;
 #pragma unroll
         for (int v = 0; v < kAtOnce; ++v) {
             const int l = line + v * LineLane::kAtOnce;
-            if ((l + at.line) * kLineWords < words) w[v] = device::get_line(piece + at.offset(l));
+            if ((l + at.line) * kLineUnits < units) w[v] = device::get_line(piece + at.offset(l));
         }
     }
-    __device__ __forceinline__ bool there(int line, int words, const Words (&w)[kAtOnce]) const {
+    __device__ __forceinline__ bool there(int line, int units, const Words (&w)[kAtOnce]) const {
         const LineLane at;
         bool all = true;
 #pragma unroll
         for (int v = 0; v < kAtOnce; ++v) {
             const int l = line + v * LineLane::kAtOnce + at.line;
-            all = all && (l * kLineWords >= words || !at.is_last() || w[v].b == stage.op.seq);
+            all = all && (l * kLineUnits >= units || !at.is_last() || w[v].b == stage.op.seq);
         }
         return __all_sync(~0u, all);
     }
 
     __device__ __forceinline__ void start(LineSums<kDtype>& sums, int t, int p, int first,
-                                          int words) const {
+                                          int units) const {
         const CombineArgs& a = args();
         sums.clear();
         if (a.bias0 == nullptr && a.bias1 == nullptr) return;
         const int64_t at = t * a.row_bytes() + int64_t{p} * stage.record.piece_bytes;
         Words w[kAtOnce];
-        load_words((a.bias0 != nullptr ? a.bias0 : a.bias1) + at, first, words, w);
+        load_units((a.bias0 != nullptr ? a.bias0 : a.bias1) + at, first, units, w);
 #pragma unroll
-        for (int v = 0; v < kAtOnce; ++v) sums.unit[v].set(as_unit(w[v]));
+        for (int v = 0; v < kAtOnce; ++v) sums.unit[v].set(device::unit_of(w[v]));
         if (a.bias0 == nullptr || a.bias1 == nullptr) return;
-        load_words(a.bias1 + at, first, words, w);
+        load_units(a.bias1 + at, first, units, w);
         sums.add(w);
     }
 
     __device__ __forceinline__ void finish(const LineSums<kDtype>& sums, int t, int p, int first,
-                                           int words) const {
-        auto* out = reinterpret_cast<uint64_t*>(args().out + t * args().row_bytes() +
-                                                int64_t{p} * stage.record.piece_bytes);
-        const bool last = LineLane().is_last();
+                                           int units) const {
+        auto* out = reinterpret_cast<uint4*>(args().out + t * args().row_bytes() +
+                                             int64_t{p} * stage.record.piece_bytes);
 #pragma unroll
         for (int v = 0; v < kAtOnce; ++v) {
-            const int i = first + v * kAtOnceWords;
-            const Words w = as_words(sums.unit[v].rounded());
-            if (i < words) out[i] = w.a;
-            if (i + 1 < words && !last) out[i + 1] = w.b;
+            const int i = first + v * kUnitsApart;
+            if (i < units) out[i] = sums.unit[v].rounded();
         }
     }
 };
@@ -496,7 +508,7 @@ __device__ __noinline__ void add_again(const CombineJob& job, const Record& reco
     const StageView<F> stage{job.view, record, control, {OpKind::kCombine, in.seq}, in.slot, far};
     PartReceiver<kDtype, F> receiver{job, stage, in, in.masked | lost};
     // Nothing of the others is missing.
-    (void)receiver.run(Pieces(record.num_pieces, 0, 1), receiver.part_of(0));
+    (void)receiver.run({0, record.num_pieces}, 1, receiver.part_of(0));
 }
 
 // ---- the kernel ----
@@ -522,7 +534,7 @@ __device__ __forceinline__ void tell_rows(const CombineJob& job, const Record& r
 }
 
 template <DType kDtype, Half kHalf, class F>
-__global__ void __launch_bounds__(kCombineWarps * 32, 1)
+__global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
     stage_combine_kernel(const __grid_constant__ CombineJob job,
                          const __grid_constant__ Record record, const __grid_constant__ F far) {
     auto** control = reinterpret_cast<std::byte**>(ptx::dynamic_shared());  // [num_ranks] blocks
@@ -534,15 +546,18 @@ __global__ void __launch_bounds__(kCombineWarps * 32, 1)
     for (int p = threadIdx.x; p < view.shape.num_ranks; p += blockDim.x) {
         control[p] = view.peers.control[p];
     }
-    const Pieces pieces(record.num_pieces, warp * gridDim.x + blockIdx.x,
-                        kCombineWarps * gridDim.x);
+    const Pieces pieces{static_cast<int>(warp * gridDim.x + blockIdx.x), record.num_pieces};
+    const auto step = static_cast<int>(F::kCombineWarps * gridDim.x);
     PartSender<kDtype, F> sender{job, {view, record, control, {OpKind::kCombine, 0}, 0, far}};
     ptx::griddepcontrol_wait();
     typename PartSender<kDtype, F>::Token token;
-    if constexpr (kHalf != Half::kReceive) token = sender.look(pieces.item);
+    if constexpr (kHalf != Half::kReceive) {
+        token = sender.look(pieces.item());
+        sender.fetch(token, pieces.piece());
+    }
     bool ok = true;
-    if (warp == kCombineWarps - 1) ok = begin_half<kHalf>(view, job.begin, job.begun, far, in);
-    if (warp == kCombineWarps - 2) ok = !device::gave_up(view.watch);
+    if (warp == F::kCombineWarps - 1) ok = begin_half<kHalf>(view, job.begin, job.begun, far, in);
+    if (warp == F::kCombineWarps - 2) ok = !device::gave_up(view.watch);
     if (!__syncthreads_and(ok)) return;
     sender.stage.op.seq = in.seq;
     sender.stage.slot = in.slot;
@@ -553,25 +568,25 @@ __global__ void __launch_bounds__(kCombineWarps * 32, 1)
             publish_head(view, job.begin, in);
             if constexpr (F::kAny) tell_rows(job, record, far, in);
         }
-        ok = sender.run(pieces, token);
+        ok = sender.run(pieces, step, token);
         if constexpr (F::kAny) far.rail.flush();
     }
     bool good = true;
     if constexpr (kHalf != Half::kSend) {
         PartReceiver<kDtype, F> receiver{job, sender.stage, in, in.masked};
-        auto part = receiver.part_of(pieces.item);
-        if constexpr (F::kAny) (void)far.hear(view, op, in.slot, kCombineWarps - 1);
-        if (blockIdx.x == 0 && warp == kCombineWarps - 1 && job.args.wait_stats != nullptr) {
+        auto part = receiver.part_of(pieces.item());
+        if constexpr (F::kAny) (void)far.hear(view, op, in.slot, F::kCombineWarps - 1);
+        if (blockIdx.x == 0 && warp == F::kCombineWarps - 1 && job.args.wait_stats != nullptr) {
             time_notices(view, in, op, job.args.wait_stats);
         }
         if (!await_notices<true>(view, job.begin, in, HearNothing{})) return;
         if (!settle_masked(view, in) && !hear_again(view, job.begin, in)) return;
         if (receiver.masked != in.masked) {
             receiver.masked = in.masked;
-            part = receiver.part_of(pieces.item);
+            part = receiver.part_of(pieces.item());
         }
         good = in.first_bad == kNoObjection;
-        if (ok && good) ok = receiver.run(pieces, part);
+        if (ok && good) ok = receiver.run(pieces, step, part);
     }
     if (!__syncthreads_and(ok) || threadIdx.x >= 32 || !last_block(view)) return;
     if constexpr (kHalf != Half::kSend) {
@@ -621,7 +636,7 @@ int launch_staged_combine(const F& far, const CombineJob& job, Half half, int nu
                           Stream stream) {
     const int control_bytes = 8 * job.view.shape.num_ranks;
     return launch_dependent(stage_combine_for<F>(job.args.dtype, half),
-                            {num_blocks, kCombineWarps * 32, control_bytes}, true, stream, job,
+                            {num_blocks, F::kCombineWarps * 32, control_bytes}, true, stream, job,
                             record_of(job.args), far);
 }
 

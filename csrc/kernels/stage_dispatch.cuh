@@ -30,9 +30,12 @@ namespace ep::kernels {
 // What does not depend on anything that happens on the GPU.
 __device__ __forceinline__ void prepare(const DispatchJob& job, const StageTables& tables) {
     const State& state = job.view.state;
+    const int num_ranks = job.view.shape.num_ranks;
+    if (threadIdx.x == 0) tables.arena() = job.view.peers.arena[job.view.peers.rank];
 #pragma unroll 1
-    for (int p = threadIdx.x; p < job.view.shape.num_ranks; p += blockDim.x) {
-        tables.control()[p] = job.view.peers.control[p];
+    for (int p = threadIdx.x; p <= num_ranks; p += blockDim.x) {
+        if (p < num_ranks) tables.control()[p] = job.view.peers.control[p];
+        tables.first()[p] = __ldg(state.first + p);
     }
 #pragma unroll 1
     for (int c = threadIdx.x; c < tables.columns() + 2; c += blockDim.x) {
@@ -74,41 +77,39 @@ __device__ __forceinline__ bool send(const DispatchJob& job, const StageSpread& 
     int t = own.begin + i / pieces, p = i % pieces;
     typename Sender<F>::Slot slot;
     bool ok = true;
-    if (warp == F::kWarps - 1) {
-        ok = begin_half<Half::kSend>(view, job.begin, nullptr, far, in);
-    } else if (warp == F::kWarps - 2) {
-        ok = !device::gave_up(view.watch);
-    } else {
-        if (i < all) sender.load(t, p);
-        if (i < all || (warp == 0 && own.begin < own.end)) {
-            slot = sender.slot_of(warp == 0 ? own.begin : t);
-        }
-        count_tokens(job, spread, own.begin, publishes, 32 * (F::kWarps - 2));
-        if (i < all) ok = sender.template prepare<Config>(t, p);
-    }
-    if (!__syncthreads_and(ok)) {
-        sender.abandon();
-        return false;
-    }
-    sender.stage.op.seq = in.seq;
-    sender.stage.slot = in.slot;
-    if (publishes) {
-        publish_counts(job, tables, in);
-        if constexpr (F::kAny) tell_nodes(job, tables, far, in);
-    }
-    if (warp == 0) sender.describe(own, slot);
 #pragma unroll 1
-    while (i < all) {
+    for (bool is_first = true; is_first || i < all; is_first = false) {
+        if (is_first && warp == F::kWarps - 1) {
+            ok = begin_half<Half::kSend>(view, job.begin, nullptr, far, in);
+        } else if (is_first && warp == F::kWarps - 2) {
+            ok = !device::gave_up(view.watch);
+        } else {
+            if (i < all) sender.load(t, p);
+            if (i < all || (warp == 0 && own.begin < own.end)) {
+                slot = sender.slot_of(warp == 0 ? own.begin : t);
+            }
+            if (is_first) count_tokens(job, spread, own.begin, publishes, F::kWarps - 2);
+            if (i < all) ok = sender.template prepare<Config>(t, p);
+        }
+        if (is_first) {
+            if (!__syncthreads_and(ok)) {
+                sender.abandon();
+                return false;
+            }
+            sender.stage.op.seq = in.seq;
+            sender.stage.slot = in.slot;
+            if (publishes) {
+                publish_counts(job, tables, in);
+                if constexpr (F::kAny) tell_nodes(job, tables, far, in);
+            }
+            if (warp == 0) sender.describe(own, slot);
+        }
+        if (!ok || i >= all) break;
         sender.send(t, p, slot);
         i += kMovers;
-        if (i >= all) break;
         t = own.begin + i / pieces, p = i % pieces;
         ptx::fence_proxy_async_shared();  // our accesses, before the load that follows
         __syncwarp();
-        sender.load(t, p);
-        slot = sender.slot_of(t);
-        ok = sender.template prepare<Config>(t, p);
-        if (!ok) break;
     }
     if (publishes && job.args.logical_load != nullptr) count_load(job, tables.bad()[0] == 0);
     if constexpr (F::kAny) {
@@ -127,7 +128,7 @@ __device__ __noinline__ inline void tell_outputs(const DispatchJob& job, const S
     const RankView& view = job.view;
     const DispatchArgs& a = job.args;
     const int lane = ptx::lane_id(), num_ranks = view.shape.num_ranks, me = view.peers.rank;
-    const int first = view.state.first[me], num_local = view.state.first[me + 1] - first;
+    const int first = tables.first()[me], num_local = tables.first()[me + 1] - first;
     int64_t group_end = 0;
 #pragma unroll 1
     for (int e0 = 0; e0 < num_local; e0 += 32) {
@@ -179,7 +180,7 @@ __device__ __noinline__ inline void judge_index(const DispatchJob& job, const St
     for (int p = threadIdx.x; p < view.shape.num_ranks; p += blockDim.x) {
         int64_t rows = 0;
 #pragma unroll 1
-        for (int e = view.state.first[p]; e < view.state.first[p + 1]; ++e) {
+        for (int e = tables.first()[p]; e < tables.first()[p + 1]; ++e) {
             rows += (tables.total(e) + a.alignment - 1) / a.alignment * a.alignment;
         }
         if (rows <= a.index_capacity || without(in, p)) continue;
@@ -198,19 +199,25 @@ __device__ __noinline__ inline void explain_any(const DispatchJob& job, const St
     __syncwarp();
 }
 
-// Everybody's heads, and if there is nothing wrong with them, their counts. False: leave.
+// Everybody's heads, and if there is nothing wrong with them, their counts: each thread knows its columns.
+// False: leave, once the block has met.
 __device__ __forceinline__ bool hear(const DispatchJob& job, const StageTables& tables,
-                                     Entering& in, uint64_t first_count, bool& good) {
+                                     Entering& in, bool& good) {
+    const CountsListener counts{job, tables, in};
+    counts.look();
     if (!await_notices<true>(job.view, job.begin, in, HeadListener{tables})) return false;
     good = in.first_bad == kNoObjection;
-    const bool counted = !good || CountsListener{job, tables, in}.take(first_count);
-    return __syncthreads_and(counted) != 0;
+    return !good || counts.take();
 }
 
-__device__ __noinline__ inline bool hear_again(const DispatchJob& job, const StageSpread& spread,
-                                               Entering& in) {
+// Where ranks may be masked, blocks agree on whom they go without; who has heard others hears again.
+__device__ __noinline__ inline bool settle_heard(const DispatchJob& job, const StageSpread& spread,
+                                                 Entering& in, bool heard) {
+    if (!__syncthreads_and(heard)) return false;
+    if (settle_masked(job.view, in)) return true;
     bool good;
-    return hear(job, StageTables{spread, job.view.shape}, in, 0, good);
+    heard = hear(job, StageTables{spread, job.view.shape}, in, good);
+    return __syncthreads_and(heard) != 0;
 }
 
 // False: leave. `good`: the verdict.
@@ -222,21 +229,20 @@ __device__ __forceinline__ bool receive(const DispatchJob& job, const StageSprea
     const int warp = threadIdx.x / 32;
     const Operation op{OpKind::kDispatch, in.seq};
     if constexpr (F::kAny) (void)far.hear(view, op, in.slot, F::kWarps - 1);
-    const uint64_t count = CountsListener{job, tables, in}.look();
     // A warp that has little else to do tells what has come, and how long it took.
     const bool tells = blockIdx.x == gridDim.x - 1 && warp == F::kWarps - 1;
     if (tells && job.args.wait_stats != nullptr) {
         time_notices(view, in, op, job.args.wait_stats);
     }
-    if (!hear(job, tables, in, count, good)) return false;
-    if (!settle_masked(view, in)) {
-        if (!hear_again(job, spread, in)) return false;
+    bool heard = hear(job, tables, in, good);
+    if (view.watch.can_mask) {
+        heard = settle_heard(job, spread, in, heard);
         good = in.first_bad == kNoObjection;
         __syncthreads();
     }
+    if (heard && good) judge_stage(job, tables, in);
+    if (!__syncthreads_and(heard)) return false;
     if (good) {
-        judge_stage(job, tables, in);
-        __syncthreads();
         if (job.args.index_capacity >= 0) judge_index(job, spread, in);
         good = min(in.first_bad, in.size_bad) == kNoObjection;
     }
@@ -249,14 +255,16 @@ __device__ __forceinline__ bool receive(const DispatchJob& job, const StageSprea
         }
         tell_outputs(job, spread, in, good, num_logged);
     }
-    const int from = warp * gridDim.x + blockIdx.x, step = F::kWarps * gridDim.x;
-    if (good && !Receiver<F>{job, tables, stage, in}.run(from, step)) return false;
+    // The warp that tells is the last of the grid, and does nothing else.
+    const int from = warp * gridDim.x + blockIdx.x, step = F::kWarps * gridDim.x - 1;
+    if (good && !tells && !Receiver<F>{job, tables, stage, in}.run(from, step)) return false;
     if constexpr (F::kAny) {
-        if (good && !RailLogger<F>{job, tables, stage}.run(from, step)) return false;
+        if (good && !tells && !RailLogger<F>{job, tables, stage}.run(from, step)) return false;
     }
     const Span own = tokens_of_block(job, spread);
     settle_rows(job, tables, own.begin, own.end, in, good);
-    StagePadder{job, from, step}.run(tables, good);
+    // Warps that had least to take have most to fill in.
+    if (!tells) StagePadder{job, step - 1 - from, step}.run(tables, good);
     return true;
 }
 

@@ -1,7 +1,7 @@
 // In a small dispatch every block hears what all ranks bring to all experts, and comes to the verdict by
 // itself.
 //
-// defines: HeadListener, CountsListener, judge_stage, explain_stage
+// defines: HeadListener, first_column, CountsListener, judge_stage, explain_stage
 #pragma once
 
 #include <cstdint>
@@ -30,59 +30,84 @@ struct HeadListener {
     }
 };
 
-// The counts of all ranks, a word a thread; they are untrusted until judge_stage has seen them. Who refuses
-// a call, or is at another, tells no counts: so while heads are awaited one only looks for them. Whom the
-// call goes without, and who is masked meanwhile, brings nothing.
+// A thread has columns of its own; the first ones are of the last warps, since the first warps hear heads.
+__device__ __forceinline__ int first_column() {
+    return static_cast<int>(blockDim.x - 1 - threadIdx.x);
+}
+
+// The counts of all ranks. They are untrusted until judge_stage has seen them.
+// Who refuses a call, or is at another, tells no counts: so while heads are awaited one only looks for them.
+// Whom the call goes without, and who is masked meanwhile, brings nothing.
 struct CountsListener {
+    static constexpr int32_t kNotYet = INT32_MIN;
+    static constexpr int kAtOnce = 4;  // words of a thread on their way
+
     const DispatchJob& job;
     const StageTables& tables;
     Entering& in;
 
-    // Word c of all that is listened for.
-    __device__ __forceinline__ const uint64_t* word_of(int c, int& src, int& column) const {
+    __device__ __forceinline__ const uint64_t* word_of(int src, int column) const {
         const RankView& view = job.view;
         const NoticeLayout layout(view.shape);
-        src = c / tables.columns();
-        column = c - src * tables.columns();
         const int at = column < tables.shape.num_ranks
                            ? NoticeLayout::kRows + column
                            : layout.selections + column - tables.shape.num_ranks;
         return NoticeWords(view, in.slot, src).words + at;
     }
 
-    // The first word of this thread, if it comes in time.
-    __device__ __forceinline__ uint64_t look() const {
-        constexpr int kTurns = 256;
-        int src, column;
-        const auto c = static_cast<int>(threadIdx.x);
-        if (c >= tables.shape.num_ranks * tables.columns()) return 0;
-        const uint64_t* addr = word_of(c, src, column);
-        uint64_t word = ptx::ld_relaxed_sys(addr);
+    // Counts that come in time.
+    __device__ __forceinline__ void look() const {
+        int turns = 256;
 #pragma unroll 1
-        for (int turn = 0; turn < kTurns && !device::is_of(word, in.seq); ++turn) {
-            word = ptx::ld_relaxed_sys(addr);
+        for (int c = first_column(); c < tables.columns(); c += static_cast<int>(blockDim.x)) {
+#pragma unroll 1
+            for (int src = 0; src < tables.shape.num_ranks; src += kAtOnce) {
+                while (!look_at(src, c) && --turns > 0) {
+                }
+            }
         }
-        return word;
     }
 
-    // All of them; the first has been looked for. False: leave.
-    __device__ __forceinline__ bool take(uint64_t word) const {
+    // The counts of some sources. False: not all are there.
+    __device__ __forceinline__ bool look_at(int first, int column) const {
+        const int num = min(kAtOnce, tables.shape.num_ranks - first);
+        uint64_t word[kAtOnce];
+#pragma unroll
+        for (int u = 0; u < kAtOnce; ++u) {
+            if (u < num) word[u] = ptx::ld_relaxed_sys(word_of(first + u, column));
+        }
+        bool all = true;
+#pragma unroll
+        for (int u = 0; u < kAtOnce; ++u) {
+            if (u >= num) break;
+            const bool here = device::is_of(word[u], in.seq);
+            tables.prefix()[(first + u) * tables.columns() + column] =
+                here ? static_cast<int32_t>(device::bits_of(word[u])) : kNotYet;
+            all = all && here;
+        }
+        return all;
+    }
+
+    // The others. False: leave.
+    __device__ __forceinline__ bool take() const {
         const Operation op{OpKind::kDispatch, in.seq};
-        const int all = tables.shape.num_ranks * tables.columns();
         const uint64_t gone = in.masked | in.unheard;
         bool ok = true;
 #pragma unroll 1
-        for (int c = threadIdx.x; ok && c < all; c += blockDim.x) {
-            int src, column;
-            const uint64_t* addr = word_of(c, src, column);
-            if (c >= static_cast<int>(blockDim.x)) word = ptx::ld_relaxed_sys(addr);
-            bool here = !device::has_rank(gone, src);
-            if (here && !device::is_of(word, in.seq)) {
-                here = device::wait_packed(job.view.watch, op, src, addr, word);
-                ok = here || device::goes_on(job.view.watch);
-                if (!here) atomicOr(&in.unheard, 1ull << src);
+        for (int c = first_column(); ok && c < tables.columns(); c += static_cast<int>(blockDim.x)) {
+#pragma unroll 1
+            for (int src = 0; ok && src < tables.shape.num_ranks; ++src) {
+                int32_t& count = tables.prefix()[src * tables.columns() + c];
+                bool here = gone == 0 || !device::has_rank(gone, src);
+                if (here && count != kNotYet) continue;
+                uint64_t word = 0;
+                if (here) {
+                    here = device::wait_packed_word(job.view.watch, op, src, word_of(src, c), word);
+                    ok = here || device::goes_on(job.view.watch);
+                    if (!here) atomicOr(&in.unheard, 1ull << src);
+                }
+                count = here ? static_cast<int32_t>(device::bits_of(word)) : 0;
             }
-            tables.prefix()[c] = here ? static_cast<int32_t>(device::bits_of(word)) : 0;
         }
         return ok;
     }
@@ -91,26 +116,26 @@ struct CountsListener {
 // Rows that rank p's x has.
 __device__ __forceinline__ int64_t rows_of(const DispatchJob& job, const StageTables& tables,
                                            int p) {
-    const int32_t* first = job.view.state.first;
+    const int32_t* first = tables.first();
     if (job.args.layout == RecvLayout::kCompact) return tables.total_rows(p);
     return (first[p + 1] - first[p]) * job.args.capacity;
 }
 
 // Counts become what comes before each source, and the sums; what is wrong with them becomes the verdict.
-// All threads, once everybody has been heard; a barrier of the block follows.
+// All threads, each with the columns it has heard; a barrier of the block follows.
 __device__ __forceinline__ void judge_stage(const DispatchJob& job, const StageTables& tables,
                                             Entering& in) {
     const DispatchArgs& a = job.args;
     const int num_ranks = job.view.shape.num_ranks;
     const bool compact = a.layout == RecvLayout::kCompact;
     const auto owner_of = [&](int c) {
-        const int32_t* first = job.view.state.first;
+        const int32_t* first = tables.first();
         int p = 0;
         while (first[p + 1] <= c - num_ranks) ++p;
         return p;
     };
 #pragma unroll 1
-    for (int c = threadIdx.x; c < tables.columns(); c += blockDim.x) {
+    for (int c = first_column(); c < tables.columns(); c += static_cast<int>(blockDim.x)) {
         const bool rows = c < num_ranks;
         int sum = 0;
 #pragma unroll 1
@@ -153,7 +178,7 @@ __device__ __forceinline__ void explain_stage(const DispatchJob& job, const Stag
     int64_t arriving = tables.total_rows(p);
     if (a.layout == RecvLayout::kSlab) {
         arriving = 0;
-        for (int e = view.state.first[p]; e < view.state.first[p + 1]; ++e) {
+        for (int e = tables.first()[p]; e < tables.first()[p + 1]; ++e) {
             arriving = max(arriving, int64_t{tables.total(e)});
         }
     }

@@ -21,7 +21,8 @@ namespace ep::kernels {
 // Of a warp, which takes pieces of tokens of any source.
 template <class F>
 struct Receiver {
-    static constexpr int kAtOnce = 4;  // times four lines that a warp has in flight
+    static constexpr int kAtOnce = 3;  // times four lines that a warp has in flight
+    static constexpr int kStep = kAtOnce * device::LineLane::kAtOnce;
 
     const DispatchJob& job;
     StageTables tables;
@@ -53,14 +54,14 @@ private:
         int token = -1, index = -1;  // of its source; among those that come here
         int row = -1, local = -1;
         float weight = 0.0f;
+        int64_t scales = 0;  // where its scales begin, in words
     };
 
     __device__ const DispatchArgs& args() const { return job.args; }
     __device__ bool compact() const { return args().layout == RecvLayout::kCompact; }
 
     __device__ std::byte* x() const {
-        const RankView& view = job.view;
-        return view.peers.arena[view.peers.rank] +
+        return tables.arena() +
                int64_t{job.begin.head.grant.page[Grant::kX]} * kExtentAlign;
     }
 
@@ -78,31 +79,38 @@ private:
         const std::byte* record = stage.arrival(src, int64_t{src} * view.shape.max_tokens + t);
         const std::byte* piece = record + stage.piece_at(p);
         const device::LineLane at;
-        const int row_words = stage.piece_bytes(p, args().row_bytes()) / 8;
-        const int words = row_words + (stage.record.scale_bytes + 7) / 8;
+        const int row_units = stage.piece_bytes(p, args().row_bytes()) / kUnitBytes;
+        const int units = row_units + (stage.record.scale_bytes + kUnitBytes - 1) / kUnitBytes;
         const bool tells = at.line < stage.record.meta_lines;
         device::Words meta, w[kAtOnce];
-        if (tells) meta = device::get_line(record + at.offset(0));
-        get(piece, 0, words, w);
-        while (!__all_sync(~0u, !tells || !at.is_last() || is_ours(meta))) {
-            if (!await(src, record, 0, stage.record.meta_lines)) return lose(job.view, in, src);
+#pragma unroll 1
+        for (int turn = 0;; ++turn) {
             if (tells) meta = device::get_line(record + at.offset(0));
+            get(piece, 0, units, w);
+            if (__all_sync(~0u, !tells || !at.is_last() || is_ours(meta))) break;
+            if (turn < device::kLooks) continue;
+            if (!await(src, record, 0, stage.record.meta_lines)) return lose(job.view, in, src);
         }
         const Arrival to = understand(src, t, meta);
         if (to.index < 0) return true;  // it does not come here
         if (!in_bounds(src, to)) return false;
         if (p == 0) describe(src, to);
-        const int lines = (words + kLineWords - 1) / kLineWords;
+        const int lines = (units + kLineUnits - 1) / kLineUnits;
 #pragma unroll 1
         for (int line = 0;;) {
-            while (!there(line, words, w)) {
-                if (!await(src, piece, line, lines)) return lose(job.view, in, src);
-                get(piece, line, words, w);
+#pragma unroll 1
+            for (int turn = 0; !there(line, units, w); ++turn) {
+                if (turn >= device::kLooks && !await(src, piece, line, lines)) {
+                    return lose(job.view, in, src);
+                }
+                get(piece, line, units, w);
             }
-            put(p, line, row_words, words, to, w);
-            line += kAtOnce * device::LineLane::kAtOnce;
+            put_row(p, line, row_units, to, w);
+            const bool has_scales = (line + kStep) * kLineUnits > row_units && units > row_units;
+            if (has_scales) put_scales(p, line, row_units, to, w);
+            line += kStep;
             if (line >= lines) return true;
-            get(piece, line, words, w);
+            get(piece, line, units, w);
         }
     }
 
@@ -114,29 +122,29 @@ private:
     __device__ __forceinline__ bool is_ours(const device::Words& w) const {
         return w.b == stage.op.seq;
     }
-    __device__ __forceinline__ bool there(int line, int words,
+    __device__ __forceinline__ bool there(int line, int units,
                                           const device::Words (&w)[kAtOnce]) const {
         const device::LineLane at;
         bool all = true;
 #pragma unroll
         for (int v = 0; v < kAtOnce; ++v) {
             const int l = line + v * device::LineLane::kAtOnce + at.line;
-            all = all && (l * kLineWords >= words || !at.is_last() || is_ours(w[v]));
+            all = all && (l * kLineUnits >= units || !at.is_last() || is_ours(w[v]));
         }
         return __all_sync(~0u, all);
     }
     __device__ __forceinline__ bool await(int src, const std::byte* from, int line,
                                           int lines) const {
-        const int end = min(line + kAtOnce * device::LineLane::kAtOnce, lines);
-        return device::await_lines(job.view.watch, stage.op, src, from, line, end);
+        return device::await_lines(job.view.watch, stage.op, src, from, line,
+                                   min(line + kStep, lines));
     }
-    __device__ __forceinline__ void get(const std::byte* piece, int line, int words,
+    __device__ __forceinline__ void get(const std::byte* piece, int line, int units,
                                         device::Words (&w)[kAtOnce]) const {
         const device::LineLane at;
 #pragma unroll
         for (int v = 0; v < kAtOnce; ++v) {
             const int l = line + v * device::LineLane::kAtOnce;
-            if ((l + at.line) * kLineWords < words) w[v] = device::get_line(piece + at.offset(l));
+            if ((l + at.line) * kLineUnits < units) w[v] = device::get_line(piece + at.offset(l));
         }
     }
 
@@ -162,13 +170,16 @@ private:
             F::kAny ? turn_of(static_cast<uint32_t>(told >> 32)) : static_cast<int>(told >> 32);
         r.local = staged_local(code);
         r.weight = __uint_as_float(static_cast<uint32_t>(slot % 2 != 0 ? pair >> 32 : pair));
+        const int64_t words = a.scale_bytes / 4;
         if (compact()) {
             r.row = tables.rows(src, view.peers.rank) + r.index;
-        } else if (const int position = view.state.first[view.peers.rank] + r.local;
-                   position < view.state.first[view.peers.rank + 1]) {
+            r.scales = r.row * words;
+        } else if (const int position = tables.first()[view.peers.rank] + r.local;
+                   position < tables.first()[view.peers.rank + 1]) {
             const int row = tables.selections(src, position) + turn;
             const bool fits = turn >= 0 && row < a.capacity;
             r.row = fits ? static_cast<int>(r.local * a.capacity) + row : -2;
+            r.scales = r.local * words * scales_apart() + row;
         } else {
             r.row = -2;
         }
@@ -225,64 +236,63 @@ private:
         }
     }
 
-    // Four times four lines of a piece to every row the token has here.
-    __device__ __forceinline__ void put(int p, int line, int row_words, int words,
-                                        const Arrival& to,
-                                        const device::Words (&w)[kAtOnce]) const {
+    // Compact: all slots of a token have one row.
+    __device__ __forceinline__ uint32_t rows_of(const Arrival& to) const {
+        const uint32_t own = __ballot_sync(~0u, to.row >= 0);
+        return compact() ? own & (0u - own) : own;
+    }
+
+    // Lines of a piece to every row the token has here.
+    __device__ __forceinline__ void put_row(int p, int line, int row_units, const Arrival& to,
+                                            const device::Words (&w)[kAtOnce]) const {
         const device::LineLane at;
         const int64_t row_bytes = args().row_bytes();
-        const uint32_t own = __ballot_sync(~0u, to.row >= 0);
-        const uint32_t rows = compact() ? own & (0u - own) : own;  // compact: all slots have one
-        std::byte* out = x() + int64_t{p} * stage.record.piece_bytes + 8 * at.word(line);
+        const int first = at.is_last() ? row_units : at.index(line);
+        std::byte* out = x() + int64_t{p} * stage.record.piece_bytes + first * kUnitBytes;
 #pragma unroll 1
-        for (uint32_t left = rows; left != 0; left &= left - 1) {
+        for (uint32_t left = rows_of(to); left != 0; left &= left - 1) {
             const int row = __shfl_sync(~0u, to.row, __ffs(left) - 1);
-            auto* data = reinterpret_cast<uint64_t*>(out + row * row_bytes);
+            auto* units = reinterpret_cast<uint4*>(out + row * row_bytes);
 #pragma unroll
             for (int v = 0; v < kAtOnce; ++v) {
-                constexpr int kWords = device::LineLane::kAtOnce * kLineWords;
-                const int i = at.word(line) + v * kWords;
-                if (i < row_words) data[v * kWords] = w[v].a;
-                if (i + 1 < row_words && !at.is_last()) data[v * kWords + 1] = w[v].b;
-            }
-        }
-        if (words == row_words) return;
-#pragma unroll 1
-        for (int v = 0; v < kAtOnce; ++v) {
-            const int pair = at.word(line + v * device::LineLane::kAtOnce) - row_words;
-            if (!__any_sync(~0u, pair + 1 >= 0 && pair < words - row_words)) continue;
-            device::Words two = w[0];
-#pragma unroll
-            for (int u = 1; u < kAtOnce; ++u) {
-                if (v == u) two = w[u];
-            }
-#pragma unroll 1
-            for (uint32_t left = rows; left != 0; left &= left - 1) {
-                put_scales(p, __shfl_sync(~0u, to.row, __ffs(left) - 1), 2 * pair, two);
+                constexpr int kApart = device::LineLane::kAtOnce * kLineUnits;
+                if (first + v * kApart < row_units) units[v * kApart] = device::unit_of(w[v]);
             }
         }
     }
 
-    // Words of a piece's scales from the i-th on. Of slabs column-major, columns 16 bytes aligned.
-    __device__ __forceinline__ void put_scales(int p, int row, int i,
-                                               const device::Words& words) const {
-        const DispatchArgs& a = args();
-        const auto all = static_cast<int>(a.scale_bytes / 4);
+    // Of slabs scales are column-major, columns 16 bytes aligned.
+    __device__ __forceinline__ int64_t scales_apart() const {
+        return compact() ? 1 : (args().capacity + 3) / 4 * 4;
+    }
+
+    // Scales of a piece that lie in these lines, a word a lane, to every row the token has here.
+    __device__ __forceinline__ void put_scales(int p, int line, int row_units, const Arrival& to,
+                                            const device::Words (&w)[kAtOnce]) const {
         const int of_piece = stage.record.scale_bytes / 4, first = p * of_piece;
-        const int end = min(min(of_piece, all - first), i + (device::LineLane().is_last() ? 2 : 4));
-        int64_t at = int64_t{row} * all, apart = 1;
-        if (!compact()) {
-            const auto capacity = static_cast<int>(a.capacity), expert = row / capacity;
-            apart = (capacity + 3) / 4 * 4;
-            at = int64_t{expert} * all * apart + (row - expert * capacity);
-        }
-        auto* out = reinterpret_cast<uint32_t*>(job.out.scales) + at;
-        uint64_t pair = words.a;
+        const int end = min(of_piece, static_cast<int>(args().scale_bytes / 4) - first);
+        const int64_t apart = scales_apart();
 #pragma unroll 1
-        for (int s = i; s < end; ++s) {
-            if (s == i + 2) pair = words.b;
-            if (s >= 0) out[(first + s) * apart] = static_cast<uint32_t>(pair);
-            pair >>= 32;
+        for (int s0 = 0; s0 < end; s0 += 32) {
+            const int s = s0 + static_cast<int>(ptx::lane_id());
+            const int i = row_units + s / 4, of_line = i / kLineUnits - line;
+            const int v = of_line / device::LineLane::kAtOnce;
+            const int from = of_line % device::LineLane::kAtOnce * 8 + i % kLineUnits;
+            uint64_t pair = 0;
+#pragma unroll
+            for (int u = 0; u < kAtOnce; ++u) {
+                const uint64_t a = __shfl_sync(~0u, w[u].a, from & 31);
+                const uint64_t b = __shfl_sync(~0u, w[u].b, from & 31);
+                if (v == u) pair = s % 4 < 2 ? a : b;
+            }
+            const bool here = s < end && of_line >= 0 && v < kAtOnce;
+            const auto scale = static_cast<uint32_t>(s % 2 != 0 ? pair >> 32 : pair);
+            auto* out = reinterpret_cast<uint32_t*>(job.out.scales) + (first + s) * apart;
+#pragma unroll 1
+            for (uint32_t left = rows_of(to); left != 0; left &= left - 1) {
+                const int64_t at = __shfl_sync(~0u, to.scales, __ffs(left) - 1);
+                if (here) out[at] = scale;
+            }
         }
     }
 };
@@ -295,8 +305,8 @@ struct StagePadder {
     // `good`: the call did not fail; else nothing has come.
     __device__ __forceinline__ void run(const StageTables& tables, bool good) const {
         const DispatchArgs& a = job.args;
-        const int me = job.view.peers.rank, first_expert = job.view.state.first[me];
-        const int num_local = job.view.state.first[me + 1] - first_expert;
+        const int me = job.view.peers.rank, first_expert = tables.first()[me];
+        const int num_local = tables.first()[me + 1] - first_expert;
         const int recv = good ? tables.total_rows(me) : 0;
         const UnpackArgs& out = job.out;
         const int lane = ptx::lane_id();

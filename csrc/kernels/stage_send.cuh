@@ -23,55 +23,63 @@ namespace ep::kernels {
 
 // ---- counting ----
 
-// A thread takes a token, `threads` of them do. Tokens below `own` are before the block's; all of them, when
-// it publishes.
+// Each of `warps` takes as many tokens at once as have a lane for every slot. Tokens below `own` are before
+// the block's; all of them, when it publishes.
 template <class ExpertOf>
 __device__ __forceinline__ void count_each(const DispatchJob& job, const StageTables& tables,
-                                           int own, bool publishes, int threads,
+                                           int own, bool publishes, int warps,
                                            ExpertOf expert_of_id) {
     const DispatchArgs& a = job.args;
-    const int end = publishes ? static_cast<int>(a.num_tokens) : own;
+    const auto lane = static_cast<int>(ptx::lane_id());
+    const int at_once = 32 / a.num_topk, turn = lane / a.num_topk;
+    const int end = turn >= at_once ? 0 : publishes ? static_cast<int>(a.num_tokens) : own;
+    const int step = warps * at_once;
+    int t = static_cast<int>(threadIdx.x) / 32 * at_once + turn;
+    const int k = lane - turn * a.num_topk;
+    int64_t next = t < end ? a.topk_idx[int64_t{t} * a.num_topk + k] : -1;
 #pragma unroll 1
-    for (int t = threadIdx.x; t < end; t += threads) {
-        const int64_t* ids = a.topk_idx + int64_t{t} * a.num_topk;
-        const bool earlier = t < own;
-        uint64_t ranks = 0;
-#pragma unroll 8
-        for (int k = 0; k < a.num_topk; ++k) {
-            const int64_t id = expert_of_id(t, ids[k]);
-            const Expert expert = tables.expert(id);
-            if (expert.position >= 0) {
-                const int column = tables.shape.num_ranks + expert.position;
-                ranks |= uint64_t{1} << staged_rank(expert.code);
-                if (earlier) atomicAdd(&tables.before()[column], 1);
-                if (publishes) atomicAdd(&tables.all()[column], 1);
-            } else if (publishes && id != -1) {
-                atomicAdd(&tables.bad()[0], 1);
-                atomicMin(&tables.bad()[1], t * a.num_topk + k);
-            }
-        }
-#pragma unroll 1
-        for (; ranks != 0; ranks &= ranks - 1) {
-            const int dst = __ffsll(static_cast<long long>(ranks)) - 1;
-            if (earlier) atomicAdd(&tables.before()[dst], 1);
-            if (publishes) atomicAdd(&tables.all()[dst], 1);
-        }
+    for (; __any_sync(~0u, t < end); t += step) {
+        const int64_t id = t < end ? expert_of_id(t, next) : -1;
+        if (t + step < end) next = a.topk_idx[int64_t{t + step} * a.num_topk + k];
+        const Expert expert = tables.expert(id);
+        const bool chosen = expert.position >= 0;
+        const int dst = chosen ? staged_rank(expert.code) : -1;
+        const uint32_t same = __match_any_sync(~0u, chosen ? turn << 8 | dst : -1);
+        const bool brings = chosen && (same & ptx::lanemask_lt()) == 0;
+        const int column = tables.shape.num_ranks + expert.position;
+        const auto count_in = [&](int32_t* columns) {
+            if (chosen) atomicAdd(columns + column, 1);
+            if (brings) atomicAdd(columns + dst, 1);
+        };
+        if (t < own) count_in(tables.before());
+        if (!publishes) continue;
+        count_in(tables.all());
+        if (chosen || id == -1) continue;
+        atomicAdd(&tables.bad()[0], 1);
+        atomicMin(&tables.bad()[1], t * a.num_topk + k);
     }
 }
 
 __device__ __noinline__ inline void count_logical(const DispatchJob& job, const StageSpread& spread,
-                                                  int own, bool publishes, int threads) {
-    count_each(job, StageTables{spread, job.view.shape}, own, publishes, threads,
+                                                  int own, bool publishes, int warps) {
+    count_each(job, StageTables{spread, job.view.shape}, own, publishes, warps,
                [&](int t, int64_t id) { return replica_of(job, t, id); });
 }
 
 __device__ __forceinline__ void count_tokens(const DispatchJob& job, const StageSpread& spread,
-                                             int own, bool publishes, int threads) {
+                                             int own, bool publishes, int warps) {
     if (job.args.replicas.num_logical != 0) {
-        return count_logical(job, spread, own, publishes, threads);
+        return count_logical(job, spread, own, publishes, warps);
     }
-    count_each(job, StageTables{spread, job.view.shape}, own, publishes, threads,
+    count_each(job, StageTables{spread, job.view.shape}, own, publishes, warps,
                [](int, int64_t id) { return id; });
+}
+
+// Blocks of 32 elements are rare: out of the way of the code of others.
+template <DType kSource>
+__device__ __noinline__ void quantize_finely(std::byte* row, std::byte* scales, int elements,
+                                             bool ue8m0) {
+    device::quantize_blocks<kSource, 32>(row, scales, elements, ue8m0);
 }
 
 // Selections of logical experts; of a call without a bad id.
@@ -103,9 +111,9 @@ __device__ __forceinline__ void publish_counts(const DispatchJob& job, const Sta
         }
         __syncthreads();
     }
-    publish_head(job.view, job.begin, in);
     const NoticeLayout layout(shape);
-    publish_words(job.view, in, L::kRows, layout.end, [&](int i) {
+    publish_words<true>(job.view, in, 0, layout.end, [&](int i) {
+        if (i < L::kRows) return head_word(job.begin, in, i);
         if (i >= layout.expected && i < layout.selections) return 0u;
         const int c = i < layout.expected ? i - L::kRows : shape.num_ranks + i - layout.selections;
         const int number = tables.all()[c];
@@ -182,8 +190,13 @@ struct Sender {
         if (!device::await_stage(view.watch, stage.op, piece, view.peers.rank)) return false;
         std::byte* scales = piece.data + spread.scales_at;
         if constexpr (Config::kQuantizes) {
-            device::quantize_row<Config::kSource>(piece.data, scales, elements(p), a.scale_block,
-                                                  a.quantize == Quantize::kFp8Ue8m0);
+            const bool ue8m0 = a.quantize == Quantize::kFp8Ue8m0;
+            if (a.scale_block == 128) {
+                device::quantize_blocks<Config::kSource, 128, 4>(piece.data, scales, elements(p),
+                                                                 ue8m0);
+            } else {
+                quantize_finely<Config::kSource>(piece.data, scales, elements(p), ue8m0);
+            }
         } else if (a.scale_bytes > 0) {
             load_scales(t, p, scales);
         }
@@ -226,7 +239,8 @@ struct Sender {
                 take(chosen && ahead == 0, tables.shape.num_ranks + position, __popc(rivals));
             const int turn = __shfl_sync(~0u, earlier, __ffs(rivals) - 1) + ahead;
             const auto told = static_cast<int>(F::kAny ? direct_turn(number, turn) : turn);
-            device::Words words{word(at.word(0), slot, told), word(at.word(0) + 1, slot, told)};
+            const int unit = 2 * at.index(0);
+            device::Words words{word(unit, slot, told), word(unit + 1, slot, told)};
             if (at.is_last()) words.b = stage.op.seq;
 #pragma unroll 1
             for (int p = job.view.peers.near_begin; p < job.view.peers.near_end; ++p) {
@@ -299,18 +313,18 @@ private:
     __device__ __forceinline__ void put_lines(int p, const std::byte* scales, std::byte* to,
                                               uint32_t leaders) const {
         const device::LineLane at;
-        const int row_words = stage.piece_bytes(p, args().row_bytes()) / 8;
-        const int words = row_words + (spread.record.scale_bytes + 7) / 8;
-        const auto* row = reinterpret_cast<const uint64_t*>(piece.data);
-        const auto* behind = reinterpret_cast<const uint64_t*>(scales) - row_words;
-        const auto get = [&](int i) { return (i < row_words ? row : behind)[i]; };
-#pragma unroll 2
-        for (int line = 0; line * kLineWords < words; line += device::LineLane::kAtOnce) {
-            const int i = at.word(line);
-            const bool here = (line + at.line) * kLineWords < words;
+        const int row_units = stage.piece_bytes(p, args().row_bytes()) / kUnitBytes;
+        const int units = row_units + (spread.record.scale_bytes + kUnitBytes - 1) / kUnitBytes;
+        const std::byte* behind = scales - row_units * kUnitBytes;
+#pragma unroll 1
+        for (int line = 0; line * kLineUnits < units; line += device::LineLane::kAtOnce) {
+            const int i = at.index(line);
+            const bool here = (line + at.line) * kLineUnits < units;
             device::Words w;
-            if (here && i < words) w.a = get(i);
-            if (here && i + 1 < words) w.b = get(i + 1);
+            if (!at.is_last() && i < units) {
+                w = device::words_of(ptx::ld_shared_v4((i < row_units ? piece.data : behind) +
+                                                       i * kUnitBytes));
+            }
             if (at.is_last()) w.b = stage.op.seq;
             __syncwarp();
 #pragma unroll 1

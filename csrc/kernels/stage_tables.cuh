@@ -1,7 +1,7 @@
 // Shared memory of a block of a small dispatch: what it counts of its own rank's tokens, what it hears from
 // everybody, and the pieces its warps are at. One walk, for the host that sizes it and the kernel.
 //
-// defines: StageSpread, StageTables
+// defines: Heard, Expert, StageSpread, StageTables
 #pragma once
 
 #include <cstdint>
@@ -31,7 +31,7 @@ struct StageSpread {
     Record record;
     int32_t tokens_per_block;
     // Byte offsets.
-    int32_t control, experts, before, all, heard, prefix, pieces, end;
+    int32_t arena, control, first, experts, before, all, heard, prefix, pieces, end;
     int32_t piece_bytes;  // of shared memory, for a warp
     int32_t scales_at;    // in it, behind the piece as it is loaded
 
@@ -45,7 +45,9 @@ struct StageSpread {
             return offset;
         };
         const int64_t columns = s.num_ranks + s.num_experts;
+        arena = take(8);
         control = take(8 * s.num_ranks);
+        first = take(4 * (s.num_ranks + 1));
         experts = take(s.num_experts * int64_t{sizeof(Expert)});
         before = take(4 * columns);
         all = take(4 * (columns + 2));
@@ -67,10 +69,16 @@ struct StageTables {
     const Shape& shape;
 
     __device__ __forceinline__ int columns() const { return shape.num_ranks + shape.num_experts; }
+    // Our own.
+    __device__ __forceinline__ std::byte*& arena() const {
+        return *at<std::byte*>(spread.arena);
+    }
     // [num_ranks] control blocks
     __device__ __forceinline__ std::byte** control() const {
         return at<std::byte*>(spread.control);
     }
+    // [num_ranks + 1] position of the first expert of each
+    __device__ __forceinline__ int32_t* first() const { return at<int32_t>(spread.first); }
     // [num_experts]
     __device__ __forceinline__ Expert* experts() const { return at<Expert>(spread.experts); }
     // [columns] of the tokens before those of this block; then of these, too

@@ -383,8 +383,8 @@ void forge_lines(const Kind& kind) {
             expect(is_an_end(forge(token, 1 + slot, ~0ull)), "nobody's");
         }
         // The last word of a line is its number: any other is no line, and is waited for.
-        expect_eq(forge(token, kLineWords, 0), int{kStalled});
-        expect_eq(forge(token, kLineWords, 2), int{kBadEpoch});
+        expect_eq(forge(token, kNumberWord, 0), int{kStalled});
+        expect_eq(forge(token, kNumberWord, 2), int{kBadEpoch});
     }
     if (compact) return;
     // A turn beyond the capacity of an expert that the row has come for.

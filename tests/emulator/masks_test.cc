@@ -90,7 +90,7 @@ void wipe_record(const World& w, int at, int slot, int64_t place, const Record& 
     const ControlLayout layout(w.shape);
     std::byte* lines = block_of(w, at) + layout.stage(slot) + place * record.bytes();
     for (int64_t line = first; line < record.bytes() / kLineBytes; ++line) {
-        reinterpret_cast<uint64_t*>(lines + line * kLineBytes)[kLineWords] = 0;
+        reinterpret_cast<uint64_t*>(lines + line * kLineBytes)[kNumberWord] = 0;
     }
 }
 
