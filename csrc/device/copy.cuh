@@ -1,6 +1,7 @@
 // Rows in flight: one piece of shared memory per warp or more, filled and emptied by bulk copies.
 //
-// defines: Stage, load_stage, await_stage, drain_stage, store_stage, drain_reads, drain_stores
+// defines: Stage, load_stage, await_stage, drain_stage, store_stage, drain_reads, drain_older,
+// drain_stores
 //
 // A stage may be refilled once its stores have been read (drain_reads). Its rows are there for the
 // receiver only once they are complete (drain_stores), and only a release after that may say so.
@@ -66,6 +67,9 @@ __device__ __forceinline__ void drain_reads() {
     ptx::bulk_commit_group();
     ptx::bulk_wait_group_read<0>();
 }
+
+// Stores before those that the last drain_reads was for are complete.
+__device__ __forceinline__ void drain_older() { ptx::bulk_wait_group<1>(); }
 
 __device__ __forceinline__ void drain_stores() {
     ptx::bulk_commit_group();

@@ -197,6 +197,24 @@ __device__ __forceinline__ uint32_t atom_acq_rel_cta_add(uint32_t* shared, uint3
     return old;
 }
 
+// ld.acquire.cta.shared::cta.u32 d, [a];                               PTX ISA 7.8, sm_70
+// Orders: our later accesses see what a thread of the block did before its release.
+__device__ __forceinline__ uint32_t ld_acquire_cta(const uint32_t* shared) {
+    uint32_t value;
+    asm volatile("ld.acquire.cta.shared::cta.u32 %0, [%1];"
+                 : "=r"(value)
+                 : "r"(smem_addr(shared))
+                 : "memory");
+    return value;
+}
+
+// st.release.cta.shared::cta.u32 [a], b;                               PTX ISA 7.8, sm_70
+// Orders: whoever acquires b in the block sees our earlier accesses, and those we have acquired.
+__device__ __forceinline__ void st_release_cta(uint32_t* shared, uint32_t value) {
+    asm volatile("st.release.cta.shared::cta.u32 [%0], %1;" ::"r"(smem_addr(shared)), "r"(value)
+                 : "memory");
+}
+
 // prefetch.global.L2 [a];                                              PTX ISA 2.0, sm_20
 // Orders nothing: a later load of the line waits less.
 __device__ __forceinline__ void prefetch_global_l2(const void* addr) {
@@ -217,6 +235,12 @@ __device__ __forceinline__ void fence_acq_rel_sys() {
 // Orders: ordinary accesses before it, and what we have acquired, before bulk copies issued after.
 __device__ __forceinline__ void fence_proxy_async() {
     asm volatile("fence.proxy.async;" ::: "memory");
+}
+
+// fence.proxy.async.global;                                            PTX ISA 8.0, sm_90
+// Orders: the same of global memory only; the other one also waits until stores to it are performed.
+__device__ __forceinline__ void fence_proxy_async_global() {
+    asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
 // fence.proxy.async.shared::cta;                                       PTX ISA 8.0, sm_90

@@ -54,19 +54,23 @@ __device__ __forceinline__ void fence_stage() {
 }
 
 // Where a warp writes what it then hands over to `dst`: right there where our stores reach it, else at `src`
-// in our own segment.
+// in our own segment. `mapped`: the segment of the peer, as peer_ptr(0, peer) has it.
 template <Rail R>
-__device__ std::byte* rail_stage(const R& rail, int peer, int64_t dst, int64_t src) {
-    std::byte* mapped = rail.peer_ptr(dst, peer);
-    return mapped != nullptr ? mapped : rail.own(src);
+__device__ std::byte* rail_stage(const R& rail, std::byte* mapped, int64_t dst, int64_t src) {
+    return mapped != nullptr ? mapped + dst : rail.own(src);
 }
 
-// One warp, behind fence_stage: what was written there is at the peer once the word says so.
+// One warp: what was written there is at the peer once the word says so. Each lane's bulk stores are complete
+// (drain_stores); what other warps wrote, some lane has acquired.
 template <Rail R>
-__device__ void rail_hand_over(const R& rail, int peer, int64_t dst, int64_t src, int64_t bytes,
-                               RailWord word) {
-    if (rail.peer_ptr(dst, peer) == nullptr) return rail.put_signal(peer, dst, src, bytes, word);
-    if (ptx::lane_id() == 0) rail.signal_add(peer, word);
+__device__ void rail_hand_over(const R& rail, std::byte* mapped, int peer, int64_t dst, int64_t src,
+                               int64_t bytes, RailWord word) {
+    __syncwarp();
+    if (mapped == nullptr) {
+        fence_stage();
+        return rail.put_signal(peer, dst, src, bytes, word);
+    }
+    if (ptx::lane_id() == 0) rail.signal_add(peer, word);  // releases all of it
     __syncwarp();
 }
 

@@ -67,9 +67,7 @@ struct LoopbackRail {
 
     // A warp hands out all it holds, in an order drawn anew each time.
     __device__ void flush() const {
-        if (held == nullptr) return;
-        HeldPuts& mine = held[warp_of_grid()];
-        while (mine.count > 0) carry_one(mine);
+        if (held != nullptr) carry_all();
     }
 
     __device__ void quiet() const {}
@@ -91,7 +89,13 @@ private:
         return x ^ x >> 16;
     }
 
-    __device__ void send(const HeldPut& put) const {
+    // Out of line, as a NIC's work is.
+    __device__ __noinline__ void carry_all() const {
+        HeldPuts& mine = held[warp_of_grid()];
+        while (mine.count > 0) carry_one(mine);
+    }
+
+    __device__ __noinline__ void send(const HeldPut put) const {
         if (is_lost(put.peer, put.word)) return;
         if (held == nullptr || trouble.max_held == 0) return carry(put, trouble.seed);
         HeldPuts& mine = held[warp_of_grid()];

@@ -34,11 +34,11 @@ __device__ __forceinline__ Divided divide(const RailOut<R>& out, const Choice& c
 template <device::Rail R>
 __device__ __forceinline__ bool stage_whole(Mover& m, const RailOut<R>& out, int t, const Choice& c,
                                             const Route& r, Crossing& x, uint32_t bring,
-                                            const std::byte* scales) {
+                                            const std::byte* scales, Pending& late) {
     const int lane = ptx::lane_id();
     const RailChunks& chunks = out.parcel.chunks;
     if ((bring >> lane & 1) != 0) out.take_place(x);
-    return out.when_free(bring, x, 0, [&](uint32_t free) {
+    return out.when_free(bring, x, 0, late, [&](uint32_t free) {
         if ((free >> lane & 1) != 0) {
             device::store_stage(out.place_of(x, 0) + chunks.head_bytes, m.stage.data,
                                 static_cast<int>(chunks.row_bytes));
@@ -50,17 +50,28 @@ __device__ __forceinline__ bool stage_whole(Mover& m, const RailOut<R>& out, int
     });
 }
 
-// Bytes of a row from `at` on, as many as come at once, into the stage. False: leave; nothing is under way.
-__device__ __forceinline__ bool fetch_piece(const Mover& m, device::Stage& stage, int t, int64_t at,
-                                            int64_t& bytes) {
-    const RankView& view = m.job.view;
-    bytes = min(bytes, int64_t{m.stage_bytes});
+// Behind the refill that ends the stores of a token: the one before it is complete.
+template <device::Rail R>
+__device__ __forceinline__ void count_older(const RailOut<R>& out, Pending& late,
+                                            const Pending& next) {
+    if (__any_sync(~0u, late.node >= 0)) {
+        device::drain_older();
+        out.hand_over(late, 0);
+    }
+    late = next;
+}
+
+// Bytes of a row from `at` on, into the stage. False: leave; nothing is under way.
+__device__ __forceinline__ bool fetch_piece(const DispatchJob& job, Operation op,
+                                            device::Stage& stage, int t, int64_t at,
+                                            int64_t bytes) {
+    const RankView& view = job.view;
     if (ptx::lane_id() == 0) {
-        device::load_stage(stage, m.args().x + int64_t{t} * m.args().x_stride + at,
+        device::load_stage(stage, job.args.x + int64_t{t} * job.args.x_stride + at,
                            static_cast<int>(bytes));
     }
     __syncwarp();
-    if (device::await_stage(view.watch, {OpKind::kDispatch, m.in.seq}, stage, view.peers.rank)) {
+    if (device::await_stage(view.watch, op, stage, view.peers.rank)) {
         return true;
     }
     device::drain_stage(stage);
@@ -69,13 +80,13 @@ __device__ __forceinline__ bool fetch_piece(const Mover& m, device::Stage& stage
 
 // A row that is longer than a stage or a chunk, to one ring after the other: a warp that had a place in two
 // rings and filled them by turns would make each wait for the credits of the other. `loads`: the stage does
-// not hold all of the row. Returns the parity of the stage, or -1: leave.
+// not hold all of the row. False: leave.
 template <device::Rail R>
-__device__ __noinline__ int stage_pieces(const Mover& m, const RailOut<R>& out, int t,
-                                         const Choice& c, const Route& r, Crossing x,
-                                         uint32_t bring, const std::byte* scales, bool loads) {
+__device__ __forceinline__ bool stage_pieces(Mover& m, const RailOut<R>& out, int t,
+                                             const Choice& c, const Route& r, Crossing x,
+                                             uint32_t bring, const std::byte* scales, bool loads) {
     const RailChunks& chunks = out.parcel.chunks;
-    device::Stage stage = m.stage;
+    Pending none;
     bool ok = true;
 #pragma unroll 1
     for (uint32_t left = bring; ok && left != 0; left &= left - 1) {
@@ -86,46 +97,54 @@ __device__ __noinline__ int stage_pieces(const Mover& m, const RailOut<R>& out, 
 #pragma unroll 1
         for (int piece = 0; ok && piece < chunks.pieces; ++piece) {
             const int64_t begin = chunks.piece_begin(piece), end = chunks.piece_end(piece);
-            ok = out.when_free(one, x, piece, [&](uint32_t) {
+            ok = out.when_free(one, x, piece, none, [&](uint32_t) {
                 out.write_head(x, __ffs(one) - 1, piece, t, c, r, m.args().num_topk, scales);
             });
 #pragma unroll 1
             for (int64_t at = begin, bytes; ok && at < end; at += bytes) {
-                bytes = end - at;
-                if (loads) ok = fetch_piece(m, stage, t, at, bytes);
+                bytes = loads ? min(end - at, int64_t{m.spread.stage_bytes}) : end - at;
+                if (loads) ok = fetch_piece(m.job, out.op, m.stage, t, at, bytes);
                 if (ok && mine) {
                     device::store_stage(out.place_of(x, piece) + chunks.head_bytes + at - begin,
-                                        stage.data + (loads ? 0 : at), static_cast<int>(bytes));
+                                        m.stage.data + (loads ? 0 : at), static_cast<int>(bytes));
                 }
                 device::drain_reads();
                 __syncwarp();
             }
             device::drain_stores();
-            if (ok) out.hand_over(one, x, piece);
+            if (ok) out.hand_over({mine ? x.node : -1, x.given}, piece);
         }
     }
-    return ok ? static_cast<int>(stage.parity) : -1;
+    return ok;
 }
 
-// One token as it is. False: leave.
+// Whether a row fits the stage, and its record a chunk.
+template <device::Rail R>
+__device__ __forceinline__ bool fits(const Mover& m, const RailOut<R>& out) {
+    return m.args().row_bytes() <= m.spread.stage_bytes && out.parcel.chunks.pieces == 1;
+}
+
+// One token whose row does not: it comes once more for each ring. False: leave.
+template <device::Rail R>
+__device__ __forceinline__ bool cross_pieces(Mover& m, const RailOut<R>& out, int t,
+                                             const Choice& c, const Route& r, const Crossing& x) {
+    const Divided d = divide(out, c, r, x);
+    const std::byte* scales = m.args().scales + int64_t{t} * m.args().scale_bytes;
+    const bool ok = move_verbatim(m, t, m.tokens.end, d.near, d.near_route, m.look_at_scales(t)) &&
+                    stage_pieces(m, out, t, c, r, x, d.bring, scales, true);
+    if (ok) m.load(t + m.tokens.step, 0);
+    return ok;
+}
+
+// One token as it is. `late`: the one before it; then this one, where it is to be counted yet. False: leave.
 template <device::Rail R>
 __device__ __forceinline__ bool cross_verbatim(Mover& m, const RailOut<R>& out, int t,
-                                               const Choice& c, const Route& r, Crossing& x) {
+                                               const Choice& c, const Route& r, Crossing& x,
+                                               Pending& late) {
     const DispatchArgs& a = m.args();
     const Divided d = divide(out, c, r, x);
     const std::byte* scales = a.scales + int64_t{t} * a.scale_bytes;
-    const bool whole = a.row_bytes() <= m.stage_bytes && out.parcel.chunks.pieces == 1;
     const uint4 carried = m.look_at_scales(t);
-    if (d.bring == 0) return move_verbatim(m, t, t + m.tokens.step, d.near, d.near_route, carried);
-    if (!whole) {  // the row comes once more for each ring
-        const bool ok = move_verbatim(m, t, m.tokens.end, d.near, d.near_route, carried);
-        if (!ok) return false;
-        const int parity = stage_pieces(m, out, t, c, r, x, d.bring, scales, true);
-        if (parity < 0) return false;
-        m.stage.parity = parity;
-        m.load(t + m.tokens.step, 0);
-        return true;
-    }
     if (!m.await()) return false;
     if (d.near_route.first) {
         device::store_stage(m.out().row_of(d.near, d.near_route), m.stage.data,
@@ -133,40 +152,44 @@ __device__ __forceinline__ bool cross_verbatim(Mover& m, const RailOut<R>& out, 
     }
     m.out().describe(t, d.near, d.near_route);
     m.put_scales(t, d.near, d.near_route, carried);
-    const bool ok = stage_whole(m, out, t, c, r, x, d.bring, scales);
+    const bool ok = stage_whole(m, out, t, c, r, x, d.bring, scales, late);
     m.refill(t + m.tokens.step, 0);
-    device::drain_stores();
-    if (ok) out.hand_over(d.bring, x, 0);
+    if (ok) count_older(out, late, {x.node, x.given});
     return ok;
+}
+
+// As quantize_stage; out of line, as its registers and those of everything around it are too many.
+template <DType kSource>
+__device__ __noinline__ void quantize_whole(std::byte* row, std::byte* scales, int hidden,
+                                            int block, bool ue8m0) {
+    device::quantize_row<kSource>(row, scales, hidden, block, ue8m0);
+    ptx::fence_proxy_async_shared();  // what we wrote, before the stores that read it
+    __syncwarp();
 }
 
 // One token, quantized on the way. False: leave.
 template <DType kSource, device::Rail R>
 __device__ __forceinline__ bool cross_quantized(Mover& m, const RailOut<R>& out, int t,
-                                                const Choice& c, const Route& r, Crossing& x) {
+                                                const Choice& c, const Route& r, Crossing& x,
+                                                Pending& late) {
     const DispatchArgs& a = m.args();
     const Divided d = divide(out, c, r, x);
-    if (d.bring == 0) return move_quantized<kSource>(m, t, d.near, d.near_route);
     if (!m.await()) return false;
-    const std::byte* scales = quantize_stage<kSource>(m);
+    std::byte* scales = m.stage.data + m.source_bytes();
+    quantize_whole<kSource>(m.stage.data, scales, static_cast<int>(a.hidden), a.scale_block,
+                            a.quantize == Quantize::kFp8Ue8m0);
     if (d.near_route.first) {
         device::store_stage(m.out().row_of(d.near, d.near_route), m.stage.data,
                             static_cast<int>(a.hidden));
     }
     m.out().describe(t, d.near, d.near_route);
     m.out().copy_scales(d.near, d.near_route, scales);
-    bool ok;
-    if (out.parcel.chunks.pieces == 1) {
-        ok = stage_whole(m, out, t, c, r, x, d.bring, scales);
-        ptx::fence_proxy_async_shared();  // our reads of scales, before the load that follows
-        m.refill(t + m.tokens.step, 0);
-        device::drain_stores();
-        if (ok) out.hand_over(d.bring, x, 0);
-    } else {
-        ok = stage_pieces(m, out, t, c, r, x, d.bring, scales, false) >= 0;
-        ptx::fence_proxy_async_shared();
-        m.refill(t + m.tokens.step, 0);
-    }
+    const bool whole = out.parcel.chunks.pieces == 1;
+    const bool ok = whole ? stage_whole(m, out, t, c, r, x, d.bring, scales, late)
+                          : stage_pieces(m, out, t, c, r, x, d.bring, scales, false);
+    ptx::fence_proxy_async_shared();  // our reads of scales, before the load that follows
+    m.refill(t + m.tokens.step, 0);
+    if (ok && whole) count_older(out, late, {x.node, x.given});
     return ok;
 }
 
@@ -174,6 +197,7 @@ __device__ __forceinline__ bool cross_quantized(Mover& m, const RailOut<R>& out,
 template <class Config, device::Rail R>
 __device__ __forceinline__ bool move_rows_across(Mover& m, const RailOut<R>& out, Choice ahead) {
     bool ok = true;
+    Pending late;
     Crossing next = out.crossing(m.tokens.begin, ahead.dst);
 #pragma unroll 1
     for (int t = m.tokens.begin; ok && t < m.tokens.end; t += m.tokens.step) {
@@ -182,17 +206,21 @@ __device__ __forceinline__ bool move_rows_across(Mover& m, const RailOut<R>& out
         const Route r = m.route(t, c);
         ok = m.in_bounds(c, r);
         if (!ok) break;
-        ahead = m.choose(t + m.tokens.step);
-        next = out.crossing(t + m.tokens.step, ahead.dst);
-        if constexpr (Config::kQuantizes) {
-            ok = cross_quantized<Config::kSource>(m, out, t, c, r, x);
-        } else {
-            ok = cross_verbatim(m, out, t, c, r, x);
-        }
-        if (!ok) break;
         m.keep(t, r);
-        if (r.first) atomicAdd(&m.tables.pushed[c.dst], 1);
+        if (r.first) atomicAdd(&m.tables().pushed[c.dst], 1);
+        if constexpr (Config::kQuantizes) {
+            ok = cross_quantized<Config::kSource>(m, out, t, c, r, x, late);
+            ahead = m.choose(t + m.tokens.step);  // not held while values are
+        } else if (fits(m, out)) {
+            ahead = m.choose(t + m.tokens.step);
+            ok = cross_verbatim(m, out, t, c, r, x, late);
+        } else {
+            ok = cross_pieces(m, out, t, c, r, x);
+            ahead = m.choose(t + m.tokens.step);
+        }
+        if (ok) next = out.crossing(t + m.tokens.step, ahead.dst);  // while the next row is loaded
     }
+    if (ok && __any_sync(~0u, late.node >= 0)) out.settle(late);
     device::drain_stores();
     out.rail.flush();
     m.abandon();

@@ -126,12 +126,10 @@ __global__ void __launch_bounds__((Config::kMaxMovers + 1) * 32, 1)
     std::byte* stages = ptx::dynamic_shared() + spread.end;
     Mover mover{job,
                 in,
-                tables,
+                spread,
                 {stages + int64_t{warp} * spread.stage_bytes, &loaded[is_mover ? warp : 0]},
-                spread.stage_bytes,
                 tokens_of(span, spread, warp),
                 span.own.begin,
-                spread.votes_tokens,
                 tables.of_warp(warp)};
     Choice first;
     if (kPhase != Phase::kPlan && is_mover) {  // the first rows come while they are placed

@@ -14,6 +14,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "contract/gpu.h"
 #include "device/packed.cuh"
@@ -38,6 +39,20 @@ struct Uninitialized {
 
     __device__ T& get() { return *reinterpret_cast<T*>(bytes); }
 };
+
+// The parameter of a kernel in shared memory of the block, for functions that have it by reference: through
+// that they would read it from L1, which every acquire of the block empties. All threads.
+template <class T>
+__device__ __forceinline__ const T& in_shared(const T& given, Uninitialized<T>& copy) {
+    static_assert(std::is_trivially_copyable_v<T> && sizeof(T) % 4 == 0 && alignof(T) >= 4);
+    auto* words = reinterpret_cast<uint32_t*>(copy.bytes);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < int{sizeof(T) / 4}; i += blockDim.x) {
+        words[i] = reinterpret_cast<const uint32_t*>(&given)[i];
+    }
+    __syncthreads();
+    return copy.get();
+}
 
 // In shared memory of a block.
 struct Entering {

@@ -1,9 +1,10 @@
-// Chunks that came from other nodes: a warp spreads the records of one over the ranks of its node. Their
-// rows are final, so it only looks whether they lie where they may.
+// Chunks that came from other nodes: warps spread the records of each over the ranks of their node. Their
+// rows are final, so they only look whether these lie where they may.
 //
 // defines: Forwarder, announce_forwarded
 //
-// Which chunks, and when: rail_walk.cuh.
+// Which records, and when: rail_walk.cuh. Warps take those of a chunk side by side, so that its place is free
+// again soon; whoever has read the last one says so.
 #pragma once
 
 #include <cstdint>
@@ -33,10 +34,7 @@ struct Forwarder {
     // False: leave; nothing of ours is under way then.
     __device__ bool run() {
         const bool ok = walk.run(
-            [this](const RingOfBlock& ring, uint64_t count) {
-                return device::RailWord{rails().layout.tail_word(ring.node, ring.channel, count),
-                                        chunks_until(rails().shape, count)};
-            },
+            [this](const RingOfBlock& ring, uint64_t count) { return word_of(ring, count); },
             [this](int q) { return take(q); });
         device::drain_stores();
         if (loading) device::drain_stage(stage);
@@ -55,67 +53,106 @@ private:
     __device__ const RailView& rails() const { return walk.rails; }
     __device__ const NodeShape& nodes() const { return walk.nodes(); }
 
-    __device__ void load(const std::byte* src, int64_t bytes) {
-        loading = true;
-        if (ptx::lane_id() == 0) device::load_stage(stage, src, static_cast<int>(bytes));
+    // Where a share of a ring lies: a record, or a piece of one, which is all of its chunk.
+    struct Share {
+        const std::byte* record;
+        int64_t begin, end;  // of the row
+        uint64_t count;      // of the chunk
+        int in_chunk;
+    };
+    __device__ Share share_of(int q, const RingOfBlock& ring) const {
+        const RailChunks& chunks = parcel.chunks;
+        const int j = walk.chunk_of(q), piece = chunks.pieces == 1 ? 0 : j % chunks.pieces;
+        Share s;
+        s.count = walk.count_of(q);
+        s.record = walk.rail.own(rails().layout.recv_chunk(walk.my_node(), ring.node, ring.channel,
+                                                           s.count)) +
+                   (walk.share_of(q) - j * walk.shares) * chunks.record_bytes();
+        s.begin = chunks.piece_begin(piece), s.end = chunks.piece_end(piece);
+        s.in_chunk = chunks.in_chunk(j, walk.records_of(ring));
+        return s;
+    }
+    __device__ device::RailWord word_of(const RingOfBlock& ring, uint64_t count) const {
+        return {rails().layout.tail_word(ring.node, ring.channel, count),
+                chunks_until(rails().shape, count)};
     }
 
-    // A chunk of ring q, which is there.
-    __device__ bool take(int q) {
-        const RailChunks& chunks = parcel.chunks;
-        const RailLayout& layout = rails().layout;
-        const RingOfBlock ring(q, walk.spread);
-        const int j = walk.next_of(q), lane = ptx::lane_id();
-        const int my_node = walk.my_node(), peer = walk.peer_on(ring.node);
-        const uint64_t count = walk.count_of(q);
-        if (lane == 0) {
-            walk.rail.acquired({layout.tail_word(ring.node, ring.channel, count),
-                                chunks_until(rails().shape, count)});
-        }
+    __device__ int part(const Share& share, int64_t at) const {
+        return static_cast<int>(min(int64_t{stage_bytes}, share.end - at));
+    }
+    // The piece of a row at `at`.
+    __device__ void load(const Share& share, int64_t at) {
+        loading = true;
+        if (ptx::lane_id() != 0) return;
+        device::load_stage(stage, share.record + parcel.chunks.head_bytes + at - share.begin,
+                           part(share, at));
+    }
+
+    // All lanes have read it. The last one of a chunk frees its place, whatever our stores are doing.
+    __device__ void leave(int q, const RingOfBlock& ring, const Share& share) const {
         __syncwarp();
-        const std::byte* chunk =
-            walk.rail.own(layout.recv_chunk(my_node, ring.node, ring.channel, count));
-        const int piece = j % chunks.pieces;
-        const int records = chunks.in_chunk(j, walk.records_of(ring));
-        const int64_t begin = chunks.piece_begin(piece), end = chunks.piece_end(piece);
-        const auto row = [&](int i) {
-            return chunk + i * chunks.record_bytes() + chunks.head_bytes;
-        };
-        const auto part = [&](int64_t at) { return min(int64_t{stage_bytes}, end - at); };
-        const Describer out{job, tables, peer};
-        load(row(0), part(begin));
-        Head ahead = read_head(chunk);
+        if (ptx::lane_id() != 0) return;
+        const RailShape& s = rails().shape;
+        uint32_t* read = walk.tables.read + q * s.ring_chunks() + place_in_ring(s, share.count);
+        if (ptx::atom_acq_rel_cta_add(read, 1) + 1 != static_cast<uint32_t>(share.in_chunk)) return;
+        *read = 0;  // nobody comes here before the next chunk is there
+        walk.rail.signal_add(
+            walk.peer_on(ring.node),
+            {rails().layout.head_word(walk.my_node(), ring.channel, share.count), 1});
+    }
+
+    // A share of ring q, which is there, and those after it which are there by the time it is stored.
+    __device__ bool take(int q) {
+        constexpr int kInARow = 8;  // then other rings have their turn
+        const RingOfBlock ring(q, walk.spread);
+        const Describer out{job, tables, walk.peer_on(ring.node)};
+        Share share = share_of(q, ring);
+        if (ptx::lane_id() == 0) walk.rail.acquired(word_of(ring, share.count));
+        __syncwarp();
+        load(share, share.begin);
+        Head ahead = read_head(share.record);
 #pragma unroll 1
-        for (int i = 0; i < records; ++i) {
-            Head head = ahead;
-            const std::byte* record = chunk + i * chunks.record_bytes();
-            if (!is_right(ring, head)) return false;
-            if (i + 1 < records) ahead = read_head(record + chunks.record_bytes());
-#pragma unroll 1
-            for (int64_t at = begin; at < end; at += stage_bytes) {
-                if (!device::await_stage(view().watch, walk.op, stage, view().peers.rank)) {
-                    return false;
-                }
-                loading = false;
-                if (head.r.first) {
-                    device::store_stage(out.row_of(head.c, head.r) + at, stage.data,
-                                        static_cast<int>(part(at)));
-                }
-                if (at == 0) spread_head(ring, out, head, record);
-                const bool more = at + stage_bytes < end;
-                if (!more && i + 1 == records) break;
-                device::drain_reads();
-                __syncwarp();
-                load(more ? row(i) + at + stage_bytes - begin : row(i + 1),
-                     part(more ? at + stage_bytes : begin));
+        for (int i = 1;; ++i) {
+            const Head head = ahead;
+            const Share now = share;
+            walk.step(q);
+            // While the row comes: whether the next one may follow.
+            bool goes_on = i < kInARow && walk.has_next(q);
+            if (goes_on) {
+                share = share_of(q, ring);
+                goes_on = share.count == now.count ||
+                          device::rail_ready(walk.rail, word_of(ring, share.count));
             }
+            if (!forward(ring, out, head, now)) return false;
+            device::drain_reads();
+            __syncwarp();
+            if (goes_on) {
+                ptx::fence_proxy_async_global();  // what we acquired, before the load
+                load(share, share.begin);
+                ahead = read_head(share.record);
+            }
+            leave(q, ring, now);
+            if (!goes_on) return true;
         }
-        __syncwarp();  // all have read: the place is free, whatever our stores are doing
-        if (lane == 0) {
-            walk.rail.signal_add(peer, {layout.head_word(my_node, ring.channel, count), 1});
+    }
+
+    // A share whose first bytes are on their way into the stage. False: leave.
+    __device__ bool forward(const RingOfBlock& ring, const Describer& out, Head head,
+                            const Share& share) {
+        if (!is_right(ring, head)) return false;
+#pragma unroll 1
+        for (int64_t at = share.begin;; at += stage_bytes) {
+            if (!device::await_stage(view().watch, walk.op, stage, view().peers.rank)) return false;
+            loading = false;
+            if (head.r.first) {
+                device::store_stage(out.row_of(head.c, head.r) + at, stage.data, part(share, at));
+            }
+            if (at == 0) spread_head(ring, out, head, share.record);
+            if (at + stage_bytes >= share.end) return true;
+            device::drain_reads();
+            __syncwarp();
+            load(share, at + stage_bytes);
         }
-        device::drain_reads();
-        return true;
     }
 
     __device__ Head read_head(const std::byte* record) const {

@@ -66,7 +66,7 @@ struct Adder {
     uint32_t met_parity = 0;
 
     // Sum after sum, until the feeder says stop. False: leave.
-    __device__ __noinline__ bool run() {
+    __device__ __forceinline__ bool run() {
         Sums<kDtype> sums;
         sums.first = number * kSliceBytes + 16 * static_cast<int>(ptx::lane_id());
         while (true) {
@@ -113,7 +113,7 @@ private:
     __device__ Handover add(Sums<kDtype>& sums, const Piece& piece) {
         const Handover handover = handovers[lap.stage];
         const std::byte* data = ring.data + lap.stage * ring.piece_bytes;
-        if (!for_rail && handover.node >= 0 && number == 0) credit(handover);
+        if (!for_rail && handover.node >= 0 && is_turn(handover)) credit(handover);
         if (piece.flags & Piece::kRow) {
             const float weight = piece.weight;
             if (h.job.args.source_weighs()) {
@@ -127,6 +127,13 @@ private:
         if (ptx::lane_id() == 0) ptx::mbarrier_arrive(ring.used + lap.stage);
         lap.next(ring.num_stages);
         return handover;
+    }
+
+    // Of the adders of a group one does what goes with a chunk. They take turns, as it waits for all stores
+    // of the block, while the others go on as far as there are stages.
+    __device__ bool is_turn(const Handover& chunk) const {
+        return static_cast<uint32_t>(chunk.count) % static_cast<uint32_t>(h.groups.adders) ==
+               static_cast<uint32_t>(number);
     }
 
     // A piece of a sum is in shared memory. One adder of each group counts; the last piece of a chunk frees
@@ -145,15 +152,16 @@ private:
     }
 
     // A chunk is whole once every adder has written its slices: then one of them hands it over.
-    __device__ __noinline__ bool hand_over(const Handover& chunk) {
+    __device__ __forceinline__ bool hand_over(const Handover& chunk) {
+        const uint32_t parity = met_parity;
+        met_parity ^= 1;
         __syncwarp();
         if (ptx::lane_id() == 0) ptx::mbarrier_arrive(met);
-        if (number != 0) return true;
-        if (!__all_sync(~0u, await_barrier(view(), op, met, met_parity))) return false;
-        met_parity ^= 1;
+        if (!is_turn(chunk)) return true;
+        if (!__all_sync(~0u, await_barrier(view(), op, met, parity))) return false;
         const RailLayout& layout = h.rails.layout;
-        device::fence_stage();
-        device::rail_hand_over(h.rail, peer_on(chunk.node),
+        const RailTables tables(h.spread);
+        device::rail_hand_over(h.rail, tables.mapped[chunk.node], peer_on(chunk.node),
                                layout.recv_chunk(chunk.node, my_node(), chunk.channel, chunk.count),
                                layout.send_chunk(my_node(), chunk.node, chunk.channel, chunk.count),
                                chunk.amount,
@@ -191,12 +199,14 @@ __device__ __noinline__ void conclude_combine(const HybridCombine<R>& h, Enterin
 
 template <DType kDtype, device::Rail R>
 __global__ void __launch_bounds__(kMaxPullWarps * 32, 1)
-    hybrid_combine_kernel(const __grid_constant__ HybridCombine<R> h) {
+    hybrid_combine_kernel(const __grid_constant__ HybridCombine<R> given) {
+    __shared__ Uninitialized<HybridCombine<R>> copy;
     __shared__ uint64_t loaded[kMaxGroups][kMaxStages], used[kMaxGroups][kMaxStages];
     __shared__ uint64_t met[kMaxGroups];
     __shared__ Piece pieces[kMaxGroups][kMaxStages];
     __shared__ Uninitialized<Handover> handovers[kMaxGroups][kMaxStages];
     __shared__ Uninitialized<Entering> entering;
+    const HybridCombine<R>& h = in_shared(given, copy);
     Entering& in = entering.get();
     const CombineJob& job = h.job;
     const RankView& view = job.view;
@@ -215,7 +225,7 @@ __global__ void __launch_bounds__(kMaxPullWarps * 32, 1)
     const auto block = static_cast<int>(blockIdx.x);
     const auto num_tokens = static_cast<int>(job.args.num_tokens);
     const int begin = min(block * h.rails.tokens_per_block, num_tokens);
-    const Visits visits(h.rails, {begin, min(begin + h.rails.tokens_per_block, num_tokens)}, block);
+    const Visits visits{h.rails, {begin, min(begin + h.rails.tokens_per_block, num_tokens)}, block};
     if (threadIdx.x == 0) {
         init_entering(view, job.begin, in);
         if (publishes) open_outbox(h.rail, h.rails, in);
@@ -240,13 +250,16 @@ __global__ void __launch_bounds__(kMaxPullWarps * 32, 1)
     }
     ok = ok && await_notices(view, job.begin, in, OutputReader{job, sources, in});
     const bool good = ok && in.first_bad == kNoObjection;
-    if (good) ok = hear_rings(view, h.rails, h.spread, op, h.rails.state.sent, h.rails.state.taken);
+    if (good) {
+        ok = hear_rings(h.rail, view, h.rails, h.spread, op, h.rails.state.sent,
+                        h.rails.state.taken);
+    }
     if (!ok) return;
     const Planner planner(job, in.seq, sources);
     Handover* const handed = &handovers[group][0].get();
     const RingWalk<R> walk{
         h.rail, view, h.rails, h.spread, h.chunks, RailTables(h.spread), op, Site::kRailCredit,
-        group};
+        group,  1};
     if (good && adder >= 0) {
         ok = Adder<kDtype, R>{h, op, ring, handed, &met[group], for_rail, adder}.run();
     } else if (good && for_rail) {

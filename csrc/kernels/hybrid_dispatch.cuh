@@ -116,19 +116,19 @@ __device__ __forceinline__ void finish_moving(const HybridDispatch<R>& h, const 
 // A warp of those that move the rank's own tokens.
 template <class Config, device::Rail R>
 __device__ __forceinline__ void move_tokens(const HybridDispatch<R>& h, const Entering& in,
-                                            Mover& mover, const Visits& visits, Choice first,
-                                            bool good, bool& failed) {
+                                            Mover& mover, Choice first, bool good, bool& failed) {
     const auto barrier = [&h] { ptx::barrier_sync_aligned(1, 32 * h.num_movers()); };
     const Operation op{OpKind::kDispatch, in.seq};
     if (good) {
-        const RailOut<R> out{h.rail,
-                             h.job.view,
-                             h.rails,
-                             h.parcel,
-                             RailTables(h.rail_spread),
-                             visits,
-                             op,
-                             static_cast<int>(blockIdx.x)};
+        const RailOut<R> out{
+            h.rail,
+            h.job.view,
+            h.rails,
+            h.parcel,
+            h.rail_spread,
+            {h.rails, {mover.block_begin, mover.tokens.end}, static_cast<int>(blockIdx.x)},
+            op,
+            static_cast<int>(blockIdx.x)};
         if (!move_rows_across<Config>(mover, out, first)) failed = true;
     }
     mover.abandon();
@@ -153,7 +153,8 @@ __device__ __forceinline__ void forward_chunks(const HybridDispatch<R>& h, const
                                tables,
                                {OpKind::kDispatch, in.seq},
                                Site::kRailChunk,
-                               number};
+                               number,
+                               h.parcel.chunks.records};
         Forwarder<R> forwarder{h.job, h.parcel, Tables(h.spread),
                                walk,  stage,    h.spread.stage_bytes};
         if (!forwarder.run()) failed = true;
@@ -179,7 +180,7 @@ __global__ void __launch_bounds__(kMaxHybridWarps * 32, 1)
     const int num_stages = num_movers + h.num_forwarders();
     const bool is_mover = warp < num_movers, concludes = warp == num_stages;
     const BlockSpan span = block_span(job, spread, 0);
-    const Visits visits(h.rails, span.own, blockIdx.x);
+    const Visits visits{h.rails, span.own, static_cast<int>(blockIdx.x)};
 
     if (threadIdx.x == 0) {
         init_entering(view, job.begin, in);
@@ -193,12 +194,10 @@ __global__ void __launch_bounds__(kMaxHybridWarps * 32, 1)
                               &loaded[concludes ? 0 : warp]};
     Mover mover{job,
                 in,
-                tables,
+                spread,
                 stage,
-                spread.stage_bytes,
                 tokens_of(span, spread, warp),
                 span.own.begin,
-                spread.votes_tokens,
                 tables.of_warp(warp)};
     Choice first;
     if (!concludes && ptx::lane_id() == 0) device::init_stage(stage);
@@ -231,8 +230,8 @@ __global__ void __launch_bounds__(kMaxHybridWarps * 32, 1)
         good = in.size_bad == kNoObjection;
     }
     if (good)
-        ok = good =
-            hear_rings(view, h.rails, h.rail_spread, op, h.rails.state.taken, h.rails.state.sent);
+        ok = good = hear_rings(h.rail, view, h.rails, h.rail_spread, op, h.rails.state.taken,
+                               h.rails.state.sent);
     if (!ok) {
         if (is_mover) mover.abandon();
         return;
@@ -246,7 +245,7 @@ __global__ void __launch_bounds__(kMaxHybridWarps * 32, 1)
     if (concludes) {
         if (role.publishes) conclude_dispatch(h, in, good);
     } else if (is_mover) {
-        move_tokens<Config>(h, in, mover, visits, first, good, failed[0]);
+        move_tokens<Config>(h, in, mover, first, good, failed[0]);
     } else {
         forward_chunks(h, in, stage, warp - num_movers, good, failed[1]);
     }

@@ -51,15 +51,15 @@ __device__ __forceinline__ Walk tokens_of(const BlockSpan& span, const Spread& s
 struct Mover {
     const DispatchJob& job;
     const Entering& in;
-    Tables tables;
+    const Spread& spread;
     device::Stage stage;
-    int stage_bytes;
     Walk tokens;           // of this warp
     int block_begin;       // first token of the block
-    bool votes;            // turns come from the votes of the block, else from `next`
     int32_t* next;         // of this warp: rows given, then selections
     bool loading = false;  // the stage is being filled
 
+    // Addresses again each time, so that they need no registers.
+    __device__ Tables tables() const { return Tables(spread); }
     __device__ const DispatchArgs& args() const { return job.args; }
     __device__ int64_t source_bytes() const { return args().hidden * dtype_bytes(args().dtype); }
     // Given scales go through registers, 16 bytes a lane: a bulk copy of so few costs as much as a large one.
@@ -97,7 +97,7 @@ struct Mover {
         loading = t < tokens.end;
         if (!loading || ptx::lane_id() != 0) return;
         const auto bytes =
-            static_cast<uint32_t>(min(int64_t{stage_bytes}, source_bytes() - offset));
+            static_cast<uint32_t>(min(int64_t{spread.stage_bytes}, source_bytes() - offset));
         device::load_stage(stage, args().x + int64_t{t} * args().x_stride + offset, bytes);
     }
 
@@ -155,7 +155,8 @@ struct Mover {
             if (chosen) r.row = r.record = c.row;
             return r;
         }
-        if (votes) {
+        if (spread.votes_tokens) {
+            const Tables tables(spread);
             const int turn = t - block_begin, vote = (turn >> 5) * job.view.shape.num_ranks + c.dst;
             const uint32_t earlier = (1u << (turn & 31)) - 1;
             if (chosen) {
@@ -165,7 +166,7 @@ struct Mover {
             return r;
         }
         const int given = chosen ? next[c.dst] : 0;
-        if (chosen) r.record = tables.base[c.dst] + given;
+        if (chosen) r.record = tables().base[c.dst] + given;
         r.row = a.cached && chosen ? c.row : r.record;
         __syncwarp();
         if (r.first) next[c.dst] = given + 1;
@@ -186,7 +187,7 @@ struct Mover {
         if (!args().cached) return true;
         bool bad = false;
         if (c.dst >= 0) {
-            const Target& target = tables.targets[c.dst];
+            const Target& target = tables().targets[c.dst];
             bad = r.row < target.min_row || r.row >= target.max_rows;
             if (bad) {
                 device::give_up(job.view.watch, {OpKind::kDispatch, in.seq}, kMiscount,
@@ -198,7 +199,7 @@ struct Mover {
     }
 
     // What our tokens leave at the ranks they go to.
-    __device__ Describer out() const { return {job, tables, job.view.peers.rank}; }
+    __device__ Describer out() const { return {job, tables(), job.view.peers.rank}; }
 
 private:
     // In the order of slots.
@@ -208,7 +209,7 @@ private:
         const uint32_t rivals = __match_any_sync(~0u, key);
         int32_t* turn = next + job.view.shape.num_ranks + c.position;
         const int earlier = chosen ? *turn : 0;
-        if (chosen) r.row = tables.first_row[c.position] + earlier + __popc(rivals & before);
+        if (chosen) r.row = tables().first_row[c.position] + earlier + __popc(rivals & before);
         __syncwarp();
         if (chosen && (rivals & before) == 0) *turn = earlier + __popc(rivals);
     }
@@ -220,8 +221,8 @@ __device__ __forceinline__ bool move_verbatim(Mover& m, int t, int next, const C
     const DispatchArgs& a = m.args();
     const int64_t row_bytes = a.row_bytes();
 #pragma unroll 1
-    for (int64_t offset = 0; offset < row_bytes; offset += m.stage_bytes) {
-        const int bytes = static_cast<int>(min(int64_t{m.stage_bytes}, row_bytes - offset));
+    for (int64_t offset = 0; offset < row_bytes; offset += m.spread.stage_bytes) {
+        const int bytes = static_cast<int>(min(int64_t{m.spread.stage_bytes}, row_bytes - offset));
         if (!m.await()) return false;
         if (r.first) device::store_stage(m.out().row_of(c, r) + offset, m.stage.data, bytes);
         if (offset == 0) {  // while the stage is read
@@ -289,7 +290,7 @@ __device__ __forceinline__ bool move_rows(Mover& m, Choice ahead) {
         }
         if (!ok) break;
         m.keep(t, r);
-        if (r.first) atomicAdd(&m.tables.pushed[c.dst], 1);
+        if (r.first) atomicAdd(&m.tables().pushed[c.dst], 1);
     }
     device::drain_stores();
     m.abandon();

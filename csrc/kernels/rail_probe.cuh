@@ -50,10 +50,10 @@ struct RailProbe {
         if (!wait({layout.head_word(peer_node, 0, n), until})) return false;
         const int64_t there = layout.recv_chunk(peer_node, my_node, 0, n);
         const int64_t here = layout.send_chunk(my_node, peer_node, 0, n);
-        auto* stage = reinterpret_cast<uint4*>(device::rail_stage(job.rail, peer, there, here));
+        std::byte* mapped = job.rail.peer_ptr(0, peer);
+        auto* stage = reinterpret_cast<uint4*>(device::rail_stage(job.rail, mapped, there, here));
         for (int64_t i = lane(); i < units(); i += 32) stage[i] = probe_pattern(job.rank, n, i);
-        device::fence_stage();
-        device::rail_hand_over(job.rail, peer, there, here, job.shape.chunk_bytes,
+        device::rail_hand_over(job.rail, mapped, peer, there, here, job.shape.chunk_bytes,
                                {layout.tail_word(my_node, 0, n), 1});
         return true;
     }

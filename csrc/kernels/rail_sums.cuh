@@ -70,14 +70,14 @@ private:
     __device__ bool fill(int q) {
         const RailChunks& chunks = walk_.chunks;
         const RingOfBlock ring(q, walk_.spread);
-        const int j = walk_.next_of(q), total = walk_.records_of(ring);
+        const int j = walk_.chunk_of(q), total = walk_.records_of(ring);
         const uint64_t count = walk_.count_of(q);
         const int records = chunks.in_chunk(j, total), piece = j % chunks.pieces;
         const int64_t first =
             walk_.tables.base[walk_.index_of(ring)] +
             (chunks.pieces == 1 ? int64_t{j} * chunks.records : j / chunks.pieces);
         const auto chunk = reinterpret_cast<int64_t>(device::rail_stage(
-            walk_.rail, walk_.peer_on(ring.node),
+            walk_.rail, walk_.tables.mapped[ring.node],
             layout().recv_chunk(ring.node, walk_.my_node(), ring.channel, count),
             layout().send_chunk(walk_.my_node(), ring.node, ring.channel, count)));
         const int64_t begin = chunks.piece_begin(piece), end = chunks.piece_end(piece);
@@ -99,6 +99,7 @@ private:
                 }
             }
         }
+        walk_.step(q);
         return true;
     }
 
@@ -191,8 +192,8 @@ public:
     // Tokens first, first + step, ... of the block's, in order. It waits for what comes next on a ring: for
     // that its peer needs nothing but the room that tokens before this one have left. False: leave; no load
     // is under way then.
-    __device__ __noinline__ bool run(int64_t first, int64_t step) {
-        const int64_t end = visits_.tokens.end, turn = planner_.per_turn * step;
+    __device__ __noinline__ bool run(int first, int step) {
+        const int end = visits_.tokens.end, turn = planner_.per_turn * step;
         Selection ahead = select(first, step);
         bool ok = true;
 #pragma unroll 1
@@ -227,17 +228,24 @@ private:
         return rank >= peers.near_begin && rank < peers.near_end;
     }
 
-    __device__ Selection select(int64_t first, int64_t step) const {
-        const bool here = planner_.token_at(first, step) < visits_.tokens.end;
-        const Selection s = planner_.select(first, step);
-        return here ? s : Selection{};
+    __device__ int token_at(int first, int step) const { return first + planner_.token * step; }
+
+    __device__ Selection select(int first, int step) const {
+        const CombineArgs& a = args();
+        const int t = token_at(first, step);
+        Selection s;
+        if (planner_.token < planner_.per_turn && t < visits_.tokens.end) {
+            s.id = a.topk_idx[int64_t{t} * a.num_topk + planner_.slot];
+            s.row = a.send_row[int64_t{t} * a.num_topk + planner_.slot];
+        }
+        return s;
     }
 
     // Rows of our node by themselves, another node's as one, in ascending order of ranks.
-    __device__ Mixed plan(int64_t first, int64_t step, const Selection& choice) const {
+    __device__ Mixed plan(int first, int step, const Selection& choice) const {
         const CombineArgs& a = args();
         const RankView& view = planner_.job.view;
-        const int64_t t = planner_.token_at(first, step);
+        const int t = token_at(first, step);
         const bool chosen = choice.id >= 0 && choice.id < view.shape.num_experts && choice.row >= 0;
         Mixed m;
         if (chosen) m.owner = __ldg(view.state.owner + choice.id), m.row = choice.row;
@@ -255,10 +263,11 @@ private:
         m.plan.place = place;
         if (far) {
             m.node = node;
-            m.turn = visits_.turn(static_cast<int>(t), node);
+            m.turn = visits_.turn(t, node);
         } else {
             m.plan.row = planner_.sources[m.owner].y + m.row * a.row_bytes();
-            if (a.source_weighs()) m.plan.weight = a.topk_weights[t * a.num_topk + planner_.slot];
+            if (a.source_weighs())
+                m.plan.weight = a.topk_weights[int64_t{t} * a.num_topk + planner_.slot];
         }
         return m;
     }
@@ -290,7 +299,7 @@ private:
     }
 
     // Token t, the i-th of those that were planned together.
-    __device__ bool feed(int64_t t, int i, const Mixed& m) {
+    __device__ bool feed(int t, int i, const Mixed& m) {
         const RailChunks& chunks = walk_.chunks;
         float back = 0.0f;  // for the slot of this lane
 #pragma unroll 1
@@ -303,16 +312,16 @@ private:
             }
         }
         if (args().out_weights != nullptr && planner_.token == i) {
-            args().out_weights[t * args().num_topk + planner_.slot] = back;
+            args().out_weights[int64_t{t} * args().num_topk + planner_.slot] = back;
         }
         return true;
     }
 
-    __device__ bool feed_piece(int64_t t, int i, const Mixed& m, int piece, int64_t offset,
+    __device__ bool feed_piece(int t, int i, const Mixed& m, int piece, int64_t offset,
                                int32_t bytes, float& back) {
         const RailChunks& chunks = walk_.chunks;
         const int count = __shfl_sync(~0u, m.plan.count, i * args().num_topk);
-        const int64_t at = t * args().row_bytes() + offset;
+        const int64_t at = int64_t{t} * args().row_bytes() + offset;
         if (count == 0) {
             return put({at, bytes, Piece::kFirst | Piece::kLast, 0.0f}, nullptr, Handover{});
         }

@@ -3,8 +3,9 @@
 //
 // defines: RingOfBlock, RingWalk
 //
-// Warps share every ring, chunk by chunk, so one ring that carries everything keeps all of them busy. None
-// waits for a ring while another one could go on; so whoever waits for them is never waited for.
+// Warps share every ring, chunk by chunk or record by record, so one ring that carries everything keeps all
+// of them busy. None waits for a ring while another one could go on; so whoever waits for them is never
+// waited for.
 #pragma once
 
 #include <cstdint>
@@ -38,6 +39,7 @@ struct RingWalk {
     Operation op;
     Site site;   // of what it waits for
     int number;  // of the warps that share the rings
+    int shares;  // of a chunk: its records, where each is for the next warp
 
     __device__ const NodeShape& nodes() const { return rails.shape.nodes; }
     __device__ int my_node() const { return nodes().node(view.peers.rank); }
@@ -50,25 +52,27 @@ struct RingWalk {
     __device__ int records_of(const RingOfBlock& ring) const {
         return tables.records[index_of(ring)];
     }
-    // The next chunk of ring q that is this warp's, in this operation and ever.
-    __device__ int next_of(int q) const { return next()[q]; }
+    // The next share of ring q that is this warp's; the chunk it is of, in this operation and ever.
+    __device__ int share_of(int q) const { return next()[q]; }
+    __device__ int chunk_of(int q) const { return next()[q] / shares; }
     __device__ uint64_t count_of(int q) const {
-        return tables.theirs[index_of(RingOfBlock(q, spread))] + static_cast<uint64_t>(next()[q]);
+        return tables.theirs[index_of(RingOfBlock(q, spread))] + static_cast<uint64_t>(chunk_of(q));
+    }
+    __device__ bool has_next(int q) const { return next()[q] < shares_in(q); }
+    // This warp is through with its share.
+    __device__ void step(int q) const {
+        __syncwarp();
+        if (ptx::lane_id() == 0) next()[q] += spread.num_walkers;
+        __syncwarp();
     }
 
-    // Calls go_on(q) for every chunk of this warp, once word_of(ring, count) has been reached. A warp.
-    // False: leave.
+    // Calls go_on(q), which steps, while shares of ring q are left, once word_of(ring, count) of the chunk
+    // has been reached. A warp. False: leave.
     template <class WordOf, class GoOn>
     __device__ bool run(WordOf word_of, GoOn go_on) const {
         const int lane = ptx::lane_id(), rings = spread.channels_of_block * nodes().num_nodes;
-        int left = 0;
 #pragma unroll 1
-        for (int q = lane; q < rings; q += 32) {
-            const int first = (number + q) % spread.num_walkers, all = chunks_in(q);
-            next()[q] = first;
-            left += all > first ? (all - first - 1) / spread.num_walkers + 1 : 0;
-        }
-        left = __reduce_add_sync(~0u, left);
+        for (int q = lane; q < rings; q += 32) next()[q] = (number + q) % spread.num_walkers;
         __syncwarp();
         const auto wanted = [&](int q) { return word_of(RingOfBlock(q, spread), count_of(q)); };
         const auto have = [&](int q) {
@@ -76,32 +80,27 @@ struct RingWalk {
         };
         device::Patience patience;
         bool ok = true;
-        while (ok && left > 0) {
-            int done = 0, missing = -1;
+        while (ok) {
+            bool found = false;
+            int missing = -1;
 #pragma unroll 1
             for (int q0 = 0; ok && q0 < rings; q0 += 32) {
                 const int q = q0 + lane;
-                const bool waits = q < rings && next()[q] < chunks_in(q);
+                const bool waits = q < rings && has_next(q);
                 uint32_t ready = __ballot_sync(~0u, waits && have(q) >= wanted(q).amount);
                 const uint32_t absent = __ballot_sync(~0u, waits) & ~ready;
                 if (absent != 0) missing = q0 + __ffs(absent) - 1;
 #pragma unroll 1
-                for (; ok && ready != 0; ready &= ready - 1, ++done) {
-                    const int which = q0 + __ffs(ready) - 1;
-                    ptx::fence_proxy_async();  // what we acquired, before our bulk copies
+                for (; ok && ready != 0; ready &= ready - 1) {
+                    found = true;
+                    ptx::fence_proxy_async_global();  // what we acquired, before our bulk copies
                     __syncwarp();
-                    ok = go_on(which);
-                    __syncwarp();
-                    if (lane == 0) next()[which] += spread.num_walkers;
-                    __syncwarp();
+                    ok = go_on(q0 + __ffs(ready) - 1);
                 }
             }
-            left -= done;
-            if (!ok || left == 0) break;
-            if (done > 0) {
-                if (lane == 0) patience.found(view.watch);
-                continue;
-            }
+            if (found && lane == 0) patience.found(view.watch);
+            if (found) continue;
+            if (!ok || missing < 0) break;
             rail.flush();
             if (lane == 0) {
                 ok = patience.look_again(
@@ -118,10 +117,11 @@ private:
     __device__ int32_t* next() const {
         return tables.next + number * spread.channels_of_block * nodes().num_nodes;
     }
-    __device__ int chunks_in(int q) const {
+    __device__ int shares_in(int q) const {
         const RingOfBlock ring(q, spread);
         if (ring.channel >= rails.shape.num_channels) return 0;
-        return static_cast<int>(chunks.chunks(records_of(ring)));
+        const int records = records_of(ring);
+        return shares > 1 ? records : static_cast<int>(chunks.chunks(records));
     }
 };
 

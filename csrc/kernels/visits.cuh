@@ -18,22 +18,23 @@ namespace ep::kernels {
 
 // Of a channel's tokens, 32 to a word: who visits a node, and how many visited it before.
 struct Visits {
-    uint64_t* words;  // [groups][num_nodes]
+    const RailView& rails;
     Span tokens;
-    int num_nodes;
+    int channel;
 
-    __device__ Visits(const RailView& rails, Span own, int channel)
-        : words(rails.state.visits + int64_t{channel} * ((rails.tokens_per_block + 31) / 32) *
-                                         rails.shape.nodes.num_nodes),
-          tokens(own),
-          num_nodes(rails.shape.nodes.num_nodes) {}
+    __device__ int num_nodes() const { return rails.shape.nodes.num_nodes; }
+    // Address again each time, so that it needs no registers.
+    __device__ uint64_t* word(int group, int node) const {
+        const int before = channel * ((rails.tokens_per_block + 31) / 32);
+        return rails.state.visits + (int64_t{before + group} * num_nodes() + node);
+    }
 
     // Token t, which visits the node, is the turn-th of the channel that does.
     __device__ int turn(int t, int node) const {
         const int at = t - tokens.begin;
-        const uint64_t word = words[int64_t{at >> 5} * num_nodes + node];
+        const uint64_t votes = *word(at >> 5, node);
         const uint32_t earlier = (1u << (at & 31)) - 1;
-        return static_cast<int>(word >> 32) + __popc(static_cast<uint32_t>(word) & earlier);
+        return static_cast<int>(votes >> 32) + __popc(static_cast<uint32_t>(votes) & earlier);
     }
     __device__ int groups() const { return (tokens.end - tokens.begin + 31) / 32; }
 };
@@ -64,7 +65,7 @@ __device__ __forceinline__ void count_visits(const RailView& rails, const Visits
                 const uint32_t all = __ballot_sync(~0u, (there >> n & 1) != 0);
                 if (lane == n) mine = all;
             }
-            if (lane < here) visits.words[int64_t{g} * nodes.num_nodes + base + lane] = mine;
+            if (lane < here) *visits.word(g, base + lane) = mine;
         }
     }
     __syncthreads();
@@ -73,7 +74,7 @@ __device__ __forceinline__ void count_visits(const RailView& rails, const Visits
         uint64_t before = 0;
 #pragma unroll 4
         for (int g = 0; g < visits.groups(); ++g) {
-            uint64_t& word = visits.words[int64_t{g} * nodes.num_nodes + n];
+            uint64_t& word = *visits.word(g, n);
             const auto votes = static_cast<uint32_t>(word);
             word = before << 32 | votes;
             before += __popc(votes);

@@ -100,6 +100,12 @@ inline void prefetch_global_l2(const void*) {}
 inline void barrier_sync_aligned(int barrier, int threads) {
     emulator::meet_some(barrier, threads);
 }
+inline uint32_t ld_acquire_cta(const uint32_t* shared) {
+    return load(shared, std::memory_order_acquire);
+}
+inline void st_release_cta(uint32_t* shared, uint32_t value) {
+    std::atomic_ref(*shared).store(value, std::memory_order_release);
+}
 inline uint32_t atom_acq_rel_cta_add(uint32_t* shared, uint32_t value) {
     return std::atomic_ref(*shared).fetch_add(value);
 }
@@ -110,6 +116,7 @@ inline uint32_t atom_acq_rel_gpu_exch(uint32_t* addr, uint32_t value) {
 inline void nanosleep(uint32_t) { emulator::yield(); }
 inline void fence_acq_rel_sys() { std::atomic_thread_fence(std::memory_order_acq_rel); }
 inline void fence_proxy_async() {}
+inline void fence_proxy_async_global() {}
 inline void fence_proxy_async_shared() {}
 inline void griddepcontrol_wait() {}
 inline void griddepcontrol_launch_dependents() {}
