@@ -93,7 +93,7 @@ private:
         __syncwarp();
         if (ptx::lane_id() != 0) return;
         const RailShape& s = rails().shape;
-        uint32_t* read = walk.tables.read + q * s.ring_chunks() + place_in_ring(s, share.count);
+        uint32_t* read = walk.tables().read + q * s.ring_chunks() + place_in_ring(s, share.count);
         if (ptx::atom_acq_rel_cta_add(read, 1) + 1 != static_cast<uint32_t>(share.in_chunk)) return;
         *read = 0;  // nobody comes here before the next chunk is there
         walk.rail.signal_add(
@@ -209,9 +209,9 @@ private:
         }
         if (head.r.first) {
             const int at = ring.node * nodes().ranks_per_node + nodes().local(head.c.dst);
-            atomicAdd(&walk.tables.stored[at], 1);
+            atomicAdd(&walk.tables().stored[at], 1);
         }
-        const int64_t index = int64_t{walk.tables.base[walk.index_of(ring)]} + head.turn;
+        const int64_t index = int64_t{walk.tables().base[walk.index_of(ring)]} + head.turn;
         if (rails().log == nullptr || lane >= num_topk || index >= rails().num_logged) return;
         const RailLog log{num_topk, rails().log_has_weights};
         int32_t* kept = rails().log + index * log.words();

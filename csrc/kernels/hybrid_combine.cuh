@@ -33,7 +33,7 @@ namespace ep::kernels {
 
 // How the shared memory and the warps of a block are divided.
 struct HybridGroups {
-    int count, pullers;  // groups; those that work for other nodes come first
+    int count, pullers, reducers;  // groups; those that work for other nodes come first
     int adders, num_stages, piece_bytes;
     int sources, rings;  // where they begin in shared memory
 
@@ -257,22 +257,20 @@ __global__ void __launch_bounds__(kMaxPullWarps * 32, 1)
     if (!ok) return;
     const Planner planner(job, in.seq, sources);
     Handover* const handed = &handovers[group][0].get();
-    const RingWalk<R> walk{
-        h.rail, view, h.rails, h.spread, h.chunks, RailTables(h.spread), op, Site::kRailCredit,
-        group,  1};
+    const RingWalk<R> walk{h.rail, view, h.rails, h.spread, h.chunks, op, Site::kRailCredit,
+                           group,  1};
     if (good && adder >= 0) {
         ok = Adder<kDtype, R>{h, op, ring, handed, &met[group], for_rail, adder}.run();
     } else if (good && for_rail) {
         ok = SumFeeder<R>(planner, walk, ring, handed).run();
     } else if (good) {
-        const int reducers = groups.count - groups.pullers;
         ok = TokenFeeder<R>(planner, walk, visits, ring, handed)
-                 .run(begin + group - groups.pullers, reducers);
+                 .run(begin + group - groups.pullers, groups.reducers);
     }
     h.rail.flush();
     if (!__syncthreads_and(ok) || warp != 0) return;
     if (ptx::lane_id() == 0) count_block(view);
-    if (publishes) conclude_combine(h, in, sources, good);
+    if (publishes) conclude_combine(h, in, sources, in.first_bad == kNoObjection);
 }
 
 template <device::Rail R>
@@ -303,7 +301,7 @@ inline HybridGroups divide_groups(const CombineArgs& a, int num_ranks, int table
     HybridGroups g{};
     g.adders = (piece + kSliceBytes - 1) / kSliceBytes;
     g.count = std::min(kMaxGroups, kMaxPullWarps / (g.adders + 1));
-    g.pullers = g.count / 2;
+    g.pullers = g.count / 2, g.reducers = g.count - g.pullers;
     g.piece_bytes = (piece + 127) / 128 * 128;
     g.sources = tables_end;
     g.rings = (tables_end + static_cast<int>(sizeof(Source)) * num_ranks + 127) / 128 * 128;

@@ -145,16 +145,9 @@ __device__ __forceinline__ void forward_chunks(const HybridDispatch<R>& h, const
     const int threads = 32 * h.num_forwarders();
     const int thread = static_cast<int>(threadIdx.x) - 32 * h.num_movers();
     if (good) {
-        const RingWalk<R> walk{h.rail,
-                               h.job.view,
-                               h.rails,
-                               h.rail_spread,
-                               h.parcel.chunks,
-                               tables,
-                               {OpKind::kDispatch, in.seq},
-                               Site::kRailChunk,
-                               number,
-                               h.parcel.chunks.records};
+        const RingWalk<R> walk{h.rail,           h.job.view,      h.rails,
+                               h.rail_spread,    h.parcel.chunks, {OpKind::kDispatch, in.seq},
+                               Site::kRailChunk, number,          h.parcel.chunks.records};
         Forwarder<R> forwarder{h.job, h.parcel, Tables(h.spread),
                                walk,  stage,    h.spread.stage_bytes};
         if (!forwarder.run()) failed = true;

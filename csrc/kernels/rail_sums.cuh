@@ -74,10 +74,10 @@ private:
         const uint64_t count = walk_.count_of(q);
         const int records = chunks.in_chunk(j, total), piece = j % chunks.pieces;
         const int64_t first =
-            walk_.tables.base[walk_.index_of(ring)] +
+            walk_.tables().base[walk_.index_of(ring)] +
             (chunks.pieces == 1 ? int64_t{j} * chunks.records : j / chunks.pieces);
         const auto chunk = reinterpret_cast<int64_t>(device::rail_stage(
-            walk_.rail, walk_.tables.mapped[ring.node],
+            walk_.rail, walk_.tables().mapped[ring.node],
             layout().recv_chunk(ring.node, walk_.my_node(), ring.channel, count),
             layout().send_chunk(walk_.my_node(), ring.node, ring.channel, count)));
         const int64_t begin = chunks.piece_begin(piece), end = chunks.piece_end(piece);
@@ -191,17 +191,17 @@ public:
 
     // Tokens first, first + step, ... of the block's, in order. It waits for what comes next on a ring: for
     // that its peer needs nothing but the room that tokens before this one have left. False: leave; no load
-    // is under way then.
-    __device__ __noinline__ bool run(int first, int step) {
-        const int end = visits_.tokens.end, turn = planner_.per_turn * step;
+    // is under way then. `step` in shared memory, so that it needs no register.
+    __device__ __forceinline__ bool run(int first, const int& step) {
+        const int end = visits_.tokens.end;
         Selection ahead = select(first, step);
         bool ok = true;
 #pragma unroll 1
-        for (; ok && first < end; first += turn) {
+        for (; ok && first < end; first += planner_.per_turn * step) {
             const Selection slots = ahead;
-            ahead = select(first + turn, step);
+            ahead = select(first + planner_.per_turn * step, step);
             const Mixed mixed = plan(first, step, slots);
-            ok = mixed.plan.ok;
+            ok = mixed.ok;
 #pragma unroll 1
             for (int i = 0; ok && i < planner_.per_turn && first + i * step < end; ++i) {
                 ok = feed(first + i * step, i, mixed);
@@ -213,11 +213,13 @@ public:
     }
 
 private:
-    // A plan some of whose rows are sums of other nodes.
+    // As a Plan, some of whose rows are sums of other nodes.
     struct Mixed {
-        Plan plan;
+        bool ok = true;
+        int count = 0, place = -1;
+        float weight = 1.0f;
         int owner = -1;  // of this lane's slot
-        int64_t row = -1;
+        int32_t row = -1;
         int node = -1;  // this lane adds the sum of that node
         int turn = 0;   // of the token among those of its channel that visit it
     };
@@ -255,19 +257,17 @@ private:
         const bool again_near = (__match_any_sync(~0u, m.owner) & earlier) != 0;
         const bool again_far = (__match_any_sync(~0u, node) & earlier) != 0;
         const bool adds = far ? !again_far : near && !(a.one_per_rank() && again_near);
-        m.plan.ok = planner_.in_bounds(adds && near, max(m.owner, 0), m.row);
-        if (!m.plan.ok) return m;
-        m.plan.count = __popc(__ballot_sync(~0u, adds) & planner_.mates);
+        m.ok = planner_.in_bounds(adds && near, max(m.owner, 0), m.row);
+        if (!m.ok) return m;
+        m.count = __popc(__ballot_sync(~0u, adds) & planner_.mates);
         const int place = planner_.place_of(adds, m.owner);
         if (!adds) return m;
-        m.plan.place = place;
+        m.place = place;
         if (far) {
             m.node = node;
             m.turn = visits_.turn(t, node);
-        } else {
-            m.plan.row = planner_.sources[m.owner].y + m.row * a.row_bytes();
-            if (a.source_weighs())
-                m.plan.weight = a.topk_weights[int64_t{t} * a.num_topk + planner_.slot];
+        } else if (a.source_weighs()) {
+            m.weight = a.topk_weights[int64_t{t} * a.num_topk + planner_.slot];
         }
         return m;
     }
@@ -278,23 +278,30 @@ private:
         const std::byte* record;
     };
     // Waits for it. False: leave.
-    __device__ bool await(int node, int turn, int piece, Came& came) const {
+    __device__ bool await(int node, int turn, int piece, Came& came) {
         const RailChunks& chunks = walk_.chunks;
         const RailView& rails = walk_.rails;
         const int j = chunks.pieces == 1 ? turn / chunks.records : turn * chunks.pieces + piece;
         const int channel = blockIdx.x;
-        const uint64_t count = walk_.tables.ours[node] + static_cast<uint64_t>(j);
+        const uint64_t count = walk_.tables().ours[node] + static_cast<uint64_t>(j);
         const int64_t bytes = chunks.piece_end(piece) - chunks.piece_begin(piece);
         const auto loads = static_cast<int>((bytes + piece_bytes_ - 1) / piece_bytes_);
-        came.chunk = {node, channel, loads * chunks.in_chunk(j, walk_.tables.total[node]), count};
+        came.chunk = {node, channel, loads * chunks.in_chunk(j, walk_.tables().total[node]), count};
         came.record =
             walk_.rail.own(rails.layout.recv_chunk(walk_.my_node(), node, channel, count)) +
             (chunks.pieces == 1 ? turn % chunks.records * chunks.record_bytes() : 0);
+        // Of a node the last chunk is known; sums of one chunk come one after the other.
+        const int keeper = node % 32;
+        if (__shfl_sync(~0u, known_.node == node && known_.count == static_cast<uint32_t>(count),
+                        keeper))
+            return true;
         const bool ok = device::rail_wait(
             walk_.rail, planner_.job.view.watch, planner_.op, Site::kRailChunk, walk_.peer_on(node),
             {rails.layout.tail_word(node, channel, count), chunks_until(rails.shape, count)});
-        ptx::fence_proxy_async();  // what the peer put, before our bulk loads
+        ptx::fence_proxy_async_global();  // what the peer put, before our bulk loads
         __syncwarp();
+        if (static_cast<int>(ptx::lane_id()) == keeper)
+            known_ = {node, static_cast<uint32_t>(count)};
         return ok;
     }
 
@@ -320,20 +327,22 @@ private:
     __device__ bool feed_piece(int t, int i, const Mixed& m, int piece, int64_t offset,
                                int32_t bytes, float& back) {
         const RailChunks& chunks = walk_.chunks;
-        const int count = __shfl_sync(~0u, m.plan.count, i * args().num_topk);
+        const int count = __shfl_sync(~0u, m.count, i * args().num_topk);
         const int64_t at = int64_t{t} * args().row_bytes() + offset;
         if (count == 0) {
             return put({at, bytes, Piece::kFirst | Piece::kLast, 0.0f}, nullptr, Handover{});
         }
 #pragma unroll 1
         for (int place = 0; place < count; ++place) {
-            const bool ours = m.plan.place == place && planner_.token == i;
+            const bool ours = m.place == place && planner_.token == i;
             const int from = __ffs(__ballot_sync(~0u, ours)) - 1;
             const int node = __shfl_sync(~0u, m.node, from);
             const int turn = __shfl_sync(~0u, m.turn, from);
-            const float weight = __shfl_sync(~0u, m.plan.weight, from);
-            const auto row = __shfl_sync(~0u, reinterpret_cast<uint64_t>(m.plan.row), from);
-            const auto* src = reinterpret_cast<const std::byte*>(row) + offset;
+            const float weight = __shfl_sync(~0u, m.weight, from);
+            const int owner = max(__shfl_sync(~0u, m.owner, from), 0);
+            const int32_t row = __shfl_sync(~0u, m.row, from);
+            const std::byte* src =
+                planner_.sources[owner].y + int64_t{row} * args().row_bytes() + offset;
             Came came{{}, nullptr};
             if (node >= 0) {
                 if (!await(node, turn, piece, came)) return false;
@@ -354,7 +363,7 @@ private:
                                  float& back) const {
         const bool mine = planner_.token == i;
         const int owner = __shfl_sync(~0u, m.owner, from);
-        const int64_t row = __shfl_sync(~0u, m.row, from);
+        const int32_t row = __shfl_sync(~0u, m.row, from);
         if (args().sum_weights) {
             if (!mine) return;
             back = __fadd_rn(back, node >= 0 ? reinterpret_cast<const float*>(record)[planner_.slot]
@@ -379,6 +388,11 @@ private:
     const int piece_bytes_;
     Handover* handovers_;
     RingFeeder ring_;
+    // A lane keeps it for every 32nd node.
+    struct {
+        int node = -1;
+        uint32_t count = 0;  // lower half
+    } known_;
 };
 
 }  // namespace ep::kernels

@@ -35,12 +35,13 @@ struct RingWalk {
     const RailView& rails;
     const RailSpread& spread;
     const RailChunks& chunks;
-    RailTables tables;
     Operation op;
     Site site;   // of what it waits for
     int number;  // of the warps that share the rings
     int shares;  // of a chunk: its records, where each is for the next warp
 
+    // Addresses again each time, so that they need no registers.
+    __device__ RailTables tables() const { return RailTables(spread); }
     __device__ const NodeShape& nodes() const { return rails.shape.nodes; }
     __device__ int my_node() const { return nodes().node(view.peers.rank); }
     __device__ int peer_on(int node) const {
@@ -50,13 +51,14 @@ struct RingWalk {
         return ring.node * rails.shape.num_channels + ring.channel;
     }
     __device__ int records_of(const RingOfBlock& ring) const {
-        return tables.records[index_of(ring)];
+        return tables().records[index_of(ring)];
     }
     // The next share of ring q that is this warp's; the chunk it is of, in this operation and ever.
     __device__ int share_of(int q) const { return next()[q]; }
     __device__ int chunk_of(int q) const { return next()[q] / shares; }
     __device__ uint64_t count_of(int q) const {
-        return tables.theirs[index_of(RingOfBlock(q, spread))] + static_cast<uint64_t>(chunk_of(q));
+        return tables().theirs[index_of(RingOfBlock(q, spread))] +
+               static_cast<uint64_t>(chunk_of(q));
     }
     __device__ bool has_next(int q) const { return next()[q] < shares_in(q); }
     // This warp is through with its share.
@@ -115,7 +117,7 @@ struct RingWalk {
 
 private:
     __device__ int32_t* next() const {
-        return tables.next + number * spread.channels_of_block * nodes().num_nodes;
+        return tables().next + number * spread.channels_of_block * nodes().num_nodes;
     }
     __device__ int shares_in(int q) const {
         const RingOfBlock ring(q, spread);

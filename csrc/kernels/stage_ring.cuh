@@ -101,7 +101,7 @@ public:
     // block goes.
     __device__ void drain() {
         Lap lap;
-        for (int64_t i = 0; i < num_put_; ++i) {
+        for (int i = 0; i < num_put_; ++i) {
             while (!ptx::mbarrier_try_wait_parity(ring_.loaded + lap.stage, lap.parity) &&
                    i + ring_.num_stages >= num_put_) {
             }
@@ -114,7 +114,7 @@ private:
     Operation op_;
     const StageRing& ring_;
     Lap lap_;
-    int64_t num_put_ = 0;
+    int num_put_ = 0;
 };
 
 // A slice of the result in the registers of a warp.
