@@ -17,9 +17,10 @@ namespace ep {
 
 inline constexpr int64_t kRailStagingBytes = int64_t{128} << 20;  // of all rings of a rank
 inline constexpr int kMaxChannels = 32;
-inline constexpr int kRingShift = 3;    // of 8 places a ring: in flight, being read, being credited
-inline constexpr int kChunkTokens = 8;  // of the largest record; a signal for so many is cheap
-inline constexpr int kMailboxes = 2;    // why two are enough: docs/protocol.md, "Rails"
+inline constexpr int kRingShift = 4;  // of 16 places a ring: filled, on the way, read, credited
+inline constexpr int kFewPlacesShift = 2;  // of 4, before chunks get smaller
+inline constexpr int kChunkTokens = 8;     // of the largest record; a signal for so many is cheap
+inline constexpr int kMailboxes = 2;       // why two are enough: docs/protocol.md, "Rails"
 
 // Where a rank stands. Ranks are numbered node by node, and all nodes have equally many.
 struct NodeShape {
@@ -341,8 +342,8 @@ struct RailChunks {
 };
 
 // Divides the staging of a rank among its rings: rings of chunks of `chunk_tokens` of the largest
-// record, where that fits; else rings of half as many, smaller chunks, rings of two, fewer channels,
-// and in the end pieces of rows.
+// record, where that fits; else rings of fewer, down to a quarter, smaller chunks, rings of two, fewer
+// channels, and in the end pieces of rows.
 EP_HD constexpr RailShape divide_staging(const NodeShape& nodes, int num_channels,
                                          int64_t record_bytes, int chunk_tokens = kChunkTokens,
                                          int64_t budget = kRailStagingBytes) {
@@ -357,7 +358,7 @@ EP_HD constexpr RailShape divide_staging(const NodeShape& nodes, int num_channel
         return budget / places / kAlign * kAlign;
     };
     const int64_t wanted = (chunk_tokens * record_bytes + kAlign - 1) / kAlign * kAlign;
-    if (room() < wanted) --s.ring_shift;
+    while (room() < wanted && s.ring_shift > kFewPlacesShift) --s.ring_shift;
     while (room() < record_bytes && s.ring_shift > 1) --s.ring_shift;
     while (room() < record_bytes && s.num_channels > 1) s.num_channels /= 2;
     s.chunk_bytes = wanted < room() ? wanted : room();

@@ -283,8 +283,9 @@ template <device::Rail R>
 HybridDispatch<R> spread_dispatch(const R& rail, const DispatchJob& job, const RailView& rails,
                                   int num_warps, int smem_bytes) {
     const int stage = stage_of(job.args);
+    // Movers have the longer way: two stores, a head, a credit.
     const auto divided = [&](int warps) {
-        const int forwarders = std::max(warps / 2, 1), movers = std::max(warps - forwarders, 1);
+        const int forwarders = std::max(warps * 2 / 5, 1), movers = std::max(warps - forwarders, 1);
         const Spread spread = spread_of(job, movers, stage, job.tokens_per_chunk, 1);
         const RailSpread own(rails.shape, spread.end, rails.num_blocks, forwarders);
         return HybridDispatch<R>{job, spread, rails, own, parcel_of(job.args, rails.shape), rail};
