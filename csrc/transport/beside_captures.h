@@ -3,6 +3,7 @@
 // end for it.
 #pragma once
 
+#if __has_include(<cuda_runtime_api.h>)  // a header has to compile alone without CUDA, too
 #include <cuda_runtime_api.h>
 
 namespace ep {
@@ -19,3 +20,4 @@ private:
 };
 
 }  // namespace ep
+#endif
