@@ -603,6 +603,31 @@ def test_static_overflow_shows_in_status_and_is_raised_by_check(
     assert [code_of(e) for e in errors] == ["E230"] * 2
 
 
+def test_combine_that_finds_no_memory_says_how_much_it_needs(
+    make_cluster: Callable[..., Cluster],
+) -> None:
+    case = Case(num_ranks=2)
+    cluster = make_cluster(2, **case.buffer_options())
+    inputs = case.inputs()
+    x, idx, weights = (on_gpu(t) for t in (inputs.x, inputs.topk_idx, inputs.topk_weights))
+    got = on_streams(cluster, lambda r: cluster.buffers[r].dispatch(x[r], idx[r], weights[r]))
+    rows = [recv.x.clone() for recv in got]
+    free = cluster.buffers[0].stats()["arena"]["largest_free"]
+    rest = cluster.buffers[0].empty((free,), torch.uint8)
+    call = lambda r: cluster.buffers[r].combine(  # noqa: E731
+        rows[r], got[r].handle, topk_weights=got[r].topk_weights
+    )
+    on_streams(cluster, call)
+    errors = run_catching(cluster, lambda r: cluster.buffers[r].check())
+    need = rows[0].numel() * rows[0].element_size()
+    for error in errors:
+        assert code_of(error) == "E231"
+        assert f"need {need} B in one piece, free 0 B" in str(error)
+    del rest
+    on_streams(cluster, call)
+    run_catching(cluster, lambda r: cluster.buffers[r].check())
+
+
 def test_missing_rank_gives_a_timeout_and_the_context_lives_on(
     make_cluster: Callable[..., Cluster],
 ) -> None:

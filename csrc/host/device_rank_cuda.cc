@@ -332,7 +332,7 @@ std::shared_ptr<BegunCombine> DeviceRank::combine(const CombineArgs& args,
     std::shared_ptr<StreamHold> rows, weights;
     const auto grant = [&](int64_t bytes) {
         auto hold = arena_->grant(bytes, stream);
-        if (!hold) {
+        if (!hold && code_of(job.begin.head.what) == kOk) {
             job.begin.head.set(OpKind::kCombine, kOutOfArena);
             job.begin.refusal.detail[0] = bytes;
             job.begin.refusal.detail[1] = arena_->stats().largest_free;

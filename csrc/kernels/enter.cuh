@@ -96,6 +96,9 @@ __device__ __forceinline__ void init_entering(const RankView& view, const Begin&
     in.unheard = 0;
     in.outbox = nullptr;
     in.code = code_of(begin.head.what);
+    if (in.code == kOk) return;
+#pragma unroll 1
+    for (int i = 0; i < 4; ++i) in.detail[i] = begin.refusal.detail[i];
 }
 
 // The slot is ours once every peer has left what it did there num_slots operations ago. One warp of the

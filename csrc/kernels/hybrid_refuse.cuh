@@ -34,7 +34,6 @@ __global__ void __launch_bounds__(128, 1)
         init_entering(h.view, begin, in);
         open_outbox(h.rail, h.rails, in);
     }
-    if (threadIdx.x < 4) in.detail[threadIdx.x] = begin.refusal.detail[threadIdx.x];
     bool ok = !__syncthreads_or(device::gave_up(h.view.watch));
     const Operation op{kind_of(begin.head.what), in.seq};
     if (ok && threadIdx.x < 32) {

@@ -15,7 +15,6 @@ __global__ void __launch_bounds__(128, 1)
     __shared__ Uninitialized<Entering> entering;
     Entering& in = entering.get();
     if (threadIdx.x == 0) init_entering(view, begin, in);
-    if (threadIdx.x < 4) in.detail[threadIdx.x] = begin.refusal.detail[threadIdx.x];
     bool ok = !__syncthreads_or(device::gave_up(view.watch));
     if (ok && threadIdx.x < 32)
         ok = acquire_slot<true>(view, {kind_of(begin.head.what), in.seq}, in.slot, in.masked);
