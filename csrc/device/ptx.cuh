@@ -231,14 +231,9 @@ __device__ __forceinline__ void fence_acq_rel_sys() {
     asm volatile("fence.acq_rel.sys;" ::: "memory");
 }
 
-// fence.proxy.async;                                                   PTX ISA 8.0, sm_90
-// Orders: ordinary accesses before it, and what we have acquired, before bulk copies issued after.
-__device__ __forceinline__ void fence_proxy_async() {
-    asm volatile("fence.proxy.async;" ::: "memory");
-}
-
 // fence.proxy.async.global;                                            PTX ISA 8.0, sm_90
-// Orders: the same of global memory only; the other one also waits until stores to it are performed.
+// Orders: ordinary accesses to global memory before it, and what we have acquired, before bulk copies issued
+// after. (Without .global it also waits until our stores are performed.)
 __device__ __forceinline__ void fence_proxy_async_global() {
     asm volatile("fence.proxy.async.global;" ::: "memory");
 }

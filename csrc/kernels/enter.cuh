@@ -352,7 +352,7 @@ __device__ __forceinline__ bool await_notices(const RankView& view, const Begin&
         } else if (ptx::lane_id() == 0) {
             atomicMin(&in.first_bad, objected);
         }
-        if constexpr (!kMasks) ptx::fence_proxy_async();  // what we have heard, before them
+        if constexpr (!kMasks) ptx::fence_proxy_async_global();  // what we have heard, before them
     }
     return __syncthreads_and(ok);
 }

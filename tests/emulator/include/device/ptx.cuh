@@ -115,7 +115,6 @@ inline uint32_t atom_acq_rel_gpu_exch(uint32_t* addr, uint32_t value) {
 
 inline void nanosleep(uint32_t) { emulator::yield(); }
 inline void fence_acq_rel_sys() { std::atomic_thread_fence(std::memory_order_acq_rel); }
-inline void fence_proxy_async() {}
 inline void fence_proxy_async_global() {}
 inline void fence_proxy_async_shared() {}
 inline void griddepcontrol_wait() {}
