@@ -55,8 +55,9 @@ constexpr Record record_of(int64_t row_bytes, int64_t scale_bytes, int64_t unit,
     r.num_pieces = static_cast<int32_t>(
         std::max<int64_t>(divide_up(row_bytes, std::max(r.piece_bytes, 1)), 1));
     r.scale_bytes = static_cast<int32_t>(4 * divide_up(scale_bytes / 4, r.num_pieces));
-    r.piece_lines = static_cast<int32_t>(divide_up(
-        r.piece_bytes + divide_up(r.scale_bytes, kUnitBytes) * kUnitBytes, kLineUnits * kUnitBytes));
+    r.piece_lines = static_cast<int32_t>(
+        divide_up(r.piece_bytes + divide_up(r.scale_bytes, kUnitBytes) * kUnitBytes,
+                  kLineUnits * kUnitBytes));
     return r;
 }
 
@@ -105,7 +106,7 @@ constexpr bool is_staged(const Shape& s, const CombineArgs& a) {
 
 // What a slot has for rows of 16 bits, within reason. The same on all ranks.
 constexpr int64_t stage_bytes_for(const Shape& s, int64_t hidden) {
-    constexpr int64_t kMost = int64_t{256} << 20;  // in all slots
+    constexpr int64_t kMost = int64_t{320} << 20;  // in all slots
     if (!fits_stage(s)) return 0;
     DispatchArgs widest;
     widest.hidden = hidden, widest.num_topk = s.num_topk, widest.with_weights = true;

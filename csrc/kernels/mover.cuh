@@ -85,9 +85,9 @@ struct Mover {
         }
 #pragma unroll 1
         for (uint32_t left = __ballot_sync(~0u, r.first); left != 0; left &= left - 1) {
-            const auto to = __shfl_sync(
-                ~0u, r.first ? reinterpret_cast<uint64_t>(out().scales_of(c, r)) : 0,
-                __ffs(left) - 1);
+            const auto to =
+                __shfl_sync(~0u, r.first ? reinterpret_cast<uint64_t>(out().scales_of(c, r)) : 0,
+                            __ffs(left) - 1);
             if (holds_scales()) reinterpret_cast<uint4*>(to)[ptx::lane_id()] = carried;
         }
     }

@@ -22,7 +22,8 @@ int stage_blocks(const DispatchJob& job) {
 int stage_blocks(const CombineJob& job) {
     const int64_t pieces = record_of(job.args).num_pieces;
     return static_cast<int>(std::max<int64_t>(
-        divide_up(std::max(job.args.num_tokens, job.args.num_recv) * pieces, NoFar::kCombineWarps), 1));
+        divide_up(std::max(job.args.num_tokens, job.args.num_recv) * pieces, NoFar::kCombineWarps),
+        1));
 }
 
 int launch_stage_dispatch(const DispatchJob& job, Half half, int num_blocks, Stream stream) {

@@ -163,25 +163,48 @@ private:
         const RankView& view = job.view;
         const int units = stage.piece_bytes(p, a.row_bytes()) / kUnitBytes;
         const bool per_rank = a.layout == RecvLayout::kCompact;
+        const auto place_of = [&](int slot) {
+            return per_rank ? int64_t{view.peers.rank} * view.shape.max_tokens + t
+                            : int64_t{t} * a.num_topk + slot;
+        };
+        const auto own_place_of = [&](int slot) { return place_out(src, t, per_rank ? 0 : slot); };
 #pragma unroll 1
-        for (uint32_t left = rows; left != 0; left &= left - 1) {
-            const int slot = __ffs(left) - 1, row = __shfl_sync(~0u, own, slot);
-            const int64_t place = per_rank ? int64_t{view.peers.rank} * view.shape.max_tokens + t
-                                           : int64_t{t} * a.num_topk + slot;
-            const int64_t own_place = place_out(src, t, per_rank ? 0 : slot);
-            std::byte* to = target(src, place, own_place) + stage.piece_at(p);
+        for (int line = 0; line * kLineUnits < units; line += kAtOnce * LineLane::kAtOnce) {
+            const int first = first_unit(line, units);
 #pragma unroll 1
-            for (int line = 0; line * kLineUnits < units; line += kAtOnce * LineLane::kAtOnce) {
-                Words w[kAtOnce];
-                load_units(piece_of(row, p), first_unit(line, units), units, w);
-                put(to, line, units, w);
+            for (uint32_t left = rows; left != 0;) {
+                Words w[kRowsAtOnce][kAtOnce];
+                load_rows(p, own, left, first, units, w);
+#pragma unroll
+                for (int r = 0; r < kRowsAtOnce && left != 0; ++r, left &= left - 1) {
+                    const int slot = __ffs(left) - 1;
+                    std::byte* to = target(src, place_of(slot), own_place_of(slot));
+                    put(to + stage.piece_at(p), line, units, w[r]);
+                }
             }
-            // A token counts the same at its source, however many rows it has here.
-            const bool is_last = (left & (left - 1)) == 0;
-            const int others = per_rank ? 0 : a.num_topk - __popc(rows);
-            send_off(src, place, own_place, p, units, is_last ? 1 + others : 1);
+        }
+        if constexpr (F::kAny) {
+#pragma unroll 1
+            for (uint32_t left = rows; left != 0; left &= left - 1) {
+                const int slot = __ffs(left) - 1;
+                // A token counts the same at its source, however many rows it has here.
+                const bool is_last = (left & (left - 1)) == 0;
+                const int others = per_rank ? 0 : a.num_topk - __popc(rows);
+                send_off(src, place_of(slot), own_place_of(slot), p, units,
+                         is_last ? 1 + others : 1);
+            }
         }
         return true;
+    }
+
+    // Of the next rows of `left`, held by the lanes of their slots.
+    __device__ __forceinline__ void load_rows(int p, int own, uint32_t left, int first, int units,
+                                              Words (&w)[kRowsAtOnce][kAtOnce]) const {
+#pragma unroll
+        for (int r = 0; r < kRowsAtOnce && left != 0; ++r, left &= left - 1) {
+            const int row = __shfl_sync(~0u, own, __ffs(left) - 1);
+            load_units(piece_of(row, p), first, units, w[r]);
+        }
     }
 
     __device__ __forceinline__ bool send_sum(int src, int t, int p, int own, uint32_t rows) const {
@@ -201,12 +224,7 @@ private:
 #pragma unroll 1
             for (uint32_t left = rows; left != 0;) {
                 Words w[kRowsAtOnce][kAtOnce];
-                uint32_t coming = left;
-#pragma unroll
-                for (int r = 0; r < kRowsAtOnce && coming != 0; ++r, coming &= coming - 1) {
-                    const int row = __shfl_sync(~0u, own, __ffs(coming) - 1);
-                    load_units(piece_of(row, p), first, units, w[r]);
-                }
+                load_rows(p, own, left, first, units, w);
 #pragma unroll
                 for (int r = 0; r < kRowsAtOnce && left != 0; ++r, left &= left - 1) {
                     const float factor = __shfl_sync(~0u, weight, __ffs(left) - 1);
@@ -367,8 +385,8 @@ private:
         for (int line = 0; line * kLineUnits < units; line += kAtOnce * LineLane::kAtOnce) {
             LineSums<kDtype> sums;
 #pragma unroll 1
-            while (!add(t, p, line, units, part, sums)) {
-                if (!await_parts(t, p, line, units, part)) return false;
+            for (int turn = 0; !add(t, p, line, units, part, sums); ++turn) {
+                if (turn >= device::kLooks && !await_parts(t, p, line, units, part)) return false;
             }
             finish(sums, t, p, first_unit(line, units), units);
         }
@@ -412,8 +430,8 @@ private:
 
     // Until all of them are there. False: leave.
     __device__ __forceinline__ bool await_parts(int t, int p, int line, int units, Part& part) {
-        const int end = min(line + kAtOnce * LineLane::kAtOnce,
-                            (units + kLineUnits - 1) / kLineUnits);
+        const int end =
+            min(line + kAtOnce * LineLane::kAtOnce, (units + kLineUnits - 1) / kLineUnits);
 #pragma unroll 1
         for (uint32_t now = __reduce_min_sync(~0u, part.key); now != ~0u;
              now = __reduce_min_sync(~0u, part.key > now ? part.key : ~0u)) {

@@ -94,7 +94,8 @@ struct CountsListener {
         const uint64_t gone = in.masked | in.unheard;
         bool ok = true;
 #pragma unroll 1
-        for (int c = first_column(); ok && c < tables.columns(); c += static_cast<int>(blockDim.x)) {
+        for (int c = first_column(); ok && c < tables.columns();
+             c += static_cast<int>(blockDim.x)) {
 #pragma unroll 1
             for (int src = 0; ok && src < tables.shape.num_ranks; ++src) {
                 int32_t& count = tables.prefix()[src * tables.columns() + c];

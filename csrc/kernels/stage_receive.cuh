@@ -61,8 +61,7 @@ private:
     __device__ bool compact() const { return args().layout == RecvLayout::kCompact; }
 
     __device__ std::byte* x() const {
-        return tables.arena() +
-               int64_t{job.begin.head.grant.page[Grant::kX]} * kExtentAlign;
+        return tables.arena() + int64_t{job.begin.head.grant.page[Grant::kX]} * kExtentAlign;
     }
 
     // Places of a source that may have a record for us: one for each token, of which not all come here. From
@@ -268,7 +267,7 @@ private:
 
     // Scales of a piece that lie in these lines, a word a lane, to every row the token has here.
     __device__ __forceinline__ void put_scales(int p, int line, int row_units, const Arrival& to,
-                                            const device::Words (&w)[kAtOnce]) const {
+                                               const device::Words (&w)[kAtOnce]) const {
         const int of_piece = stage.record.scale_bytes / 4, first = p * of_piece;
         const int end = min(of_piece, static_cast<int>(args().scale_bytes / 4) - first);
         const int64_t apart = scales_apart();
@@ -372,8 +371,11 @@ __device__ __forceinline__ void settle_rows(const DispatchJob& job, const StageT
     const RankView& view = job.view;
     const int64_t* ids = a.routed_idx != nullptr ? a.routed_idx : a.topk_idx;
     const int64_t last = int64_t{end} * a.num_topk;
+    // From the last warp but one downwards: first warps are those that take rows, the last one tells.
+    const auto threads = static_cast<int>(blockDim.x);
+    const int turn_of_thread = (2 * threads - 33 - static_cast<int>(threadIdx.x)) % threads;
 #pragma unroll 1
-    for (int64_t i = int64_t{begin} * a.num_topk + threadIdx.x; i < last; i += blockDim.x) {
+    for (int64_t i = int64_t{begin} * a.num_topk + turn_of_thread; i < last; i += threads) {
         const int turn = a.send_row[i];
         const int64_t id = ids[i];
         const Expert expert = tables.expert(id);

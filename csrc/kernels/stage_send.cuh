@@ -98,16 +98,14 @@ __device__ __forceinline__ void publish_counts(const DispatchJob& job, const Sta
     using L = NoticeLayout;
     const DispatchArgs& a = job.args;
     const Shape& shape = job.view.shape;
-    if (tables.bad()[0] > 0 || in.code != kOk) {
-        if (threadIdx.x == 0 && tables.bad()[0] > 0) {
+    if (tables.bad()[0] > 0) {
+        if (threadIdx.x == 0) {
             const int64_t at = tables.bad()[1];
             in.code = kBadExpertId;
             in.detail[0] = tables.bad()[0];
             in.detail[1] = at / a.num_topk;
             in.detail[2] = at % a.num_topk;
             in.detail[3] = a.topk_idx[at];
-        } else if (threadIdx.x == 0) {
-            for (int i = 0; i < 4; ++i) in.detail[i] = job.begin.refusal.detail[i];
         }
         __syncthreads();
     }
@@ -322,8 +320,8 @@ private:
             const bool here = (line + at.line) * kLineUnits < units;
             device::Words w;
             if (!at.is_last() && i < units) {
-                w = device::words_of(ptx::ld_shared_v4((i < row_units ? piece.data : behind) +
-                                                       i * kUnitBytes));
+                w = device::words_of(
+                    ptx::ld_shared_v4((i < row_units ? piece.data : behind) + i * kUnitBytes));
             }
             if (at.is_last()) w.b = stage.op.seq;
             __syncwarp();

@@ -70,9 +70,7 @@ struct StageTables {
 
     __device__ __forceinline__ int columns() const { return shape.num_ranks + shape.num_experts; }
     // Our own.
-    __device__ __forceinline__ std::byte*& arena() const {
-        return *at<std::byte*>(spread.arena);
-    }
+    __device__ __forceinline__ std::byte*& arena() const { return *at<std::byte*>(spread.arena); }
     // [num_ranks] control blocks
     __device__ __forceinline__ std::byte** control() const {
         return at<std::byte*>(spread.control);

@@ -15,7 +15,7 @@ class Memory:
 
     arena: outputs of two dispatches and their expert outputs; in the worst case, that every token
     comes here, and as the routing has it. control: words and records between ranks of a node; on a
-    single node also the places of small batches, up to 256 MiB. mailboxes, staging: the rails' part
+    single node also the places of small batches, up to 320 MiB. mailboxes, staging: the rails' part
     of the symmetric segment. direct: receive slots of decode.
     """
 

@@ -25,7 +25,7 @@ std::vector<Shape> shapes() {
 }
 
 constexpr int64_t kHidden[] = {8, 64, 2880, 7168, 16384};
-constexpr int64_t kMost = int64_t{256} << 20;
+constexpr int64_t kMost = int64_t{320} << 20;
 
 template <class Body>
 void for_each(Body body) {
