@@ -612,8 +612,9 @@ def test_combine_that_finds_no_memory_says_how_much_it_needs(
     x, idx, weights = (on_gpu(t) for t in (inputs.x, inputs.topk_idx, inputs.topk_weights))
     got = on_streams(cluster, lambda r: cluster.buffers[r].dispatch(x[r], idx[r], weights[r]))
     rows = [recv.x.clone() for recv in got]
-    free = cluster.buffers[0].stats()["arena"]["largest_free"]
-    rest = cluster.buffers[0].empty((free,), torch.uint8)
+    rest = []
+    while free := cluster.buffers[0].stats()["arena"]["largest_free"]:
+        rest.append(cluster.buffers[0].empty((free,), torch.uint8))
     call = lambda r: cluster.buffers[r].combine(  # noqa: E731
         rows[r], got[r].handle, topk_weights=got[r].topk_weights
     )
