@@ -1,0 +1,236 @@
+// A small combine at a source: what owners have sent is added up.
+//
+// defines: PartReceiver
+#pragma once
+
+#include <cstdint>
+
+#include "contract/gpu.h"
+#include "contract/stage.h"
+#include "device/lines.cuh"
+#include "device/ptx.cuh"
+#include "device/wait.cuh"
+#include "kernels/enter.cuh"
+#include "kernels/stage.cuh"
+#include "kernels/stage_masks.cuh"
+#include "kernels/stage_sums.cuh"
+
+namespace ep::kernels {
+
+// Where a row is added: inside a node to the sums of its token. Rows of another node come to a sum of their
+// own, which is rounded and added in turn.
+template <DType kDtype, class F>
+struct NodeSums {
+    LineSums<kDtype>& sums;
+    const StageView<F>& stage;
+
+    __device__ __forceinline__ LineSums<kDtype>& of(int) { return sums; }
+    __device__ __forceinline__ void close() {}
+};
+
+template <DType kDtype, class F>
+    requires F::kAny
+struct NodeSums<kDtype, F> {
+    LineSums<kDtype>& sums;
+    const StageView<F>& stage;
+    LineSums<kDtype> other{};
+    int node = -1;  // that `other` is of
+
+    // Of a row of rank p; ranks come in ascending order.
+    __device__ __forceinline__ LineSums<kDtype>& of(int p) {
+        const int its_node = stage.is_far(p) ? stage.far.nodes().node(p) : -1;
+        if (its_node != node) {
+            close();
+            node = its_node;
+            other.clear();
+        }
+        return node < 0 ? sums : other;
+    }
+    __device__ __forceinline__ void close() {
+        if (node < 0) return;
+#pragma unroll
+        for (int v = 0; v < kAtOnce; ++v) sums.unit[v].add(other.unit[v].rounded());
+        node = -1;
+    }
+};
+
+template <DType kDtype, class F>
+struct PartReceiver {
+    const CombineJob& job;
+    StageView<F> stage;
+    Entering& in;
+    uint64_t masked;  // owners whose rows are left out
+
+    // What a lane knows of the slot that is its: in which order its row is added, if it is.
+    struct Part {
+        uint32_t key = ~0u;
+        float weight = 1.0f;
+    };
+
+    __device__ __forceinline__ Part part_of(int64_t t) const {
+        const CombineArgs& a = args();
+        const int lane = ptx::lane_id();
+        const int64_t i = t * a.num_topk + lane;
+        int owner = -1;
+        Part part;
+        if (t < a.num_tokens && lane < a.num_topk) {
+            const int64_t id = a.topk_idx[i];
+            const bool here = a.send_row[i] >= 0 && id >= 0 && id < job.view.shape.num_experts;
+            if (here) owner = __ldg(job.view.state.owner + id);
+            if (a.weighted && !a.per_rank) part.weight = a.topk_weights[i];
+        }
+        if (masked != 0 && owner >= 0 && device::has_rank(masked, owner)) owner = -1;
+        const uint32_t same = __match_any_sync(~0u, owner);
+        const bool adds = owner >= 0 && (!per_rank() || (same & ptx::lanemask_lt()) == 0);
+        if (adds) part.key = a.topk_order && !per_rank() ? lane : owner * 32 + lane;
+        return part;
+    }
+
+    // From the token with this part on, the first of this warp. False: leave.
+    __device__ __forceinline__ bool run(Pieces at, int step, Part part) {
+        bool ok = true;
+#pragma unroll 1
+        while (ok && at.item() < job.args.num_tokens) {
+            ok = receive(at.item(), at.piece(), part);
+            at.next(step);
+            part = part_of(at.item());
+        }
+        return ok;
+    }
+
+private:
+    __device__ const CombineArgs& args() const { return job.args; }
+    __device__ bool per_rank() const {
+        return args().layout == RecvLayout::kCompact || args().per_rank;
+    }
+
+    __device__ __forceinline__ bool receive(int t, int p, Part part) {
+        const int units = stage.piece_bytes(p, args().row_bytes()) / kUnitBytes;
+        if (!stage.await_far(part.key == ~0u ? -1 : static_cast<int>(part.key / 32))) return false;
+#pragma unroll 1
+        for (int line = 0; line * kLineUnits < units; line += kAtOnce * LineLane::kAtOnce) {
+            LineSums<kDtype> sums;
+#pragma unroll 1
+            for (int turn = 0; !add(t, p, line, units, part, sums); ++turn) {
+                if (turn >= device::kLooks && !await_parts(t, p, line, units, part)) return false;
+            }
+            finish(sums, t, p, first_unit(line, units), units);
+        }
+        return true;
+    }
+
+    // False: some lines are not there yet, and the sums are none.
+    __device__ __forceinline__ bool add(int t, int p, int line, int units, const Part& part,
+                                        LineSums<kDtype>& sums) const {
+        const CombineArgs& a = args();
+        NodeSums<kDtype, F> of_node{sums, stage};
+        start(sums, t, p, first_unit(line, units), units);
+        bool all = true;
+        uint32_t ahead = __reduce_min_sync(~0u, part.key);
+#pragma unroll 1
+        while (ahead != ~0u) {
+            uint32_t now[kRowsAtOnce];
+            Words w[kRowsAtOnce][kAtOnce];
+#pragma unroll
+            for (int r = 0; r < kRowsAtOnce; ++r) {
+                now[r] = ahead;
+                if (ahead == ~0u) continue;
+                get(from(t, p, ahead), line, units, w[r]);
+                ahead = __reduce_min_sync(~0u, part.key > ahead ? part.key : ~0u);
+            }
+#pragma unroll
+            for (int r = 0; r < kRowsAtOnce; ++r) {
+                if (now[r] == ~0u) break;
+                all = all && there(line, units, w[r]);
+                LineSums<kDtype>& to = of_node.of(static_cast<int>(now[r] / 32));
+                if (a.weighted && !a.per_rank) {
+                    to.add(w[r], __shfl_sync(~0u, part.weight, now[r] % 32));
+                } else {
+                    to.add(w[r]);
+                }
+            }
+        }
+        of_node.close();
+        return all;
+    }
+
+    // Until all of them are there. False: leave.
+    __device__ __forceinline__ bool await_parts(int t, int p, int line, int units, Part& part) {
+        const int end =
+            min(line + kAtOnce * LineLane::kAtOnce, (units + kLineUnits - 1) / kLineUnits);
+#pragma unroll 1
+        for (uint32_t now = __reduce_min_sync(~0u, part.key); now != ~0u;
+             now = __reduce_min_sync(~0u, part.key > now ? part.key : ~0u)) {
+            const int owner = owner_of(t, now);
+            const std::byte* piece = from(t, p, now);
+            if (device::await_lines(job.view.watch, stage.op, owner, piece, line, end)) continue;
+            if (!leave_out(owner)) return false;
+            part = part_of(t);
+        }
+        return true;
+    }
+
+    // The last block adds up everything again without this owner.
+    __device__ __forceinline__ bool leave_out(int owner) {
+        masked |= uint64_t{1} << owner;
+        return lose(job.view, in, owner);
+    }
+    __device__ __forceinline__ int owner_of(int t, uint32_t key) const {
+        const int64_t slot = int64_t{t} * args().num_topk + key % 32;
+        return __ldg(job.view.state.owner + args().topk_idx[slot]);
+    }
+    __device__ __forceinline__ const std::byte* from(int t, int p, uint32_t key) const {
+        const RankView& view = job.view;
+        const int64_t place = per_rank() ? int64_t{key / 32} * view.shape.max_tokens + t
+                                         : int64_t{t} * args().num_topk + key % 32;
+        return stage.arrival(static_cast<int>(key / 32), place) + stage.piece_at(p);
+    }
+
+    __device__ __forceinline__ void get(const std::byte* piece, int line, int units,
+                                        Words (&w)[kAtOnce]) const {
+        const LineLane at;
+#pragma unroll
+        for (int v = 0; v < kAtOnce; ++v) {
+            const int l = line + v * LineLane::kAtOnce;
+            if ((l + at.line) * kLineUnits < units) w[v] = device::get_line(piece + at.offset(l));
+        }
+    }
+    __device__ __forceinline__ bool there(int line, int units, const Words (&w)[kAtOnce]) const {
+        const LineLane at;
+        bool all = true;
+#pragma unroll
+        for (int v = 0; v < kAtOnce; ++v) {
+            const int l = line + v * LineLane::kAtOnce + at.line;
+            all = all && (l * kLineUnits >= units || !at.is_last() || w[v].b == stage.op.seq);
+        }
+        return __all_sync(~0u, all);
+    }
+
+    __device__ __forceinline__ void start(LineSums<kDtype>& sums, int t, int p, int first,
+                                          int units) const {
+        const CombineArgs& a = args();
+        sums.clear();
+        if (a.bias0 == nullptr && a.bias1 == nullptr) return;
+        const int64_t at = t * a.row_bytes() + int64_t{p} * stage.record.piece_bytes;
+        Words w[kAtOnce];
+        load_units((a.bias0 != nullptr ? a.bias0 : a.bias1) + at, first, units, w);
+#pragma unroll
+        for (int v = 0; v < kAtOnce; ++v) sums.unit[v].set(device::unit_of(w[v]));
+        if (a.bias0 == nullptr || a.bias1 == nullptr) return;
+        load_units(a.bias1 + at, first, units, w);
+        sums.add(w);
+    }
+
+    __device__ __forceinline__ void finish(const LineSums<kDtype>& sums, int t, int p, int first,
+                                           int units) const {
+        auto* out = reinterpret_cast<uint4*>(args().out + t * args().row_bytes() +
+                                             int64_t{p} * stage.record.piece_bytes);
+#pragma unroll
+        for (int v = 0; v < kAtOnce; ++v) {
+            const int i = first + v * kUnitsApart;
+            if (i < units) out[i] = sums.unit[v].rounded();
+        }
+    }
+};
+
+}  // namespace ep::kernels
