@@ -41,6 +41,16 @@ struct HybridGroups {
     __host__ __device__ int64_t ring_bytes() const { return int64_t{num_stages} * piece_bytes; }
 };
 
+// What a group has in shared memory beside its stages.
+struct GroupTables {
+    uint64_t loaded[kMaxStages], used[kMaxStages];
+    uint64_t met;  // where the adders meet, once a chunk is whole
+    uint32_t met_parity[kMaxPieceBytes / kSliceBytes];  // of each adder
+    StageRing ring;
+    Piece pieces[kMaxStages];
+    Uninitialized<Handover> handovers[kMaxStages];
+};
+
 template <device::Rail R>
 struct HybridCombine {
     CombineJob job;
@@ -53,119 +63,124 @@ struct HybridCombine {
 
 // ---- the warps that add ----
 
+// What calls functions of a rail is out of line and has no object of an adder by reference, so that adders keep
+// theirs in registers.
+
+// One thread: another piece of chunk `count` of the ring from `node` is in shared memory. One adder of each
+// group counts; the last of `pieces` frees the chunk's place.
+template <device::Rail R>
+__device__ __noinline__ void credit_piece(const HybridCombine<R>& h, int node, int pieces,
+                                          uint64_t count) {
+    const RailShape& shape = h.rails.shape;
+    const int me = h.job.view.peers.rank;
+    const RailTables tables(h.spread);
+    uint32_t* read = tables.filled + node * shape.ring_chunks() + place_in_ring(shape, count);
+    if (ptx::atom_acq_rel_cta_add(read, 1) + 1 != static_cast<uint32_t>(pieces)) return;
+    *read = 0;
+    h.rail.signal_add(
+        shape.nodes.rank(node, shape.nodes.local(me)),
+        {h.rails.layout.head_word(shape.nodes.node(me), static_cast<int>(blockIdx.x), count), 1});
+}
+
+// One warp: chunk `count` of the ring to `node` is whole.
+template <device::Rail R>
+__device__ __noinline__ void hand_over_sums(const HybridCombine<R>& h, int node, int channel,
+                                            int bytes, uint64_t count) {
+    const RailLayout& layout = h.rails.layout;
+    const NodeShape& nodes = h.rails.shape.nodes;
+    const int me = h.job.view.peers.rank, my_node = nodes.node(me);
+    const RailTables tables(h.spread);
+    device::rail_hand_over(h.rail, tables.mapped[node], nodes.rank(node, nodes.local(me)),
+                           layout.recv_chunk(node, my_node, channel, count),
+                           layout.send_chunk(my_node, node, channel, count), bytes,
+                           {layout.tail_word(my_node, channel, count), 1});
+}
+
 template <DType kDtype, device::Rail R>
 struct Adder {
     const HybridCombine<R>& h;
-    Operation op;
-    const StageRing& ring;
-    const Handover* handovers;
-    uint64_t* met;  // where the adders of a group meet, once a chunk is whole
+    const uint64_t& seq;  // in shared memory, as all that need not be in a register
+    GroupTables& group;
     bool for_rail;
-    int number;  // of the adders of the group
+    int first;  // byte of its slice in a piece
     Lap lap{};
-    uint32_t met_parity = 0;
 
     // Sum after sum, until the feeder says stop. False: leave.
     __device__ __forceinline__ bool run() {
         Sums<kDtype> sums;
-        sums.first = number * kSliceBytes + 16 * static_cast<int>(ptx::lane_id());
+        sums.first = first + 16 * static_cast<int>(ptx::lane_id());
+#pragma unroll 1
         while (true) {
-            if (!await_first()) return false;
-            Piece piece = ring.pieces[lap.stage];
-            if (piece.flags & Piece::kStop) return true;
-            if (for_rail) {
-                sums.clear();
-            } else {
-                sums.start(h.job.args, piece);
+            if (!await_piece()) return false;
+            if (group.pieces[lap.stage].flags & Piece::kStop) return true;
+            if (!for_rail) credit(group.handovers[lap.stage].get());
+            const Piece piece = group.pieces[lap.stage];
+            if (piece.flags & Piece::kFirst) {
+                if (for_rail) {
+                    sums.clear();
+                } else {
+                    sums.start(h.job.args, piece);
+                }
             }
-            Handover handover = add(sums, piece);
-            while (!(piece.flags & Piece::kLast)) {
-                if (!await_next()) return false;
-                piece = ring.pieces[lap.stage];
-                handover = add(sums, piece);
-            }
+            if (piece.flags & Piece::kRow) add(sums, piece);
+            const bool is_last = (piece.flags & Piece::kLast) != 0;
+            Handover whole;
+            if (is_last && for_rail) whole = group.handovers[lap.stage].get();
+            __syncwarp();  // all have read; the fence that follows is the feeder's
+            if (ptx::lane_id() == 0) ptx::mbarrier_arrive(group.used + lap.stage);
+            lap.next(group.ring.num_stages);
+            if (!is_last) continue;
             sums.finish(for_rail ? address_of(piece) : h.job.args.out + piece.at, piece.bytes);
-            if (for_rail && handover.node >= 0 && !hand_over(handover)) return false;
+            if (whole.node >= 0 && !hand_over(whole)) return false;
         }
     }
 
 private:
     __device__ const RankView& view() const { return h.job.view; }
-    __device__ const RailShape& shape() const { return h.rails.shape; }
-    __device__ int my_node() const { return shape().nodes.node(view().peers.rank); }
-    __device__ int peer_on(int node) const {
-        return shape().nodes.rank(node, shape().nodes.local(view().peers.rank));
-    }
+    __device__ int number() const { return first / kSliceBytes; }  // of the adders of the group
+    __device__ Operation op() const { return {OpKind::kCombine, seq}; }
 
-    // The first piece of a sum may be long in coming: what was put but held back goes out before. All lanes
-    // come to the same.
-    __device__ bool await_first() const {
-        uint64_t* loaded = ring.loaded + lap.stage;
+    // A piece may be long in coming: what was put but held back goes out before. All lanes come to the same.
+    __device__ __forceinline__ bool await_piece() const {
+        uint64_t* loaded = group.loaded + lap.stage;
         if (__all_sync(~0u, ptx::mbarrier_try_wait_parity(loaded, lap.parity))) return true;
         h.rail.flush();
-        return await_next();
-    }
-    __device__ bool await_next() const {
-        return __all_sync(~0u, await_barrier(view(), op, ring.loaded + lap.stage, lap.parity));
+        return __all_sync(~0u, await_barrier(view(), op(), loaded, lap.parity));
     }
 
-    // The piece of this stage, which is the feeder's again.
-    __device__ Handover add(Sums<kDtype>& sums, const Piece& piece) {
-        const Handover handover = handovers[lap.stage];
-        const std::byte* data = ring.data + lap.stage * ring.piece_bytes;
-        if (!for_rail && handover.node >= 0 && is_turn(handover)) credit(handover);
-        if (piece.flags & Piece::kRow) {
-            const float weight = piece.weight;
-            if (h.job.args.source_weighs()) {
-                sums.add(data, piece.bytes,
-                         [weight](auto& u, const uint4& b) { u.add(b, weight); });
-            } else {
-                sums.add(data, piece.bytes, [](auto& u, const uint4& b) { u.add(b); });
-            }
+    __device__ __forceinline__ void add(Sums<kDtype>& sums, const Piece& piece) const {
+        const std::byte* data = group.ring.data + lap.stage * group.ring.piece_bytes;
+        const float weight = piece.weight;
+        if (h.job.args.source_weighs()) {
+            sums.add(data, piece.bytes, [weight](auto& u, const uint4& b) { u.add(b, weight); });
+        } else {
+            sums.add(data, piece.bytes, [](auto& u, const uint4& b) { u.add(b); });
         }
-        __syncwarp();  // all have read; the fence that follows is the feeder's
-        if (ptx::lane_id() == 0) ptx::mbarrier_arrive(ring.used + lap.stage);
-        lap.next(ring.num_stages);
-        return handover;
     }
 
     // Of the adders of a group one does what goes with a chunk. They take turns, as it waits for all stores
     // of the block, while the others go on as far as there are stages.
     __device__ bool is_turn(const Handover& chunk) const {
         return static_cast<uint32_t>(chunk.count) % static_cast<uint32_t>(h.groups.adders) ==
-               static_cast<uint32_t>(number);
+               static_cast<uint32_t>(number());
     }
 
-    // A piece of a sum is in shared memory. One adder of each group counts; the last piece of a chunk frees
-    // its place.
-    __device__ void credit(const Handover& chunk) const {
-        if (ptx::lane_id() != 0) return;
-        const RailTables tables(h.spread);
-        uint32_t* read = tables.filled + chunk.node * shape().ring_chunks() +
-                         place_in_ring(shape(), chunk.count);
-        const auto all = static_cast<uint32_t>(chunk.amount);
-        if (ptx::atom_acq_rel_cta_add(read, 1) + 1 != all) return;
-        *read = 0;
-        h.rail.signal_add(
-            peer_on(chunk.node),
-            {h.rails.layout.head_word(my_node(), static_cast<int>(blockIdx.x), chunk.count), 1});
+    __device__ __forceinline__ void credit(const Handover& chunk) const {
+        if (chunk.node < 0 || !is_turn(chunk) || ptx::lane_id() != 0) return;
+        credit_piece(h, chunk.node, chunk.amount, chunk.count);
     }
 
     // A chunk is whole once every adder has written its slices: then one of them hands it over.
     __device__ __forceinline__ bool hand_over(const Handover& chunk) {
-        const uint32_t parity = met_parity;
-        met_parity ^= 1;
+        const uint32_t parity = group.met_parity[number()];
         __syncwarp();
-        if (ptx::lane_id() == 0) ptx::mbarrier_arrive(met);
+        if (ptx::lane_id() == 0) {
+            group.met_parity[number()] = parity ^ 1;
+            ptx::mbarrier_arrive(&group.met);
+        }
         if (!is_turn(chunk)) return true;
-        if (!__all_sync(~0u, await_barrier(view(), op, met, parity))) return false;
-        const RailLayout& layout = h.rails.layout;
-        const RailTables tables(h.spread);
-        device::rail_hand_over(h.rail, tables.mapped[chunk.node], peer_on(chunk.node),
-                               layout.recv_chunk(chunk.node, my_node(), chunk.channel, chunk.count),
-                               layout.send_chunk(my_node(), chunk.node, chunk.channel, chunk.count),
-                               chunk.amount,
-                               {layout.tail_word(my_node(), chunk.channel, chunk.count), 1});
+        if (!__all_sync(~0u, await_barrier(view(), op(), &group.met, parity))) return false;
+        hand_over_sums(h, chunk.node, chunk.channel, chunk.amount, chunk.count);
         return true;
     }
 };
@@ -197,43 +212,97 @@ __device__ __noinline__ void conclude_combine(const HybridCombine<R>& h, Enterin
     leave_slot(view, in.seq, in.slot);
 }
 
+// What roles use lies in shared memory, or is made anew by each in its own registers. An object of which a
+// function out of line has the address lies in local memory and is read from L2: every ld.acquire.sys of the
+// SM empties L1.
+template <device::Rail R>
+__device__ __forceinline__ StageRing ring_of(const HybridCombine<R>& h, GroupTables& t, int group) {
+    const HybridGroups& g = h.groups;
+    return {ptx::dynamic_shared() + g.rings + group * g.ring_bytes(),
+            t.pieces,
+            t.loaded,
+            t.used,
+            g.piece_bytes,
+            g.num_stages};
+}
+template <device::Rail R>
+__device__ __forceinline__ Source* sources_of(const HybridCombine<R>& h) {
+    return reinterpret_cast<Source*>(ptx::dynamic_shared() + h.groups.sources);
+}
+template <device::Rail R>
+__device__ __forceinline__ RingWalk<R> walk_of(const HybridCombine<R>& h, uint64_t seq, int group) {
+    return {
+        h.rail, h.job.view, h.rails, h.spread, h.chunks, {OpKind::kCombine, seq}, Site::kRailCredit,
+        group,  1};
+}
+
+template <device::Rail R>
+__device__ __forceinline__ Visits visits_of(const HybridCombine<R>& h) {
+    const auto block = static_cast<int>(blockIdx.x);
+    const auto num_tokens = static_cast<int>(h.job.args.num_tokens);
+    const int begin = min(block * h.rails.tokens_per_block, num_tokens);
+    return {h.rails, {begin, min(begin + h.rails.tokens_per_block, num_tokens)}, block};
+}
+
+// The roles of a warp, out of line: with registers of their own.
+template <device::Rail R>
+__device__ __noinline__ bool feed_sums(const HybridCombine<R>& h, GroupTables& tables, uint64_t seq,
+                                       int group) {
+    const RingWalk<R> walk = walk_of(h, seq, group);
+    const Planner planner(h.job, seq, sources_of(h));
+    return SumFeeder<R>(planner, walk, tables.ring, &tables.handovers[0].get()).run();
+}
+
+template <device::Rail R>
+__device__ __noinline__ bool feed_tokens(const HybridCombine<R>& h, GroupTables& tables,
+                                         uint64_t seq, int group) {
+    const RingWalk<R> walk = walk_of(h, seq, group);
+    const Planner planner(h.job, seq, sources_of(h));
+    const Visits visits = visits_of(h);
+    return TokenFeeder<R>(planner, walk, visits, tables.ring, &tables.handovers[0].get())
+        .run(visits.tokens.begin + group - h.groups.pullers, h.groups.reducers);
+}
+
+// What each warp does once the call is known to be good. False: leave.
+template <DType kDtype, device::Rail R>
+__device__ __forceinline__ bool work(const HybridCombine<R>& h, GroupTables* tables,
+                                     const uint64_t& seq) {
+    const HybridGroups& groups = h.groups;
+    const int warp = threadIdx.x / 32, group = warp / (groups.adders + 1);
+    const int adder = warp % (groups.adders + 1) - 1;  // -1: feeds
+    GroupTables& own = tables[group];
+    const bool for_rail = group < groups.pullers;
+    if (adder >= 0) return Adder<kDtype, R>{h, seq, own, for_rail, adder * kSliceBytes}.run();
+    if (for_rail) return feed_sums(h, own, seq, group);
+    return feed_tokens(h, own, seq, group);
+}
+
 template <DType kDtype, device::Rail R>
 __global__ void __launch_bounds__(kMaxPullWarps * 32, 1)
     hybrid_combine_kernel(const __grid_constant__ HybridCombine<R> given) {
     __shared__ Uninitialized<HybridCombine<R>> copy;
-    __shared__ uint64_t loaded[kMaxGroups][kMaxStages], used[kMaxGroups][kMaxStages];
-    __shared__ uint64_t met[kMaxGroups];
-    __shared__ Piece pieces[kMaxGroups][kMaxStages];
-    __shared__ Uninitialized<Handover> handovers[kMaxGroups][kMaxStages];
+    __shared__ GroupTables tables[kMaxGroups];
     __shared__ Uninitialized<Entering> entering;
     const HybridCombine<R>& h = in_shared(given, copy);
     Entering& in = entering.get();
     const CombineJob& job = h.job;
     const RankView& view = job.view;
     const HybridGroups& groups = h.groups;
-    std::byte* shared = ptx::dynamic_shared();
-    const int warp = threadIdx.x / 32, group = warp / (groups.adders + 1);
-    const int adder = warp % (groups.adders + 1) - 1;  // -1: feeds
-    const bool publishes = blockIdx.x == 0, for_rail = group < groups.pullers;
-    const StageRing ring{shared + groups.rings + group * groups.ring_bytes(),
-                         pieces[group],
-                         loaded[group],
-                         used[group],
-                         groups.piece_bytes,
-                         groups.num_stages};
-    auto* sources = reinterpret_cast<Source*>(shared + groups.sources);
-    const auto block = static_cast<int>(blockIdx.x);
-    const auto num_tokens = static_cast<int>(job.args.num_tokens);
-    const int begin = min(block * h.rails.tokens_per_block, num_tokens);
-    const Visits visits{h.rails, {begin, min(begin + h.rails.tokens_per_block, num_tokens)}, block};
+    const int warp = threadIdx.x / 32;
+    const bool publishes = blockIdx.x == 0;
     if (threadIdx.x == 0) {
         init_entering(view, job.begin, in);
         if (publishes) open_outbox(h.rail, h.rails, in);
     }
-    if (adder < 0 && static_cast<int>(ptx::lane_id()) < groups.num_stages) {
-        ptx::mbarrier_init(ring.loaded + ptx::lane_id(), 1);
-        ptx::mbarrier_init(ring.used + ptx::lane_id(), groups.adders);
-        if (ptx::lane_id() == 0) ptx::mbarrier_init(&met[group], groups.adders);
+    if (warp < groups.count && static_cast<int>(ptx::lane_id()) < groups.num_stages) {
+        GroupTables& t = tables[warp];
+        if (ptx::lane_id() == 0) {
+            t.ring = ring_of(h, t, warp);
+            ptx::mbarrier_init(&t.met, groups.adders);
+            for (uint32_t& parity : t.met_parity) parity = 0;
+        }
+        ptx::mbarrier_init(t.loaded + ptx::lane_id(), 1);
+        ptx::mbarrier_init(t.used + ptx::lane_id(), groups.adders);
         ptx::fence_mbarrier_init_release_cluster();
     }
     bool ok = !__syncthreads_or(device::gave_up(view.watch));
@@ -241,36 +310,24 @@ __global__ void __launch_bounds__(kMaxPullWarps * 32, 1)
     if (ok && publishes && warp == 0) {
         ok = acquire_slot(view, op, in.slot) && acquire_far(h.rail, view, h.rails, op, in.slot);
     }
-    count_visits(h.rails, visits, block, job.args.num_topk, in.seq,
+    count_visits(h.rails, visits_of(h), blockIdx.x, job.args.num_topk, in.seq,
                  [&](int t, int k) { return holder_of_slot(job, t, k); });
     ok = __syncthreads_and(ok);
     if (ok && publishes) {
         publish_head(view, job.begin, in);
         ok = exchange_notices(h.rail, view, h.rails, in, op, true, job.args.wait_stats);
     }
-    ok = ok && await_notices(view, job.begin, in, OutputReader{job, sources, in});
-    const bool good = ok && in.first_bad == kNoObjection;
-    if (good) {
+    ok = ok && await_notices(view, job.begin, in, OutputReader{job, sources_of(h), in});
+    if (ok && in.first_bad == kNoObjection) {
         ok = hear_rings(h.rail, view, h.rails, h.spread, op, h.rails.state.sent,
                         h.rails.state.taken);
     }
     if (!ok) return;
-    const Planner planner(job, in.seq, sources);
-    Handover* const handed = &handovers[group][0].get();
-    const RingWalk<R> walk{h.rail, view, h.rails, h.spread, h.chunks, op, Site::kRailCredit,
-                           group,  1};
-    if (good && adder >= 0) {
-        ok = Adder<kDtype, R>{h, op, ring, handed, &met[group], for_rail, adder}.run();
-    } else if (good && for_rail) {
-        ok = SumFeeder<R>(planner, walk, ring, handed).run();
-    } else if (good) {
-        ok = TokenFeeder<R>(planner, walk, visits, ring, handed)
-                 .run(begin + group - groups.pullers, groups.reducers);
-    }
+    if (in.first_bad == kNoObjection) ok = work<kDtype>(h, tables, in.seq);
     h.rail.flush();
     if (!__syncthreads_and(ok) || warp != 0) return;
     if (ptx::lane_id() == 0) count_block(view);
-    if (publishes) conclude_combine(h, in, sources, in.first_bad == kNoObjection);
+    if (publishes) conclude_combine(h, in, sources_of(h), in.first_bad == kNoObjection);
 }
 
 template <device::Rail R>

@@ -50,7 +50,7 @@ public:
           ring_(planner.job.view, planner.op, ring) {}
 
     // False: leave; no load is under way then.
-    __device__ __noinline__ bool run() {
+    __device__ __forceinline__ bool run() {
         bool ok = walk_.run(
             [this](const RingOfBlock& ring, uint64_t count) {
                 return device::RailWord{layout().head_word(ring.node, ring.channel, count),
