@@ -30,7 +30,7 @@ __global__ void every_wrapper(void** out) {
     keep<void(uint32_t*, uint32_t)>(out, 8, &ptx::st_release_sys);
     keep(out, 9, &ptx::red_release_sys_add);
     keep(out, 11, &ptx::atom_acq_rel_gpu_exch);
-    keep(out, 12, &ptx::fence_proxy_async);
+    keep(out, 12, &ptx::fence_proxy_async_global);
     keep(out, 13, &ptx::fence_proxy_async_shared);
     keep(out, 14, &ptx::mbarrier_init);
     keep(out, 15, &ptx::fence_mbarrier_init_release_cluster);
