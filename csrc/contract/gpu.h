@@ -157,6 +157,9 @@ struct RankView {
     Peers peers;
     State state;
     Watch watch;
+    // A kernel may take its SMs before the one in front of it has ended. Not where ranks share a GPU: waiting
+    // kernels of one would keep the other, whom they wait for, from ever starting.
+    bool overlaps = false;
 };
 
 // What a dispatch on a GPU is asked for beside its arguments; addresses 0 = not wanted, or granted.

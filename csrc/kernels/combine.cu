@@ -176,7 +176,7 @@ int launch_stage(const CombineJob& job, int num_blocks, Stream stream) {
 int launch_combine(const CombineJob& job, const LaunchPlan& plan, Stream stream) {
     if (job.staged == nullptr) return launch_pull(job, plan, false, stream);
     const int error = launch_stage(job, plan.all_blocks, stream);
-    return error != 0 ? error : launch_pull(job, plan, true, stream);
+    return error != 0 ? error : launch_pull(job, plan, job.view.overlaps, stream);
 }
 
 int load_combine(int smem_bytes) {

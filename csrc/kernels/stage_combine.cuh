@@ -174,8 +174,8 @@ int launch_staged_combine(const F& far, const CombineJob& job, Half half, int nu
                           Stream stream) {
     const int control_bytes = 8 * job.view.shape.num_ranks;
     return launch_dependent(stage_combine_for<F>(job.args.dtype, half),
-                            {num_blocks, F::kCombineWarps * 32, control_bytes}, true, stream, job,
-                            record_of(job.args), far);
+                            {num_blocks, F::kCombineWarps * 32, control_bytes}, job.view.overlaps,
+                            stream, job, record_of(job.args), far);
 }
 
 template <class F>

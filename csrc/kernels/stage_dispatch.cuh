@@ -342,8 +342,8 @@ int launch_staged_dispatch(const F& far, const DispatchJob& job, Half half, int 
                            Stream stream) {
     const StageSpread spread(job.view.shape, job.args, num_blocks);
     return launch_dependent(stage_dispatch_for<F>(job.args, half),
-                            {num_blocks, F::kWarps * 32, spread.end}, true, stream, job, spread,
-                            far);
+                            {num_blocks, F::kWarps * 32, spread.end}, job.view.overlaps, stream,
+                            job, spread, far);
 }
 
 template <class F>

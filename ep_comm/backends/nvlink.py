@@ -99,9 +99,11 @@ class NvlinkBackend:
         ]  # fmt: skip
         arrival = -1.0 if config.arrival_s is None else config.arrival_s
         sms = torch.cuda.get_device_properties(spec.device).multi_processor_count
+        if ranks_on_device > 1:  # their kernels wait for each other, two operations of each at once
+            sms = max(sms // (2 * ranks_on_device), 1)
         self.rank = _core.DeviceRank(
             shape, spec.rank, generation, list(spec.owner), peers, self.arena,
-            (config.arrival_warn_s, arrival, config.progress_s), sms // ranks_on_device,
+            (config.arrival_warn_s, arrival, config.progress_s), sms,
             _warning(spec.rank), rails, self.masking,
         )  # fmt: skip
         self._lease = Lease(memory, exchange, config.arrival_s, self.rank.pause_watch)

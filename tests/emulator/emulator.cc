@@ -461,6 +461,7 @@ void may_ask(cudaStream_t stream) {
 }
 
 std::atomic<int> static_shared = 2048;  // as much as plans reckon with
+int early = 0;                          // launches
 std::mutex kernels_mutex;
 std::map<const void*, int> dynamic_shared_bytes;  // that kernels may have
 
@@ -472,11 +473,16 @@ void queue(cudaStream_t stream, std::function<void()> work) {
     if (stream_of(stream)->capture == nullptr) stream_of(stream)->push(std::move(work));
 }
 void set_static_shared(int bytes) { static_shared = bytes; }
+int early_launches() {
+    std::lock_guard lock(kernels_mutex);
+    return std::exchange(early, 0);
+}
 bool may_launch(const void* kernel, const cudaLaunchConfig_t& grid) {
     constexpr size_t kDefault = 48 * 1024;
     std::lock_guard lock(kernels_mutex);
     const auto found = dynamic_shared_bytes.find(kernel);
     const size_t most = found == dynamic_shared_bytes.end() ? kDefault : found->second;
+    early += grid.numAttrs != 0;
     return grid.blockDim <= 1024 && grid.dynamicSmemBytes <= most;
 }
 }  // namespace emulator

@@ -195,6 +195,16 @@ int main() {
             for (int d = 0; d < 3; ++d) check_rank(w, e, d, false);
         });
     }
+    test("kernels overlap where no other rank wants their SMs", [] {
+        for (const int blocks : {16, 132}) {
+            (void)emulator::early_launches();
+            run(with(ranks(2, 2, slab()),
+                     [blocks](Case& c) { c.staged = true, c.max_blocks = blocks; }));
+            expect_eq(emulator::early_launches() > 0, blocks == 132);
+            run(with(ranks(2, 2), [blocks](Case& c) { c.max_blocks = blocks; }));
+            expect_eq(emulator::early_launches() > 0, blocks == 132);
+        }
+    });
     test("bad ids fail everywhere, and the next call works", [] {
         World w(ranks(3, 2));
         const int64_t good = w.ranks[2].ids[7];

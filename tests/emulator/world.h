@@ -31,6 +31,7 @@ struct Case {
     std::vector<int> tokens = {9, 4};
     RecvLayout layout = RecvLayout::kCompact;
     int alignment = 1, num_sms = 2, scale_words = 0;
+    int max_blocks = 16;  // fewer than a GPU has SMs: it is shared
     int64_t capacity = -1;
     bool is_static = false, weights = true, wide = true, row_index = false, origins = false;
     bool by_copies = false, one_expert = false, replicas = false;
@@ -132,8 +133,8 @@ struct World {
             RailSetup setup;
             if (c.nodes > 1) setup = ranks[r].rails->setup();
             ranks[r].device = std::make_unique<DeviceRank>(
-                shape, r, 1, owner, seen, ranks[r].arena, PeerClocks{5, c.limit_s, c.limit_s}, 16,
-                [](OpKind, int, double) {}, c.nodes > 1 ? &setup : nullptr, c.masks);
+                shape, r, 1, owner, seen, ranks[r].arena, PeerClocks{5, c.limit_s, c.limit_s},
+                c.max_blocks, [](OpKind, int, double) {}, c.nodes > 1 ? &setup : nullptr, c.masks);
             cudaStreamCreateWithFlags(&ranks[r].stream, cudaStreamNonBlocking);
         }
     }

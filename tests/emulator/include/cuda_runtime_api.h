@@ -84,6 +84,8 @@ namespace emulator {
 constexpr int kSharedBytes = 227 * 1024;  // of a block
 // Of these, what every kernel that is loaded from now on has by itself.
 void set_static_shared(int bytes);
+// Kernels that could have started before those in front of them had ended, since this was last asked.
+int early_launches();
 bool may_launch(const void* kernel, const cudaLaunchConfig_t& grid);
 // Queues work on a stream, as a kernel.
 void queue(cudaStream_t stream, std::function<void()> work);
