@@ -130,7 +130,11 @@ class Bench:
             return
         gpu = sorted(gpu)
         p50 = statistics.median(gpu)
-        moved = traffic(self.case, "combine" if "combine" in op else op.partition(" ")[0])
+        verbs = ["combine" if "combine" in op else op.partition(" ")[0]]
+        if op.startswith("pair"):
+            verbs = ["dispatch", "combine"]
+        moved = [traffic(self.case, verb) for verb in verbs]
+        recv_bytes = sum(m.recv_bytes for m in moved)
         line = {
             "case": self.case.name,
             "op": op,
@@ -143,9 +147,9 @@ class Bench:
                 "n": len(gpu),
             },
             "call_us": round(statistics.median(host), 1),
-            "payload_bytes": moved.payload_bytes,
-            "scaleup_recv_bytes": moved.recv_bytes,
-            "scaleup_gbps": round(moved.recv_bytes / p50 / 1e3, 1),
+            "payload_bytes": sum(m.payload_bytes for m in moved),
+            "scaleup_recv_bytes": recv_bytes,
+            "scaleup_gbps": round(recv_bytes / p50 / 1e3, 1),
             "correct": True,
             "gpu": torch.cuda.get_device_name(),
             "commit": COMMIT,

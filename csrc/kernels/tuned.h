@@ -13,11 +13,11 @@ struct Tuned {
     int32_t count;
 };
 
-// torchrun --nproc-per-node N bench/tune.py
-// not measured yet: as many as fit
-inline constexpr Tuned kMovers[] = {{0, 0}};      // of dispatch
-inline constexpr Tuned kQuantizers[] = {{0, 0}};  // of dispatch that quantizes
-inline constexpr Tuned kPullStages[] = {{0, 0}};  // of combine
+// torchrun --nproc-per-node 2 bench/tune.py
+// 2 x NVIDIA H200, commit 4e11c47
+inline constexpr Tuned kMovers[] = {{0, 0}, {7168, 0}, {14336, 0}};  // of dispatch
+inline constexpr Tuned kQuantizers[] = {{0, 0}, {14592, 0}};         // of dispatch that quantizes
+inline constexpr Tuned kPullStages[] = {{0, 0}, {14336, 0}};         // of combine
 
 // The entry of the largest stage that is not above ours, at most `fits`.
 template <size_t kEntries>

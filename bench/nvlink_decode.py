@@ -1,0 +1,85 @@
+"""What a decoding layer pays on the nvlink backend: a dispatch and a combine after each other in a
+CUDA graph, a combine of rows that owners do not add up first (that of the `deep_ep` V1 surface),
+and the host's time for a call. Slabs of FP8 rows, as in bench/nvlink_latency.py.
+
+    torchrun --nproc-per-node 2 bench/nvlink_decode.py COMMIT >> bench/results/nvlink_decode.jsonl
+
+Times are those of bench/nvlink_gpus.py; in a graph of ten, per pair or call. `host_us`: from
+entering the Python function until it returns, nothing queued before it; the slower rank's median.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from nvlink_gpus import Work
+from nvlink_latency import SmallBatch
+from torch import Tensor
+
+TOKENS = (1, 32, 128)
+CALLS, WARMUP = 200, 20
+
+
+def host_us(work: Work) -> float:
+    """Collective."""
+    times = []
+    dist.barrier()
+    for _ in range(WARMUP + CALLS):
+        entered = time.perf_counter()
+        result = work()
+        times.append((time.perf_counter() - entered) * 1e6)
+        del result
+        torch.cuda.synchronize()
+    slower = torch.tensor(statistics.median(times[WARMUP:]), device="cuda")
+    dist.all_reduce(slower, dist.ReduceOp.MAX)
+    return float(slower)
+
+
+def layer(tokens: int) -> None:
+    bench = SmallBatch(tokens)
+    slab = bench.check_slab(bench.check())
+    bench.case = replace(bench.case, layout="slab", quantize="fp8")
+    rows = torch.zeros(slab.x.shape, dtype=torch.bfloat16, device="cuda")
+
+    def dispatch() -> None:
+        bench.slab(quantize="fp8")
+
+    def combine() -> Tensor:
+        return bench.home(rows, slab)
+
+    def unreduced() -> Tensor:
+        out: Tensor = bench.buffer.combine(rows, slab.handle, weighted=True, order="topk")
+        return out
+
+    def pair() -> None:
+        bench.home(rows, bench.slab(quantize="fp8"))
+
+    bench.graphed("pair", pair, 0)
+    calls: dict[str, Work] = {
+        "dispatch": dispatch,
+        "combine": combine,
+        "combine, unreduced": unreduced,
+    }
+    for op, work in calls.items():
+        gpu, host = bench.times(work)
+        bench.report(op, gpu, host, 0, host_us=round(host_us(work), 1))
+        bench.graphed(op, work, 0)
+    bench.buffer.check()
+    bench.buffer.close()
+
+
+def main() -> None:
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl")
+    for tokens in TOKENS:
+        layer(tokens)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
