@@ -6,7 +6,7 @@
 //
 // Ranks of other nodes are `F`: NoFar, or Far of kernels/direct.cuh.
 //
-// defines: kStageWarps, NoFar, StageView, begin_half, last_block, end_half
+// defines: kStageWarps, turn_of_block, publishes_stage, NoFar, StageView, begin_half, last_block, end_half
 #pragma once
 
 #include <cstdint>
@@ -21,6 +21,13 @@
 namespace ep::kernels {
 
 constexpr int kStageWarps = 16;  // of a block of a dispatch, at most
+
+// Blocks take their turns from the last to the first: the one that publishes starts first. Where another
+// kernel holds some SMs, those of ours that run hear of everything, end, and let the others start.
+__device__ __forceinline__ int turn_of_block() {
+    return static_cast<int>(gridDim.x - 1 - blockIdx.x);
+}
+__device__ __forceinline__ bool publishes_stage() { return blockIdx.x == 0; }
 
 // Inside a node nobody is far.
 struct NoFar {

@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
     for (int p = threadIdx.x; p < view.shape.num_ranks; p += blockDim.x) {
         control[p] = view.peers.control[p];
     }
-    const Pieces pieces{static_cast<int>(warp * gridDim.x + blockIdx.x), record.num_pieces};
+    const Pieces pieces{static_cast<int>(warp * gridDim.x) + turn_of_block(), record.num_pieces};
     const auto step = static_cast<int>(F::kCombineWarps * gridDim.x);
     PartSender<kDtype, F> sender{job, {view, record, control, {OpKind::kCombine, 0}, 0, far}};
     ptx::griddepcontrol_wait();
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
     sender.masked = in.masked;
     const Operation op = sender.stage.op;
     if constexpr (kHalf != Half::kReceive) {
-        if (blockIdx.x == gridDim.x - 1) {
+        if (publishes_stage()) {
             publish_head(view, job.begin, in);
             if constexpr (F::kAny) tell_rows(job, record, far, in);
         }
@@ -114,7 +114,8 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
         PartReceiver<kDtype, F> receiver{job, sender.stage, in, in.masked};
         auto part = receiver.part_of(pieces.item());
         if constexpr (F::kAny) (void)far.hear(view, op, in.slot, F::kCombineWarps - 1);
-        if (blockIdx.x == 0 && warp == F::kCombineWarps - 1 && job.args.wait_stats != nullptr) {
+        const bool times = publishes_stage() && warp == F::kCombineWarps - 1;
+        if (times && job.args.wait_stats != nullptr) {
             time_notices(view, in, op, job.args.wait_stats);
         }
         if (!await_notices<true>(view, job.begin, in, HearNothing{})) return;

@@ -51,7 +51,7 @@ __device__ __forceinline__ void prepare(const DispatchJob& job, const StageTable
 
 __device__ __forceinline__ Span tokens_of_block(const DispatchJob& job, const StageSpread& spread) {
     const auto num_tokens = static_cast<int>(job.args.num_tokens);
-    const int begin = min(static_cast<int>(blockIdx.x) * spread.tokens_per_block, num_tokens);
+    const int begin = min(turn_of_block() * spread.tokens_per_block, num_tokens);
     return {begin, min(begin + spread.tokens_per_block, num_tokens)};
 }
 
@@ -64,7 +64,7 @@ __device__ __forceinline__ bool send(const DispatchJob& job, const StageSpread& 
                                      const device::Stage& memory) {
     const RankView& view = job.view;
     const int warp = threadIdx.x / 32, pieces = spread.record.num_pieces;
-    const bool publishes = blockIdx.x == gridDim.x - 1;
+    const bool publishes = publishes_stage();
     const Span own = tokens_of_block(job, spread);
     Sender<F> sender{
         job,    spread,
@@ -230,7 +230,7 @@ __device__ __forceinline__ bool receive(const DispatchJob& job, const StageSprea
     const Operation op{OpKind::kDispatch, in.seq};
     if constexpr (F::kAny) (void)far.hear(view, op, in.slot, F::kWarps - 1);
     // A warp that has little else to do tells what has come, and how long it took.
-    const bool tells = blockIdx.x == gridDim.x - 1 && warp == F::kWarps - 1;
+    const bool tells = publishes_stage() && warp == F::kWarps - 1;
     if (tells && job.args.wait_stats != nullptr) {
         time_notices(view, in, op, job.args.wait_stats);
     }
@@ -255,8 +255,9 @@ __device__ __forceinline__ bool receive(const DispatchJob& job, const StageSprea
         }
         tell_outputs(job, spread, in, good, num_logged);
     }
-    // The warp that tells is the last of the grid, and does nothing else.
-    const int from = warp * gridDim.x + blockIdx.x, step = F::kWarps * gridDim.x - 1;
+    // The warp that tells has the last turn of the grid, and does nothing else.
+    const int from = warp * static_cast<int>(gridDim.x) + turn_of_block();
+    const int step = F::kWarps * static_cast<int>(gridDim.x) - 1;
     if (good && !tells && !Receiver<F>{job, tables, stage, in}.run(from, step)) return false;
     if constexpr (F::kAny) {
         if (good && !tells && !RailLogger<F>{job, tables, stage}.run(from, step)) return false;
