@@ -242,6 +242,7 @@ __device__ __forceinline__ bool receive(const DispatchJob& job, const StageSprea
     }
     if (heard && good) judge_stage(job, tables, in);
     if (!__syncthreads_and(heard)) return false;
+    good = in.first_bad == kNoObjection;  // who was slow may have seen a verdict on numbers already
     if (good) {
         if (job.args.index_capacity >= 0) judge_index(job, spread, in);
         good = min(in.first_bad, in.size_bad) == kNoObjection;
