@@ -21,13 +21,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ranks
 import torch
 
-from ep_comm import EPConfig, _core, bootstrap
+from ep_comm import EPConfig, _core, bootstrap, construct
 from ep_comm.bootstrap import Hello, Listener, receive_fds, send_fds
 from ep_comm.errors import EPError
 from ep_comm.testing import Cluster
@@ -325,8 +326,17 @@ def test_s7_3_processes_without_boot_id_share_no_memory() -> None:
     assert run_python(code).stdout != run_python(code).stdout
 
 
-@pytest.mark.skip(reason="GPU UUIDs join the identity with the nvlink backend; needs a GPU")
-def test_s7_3_gpu_is_known_by_uuid() -> None: ...
+def test_s7_3_gpu_is_known_by_uuid(monkeypatch: pytest.MonkeyPatch) -> None:
+    def known(visible: list[str]) -> list[int]:
+        properties = [SimpleNamespace(uuid=uuid) for uuid in visible]
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: properties[d.index])
+        return [construct._gpu(torch.device("cuda", i)) for i in range(len(visible))]
+
+    first, second = known(["GPU-a", "GPU-b"])
+    assert first != second
+    assert known(["GPU-b", "GPU-a"]) == [second, first]  # whatever number it has here
+    assert construct._gpu(torch.device("cpu")) == 0
+    assert 0 not in (first, second)
 
 
 # ---- 7.4 shared memory ----
