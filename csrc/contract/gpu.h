@@ -89,6 +89,7 @@ struct StateLayout {
 // Mapped memory of all ranks, our own included. Across nodes it is that of the ranks of our own: of
 // others there is a blank header, and no arena.
 struct Peers {
+    std::byte* own;              // our control block
     std::byte* const* control;   // [num_ranks] control blocks
     std::byte* const* arena;     // [num_ranks]
     const int64_t* arena_bytes;  // [num_ranks]

@@ -71,8 +71,10 @@ constexpr Record record_of(const DispatchArgs& a) {
     return r;
 }
 
+inline constexpr int kSumLines = 8;  // of a piece of a combine: what a warp adds up at once
+
 constexpr Record record_of(const CombineArgs& a) {
-    return record_of(a.row_bytes(), 0, kUnitBytes, 8);
+    return record_of(a.row_bytes(), 0, kUnitBytes, kSumLines);
 }
 
 // A selection as its receiver hears of it: whose expert it is, and its number there.

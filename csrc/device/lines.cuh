@@ -6,7 +6,7 @@
 // on it, and tests/stress_nvlink.py looks for torn lines. Nothing has to be ordered behind such a store: it
 // costs one trip over the link, where rows and a flag behind them cost two and a fence.
 //
-// defines: kLooks, Words, unit_of, words_of, LineLane, put_line, get_line, await_lines
+// defines: Words, unit_of, words_of, LineLane, put_line, get_line, await_lines
 #pragma once
 
 #include <cstdint>
@@ -16,9 +16,6 @@
 #include "device/wait.cuh"
 
 namespace ep::device {
-
-// How often a warp looks for lines that are on their way before it waits for them properly.
-constexpr int kLooks = 64;
 
 // What one lane has of a line: a unit. In the last lane `b` is the number of the operation.
 struct Words {

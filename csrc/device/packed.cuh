@@ -23,8 +23,11 @@ __device__ __forceinline__ bool is_of(uint64_t word, uint64_t seq) {
 [[nodiscard]] __device__ __forceinline__ bool wait_packed_word(const Watch& watch, Operation op,
                                                                int peer, const uint64_t* addr,
                                                                uint64_t& word) {
-    word = ptx::ld_relaxed_sys(addr);
-    if (is_of(word, op.seq)) return true;
+#pragma unroll 1
+    for (int turn = 0; turn < kLooks; ++turn) {
+        word = ptx::ld_relaxed_sys(addr);
+        if (is_of(word, op.seq)) return true;
+    }
     const bool ok = wait_long(watch, op, {Site::kEntry, peer, op.seq}, addr, Word::kPacked);
     word = ptx::ld_relaxed_sys(addr);
     return ok;

@@ -158,6 +158,7 @@ __device__ __noinline__ inline void adopt_failure(const Watch& watch, Operation 
     record(watch, op, code, blamed, have, waited_ns, told);
 }
 
+constexpr int kLooks = 64;             // for what is on its way, before it is waited for properly
 constexpr int kLookEvery = 64;         // turns between looks at the clock
 constexpr int kLookFurther = 64 * 64;  // turns between looks at the host and at the peer's life
 

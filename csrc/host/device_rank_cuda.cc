@@ -100,7 +100,7 @@ DeviceRank::DeviceRank(const Shape& shape, int rank, uint64_t generation,
     page_ = state_->page();
     copies_ = std::make_unique<CopyPush>(rank, std::move(arenas), smem_bytes_);
     const double post_s = std::min(clocks.arrival_warn_s, clocks.progress_s);
-    view_.peers = state_->peers(rank);
+    view_.peers = state_->peers();
     if (rails_) {
         const NodeShape& nodes = rails_->nodes();
         view_.peers.near_begin = nodes.rank(nodes.node(rank), 0);

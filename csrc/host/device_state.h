@@ -21,8 +21,8 @@ public:
     DeviceState& operator=(const DeviceState&) = delete;
 
     State view() const;
-    Peers peers(int rank) const;  // all of which we reach
-    uint32_t* abort() const;      // device
+    Peers peers() const;      // all of which we reach
+    uint32_t* abort() const;  // device
     HostPage* page() const { return page_; }
     HostPage* mapped_page() const { return mapped_; }  // the same, as kernels see it
     int num_local() const { return num_local_; }       // experts here
@@ -31,7 +31,8 @@ private:
     StateLayout layout_;
     std::byte* data_ = nullptr;
     HostPage *page_ = nullptr, *mapped_ = nullptr;
-    int num_ranks_, num_local_ = 0;
+    std::byte* control_;  // our block
+    int num_ranks_, rank_, num_local_ = 0;
 };
 
 }  // namespace ep

@@ -12,7 +12,7 @@ DeviceState::DeviceState(const Shape& shape, int rank, const std::vector<int32_t
                          const std::vector<std::byte*>& control,
                          const std::vector<std::byte*>& arenas,
                          const std::vector<int64_t>& arena_bytes)
-    : layout_(shape), num_ranks_(shape.num_ranks) {
+    : layout_(shape), control_(control[rank]), num_ranks_(shape.num_ranks), rank_(rank) {
     std::vector<std::byte> image(layout_.tables_end);
     const auto table = [&](const Region& region) {
         return reinterpret_cast<int32_t*>(image.data() + region.offset);
@@ -67,11 +67,12 @@ State DeviceState::view() const {
             words(layout_.without),  words(layout_.lost)};
 }
 
-Peers DeviceState::peers(int rank) const {
-    return {reinterpret_cast<std::byte* const*>(data_ + layout_.control.offset),
+Peers DeviceState::peers() const {
+    return {control_,
+            reinterpret_cast<std::byte* const*>(data_ + layout_.control.offset),
             reinterpret_cast<std::byte* const*>(data_ + layout_.arena.offset),
             reinterpret_cast<const int64_t*>(data_ + layout_.arena_bytes.offset),
-            rank,
+            rank_,
             0,
             num_ranks_};
 }

@@ -37,7 +37,7 @@ __device__ __noinline__ inline void time_rows(const RankView& view, Operation op
         const uint64_t want = view.state.expected[slot * num_ranks + src] +
                               NoticeWords(view, slot, src).get(NoticeLayout::kRows + me);
         device::time_waits(view.watch, op, {Site::kRows, src, want},
-                           at<uint64_t>(view, me, view.layout.arrived_word(slot, src)), nullptr,
+                           at_own<uint64_t>(view, view.layout.arrived_word(slot, src)), nullptr,
                            device::Word::kNumber, first + lane < num_ranks ? stats + src : nullptr);
     }
 }
@@ -55,7 +55,7 @@ __device__ __forceinline__ bool await_rows(const RankView& view, Operation op, i
             *expected + NoticeWords(view, slot, src).get(NoticeLayout::kRows + me);
         // pairs with the release in announce
         ok = ok && device::wait_word(view.watch, op, {Site::kRows, src, want},
-                                     at<uint64_t>(view, me, view.layout.arrived_word(slot, src)));
+                                     at_own<uint64_t>(view, view.layout.arrived_word(slot, src)));
         *expected = want;
     }
     return __all_sync(~0u, ok);

@@ -192,9 +192,10 @@ __device__ __forceinline__ void publish(const DispatchJob& job, const Spread& sp
     const bool counted = counts_tokens(a), compares = a.cached && counted;
     const bool is_bad = counted && !a.cached && brings(job, tables, bad_column(shape)) > 0;
     if (is_bad || compares || in.code != kOk) find_fault(job, spread, in);
-    publish_head(job.view, job.begin, in);
+    std::byte* const* control = job.view.peers.control;
+    publish_head(job.view, control, job.begin, in);
     const NoticeLayout layout(shape);
-    publish_words(job.view, in, L::kRows, a.cached ? layout.selections : layout.end, [&](int i) {
+    publish_words(job.view, control, in, L::kRows, a.cached ? layout.selections : layout.end, [&](int i) {
         if (i >= layout.expected && i < layout.selections) {  // of a handle, see judge_handles
             return static_cast<uint32_t>(a.cached ? a.rank_counts[i - L::kRows] : 0);
         }

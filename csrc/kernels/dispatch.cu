@@ -120,6 +120,7 @@ __global__ void __launch_bounds__((Config::kMaxMovers + 1) * 32, 1)
     if (threadIdx.x < static_cast<uint32_t>(spread.state_lines)) {  // what everybody needs soon
         ptx::prefetch_global_l2(view.state.seq + threadIdx.x * 16);
     }
+    init_told(job.begin, in);
     if (threadIdx.x == 0) init_entering(view, job.begin, in), failed = false;
     clear_tables(job, spread);
     const Tables tables(spread);

@@ -1,8 +1,9 @@
 // What dispatch and combine share: an operation is entered, everybody's notice is read and judged, the
 // slot is left.
 //
-// defines: Uninitialized, Entering, init_entering, acquire_slot, tell_entered, publish_words, NoticeWords,
-// time_notices, await_notices, explain, fail_call, report, count_block, await_blocks, leave_slot
+// defines: at, at_own, Uninitialized, in_shared, Entering, init_told, init_entering, tell_entered,
+// acquire_slot, publish_words, publish_head, NoticeWords, judge_word, time_notices, await_notices, explain,
+// fail_call, report, count_block, await_blocks, release_slot, leave_slot
 //
 // One block tells the others' notices; every block reads all of them and comes to the verdict by
 // itself, as every rank does: the same words, the same function. Functions are for all threads of a
@@ -30,6 +31,11 @@ using device::Operation;
 template <class T>
 __device__ __forceinline__ T* at(const RankView& view, int owner, int64_t offset) {
     return reinterpret_cast<T*>(view.peers.control[owner] + offset);
+}
+// Of ours: its address needs no load.
+template <class T>
+__device__ __forceinline__ T* at_own(const RankView& view, int64_t offset) {
+    return reinterpret_cast<T*>(view.peers.own + offset);
 }
 
 // Shared memory of a block for a T, which nothing initializes.
@@ -66,6 +72,7 @@ struct Entering {
     uint64_t* outbox;   // where our notice is written once more, for ranks we do not reach; or null
     int32_t code;       // of our own refusal
     int64_t detail[4];  // and its numbers
+    uint32_t told[NoticeLayout::kRefusal];  // head and descriptor of our notice
     Outcome outcome;    // what went wrong; only with an objection
 };
 
@@ -85,6 +92,18 @@ __device__ __forceinline__ uint32_t objection(Objection kind, int peer) {
     return uint32_t{kind} << 16 | static_cast<uint32_t>(peer);
 }
 
+// All threads; a barrier of the block must follow. Parameters that differ between the lanes of a warp are
+// read one after the other, so this comes before anything has to be quick.
+__device__ __forceinline__ void init_told(const Begin& begin, Entering& in) {
+    using L = NoticeLayout;
+    const auto* head = reinterpret_cast<const uint32_t*>(&begin.head);
+    const auto* descriptor = reinterpret_cast<const uint32_t*>(&begin.descriptor);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < L::kRefusal; i += blockDim.x) {
+        in.told[i] = i < L::kHead ? head[i] : descriptor[i - L::kDescriptor];
+    }
+}
+
 // One thread; a barrier of the block must follow.
 __device__ __forceinline__ void init_entering(const RankView& view, const Begin& begin,
                                               Entering& in) {
@@ -99,6 +118,13 @@ __device__ __forceinline__ void init_entering(const RankView& view, const Begin&
     if (in.code == kOk) return;
 #pragma unroll 1
     for (int i = 0; i < 4; ++i) in.detail[i] = begin.refusal.detail[i];
+}
+
+// For sentences only, orders nothing. One thread.
+__device__ __forceinline__ void tell_entered(const RankView& view, Operation op) {
+    ControlHeader* own = at_own<ControlHeader>(view, 0);
+    own->entered_kind = static_cast<uint32_t>(op.kind);
+    own->entered_seq = op.seq;
 }
 
 // The slot is ours once every peer has left what it did there num_slots operations ago. One warp of the
@@ -118,26 +144,23 @@ __device__ inline bool acquire_slot(const RankView& view, Operation op, int slot
          op.seq > num_slots && p < view.peers.near_end; p += 32) {
         if (kMasks && device::has_rank(masked, p)) continue;
         // pairs with the store in leave_slot
-        const auto* word = at<uint64_t>(view, view.peers.rank, view.layout.released_word(slot, p));
+        const auto* word = at_own<uint64_t>(view, view.layout.released_word(slot, p));
         // Of a small operation only ordinary stores follow, which do not overtake what they depend on.
         if (kMasks && ptx::ld_relaxed_sys(word) >= op.seq - num_slots) continue;
         ok = ok && (device::wait_word(view.watch, op, {Site::kSlot, p, op.seq - num_slots}, word) ||
                     (kMasks && device::goes_on(view.watch)));
     }
-    if (ptx::lane_id() == 0) {  // for sentences only, orders nothing
-        ControlHeader* own = at<ControlHeader>(view, view.peers.rank, 0);
-        own->entered_kind = static_cast<uint32_t>(op.kind);
-        own->entered_seq = op.seq;
-    }
+    if (ptx::lane_id() == 0) tell_entered(view, op);
     return ok;
 }
 
 // Words [begin, end) of our notice, to everybody, by half of the block: the warps that wait for notices
 // have no stores of their own to wait for at a fence. kAll: by all of it, where there is no such fence. What
-// the words give away has been done by kernels before this one, so they need no release.
+// the words give away has been done by kernels before this one, so they need no release. `control`: blocks of
+// all ranks.
 template <bool kAll = false, class Bits>
-__device__ __forceinline__ void publish_words(const RankView& view, const Entering& in, int begin,
-                                              int end, Bits bits) {
+__device__ __forceinline__ void publish_words(const RankView& view, std::byte* const* control,
+                                              const Entering& in, int begin, int end, Bits bits) {
     const int64_t offset = view.layout.notice(in.slot, view.peers.rank);
     const int half = kAll ? 0 : blockDim.x / 64 * 32, first = static_cast<int>(threadIdx.x) - half;
 #pragma unroll 1
@@ -146,7 +169,7 @@ __device__ __forceinline__ void publish_words(const RankView& view, const Enteri
 #pragma unroll 1
         for (int p = view.peers.near_begin; p < view.peers.near_end; ++p) {
             if (in.masked != 0 && device::has_rank(in.masked, p)) continue;
-            ptx::st_relaxed_sys(at<uint64_t>(view, p, offset) + i, word);
+            ptx::st_relaxed_sys(reinterpret_cast<uint64_t*>(control[p] + offset) + i, word);
         }
         if (in.outbox != nullptr) in.outbox[i] = word;
     }
@@ -155,22 +178,20 @@ __device__ __forceinline__ void publish_words(const RankView& view, const Enteri
 // Word i of a notice in front of its counts: head, descriptor and, should we refuse, why.
 __device__ __forceinline__ uint32_t head_word(const Begin& begin, const Entering& in, int i) {
     using L = NoticeLayout;
-    const auto* head = reinterpret_cast<const uint32_t*>(&begin.head);
-    const auto* descriptor = reinterpret_cast<const uint32_t*>(&begin.descriptor);
     const auto* reason = reinterpret_cast<const uint32_t*>(&begin.refusal);
     const auto* detail = reinterpret_cast<const uint32_t*>(in.detail);
     constexpr int kDetail = sizeof(in.detail) / 4;
-    if (i == L::kWhat) return (head[i] & 0xffff0000u) | static_cast<uint32_t>(in.code);
-    if (i < L::kHead) return head[i];
-    if (i < L::kRefusal) return descriptor[i - L::kDescriptor];
+    if (i == L::kWhat) return (in.told[i] & 0xffff0000u) | static_cast<uint32_t>(in.code);
+    if (i < L::kRefusal) return in.told[i];
     if (in.code == kOk) return 0;
     const int at = i - L::kRefusal;
     return at < kDetail ? detail[at] : reason[at];
 }
 
-__device__ inline void publish_head(const RankView& view, const Begin& begin, const Entering& in) {
+__device__ inline void publish_head(const RankView& view, std::byte* const* control,
+                                    const Begin& begin, const Entering& in) {
     using L = NoticeLayout;
-    publish_words(view, in, 0, in.code == kOk ? L::kRefusal : L::kRows,
+    publish_words(view, control, in, 0, in.code == kOk ? L::kRefusal : L::kRows,
                   [&](int i) { return head_word(begin, in, i); });
 }
 
@@ -179,7 +200,7 @@ struct NoticeWords {
     const uint64_t* words;
 
     __device__ NoticeWords(const RankView& view, int slot, int src)
-        : words(at<uint64_t>(view, view.peers.rank, view.layout.notice(slot, src))) {}
+        : words(at_own<uint64_t>(view, view.layout.notice(slot, src))) {}
 
     // Of a word we have waited for.
     __device__ uint32_t get(int i) const { return device::bits_of(words[i]); }
@@ -282,10 +303,10 @@ struct Head {
 };
 
 // A warp's objection to a head.
-__device__ __forceinline__ uint32_t judge(const Begin& begin, int p, const Head& head, bool newer) {
+__device__ __forceinline__ uint32_t judge(const Entering& in, int p, const Head& head, bool newer) {
     using L = NoticeLayout;
     const int lane = ptx::lane_id();
-    const uint32_t mine = reinterpret_cast<const uint32_t*>(&begin.head)[lane];
+    const uint32_t mine = in.told[lane];
     const bool matters = lane == L::kWhat || lane == L::kSignature || lane == L::kSignature + 1;
     // A refusal of our own is told as `what`, like that of a peer.
     const bool fine =
@@ -293,11 +314,22 @@ __device__ __forceinline__ uint32_t judge(const Begin& begin, int p, const Head&
     if (__all_sync(~0u, fine)) return kNoObjection;
     if (__any_sync(~0u, newer)) return objection(kEpochObjection, p);
     const uint32_t what = head.word(L::kWhat);
-    if (kind_of(what) != kind_of(begin.head.what)) return objection(kKindObjection, p);
+    if (kind_of(what) != kind_of(in.told[L::kWhat])) return objection(kKindObjection, p);
     if (code_of(what) != kOk) return objection(kPoisonObjection, p);
     const bool signs = lane == L::kSignature || lane == L::kSignature + 1;
     return __all_sync(~0u, !signs || head.own == mine) ? kNoObjection
                                                        : objection(kFieldObjection, p);
+}
+
+// A thread's objection to word i of the head of rank p, of those that judge looks at; the lowest of them is that
+// of judge.
+__device__ __forceinline__ uint32_t judge_word(const Entering& in, int p, int i, uint64_t word) {
+    using L = NoticeLayout;
+    const uint32_t theirs = device::bits_of(word), ours = in.told[i];
+    if (!device::is_of(word, in.seq)) return objection(kEpochObjection, p);
+    if (i != L::kWhat) return theirs == ours ? kNoObjection : objection(kFieldObjection, p);
+    if (kind_of(theirs) != kind_of(ours)) return objection(kKindObjection, p);
+    return code_of(theirs) == kOk ? kNoObjection : objection(kPoisonObjection, p);
 }
 
 // Before await_notices: adds how long each rank takes to enter; of another node's, how long after the rank
@@ -346,7 +378,7 @@ __device__ __forceinline__ bool await_notices(const RankView& view, const Begin&
             continue;
         }
         const Head head{device::bits_of(word)};
-        const uint32_t objected = judge(begin, p, head, !device::is_of(word, in.seq));
+        const uint32_t objected = judge(in, p, head, !device::is_of(word, in.seq));
         if (objected == kNoObjection) {
             ok = read(p, words, head);
         } else if (ptx::lane_id() == 0) {
@@ -374,16 +406,16 @@ __device__ __forceinline__ bool await_blocks(const RankView& view, Operation op,
 
 // All blocks have read all there is in this slot. One warp. Nobody needs more than the value: a rank that
 // hears our next notice knows as much.
-__device__ __forceinline__ void release_slot(const RankView& view, uint64_t seq, int slot) {
+__device__ __forceinline__ void release_slot(const RankView& view, std::byte* const* control,
+                                             uint64_t seq, int slot) {
 #pragma unroll 1
     for (int p = view.peers.near_begin + ptx::lane_id(); p < view.peers.near_end; p += 32) {
         // pairs with the acquire in acquire_slot; what we have read there has come long ago
-        ptx::st_relaxed_sys(at<uint64_t>(view, p, view.layout.released_word(slot, view.peers.rank)),
-                            seq);
+        std::byte* word = control[p] + view.layout.released_word(slot, view.peers.rank);
+        ptx::st_relaxed_sys(reinterpret_cast<uint64_t*>(word), seq);
     }
-    if (ptx::lane_id() == 0) {
-        at<ControlHeader>(view, view.peers.rank, 0)->finished_seq = seq;  // for sentences only
-    }
+    // for sentences only
+    if (ptx::lane_id() == 0) at_own<ControlHeader>(view, 0)->finished_seq = seq;
 }
 
 // The next operation has the next number and slot. One thread, once all blocks have read theirs.
@@ -394,7 +426,7 @@ __device__ __forceinline__ void advance(const RankView& view, uint64_t seq, int 
 
 // The operation is over here. One warp.
 __device__ __forceinline__ void leave_slot(const RankView& view, uint64_t seq, int slot) {
-    release_slot(view, seq, slot);
+    release_slot(view, view.peers.control, seq, slot);
     if (ptx::lane_id() == 0) advance(view, seq, slot);
 }
 
@@ -426,7 +458,7 @@ __device__ __noinline__ inline void fail_call(const RankView& view, const Begin&
         // Lines that nobody will load (contract/stage.h), before anybody's next ones to the same places.
         __syncwarp();
         ptx::fence_acq_rel_sys();
-        release_slot(view, in.seq, in.slot);
+        release_slot(view, view.peers.control, in.seq, in.slot);
     }
     if (ptx::lane_id() != 0) return;
     if (!ends_communicator(incident.code) && advances) advance(view, in.seq, in.slot);

@@ -290,6 +290,7 @@ __global__ void __launch_bounds__(kMaxPullWarps * 32, 1)
     const HybridGroups& groups = h.groups;
     const int warp = threadIdx.x / 32;
     const bool publishes = blockIdx.x == 0;
+    init_told(given.job.begin, in);
     if (threadIdx.x == 0) {
         init_entering(view, job.begin, in);
         if (publishes) open_outbox(h.rail, h.rails, in);
@@ -314,7 +315,7 @@ __global__ void __launch_bounds__(kMaxPullWarps * 32, 1)
                  [&](int t, int k) { return holder_of_slot(job, t, k); });
     ok = __syncthreads_and(ok);
     if (ok && publishes) {
-        publish_head(view, job.begin, in);
+        publish_head(view, view.peers.control, job.begin, in);
         ok = exchange_notices(h.rail, view, h.rails, in, op, true, job.args.wait_stats);
     }
     ok = ok && await_notices(view, job.begin, in, OutputReader{job, sources_of(h), in});

@@ -175,6 +175,7 @@ __global__ void __launch_bounds__(kMaxHybridWarps * 32, 1)
     const BlockSpan span = block_span(job, spread, 0);
     const Visits visits{h.rails, span.own, static_cast<int>(blockIdx.x)};
 
+    init_told(job.begin, in);
     if (threadIdx.x == 0) {
         init_entering(view, job.begin, in);
         if (role.publishes) open_outbox(h.rail, h.rails, in);

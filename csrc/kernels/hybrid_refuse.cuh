@@ -30,6 +30,7 @@ __global__ void __launch_bounds__(128, 1)
     __shared__ Uninitialized<Entering> entering;
     Entering& in = entering.get();
     const Begin& begin = h.begin;
+    init_told(begin, in);
     if (threadIdx.x == 0) {
         init_entering(h.view, begin, in);
         open_outbox(h.rail, h.rails, in);
@@ -40,7 +41,7 @@ __global__ void __launch_bounds__(128, 1)
         ok = acquire_slot(h.view, op, in.slot) && acquire_far(h.rail, h.view, h.rails, op, in.slot);
     }
     if (!__syncthreads_and(ok)) return;
-    publish_head(h.view, begin, in);
+    publish_head(h.view, h.view.peers.control, begin, in);
     if (!exchange_notices(h.rail, h.view, h.rails, in, op, false, nullptr)) return;
     if (threadIdx.x >= 32 || !leave_far(h.rail, h.view, h.rails, op, in)) return;
     leave_slot(h.view, in.seq, in.slot);  // we read nothing there

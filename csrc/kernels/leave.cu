@@ -14,17 +14,18 @@ __global__ void __launch_bounds__(128, 1)
     refuse_kernel(const __grid_constant__ RankView view, const __grid_constant__ Begin begin) {
     __shared__ Uninitialized<Entering> entering;
     Entering& in = entering.get();
+    init_told(begin, in);
     if (threadIdx.x == 0) init_entering(view, begin, in);
     bool ok = !__syncthreads_or(device::gave_up(view.watch));
     if (ok && threadIdx.x < 32)
         ok = acquire_slot<true>(view, {kind_of(begin.head.what), in.seq}, in.slot, in.masked);
     if (!__syncthreads_and(ok)) return;
-    publish_head(view, begin, in);
+    publish_head(view, view.peers.control, begin, in);
     if (threadIdx.x < 32) leave_slot(view, in.seq, in.slot);  // we read nothing there
 }
 
 __global__ void leave_kernel(const __grid_constant__ RankView view) {
-    ControlHeader* own = at<ControlHeader>(view, view.peers.rank, 0);
+    ControlHeader* own = at_own<ControlHeader>(view, 0);
     if (own->life == static_cast<uint32_t>(Life::kAlive)) {
         device::tell_life(view.watch, Life::kLeft);
     }

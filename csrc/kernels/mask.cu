@@ -21,8 +21,7 @@ __global__ void __launch_bounds__(128, 1)
     const int num_ranks = view.shape.num_ranks, num_slots = view.shape.num_slots;
     for (int i = threadIdx.x; i < num_slots * num_ranks; i += blockDim.x) {
         const int slot = i / num_ranks;
-        *at<uint64_t>(view, view.peers.rank,
-                      view.layout.released_word(slot, i - slot * num_ranks)) = seq;
+        *at_own<uint64_t>(view, view.layout.released_word(slot, i - slot * num_ranks)) = seq;
     }
     if (threadIdx.x != 0) return;
     *device::masks_of(view.watch, view.peers.rank) = masked;

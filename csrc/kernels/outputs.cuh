@@ -85,7 +85,7 @@ __device__ __forceinline__ bool await_pulled(const RankView& view, Operation op,
     }
 #pragma unroll 1
     for (int p = first; p < view.peers.near_end; p += 32) {
-        const auto* word = at<uint64_t>(view, me, view.layout.pulled_word(slot, p));
+        const auto* word = at_own<uint64_t>(view, view.layout.pulled_word(slot, p));
         ok = ok && device::wait_word(view.watch, op, {Site::kPulled, p, op.seq}, word);
     }
     return __all_sync(~0u, ok);

@@ -135,6 +135,7 @@ __global__ void __launch_bounds__(kMaxPullWarps * 32, 1)
     const StageRing ring{shared + group * ring_bytes, pieces[group],    loaded[group], used[group],
                          groups.piece_bytes,          groups.num_stages};
     auto* sources = reinterpret_cast<Source*>(shared + groups.count * ring_bytes);
+    init_told(job.begin, in);
     if (threadIdx.x == 0) init_entering(view, job.begin, in);
     if (adder < 0 && static_cast<int>(ptx::lane_id()) < groups.num_stages) {
         ptx::mbarrier_init(ring.loaded + ptx::lane_id(), 1);
@@ -150,7 +151,7 @@ __global__ void __launch_bounds__(kMaxPullWarps * 32, 1)
         if (ok && warp == 0) ok = acquire_slot(view, {OpKind::kCombine, in.seq}, in.slot);
         ptx::griddepcontrol_wait();  // what stage has copied, before it is announced
         ok = __syncthreads_and(ok);
-        if (ok) publish_head(view, job.begin, in);
+        if (ok) publish_head(view, view.peers.control, job.begin, in);
         if (ok && warp == 0 && job.args.wait_stats != nullptr) {
             time_notices(view, in, {OpKind::kCombine, in.seq}, job.args.wait_stats);
         }

@@ -15,8 +15,11 @@ namespace ep::kernels {
 int stage_blocks(const DispatchJob& job) {
     const Shape& s = job.view.shape;
     const int64_t pieces = s.num_ranks * s.max_tokens * record_of(job.args).num_pieces;
+    // Of a slab what nobody sent is filled in expert by expert, each by a warp.
+    const bool is_slab = job.args.layout == RecvLayout::kSlab;
+    const int64_t turns = std::max<int64_t>(pieces, is_slab ? s.max_local_experts : 0);
     // One that only says what comes, and each token a block.
-    return static_cast<int>(std::max(job.args.num_tokens + 1, divide_up(pieces, kStageWarps)));
+    return static_cast<int>(std::max(job.args.num_tokens + 1, divide_up(turns, kStageWarps)));
 }
 
 int stage_blocks(const CombineJob& job) {

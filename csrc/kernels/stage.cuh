@@ -6,7 +6,8 @@
 //
 // Ranks of other nodes are `F`: NoFar, or Far of kernels/direct.cuh.
 //
-// defines: kStageWarps, turn_of_block, publishes_stage, NoFar, StageView, begin_half, last_block, end_half
+// defines: kStageWarps, turn_of_block, publishes_stage, NoFar, StageView, Releases, begin_half,
+// resume_half, last_block, end_half
 #pragma once
 
 #include <cstdint>
@@ -79,23 +80,55 @@ struct StageView {
     }
 };
 
-// The number and the slot of an operation: the next ones, or those its first half took. One warp, which
-// also waits until the slot is ours; nobody writes before that. A barrier of the block must follow.
-// False: leave.
-template <Half kHalf, class F>
-__device__ __forceinline__ bool begin_half(const RankView& view, const Begin& begin,
-                                           const Begun* begun, const F& far, Entering& in) {
-    if (ptx::lane_id() == 0) {
-        init_entering(view, begin, in);
-        if constexpr (kHalf == Half::kReceive) in.seq = begun->seq, in.slot = begun->slot;
+// Who has left which slot when, looked at before we know which slot is ours: these words only grow. Of a
+// warp, whose lanes have one each; where they are more, none.
+struct Releases {
+    uint64_t seq = 0;
+    int slot = -1;
+
+    __device__ __forceinline__ explicit Releases(const RankView& view) {
+        const int near = view.peers.near_end - view.peers.near_begin;
+        const auto lane = static_cast<int>(ptx::lane_id());
+        if (near * view.shape.num_slots > 32 || lane >= near * view.shape.num_slots) return;
+        slot = lane / near;
+        const int p = view.peers.near_begin + lane - slot * near;
+        seq = ptx::ld_relaxed_sys(at_own<uint64_t>(view, view.layout.released_word(slot, p)));
     }
+    // Whether all had left a slot after operation `last`.
+    __device__ __forceinline__ bool all(int ours, uint64_t last) const {
+        const bool is_one = slot == ours;
+        return __any_sync(~0u, is_one) && __all_sync(~0u, !is_one || seq >= last);
+    }
+};
+
+// The number and the slot of the next operation. One warp, which also waits until the slot is ours; nobody
+// writes before that. A barrier of the block must follow. False: leave.
+template <class F>
+__device__ __forceinline__ bool begin_half(const RankView& view, const Begin& begin, const F& far,
+                                           const Releases& releases, Entering& in) {
+    if (ptx::lane_id() == 0) init_entering(view, begin, in);
     __syncwarp();
-    const Operation op{kind_of(begin.head.what), in.seq};
-    if constexpr (kHalf == Half::kReceive)
-        return !device::is_masked(view.watch, op, view.peers.rank);
-    const bool ok = acquire_slot<true>(view, op, in.slot, in.masked);
+    const Operation op{kind_of(in.told[NoticeLayout::kWhat]), in.seq};
+    const uint64_t num_slots = view.shape.num_slots;
+    bool ok = true;
+    if (in.masked == 0 && op.seq > num_slots && releases.all(in.slot, op.seq - num_slots)) {
+        if (ptx::lane_id() == 0) tell_entered(view, op);
+    } else {
+        ok = acquire_slot<true>(view, op, in.slot, in.masked);
+    }
     if constexpr (F::kAny) return far.acquire(view, op, in) && ok;
     return ok;
+}
+
+// Those that the first half took. The same.
+__device__ __forceinline__ bool resume_half(const RankView& view, const Begin& begin,
+                                            const Begun* begun, Entering& in) {
+    if (ptx::lane_id() == 0) {
+        init_entering(view, begin, in);
+        in.seq = begun->seq, in.slot = begun->slot;
+    }
+    __syncwarp();
+    return !device::is_masked(view.watch, {kind_of(begin.head.what), in.seq}, view.peers.rank);
 }
 
 // Whether this block is the last of the grid that comes here; all have read what they will. One warp.
@@ -110,12 +143,13 @@ __device__ __forceinline__ bool last_block(const RankView& view) {
 
 // The end of a half that went well here. One warp of the last block.
 template <Half kHalf, class F>
-__device__ __forceinline__ void end_half(const RankView& view, Begun* begun, const F& far,
-                                         Operation op, const Entering& in) {
+__device__ __forceinline__ void end_half(const RankView& view, std::byte* const* control,
+                                         Begun* begun, const F& far, Operation op,
+                                         const Entering& in) {
     if constexpr (F::kAny && kHalf != Half::kSend) {
         if (!far.leave(view, op, in)) return;
     }
-    if constexpr (kHalf != Half::kSend) release_slot(view, in.seq, in.slot);
+    if constexpr (kHalf != Half::kSend) release_slot(view, control, in.seq, in.slot);
     if (ptx::lane_id() != 0) return;
     if constexpr (kHalf == Half::kSend) *begun = {in.seq, in.slot, 0};
     if constexpr (kHalf != Half::kReceive) advance(view, in.seq, in.slot);

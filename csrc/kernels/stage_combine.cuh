@@ -33,9 +33,39 @@ struct HearNothing {
         return true;
     }
 };
-__device__ __noinline__ inline bool hear_again(const RankView& view, const Begin& begin,
-                                               Entering& in) {
-    return await_notices<true>(view, begin, in, HearNothing{});
+// Where ranks may be masked: all threads; false: leave.
+__device__ __noinline__ inline bool hear_together(const RankView& view, const Begin& begin,
+                                                  Entering& in) {
+    if (!await_notices<true>(view, begin, in, HearNothing{})) return false;
+    return settle_masked(view, in) || await_notices<true>(view, begin, in, HearNothing{});
+}
+
+// The verdict on all notices by a warp, which looks at those words that it depends on; each warp of every
+// block comes to the same. Where nobody can be masked, so that blocks need not agree on whom they go
+// without, a warp need not wait for others that have more to send. One warp; false: leave.
+__device__ __forceinline__ bool hear_alone(const RankView& view, Entering& in, bool& good) {
+    using L = NoticeLayout;
+    static_assert(L::kWhat == 0 && L::kSignature == 1);
+    constexpr int kWords = 3, kRanks = 32 / kWords;
+    const Operation op{OpKind::kCombine, in.seq};
+    const int turn = ptx::lane_id() / kWords, i = ptx::lane_id() - turn * kWords;
+    uint32_t bad = kNoObjection;
+    bool ok = true;
+#pragma unroll 1
+    for (int first = 0; ok && first < view.shape.num_ranks; first += kRanks) {
+        const int p = first + turn;
+        uint64_t word;
+        if (turn < kRanks && p < view.shape.num_ranks) {
+            const NoticeWords words(view, in.slot, p);
+            ok = device::wait_packed_word(view.watch, op, p, words.words + i, word);
+            bad = min(bad, judge_word(in, p, i, word));
+        }
+        ok = __all_sync(~0u, ok);
+    }
+    bad = __reduce_min_sync(~0u, bad);
+    good = bad == kNoObjection;
+    if (ok && !good && ptx::lane_id() == 0) atomicMin(&in.first_bad, bad);
+    return ok;
 }
 
 // An owner was lost when some of its rows had been added: now by one warp, without it.
@@ -87,44 +117,59 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
     const Pieces pieces{static_cast<int>(warp * gridDim.x) + turn_of_block(), record.num_pieces};
     const auto step = static_cast<int>(F::kCombineWarps * gridDim.x);
     PartSender<kDtype, F> sender{job, {view, record, control, {OpKind::kCombine, 0}, 0, far}};
+    PartReceiver<kDtype, F> receiver{job, sender.stage, in, 0};
+    const bool begins = warp == F::kCombineWarps - 1;
+    bool ok = true;
+    init_told(job.begin, in);
+    const Releases releases(view);
+    __syncthreads();
     ptx::griddepcontrol_wait();
     typename PartSender<kDtype, F>::Token token;
-    if constexpr (kHalf != Half::kReceive) {
-        token = sender.look(pieces.item());
-        sender.fetch(token, pieces.piece());
+    typename PartSender<kDtype, F>::Ahead ahead;
+    typename PartReceiver<kDtype, F>::Slot slot;
+    if constexpr (kHalf != Half::kReceive) token = sender.look(pieces.item());
+    if constexpr (kHalf != Half::kSend) slot = receiver.slot_of(pieces.item());
+    if constexpr (kHalf == Half::kReceive) {
+        if (begins) ok = resume_half(view, job.begin, job.begun, in);
+    } else if (begins) {
+        ok = begin_half(view, job.begin, far, releases, in);
+    } else {
+        sender.look(token, pieces.piece(), ahead);
     }
-    bool ok = true;
-    if (warp == F::kCombineWarps - 1) ok = begin_half<kHalf>(view, job.begin, job.begun, far, in);
     if (warp == F::kCombineWarps - 2) ok = !device::gave_up(view.watch);
     if (!__syncthreads_and(ok)) return;
-    sender.stage.op.seq = in.seq;
-    sender.stage.slot = in.slot;
-    sender.masked = in.masked;
+    sender.stage.op.seq = receiver.stage.op.seq = in.seq;
+    sender.stage.slot = receiver.stage.slot = in.slot;
+    sender.masked = receiver.masked = in.masked;
     const Operation op = sender.stage.op;
+    if constexpr (kHalf != Half::kSend) receiver.find_owner(slot);
     if constexpr (kHalf != Half::kReceive) {
         if (publishes_stage()) {
-            publish_head(view, job.begin, in);
+            publish_head(view, control, job.begin, in);
             if constexpr (F::kAny) tell_rows(job, record, far, in);
         }
-        ok = sender.run(pieces, step, token);
+        if (begins) sender.look(token, pieces.piece(), ahead);
+        ok = sender.run(pieces, step, token, ahead);
         if constexpr (F::kAny) far.rail.flush();
     }
-    bool good = true;
     if constexpr (kHalf != Half::kSend) {
-        PartReceiver<kDtype, F> receiver{job, sender.stage, in, in.masked};
-        auto part = receiver.part_of(pieces.item());
+        auto part = receiver.part_of(slot);
         if constexpr (F::kAny) (void)far.hear(view, op, in.slot, F::kCombineWarps - 1);
         const bool times = publishes_stage() && warp == F::kCombineWarps - 1;
         if (times && job.args.wait_stats != nullptr) {
             time_notices(view, in, op, job.args.wait_stats);
         }
-        if (!await_notices<true>(view, job.begin, in, HearNothing{})) return;
-        if (!settle_masked(view, in) && !hear_again(view, job.begin, in)) return;
-        if (receiver.masked != in.masked) {
-            receiver.masked = in.masked;
-            part = receiver.part_of(pieces.item());
+        bool good;
+        if (!view.watch.can_mask) {
+            ok = hear_alone(view, in, good) && ok;
+        } else {
+            if (!hear_together(view, job.begin, in)) return;
+            good = in.first_bad == kNoObjection;
+            if (receiver.masked != in.masked) {
+                receiver.masked = in.masked;
+                part = receiver.part_of(pieces.item());
+            }
         }
-        good = in.first_bad == kNoObjection;
         if (ok && good) ok = receiver.run(pieces, step, part);
     }
     if (!__syncthreads_and(ok) || threadIdx.x >= 32 || !last_block(view)) return;
@@ -133,7 +178,7 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
             add_again<kDtype>(job, record, control, far, in, lost);
         }
     }
-    if (good) return end_half<kHalf>(view, job.begun, far, op, in);
+    if (in.first_bad == kNoObjection) return end_half<kHalf>(view, control, job.begun, far, op, in);
     if (ptx::lane_id() == 0) explain(view, job.begin, in);
     __syncwarp();
     if constexpr (F::kAny) {

@@ -57,7 +57,8 @@ __device__ __forceinline__ Span tokens_of_block(const DispatchJob& job, const St
 
 // ---- the first half ----
 
-// False: leave. What does not need the number of the operation comes before it is known.
+// False: leave. What needs neither memory of kernels before this one nor the number of the operation comes
+// before they are known.
 template <class Config, class F>
 __device__ __forceinline__ bool send(const DispatchJob& job, const StageSpread& spread,
                                      const StageTables& tables, const F& far, Entering& in,
@@ -76,19 +77,24 @@ __device__ __forceinline__ bool send(const DispatchJob& job, const StageSpread& 
     int i = warp == 0 || warp >= F::kWarps - 2 ? all : warp - 1;
     int t = own.begin + i / pieces, p = i % pieces;
     typename Sender<F>::Slot slot;
+    TokenCounter counter(job, spread, own.begin, publishes, F::kWarps - 2);
+    const Releases releases(view);
     bool ok = true;
+    __syncthreads();
+    ptx::griddepcontrol_wait();
 #pragma unroll 1
     for (bool is_first = true; is_first || i < all; is_first = false) {
         if (is_first && warp == F::kWarps - 1) {
-            ok = begin_half<Half::kSend>(view, job.begin, nullptr, far, in);
+            ok = begin_half(view, job.begin, far, releases, in);
         } else if (is_first && warp == F::kWarps - 2) {
             ok = !device::gave_up(view.watch);
         } else {
             if (i < all) sender.load(t, p);
+            if (is_first) counter.look();
             if (i < all || (warp == 0 && own.begin < own.end)) {
                 slot = sender.slot_of(warp == 0 ? own.begin : t);
             }
-            if (is_first) count_tokens(job, spread, own.begin, publishes, F::kWarps - 2);
+            if (is_first) counter.run();
             if (i < all) ok = sender.template prepare<Config>(t, p);
         }
         if (is_first) {
@@ -121,8 +127,9 @@ __device__ __forceinline__ bool send(const DispatchJob& job, const StageSpread& 
 
 // ---- the second half ----
 
-// What the host and kernels behind this one need to know, and what callers read. One warp of one block.
-__device__ __noinline__ inline void tell_outputs(const DispatchJob& job, const StageSpread& spread,
+// What the host and kernels behind this one need to know, and what callers read. One warp of one block. Not out
+// of line: there every parameter would be a load.
+__device__ __forceinline__ void tell_outputs(const DispatchJob& job, const StageSpread& spread,
                                                  const Entering& in, bool ok, int64_t num_logged) {
     const StageTables tables{spread, job.view.shape};
     const RankView& view = job.view;
@@ -155,15 +162,15 @@ __device__ __noinline__ inline void tell_outputs(const DispatchJob& job, const S
         if (!ok || without(in, p)) a.rank_counts[p] = 0;
     }
     if (lane == 0) {
-        OpState& state = *view.state.op;
-        state = {in.seq, ok ? int{kOk} : int{in.outcome.incident.code}, in.slot, 0, 0, 0};
+        OpState state{in.seq, ok ? int{kOk} : int{in.outcome.incident.code}, in.slot, 0, 0, 0};
         if (ok) {
             state.num_recv = tables.total_rows(me);
             state.num_rows = rows_of(job, tables, me);
             state.index_rows = group_end;
             state.num_logged = num_logged;
-            report(view, job.begin, in.seq, nullptr, state);
         }
+        *view.state.op = state;
+        if (ok) report(view, job.begin, in.seq, nullptr, state);
         if (job.status != nullptr) *job.status = state.code;
         if (job.num_recv != nullptr) *job.num_recv = static_cast<int32_t>(state.num_recv);
     }
@@ -201,13 +208,15 @@ __device__ __noinline__ inline void explain_any(const DispatchJob& job, const St
 
 // Everybody's heads, and if there is nothing wrong with them, their counts: each thread knows its columns.
 // False: leave, once the block has met.
+template <class Meanwhile>
 __device__ __forceinline__ bool hear(const DispatchJob& job, const StageTables& tables,
-                                     Entering& in, bool& good) {
+                                     Entering& in, bool& good, Meanwhile meanwhile) {
     const CountsListener counts{job, tables, in};
-    counts.look();
+    const bool all = counts.look();
+    meanwhile();
     if (!await_notices<true>(job.view, job.begin, in, HeadListener{tables})) return false;
     good = in.first_bad == kNoObjection;
-    return !good || counts.take();
+    return !good || (all && (in.masked | in.unheard) == 0) || counts.take();
 }
 
 // Where ranks may be masked, blocks agree on whom they go without; who has heard others hears again.
@@ -216,7 +225,7 @@ __device__ __noinline__ inline bool settle_heard(const DispatchJob& job, const S
     if (!__syncthreads_and(heard)) return false;
     if (settle_masked(job.view, in)) return true;
     bool good;
-    heard = hear(job, StageTables{spread, job.view.shape}, in, good);
+    heard = hear(job, StageTables{spread, job.view.shape}, in, good, [] {});
     return __syncthreads_and(heard) != 0;
 }
 
@@ -228,13 +237,19 @@ __device__ __forceinline__ bool receive(const DispatchJob& job, const StageSprea
     const RankView& view = job.view;
     const int warp = threadIdx.x / 32;
     const Operation op{OpKind::kDispatch, in.seq};
+    // The warp that tells has the last turn of the grid, and does nothing else.
+    const int from = warp * static_cast<int>(gridDim.x) + turn_of_block();
+    const int step = F::kWarps * static_cast<int>(gridDim.x) - 1;
+    const StageView<F> stage{view, spread.record, tables.control(), op, in.slot, far};
+    const Receiver<F> receiver{job, tables, stage, in};
+    typename Receiver<F>::Ahead ahead;
     if constexpr (F::kAny) (void)far.hear(view, op, in.slot, F::kWarps - 1);
     // A warp that has little else to do tells what has come, and how long it took.
     const bool tells = publishes_stage() && warp == F::kWarps - 1;
     if (tells && job.args.wait_stats != nullptr) {
         time_notices(view, in, op, job.args.wait_stats);
     }
-    bool heard = hear(job, tables, in, good);
+    bool heard = hear(job, tables, in, good, [&] { receiver.look(from, ahead); });
     if (view.watch.can_mask) {
         heard = settle_heard(job, spread, in, heard);
         good = in.first_bad == kNoObjection;
@@ -247,7 +262,6 @@ __device__ __forceinline__ bool receive(const DispatchJob& job, const StageSprea
         if (job.args.index_capacity >= 0) judge_index(job, spread, in);
         good = min(in.first_bad, in.size_bad) == kNoObjection;
     }
-    const StageView<F> stage{view, spread.record, tables.control(), op, in.slot, far};
     if (tells) {
         if (!good) explain_any(job, spread, in);
         int64_t num_logged = 0;
@@ -256,10 +270,7 @@ __device__ __forceinline__ bool receive(const DispatchJob& job, const StageSprea
         }
         tell_outputs(job, spread, in, good, num_logged);
     }
-    // The warp that tells has the last turn of the grid, and does nothing else.
-    const int from = warp * static_cast<int>(gridDim.x) + turn_of_block();
-    const int step = F::kWarps * static_cast<int>(gridDim.x) - 1;
-    if (good && !tells && !Receiver<F>{job, tables, stage, in}.run(from, step)) return false;
+    if (good && !tells && !receiver.run(from, step, ahead)) return false;
     if constexpr (F::kAny) {
         if (good && !tells && !RailLogger<F>{job, tables, stage}.run(from, step)) return false;
     }
@@ -285,12 +296,13 @@ __global__ void __launch_bounds__(F::kWarps * 32, 1)
         ptx::dynamic_shared() + spread.pieces + int64_t{warp} * spread.piece_bytes, &loaded[warp]};
     ptx::griddepcontrol_launch_dependents();
     prepare(job, tables);
+    init_told(job.begin, in);
     if (ptx::lane_id() == 0) device::init_stage(memory);
-    __syncthreads();
-    ptx::griddepcontrol_wait();
     bool ok = true, good = true;
     if constexpr (kHalf == Half::kReceive) {
-        if (warp == 0) ok = begin_half<Half::kReceive>(view, job.begin, job.begun, far, in);
+        __syncthreads();
+        ptx::griddepcontrol_wait();
+        if (warp == 0) ok = resume_half(view, job.begin, job.begun, in);
         if (warp == 1) ok = !device::gave_up(view.watch);
         ok = __syncthreads_and(ok);
     } else {
@@ -302,7 +314,7 @@ __global__ void __launch_bounds__(F::kWarps * 32, 1)
     if constexpr (kHalf != Half::kSend) {
         if (const uint64_t lost = take_lost(view, in)) forget_rows(job, spread, lost);
     }
-    if (good) return end_half<kHalf>(view, job.begun, far, op, in);
+    if (good) return end_half<kHalf>(view, tables.control(), job.begun, far, op, in);
     explain_any(job, spread, in);
     if constexpr (F::kAny) {
         if (!far.leave(view, op, in)) return;

@@ -55,17 +55,20 @@ struct CountsListener {
         return NoticeWords(view, in.slot, src).words + at;
     }
 
-    // Counts that come in time.
-    __device__ __forceinline__ void look() const {
+    // Counts that come in time. False: of this thread's some did not.
+    __device__ __forceinline__ bool look() const {
         int turns = 256;
+        bool all = true;
 #pragma unroll 1
         for (int c = first_column(); c < tables.columns(); c += static_cast<int>(blockDim.x)) {
 #pragma unroll 1
             for (int src = 0; src < tables.shape.num_ranks; src += kAtOnce) {
-                while (!look_at(src, c) && --turns > 0) {
-                }
+                bool here = look_at(src, c);
+                while (!here && --turns > 0) here = look_at(src, c);
+                all = all && here;
             }
         }
+        return all;
     }
 
     // The counts of some sources. False: not all are there.

@@ -41,25 +41,25 @@ struct PartSender {
         return token;
     }
 
-    // What will be read of a token comes nearer.
-    __device__ __forceinline__ void fetch(const Token& token, int p) const {
-        if (token.row < 0 || token.row >= args().num_rows) return;
-        const std::byte* piece = piece_of(token.row, p);
-        const int bytes = stage.piece_bytes(p, args().row_bytes());
-#pragma unroll 1
-        for (int at = 0; at < bytes; at += 128) ptx::prefetch_global_l2(piece + at);
+    // First rows of a piece, on their way.
+    struct Ahead {
+        Words rows[kRowsAtOnce][kAtOnce];
+    };
+    __device__ __forceinline__ void look(const Token& token, int p, Ahead& ahead) const {
+        const bool is_there = token.row >= 0 && token.row < args().num_rows;
+        load_rows(token, p, __ballot_sync(~0u, is_there), ahead);
     }
 
-    // From `token` on, the first of this warp. False: leave.
-    __device__ __forceinline__ bool run(Pieces at, int step, Token token) const {
+    // From `token` on, the first of this warp, at which it has looked. False: leave.
+    __device__ __forceinline__ bool run(Pieces at, int step, Token token, Ahead& ahead) const {
         bool ok = true;
 #pragma unroll 1
         while (ok && at.item() < job.args.num_recv) {
             const int piece = at.piece();
             at.next(step);
-            const Token ahead = look(at.item());
-            ok = send(token, piece);
-            token = ahead;
+            const Token next = look(at.item());
+            ok = send(token, piece, ahead, [&] { look(next, at.piece(), ahead); });
+            token = next;
         }
         return ok;
     }
@@ -67,56 +67,82 @@ struct PartSender {
 private:
     __device__ const CombineArgs& args() const { return job.args; }
 
-    __device__ __forceinline__ bool send(const Token& token, int p) const {
+    // `then`, once all that `ahead` holds is used.
+    template <class Then>
+    __device__ __forceinline__ bool send(const Token& token, int p, Ahead& ahead, Then then) const {
         const CombineArgs& a = args();
         const RankView& view = job.view;
         const bool compact = a.layout == RecvLayout::kCompact;
         const int src = token.src, t = token.t, row = token.row;
-        if (src < 0) return true;  // nobody's
         // Tensors of a handle, which anybody may have changed.
-        const bool bad =
-            src >= view.shape.num_ranks || t < 0 || t >= view.shape.max_tokens || row >= a.num_rows;
+        const bool bad = src >= view.shape.num_ranks ||
+                         (src >= 0 && (t < 0 || t >= view.shape.max_tokens || row >= a.num_rows));
         if (__any_sync(~0u, bad)) {
             device::give_up(view.watch, stage.op, kMiscount,
                             {Site::kPulled, view.peers.rank, uint64_t(a.num_rows)}, uint64_t(row),
                             0);
             return false;
         }
-        if (masked != 0 && device::has_rank(masked, src)) return true;
-        const uint32_t rows = __ballot_sync(~0u, row >= 0);
-        if (compact || !a.per_rank) return send_each(src, t, p, row, rows);
-        return send_sum(src, t, p, row, rows);
+        if (src < 0 || (masked != 0 && device::has_rank(masked, src))) {  // nobody's
+            then();
+        } else if (compact || !a.per_rank) {
+            send_each(token, p, ahead, then);
+        } else {
+            send_sum(token, p, ahead, then);
+        }
+        return true;
     }
 
     __device__ const std::byte* piece_of(int row, int p) const {
         return args().x + row * args().row_bytes() + int64_t{p} * stage.record.piece_bytes;
     }
+    __device__ __forceinline__ int units_of(int p) const {
+        return stage.piece_bytes(p, args().row_bytes()) / kUnitBytes;
+    }
 
-    __device__ __forceinline__ bool send_each(int src, int t, int p, int own, uint32_t rows) const {
+    // The next rows of `left`, held by the lanes of their slots.
+    __device__ __forceinline__ void load_rows(const Token& token, int p, uint32_t left,
+                                              Ahead& ahead) const {
+        const int units = units_of(p), first = first_unit(units);
+#pragma unroll
+        for (int r = 0; r < kRowsAtOnce && left != 0; ++r, left &= left - 1) {
+            const int row = __shfl_sync(~0u, token.row, __ffs(left) - 1);
+            load_units(piece_of(row, p), first, units, ahead.rows[r]);
+        }
+    }
+
+    // use(slot, units) for every row of a token.
+    template <class Use>
+    __device__ __forceinline__ void each_row(const Token& token, int p, uint32_t left, Ahead& ahead,
+                                             Use use) const {
+#pragma unroll 1
+        while (left != 0) {
+#pragma unroll
+            for (int r = 0; r < kRowsAtOnce && left != 0; ++r, left &= left - 1) {
+                use(__ffs(left) - 1, ahead.rows[r]);
+            }
+            if (left != 0) load_rows(token, p, left, ahead);
+        }
+    }
+
+    template <class Then>
+    __device__ __forceinline__ void send_each(const Token& token, int p, Ahead& ahead,
+                                              Then then) const {
         const CombineArgs& a = args();
         const RankView& view = job.view;
-        const int units = stage.piece_bytes(p, a.row_bytes()) / kUnitBytes;
+        const int src = token.src, t = token.t, units = units_of(p);
         const bool per_rank = a.layout == RecvLayout::kCompact;
+        const uint32_t rows = __ballot_sync(~0u, token.row >= 0);
         const auto place_of = [&](int slot) {
             return per_rank ? int64_t{view.peers.rank} * view.shape.max_tokens + t
                             : int64_t{t} * a.num_topk + slot;
         };
         const auto own_place_of = [&](int slot) { return place_out(src, t, per_rank ? 0 : slot); };
-#pragma unroll 1
-        for (int line = 0; line * kLineUnits < units; line += kAtOnce * LineLane::kAtOnce) {
-            const int first = first_unit(line, units);
-#pragma unroll 1
-            for (uint32_t left = rows; left != 0;) {
-                Words w[kRowsAtOnce][kAtOnce];
-                load_rows(p, own, left, first, units, w);
-#pragma unroll
-                for (int r = 0; r < kRowsAtOnce && left != 0; ++r, left &= left - 1) {
-                    const int slot = __ffs(left) - 1;
-                    std::byte* to = target(src, place_of(slot), own_place_of(slot));
-                    put(to + stage.piece_at(p), line, units, w[r]);
-                }
-            }
-        }
+        each_row(token, p, rows, ahead, [&](int slot, Words(&w)[kAtOnce]) {
+            std::byte* to = target(src, place_of(slot), own_place_of(slot));
+            put(to + stage.piece_at(p), units, w);
+        });
+        then();
         if constexpr (F::kAny) {
 #pragma unroll 1
             for (uint32_t left = rows; left != 0; left &= left - 1) {
@@ -128,54 +154,35 @@ private:
                          is_last ? 1 + others : 1);
             }
         }
-        return true;
     }
 
-    // Of the next rows of `left`, held by the lanes of their slots.
-    __device__ __forceinline__ void load_rows(int p, int own, uint32_t left, int first, int units,
-                                              Words (&w)[kRowsAtOnce][kAtOnce]) const {
-#pragma unroll
-        for (int r = 0; r < kRowsAtOnce && left != 0; ++r, left &= left - 1) {
-            const int row = __shfl_sync(~0u, own, __ffs(left) - 1);
-            load_units(piece_of(row, p), first, units, w[r]);
-        }
-    }
-
-    __device__ __forceinline__ bool send_sum(int src, int t, int p, int own, uint32_t rows) const {
+    template <class Then>
+    __device__ __forceinline__ void send_sum(const Token& token, int p, Ahead& ahead,
+                                             Then then) const {
         const CombineArgs& a = args();
         const RankView& view = job.view;
-        const int units = stage.piece_bytes(p, a.row_bytes()) / kUnitBytes;
+        const int src = token.src, t = token.t, units = units_of(p);
         float weight = 1.0f;
-        if (a.weighted && own >= 0) weight = a.row_weights[own];
+        if (a.weighted && token.row >= 0) weight = a.row_weights[token.row];
         const int64_t place = int64_t{view.peers.rank} * view.shape.max_tokens + t;
         const int64_t own_place = place_out(src, t, 0);
-        std::byte* to = target(src, place, own_place) + stage.piece_at(p);
-#pragma unroll 1
-        for (int line = 0; line * kLineUnits < units; line += kAtOnce * LineLane::kAtOnce) {
-            const int first = first_unit(line, units);
-            LineSums<kDtype> sums;
-            sums.clear();
-#pragma unroll 1
-            for (uint32_t left = rows; left != 0;) {
-                Words w[kRowsAtOnce][kAtOnce];
-                load_rows(p, own, left, first, units, w);
+        LineSums<kDtype> sums;
+        sums.clear();
+        each_row(token, p, __ballot_sync(~0u, token.row >= 0), ahead,
+                 [&](int slot, Words(&w)[kAtOnce]) {
+                     const float factor = __shfl_sync(~0u, weight, slot);
+                     if (a.weighted) {
+                         sums.add(w, factor);
+                     } else {
+                         sums.add(w);
+                     }
+                 });
+        then();
+        Words out[kAtOnce];
 #pragma unroll
-                for (int r = 0; r < kRowsAtOnce && left != 0; ++r, left &= left - 1) {
-                    const float factor = __shfl_sync(~0u, weight, __ffs(left) - 1);
-                    if (a.weighted) {
-                        sums.add(w[r], factor);
-                    } else {
-                        sums.add(w[r]);
-                    }
-                }
-            }
-            Words out[kAtOnce];
-#pragma unroll
-            for (int v = 0; v < kAtOnce; ++v) out[v] = device::words_of(sums.unit[v].rounded());
-            put(to, line, units, out);
-        }
+        for (int v = 0; v < kAtOnce; ++v) out[v] = device::words_of(sums.unit[v].rounded());
+        put(target(src, place, own_place) + stage.piece_at(p), units, out);
         send_off(src, place, own_place, p, units, 1);
-        return true;
     }
 
     // ---- ranks of other nodes ----
@@ -210,12 +217,11 @@ private:
         }
     }
 
-    __device__ __forceinline__ void put(std::byte* to, int line, int units,
-                                        Words (&w)[kAtOnce]) const {
+    __device__ __forceinline__ void put(std::byte* to, int units, Words (&w)[kAtOnce]) const {
         const LineLane at;
 #pragma unroll
         for (int v = 0; v < kAtOnce; ++v) {
-            const int l = line + v * LineLane::kAtOnce;
+            const int l = v * LineLane::kAtOnce;
             if (at.is_last()) w[v].b = stage.op.seq;
             __syncwarp();
             if ((l + at.line) * kLineUnits < units) device::put_line(to + at.offset(l), w[v]);

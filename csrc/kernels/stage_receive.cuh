@@ -29,18 +29,33 @@ struct Receiver {
     StageView<F> stage;
     Entering& in;  // whom this block goes without
 
-    // Pieces first, first + step, ... of all tokens that all ranks may have. False: leave.
-    __device__ __forceinline__ bool run(int first, int step) const {
+    // What a warp has of a piece, or had when it looked: what its record says of the token, and first lines.
+    struct Ahead {
+        device::Words meta, lines[kAtOnce];
+    };
+    // At its first piece, which may have come before all counts have.
+    __device__ __forceinline__ void look(int first, Ahead& ahead) const {
+        if constexpr (F::kAny) return;
+        __syncwarp();  // lanes of a line load it together, or get halves of two
+        const int pieces = stage.record.num_pieces, place = first / pieces;
+        const auto most = static_cast<int>(job.view.shape.max_tokens);
+        if (place < job.view.shape.num_ranks * most) look(place, first - place * pieces, ahead);
+    }
+
+    // Pieces first, first + step, ... of all tokens that all ranks may have. `ahead`: of the first one. False:
+    // leave.
+    __device__ __forceinline__ bool run(int first, int step, Ahead& ahead) const {
         const int pieces = stage.record.num_pieces;
         const auto most = static_cast<int>(job.view.shape.max_tokens);
         const int tokens = step / pieces, rest = step - tokens * pieces;
         int src = 0, t = first / pieces, p = first - t * pieces;
-        bool ok = true;
+        bool ok = true, looked = !F::kAny;
 #pragma unroll 1
         while (ok) {
             for (; t >= most; t -= most) ++src;
             if (src >= job.view.shape.num_ranks) break;
-            if (t < places_of(src) && !is_gone(src)) ok = take(src, t, p);
+            if (t < places_of(src) && !is_gone(src)) ok = take(src, t, p, ahead, looked);
+            looked = false;
             t += tokens;
             p += rest;
             if (p >= pieces) p -= pieces, ++t;
@@ -72,25 +87,44 @@ private:
         return tables.heard()[src].num_tokens;
     }
 
-    __device__ bool take(int src, int t, int p) const {
+    __device__ __forceinline__ int row_units(int p) const {
+        return stage.piece_bytes(p, args().row_bytes()) / kUnitBytes;
+    }
+    __device__ __forceinline__ int units_of(int p) const {
+        return row_units(p) + (stage.record.scale_bytes + kUnitBytes - 1) / kUnitBytes;
+    }
+    __device__ __forceinline__ bool tells() const {
+        return device::LineLane().line < stage.record.meta_lines;
+    }
+
+    // At piece p of the record at `place` among those of ranks whose memory we reach.
+    __device__ __forceinline__ void look(int64_t place, int p, Ahead& ahead) const {
+        look(stage.place(job.view.peers.rank, place), p, ahead);
+    }
+    __device__ __forceinline__ void look(const std::byte* record, int p, Ahead& ahead) const {
+        if (tells()) ahead.meta = device::get_line(record + device::LineLane().offset(0));
+        get(record + stage.piece_at(p), 0, units_of(p), ahead.lines);
+    }
+
+    // `looked`: ahead is of this piece.
+    __device__ __forceinline__ bool take(int src, int t, int p, Ahead& ahead, bool looked) const {
         const RankView& view = job.view;
         if (!stage.await_far(ptx::lane_id() == 0 ? src : -1)) return false;
         const std::byte* record = stage.arrival(src, int64_t{src} * view.shape.max_tokens + t);
         const std::byte* piece = record + stage.piece_at(p);
         const device::LineLane at;
-        const int row_units = stage.piece_bytes(p, args().row_bytes()) / kUnitBytes;
-        const int units = row_units + (stage.record.scale_bytes + kUnitBytes - 1) / kUnitBytes;
-        const bool tells = at.line < stage.record.meta_lines;
-        device::Words meta, w[kAtOnce];
+        const int row_units = this->row_units(p), units = units_of(p);
+        if (!looked) look(record, p, ahead);
 #pragma unroll 1
-        for (int turn = 0;; ++turn) {
-            if (tells) meta = device::get_line(record + at.offset(0));
-            get(piece, 0, units, w);
-            if (__all_sync(~0u, !tells || !at.is_last() || is_ours(meta))) break;
-            if (turn < device::kLooks) continue;
-            if (!await(src, record, 0, stage.record.meta_lines)) return lose(job.view, in, src);
+        for (int turn = 0;
+             !__all_sync(~0u, !tells() || !at.is_last() || is_ours(ahead.meta)); ++turn) {
+            if (turn >= device::kLooks && !await(src, record, 0, stage.record.meta_lines)) {
+                return lose(job.view, in, src);
+            }
+            look(record, p, ahead);
         }
-        const Arrival to = understand(src, t, meta);
+        device::Words(&w)[kAtOnce] = ahead.lines;
+        const Arrival to = understand(src, t, ahead.meta);
         if (to.index < 0) return true;  // it does not come here
         if (!in_bounds(src, to)) return false;
         if (p == 0) describe(src, to);

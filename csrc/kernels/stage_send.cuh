@@ -1,7 +1,7 @@
 // The first half of a small dispatch: rows are put in front of their receivers, and everybody is told what
 // comes. Nobody is waited for but for the slot.
 //
-// defines: Sender, count_tokens, count_load, publish_counts
+// defines: Sender, TokenCounter, count_load, publish_counts
 #pragma once
 
 #include <cstdint>
@@ -23,57 +23,73 @@ namespace ep::kernels {
 
 // ---- counting ----
 
-// Each of `warps` takes as many tokens at once as have a lane for every slot. Tokens below `own` are before
-// the block's; all of them, when it publishes.
-template <class ExpertOf>
-__device__ __forceinline__ void count_each(const DispatchJob& job, const StageTables& tables,
-                                           int own, bool publishes, int warps,
-                                           ExpertOf expert_of_id) {
-    const DispatchArgs& a = job.args;
-    const auto lane = static_cast<int>(ptx::lane_id());
-    const int at_once = 32 / a.num_topk, turn = lane / a.num_topk;
-    const int end = turn >= at_once ? 0 : publishes ? static_cast<int>(a.num_tokens) : own;
-    const int step = warps * at_once;
-    int t = static_cast<int>(threadIdx.x) / 32 * at_once + turn;
-    const int k = lane - turn * a.num_topk;
-    int64_t next = t < end ? a.topk_idx[int64_t{t} * a.num_topk + k] : -1;
+// Of a warp, one of `warps`; each takes as many tokens at once as have a lane for every slot. Tokens below `own`
+// are before the block's; all of them, when it publishes.
+struct TokenCounter {
+    const DispatchJob& job;
+    const StageSpread& spread;
+    int own, end, t, step;
+    int64_t next = -1;  // what the slot of this lane is, of token t
+    bool publishes;
+
+    __device__ __forceinline__ TokenCounter(const DispatchJob& j, const StageSpread& s, int before,
+                                            bool tells, int warps)
+        : job(j), spread(s), own(before), publishes(tells) {
+        const int at_once = 32 / j.args.num_topk, turn = turn_of_lane();
+        end = turn >= at_once ? 0 : tells ? static_cast<int>(j.args.num_tokens) : before;
+        step = warps * at_once;
+        t = static_cast<int>(threadIdx.x) / 32 * at_once + turn;
+    }
+    // The first ids are on their way.
+    __device__ __forceinline__ void look() {
+        if (t < end) next = id_of(t);
+    }
+    __device__ __forceinline__ void run() {
+        if (job.args.replicas.num_logical != 0) return count_logical(*this);
+        count([](int, int64_t id) { return id; });
+    }
+
+private:
+    __device__ __forceinline__ int turn_of_lane() const {
+        return static_cast<int>(ptx::lane_id()) / job.args.num_topk;
+    }
+    __device__ __forceinline__ int slot_of_lane() const {
+        return static_cast<int>(ptx::lane_id()) - turn_of_lane() * job.args.num_topk;
+    }
+    __device__ __forceinline__ int64_t id_of(int token) const {
+        return job.args.topk_idx[int64_t{token} * job.args.num_topk + slot_of_lane()];
+    }
+    __device__ __noinline__ static void count_logical(TokenCounter counter) {
+        counter.count([&](int token, int64_t id) { return replica_of(counter.job, token, id); });
+    }
+
+    template <class ExpertOf>
+    __device__ __forceinline__ void count(ExpertOf expert_of_id) {
+        const StageTables tables{spread, job.view.shape};
+        const int turn = turn_of_lane();
 #pragma unroll 1
-    for (; __any_sync(~0u, t < end); t += step) {
-        const int64_t id = t < end ? expert_of_id(t, next) : -1;
-        if (t + step < end) next = a.topk_idx[int64_t{t + step} * a.num_topk + k];
-        const Expert expert = tables.expert(id);
-        const bool chosen = expert.position >= 0;
-        const int dst = chosen ? staged_rank(expert.code) : -1;
-        const uint32_t same = __match_any_sync(~0u, chosen ? turn << 8 | dst : -1);
-        const bool brings = chosen && (same & ptx::lanemask_lt()) == 0;
-        const int column = tables.shape.num_ranks + expert.position;
-        const auto count_in = [&](int32_t* columns) {
-            if (chosen) atomicAdd(columns + column, 1);
-            if (brings) atomicAdd(columns + dst, 1);
-        };
-        if (t < own) count_in(tables.before());
-        if (!publishes) continue;
-        count_in(tables.all());
-        if (chosen || id == -1) continue;
-        atomicAdd(&tables.bad()[0], 1);
-        atomicMin(&tables.bad()[1], t * a.num_topk + k);
+        for (; __any_sync(~0u, t < end); t += step) {
+            const int64_t id = t < end ? expert_of_id(t, next) : -1;
+            if (t + step < end) next = id_of(t + step);
+            const Expert expert = tables.expert(id);
+            const bool chosen = expert.position >= 0;
+            const int dst = chosen ? staged_rank(expert.code) : -1;
+            const uint32_t same = __match_any_sync(~0u, chosen ? turn << 8 | dst : -1);
+            const bool brings = chosen && (same & ptx::lanemask_lt()) == 0;
+            const int column = tables.shape.num_ranks + expert.position;
+            const auto count_in = [&](int32_t* columns) {
+                if (chosen) atomicAdd(columns + column, 1);
+                if (brings) atomicAdd(columns + dst, 1);
+            };
+            if (t < own) count_in(tables.before());
+            if (!publishes) continue;
+            count_in(tables.all());
+            if (chosen || id == -1) continue;
+            atomicAdd(&tables.bad()[0], 1);
+            atomicMin(&tables.bad()[1], t * job.args.num_topk + slot_of_lane());
+        }
     }
-}
-
-__device__ __noinline__ inline void count_logical(const DispatchJob& job, const StageSpread& spread,
-                                                  int own, bool publishes, int warps) {
-    count_each(job, StageTables{spread, job.view.shape}, own, publishes, warps,
-               [&](int t, int64_t id) { return replica_of(job, t, id); });
-}
-
-__device__ __forceinline__ void count_tokens(const DispatchJob& job, const StageSpread& spread,
-                                             int own, bool publishes, int warps) {
-    if (job.args.replicas.num_logical != 0) {
-        return count_logical(job, spread, own, publishes, warps);
-    }
-    count_each(job, StageTables{spread, job.view.shape}, own, publishes, warps,
-               [](int, int64_t id) { return id; });
-}
+};
 
 // Blocks of 32 elements are rare: out of the way of the code of others.
 template <DType kSource>
@@ -110,7 +126,7 @@ __device__ __forceinline__ void publish_counts(const DispatchJob& job, const Sta
         __syncthreads();
     }
     const NoticeLayout layout(shape);
-    publish_words<true>(job.view, in, 0, layout.end, [&](int i) {
+    publish_words<true>(job.view, tables.control(), in, 0, layout.end, [&](int i) {
         if (i < L::kRows) return head_word(job.begin, in, i);
         if (i >= layout.expected && i < layout.selections) return 0u;
         const int c = i < layout.expected ? i - L::kRows : shape.num_ranks + i - layout.selections;

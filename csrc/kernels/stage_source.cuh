@@ -67,23 +67,43 @@ struct PartReceiver {
         float weight = 1.0f;
     };
 
-    __device__ __forceinline__ Part part_of(int64_t t) const {
+    // What is told of it.
+    struct Slot {
+        int64_t id = -1;
+        int row = -1, owner = -1;
+        float weight = 1.0f;
+    };
+
+    // In three steps, so that its loads are under way while other things are done.
+    __device__ __forceinline__ Slot slot_of(int64_t t) const {
         const CombineArgs& a = args();
         const int lane = ptx::lane_id();
         const int64_t i = t * a.num_topk + lane;
-        int owner = -1;
-        Part part;
-        if (t < a.num_tokens && lane < a.num_topk) {
-            const int64_t id = a.topk_idx[i];
-            const bool here = a.send_row[i] >= 0 && id >= 0 && id < job.view.shape.num_experts;
-            if (here) owner = __ldg(job.view.state.owner + id);
-            if (a.weighted && !a.per_rank) part.weight = a.topk_weights[i];
-        }
+        Slot slot;
+        if (t >= a.num_tokens || lane >= a.num_topk) return slot;
+        slot.id = a.topk_idx[i], slot.row = a.send_row[i];
+        if (a.weighted && !a.per_rank) slot.weight = a.topk_weights[i];
+        return slot;
+    }
+    __device__ __forceinline__ void find_owner(Slot& slot) const {
+        const bool here = slot.row >= 0 && slot.id >= 0 && slot.id < job.view.shape.num_experts;
+        if (here) slot.owner = __ldg(job.view.state.owner + slot.id);
+    }
+    __device__ __forceinline__ Part part_of(const Slot& slot) const {
+        const int lane = ptx::lane_id();
+        int owner = slot.owner;
         if (masked != 0 && owner >= 0 && device::has_rank(masked, owner)) owner = -1;
         const uint32_t same = __match_any_sync(~0u, owner);
         const bool adds = owner >= 0 && (!per_rank() || (same & ptx::lanemask_lt()) == 0);
-        if (adds) part.key = a.topk_order && !per_rank() ? lane : owner * 32 + lane;
+        Part part;
+        part.weight = slot.weight;
+        if (adds) part.key = args().topk_order && !per_rank() ? lane : owner * 32 + lane;
         return part;
+    }
+    __device__ __forceinline__ Part part_of(int64_t t) const {
+        Slot slot = slot_of(t);
+        find_owner(slot);
+        return part_of(slot);
     }
 
     // From the token with this part on, the first of this warp. False: leave.
@@ -107,24 +127,21 @@ private:
     __device__ __forceinline__ bool receive(int t, int p, Part part) {
         const int units = stage.piece_bytes(p, args().row_bytes()) / kUnitBytes;
         if (!stage.await_far(part.key == ~0u ? -1 : static_cast<int>(part.key / 32))) return false;
+        LineSums<kDtype> sums;
 #pragma unroll 1
-        for (int line = 0; line * kLineUnits < units; line += kAtOnce * LineLane::kAtOnce) {
-            LineSums<kDtype> sums;
-#pragma unroll 1
-            for (int turn = 0; !add(t, p, line, units, part, sums); ++turn) {
-                if (turn >= device::kLooks && !await_parts(t, p, line, units, part)) return false;
-            }
-            finish(sums, t, p, first_unit(line, units), units);
+        for (int turn = 0; !add(t, p, units, part, sums); ++turn) {
+            if (turn >= device::kLooks && !await_parts(t, p, units, part)) return false;
         }
+        finish(sums, t, p, units);
         return true;
     }
 
     // False: some lines are not there yet, and the sums are none.
-    __device__ __forceinline__ bool add(int t, int p, int line, int units, const Part& part,
+    __device__ __forceinline__ bool add(int t, int p, int units, const Part& part,
                                         LineSums<kDtype>& sums) const {
         const CombineArgs& a = args();
         NodeSums<kDtype, F> of_node{sums, stage};
-        start(sums, t, p, first_unit(line, units), units);
+        start(sums, t, p, units);
         bool all = true;
         uint32_t ahead = __reduce_min_sync(~0u, part.key);
 #pragma unroll 1
@@ -135,13 +152,13 @@ private:
             for (int r = 0; r < kRowsAtOnce; ++r) {
                 now[r] = ahead;
                 if (ahead == ~0u) continue;
-                get(from(t, p, ahead), line, units, w[r]);
+                get(from(t, p, ahead), units, w[r]);
                 ahead = __reduce_min_sync(~0u, part.key > ahead ? part.key : ~0u);
             }
 #pragma unroll
             for (int r = 0; r < kRowsAtOnce; ++r) {
                 if (now[r] == ~0u) break;
-                all = all && there(line, units, w[r]);
+                all = all && there(units, w[r]);
                 LineSums<kDtype>& to = of_node.of(static_cast<int>(now[r] / 32));
                 if (a.weighted && !a.per_rank) {
                     to.add(w[r], __shfl_sync(~0u, part.weight, now[r] % 32));
@@ -155,15 +172,14 @@ private:
     }
 
     // Until all of them are there. False: leave.
-    __device__ __forceinline__ bool await_parts(int t, int p, int line, int units, Part& part) {
-        const int end =
-            min(line + kAtOnce * LineLane::kAtOnce, (units + kLineUnits - 1) / kLineUnits);
+    __device__ __forceinline__ bool await_parts(int t, int p, int units, Part& part) {
+        const int lines = (units + kLineUnits - 1) / kLineUnits;
 #pragma unroll 1
         for (uint32_t now = __reduce_min_sync(~0u, part.key); now != ~0u;
              now = __reduce_min_sync(~0u, part.key > now ? part.key : ~0u)) {
             const int owner = owner_of(t, now);
             const std::byte* piece = from(t, p, now);
-            if (device::await_lines(job.view.watch, stage.op, owner, piece, line, end)) continue;
+            if (device::await_lines(job.view.watch, stage.op, owner, piece, 0, lines)) continue;
             if (!leave_out(owner)) return false;
             part = part_of(t);
         }
@@ -186,29 +202,29 @@ private:
         return stage.arrival(static_cast<int>(key / 32), place) + stage.piece_at(p);
     }
 
-    __device__ __forceinline__ void get(const std::byte* piece, int line, int units,
+    __device__ __forceinline__ void get(const std::byte* piece, int units,
                                         Words (&w)[kAtOnce]) const {
         const LineLane at;
 #pragma unroll
         for (int v = 0; v < kAtOnce; ++v) {
-            const int l = line + v * LineLane::kAtOnce;
+            const int l = v * LineLane::kAtOnce;
             if ((l + at.line) * kLineUnits < units) w[v] = device::get_line(piece + at.offset(l));
         }
     }
-    __device__ __forceinline__ bool there(int line, int units, const Words (&w)[kAtOnce]) const {
+    __device__ __forceinline__ bool there(int units, const Words (&w)[kAtOnce]) const {
         const LineLane at;
         bool all = true;
 #pragma unroll
         for (int v = 0; v < kAtOnce; ++v) {
-            const int l = line + v * LineLane::kAtOnce + at.line;
+            const int l = v * LineLane::kAtOnce + at.line;
             all = all && (l * kLineUnits >= units || !at.is_last() || w[v].b == stage.op.seq);
         }
         return __all_sync(~0u, all);
     }
 
-    __device__ __forceinline__ void start(LineSums<kDtype>& sums, int t, int p, int first,
-                                          int units) const {
+    __device__ __forceinline__ void start(LineSums<kDtype>& sums, int t, int p, int units) const {
         const CombineArgs& a = args();
+        const int first = first_unit(units);
         sums.clear();
         if (a.bias0 == nullptr && a.bias1 == nullptr) return;
         const int64_t at = t * a.row_bytes() + int64_t{p} * stage.record.piece_bytes;
@@ -221,8 +237,8 @@ private:
         sums.add(w);
     }
 
-    __device__ __forceinline__ void finish(const LineSums<kDtype>& sums, int t, int p, int first,
-                                           int units) const {
+    __device__ __forceinline__ void finish(const LineSums<kDtype>& sums, int t, int p, int units) const {
+        const int first = first_unit(units);
         auto* out = reinterpret_cast<uint4*>(args().out + t * args().row_bytes() +
                                              int64_t{p} * stage.record.piece_bytes);
 #pragma unroll

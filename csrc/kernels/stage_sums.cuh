@@ -15,7 +15,8 @@ namespace ep::kernels {
 using device::LineLane;
 using device::Words;
 
-constexpr int kAtOnce = 2;      // times four lines of a row that a warp works at
+constexpr int kAtOnce = 2;      // times four lines that a warp works at: a piece
+static_assert(kAtOnce * LineLane::kAtOnce == kSumLines);
 constexpr int kRowsAtOnce = 4;  // rows of a token that are on their way together
 constexpr int kUnitsApart = LineLane::kAtOnce * kLineUnits;
 
@@ -58,10 +59,10 @@ __device__ __forceinline__ void load_units(const std::byte* row, int first, int 
     }
 }
 
-// A lane's first unit, or none.
-__device__ __forceinline__ int first_unit(int line, int units) {
+// A lane's first unit of a piece, or none.
+__device__ __forceinline__ int first_unit(int units) {
     const LineLane at;
-    return at.is_last() ? units : at.index(line);
+    return at.is_last() ? units : at.index(0);
 }
 
 }  // namespace ep::kernels
