@@ -37,18 +37,24 @@ struct Plan {
 // Of one warp, which plans several tokens at once: as many as it has lanes for.
 struct Planner {
     const CombineJob& job;
-    Operation op;
+    const uint64_t& seq;  // in shared memory, so that it needs no register
     const Source* sources;
     int per_turn;     // tokens at once
     int token, slot;  // of this lane
-    uint32_t mates;   // lanes of its token
 
-    __device__ Planner(const CombineJob& j, uint64_t seq, const Source* s)
-        : job(j), op{OpKind::kCombine, seq}, sources(s), per_turn(32 / j.args.num_topk) {
+    __device__ Planner(const CombineJob& j, const uint64_t& number, const Source* s)
+        : job(j), seq(number), sources(s), per_turn(32 / j.args.num_topk) {
         const int lane = ptx::lane_id(), num_topk = j.args.num_topk;
         token = lane / num_topk;
         slot = lane % num_topk;
-        mates = static_cast<uint32_t>(((uint64_t{1} << num_topk) - 1) << (token * num_topk));
+    }
+
+    __device__ Operation op() const { return {OpKind::kCombine, seq}; }
+
+    // Lanes of its token; made anew each time, so that they need no register.
+    __device__ uint32_t mates() const {
+        return static_cast<uint32_t>((uint64_t{1} << job.args.num_topk) - 1)
+               << (ptx::lane_id() - slot);
     }
 
     // Tokens first, first + step, ...
@@ -82,13 +88,13 @@ struct Planner {
 
     // Of a lane whose row is at `owner`, -1 = it has none.
     __device__ Plan arrange(int owner, int64_t row, float weight) const {
-        const uint32_t same = __match_any_sync(~0u, owner) & mates;
+        const uint32_t same = __match_any_sync(~0u, owner) & mates();
         bool adds = owner >= 0;
         if (job.args.one_per_rank()) adds = adds && (same & ptx::lanemask_lt()) == 0;
         Plan plan;
         plan.ok = in_bounds(adds, owner, row);
         if (!plan.ok) return plan;
-        plan.count = __popc(__ballot_sync(~0u, adds) & mates);
+        plan.count = __popc(__ballot_sync(~0u, adds) & mates());
         const int place = place_of(adds, owner);
         if (!adds) return plan;
         plan.place = place;
@@ -107,7 +113,7 @@ struct Planner {
     __device__ bool in_bounds(bool adds, int owner, int64_t row) const {
         const bool stale = adds && row >= sources[owner].num_rows;
         if (stale) {
-            device::give_up(job.view.watch, op, kMiscount,
+            device::give_up(job.view.watch, op(), kMiscount,
                             {Site::kPulled, owner, uint64_t(sources[owner].num_rows)},
                             uint64_t(row), 0);
         }
@@ -116,12 +122,15 @@ struct Planner {
 
     // Lower owners first, lower slots first; or by slots alone.
     __device__ int place_of(bool adds, int owner) const {
-        const int start = ptx::lane_id() - slot;
+        // In registers: shared memory would be read again for every slot.
+        const int start = ptx::lane_id() - slot, num_topk = job.args.num_topk;
+        const bool by_slots = job.args.topk_order;
         int place = 0;
-        for (int k = 0; k < job.args.num_topk; ++k) {
+#pragma unroll 4
+        for (int k = 0; k < num_topk; ++k) {
             const int other = __shfl_sync(~0u, adds ? owner : -1, start + k);
             const bool earlier =
-                job.args.topk_order ? k < slot : other < owner || (other == owner && k < slot);
+                by_slots ? k < slot : other < owner || (other == owner && k < slot);
             if (other >= 0 && earlier) ++place;
         }
         return place;
@@ -139,7 +148,7 @@ struct Planner {
         float sum = 0.0f;
         const int most = __reduce_max_sync(~0u, plan.count);
         for (int i = 0; i < most; ++i) {
-            const uint32_t holder = __ballot_sync(~0u, plan.place == i) & mates;
+            const uint32_t holder = __ballot_sync(~0u, plan.place == i) & mates();
             const int from = max(__ffs(holder) - 1, 0);
             const int their = __shfl_sync(~0u, owner, from);
             const int64_t their_row = __shfl_sync(~0u, row, from);

@@ -47,6 +47,7 @@ struct GroupTables {
     uint64_t met;  // where the adders meet, once a chunk is whole
     uint32_t met_parity[kMaxPieceBytes / kSliceBytes];  // of each adder
     StageRing ring;
+    uint64_t seq;  // of the operation, for who feeds
     Piece pieces[kMaxStages];
     Uninitialized<Handover> handovers[kMaxStages];
 };
@@ -236,31 +237,23 @@ __device__ __forceinline__ RingWalk<R> walk_of(const HybridCombine<R>& h, uint64
         group,  1};
 }
 
-template <device::Rail R>
-__device__ __forceinline__ Visits visits_of(const HybridCombine<R>& h) {
-    const auto block = static_cast<int>(blockIdx.x);
-    const auto num_tokens = static_cast<int>(h.job.args.num_tokens);
-    const int begin = min(block * h.rails.tokens_per_block, num_tokens);
-    return {h.rails, {begin, min(begin + h.rails.tokens_per_block, num_tokens)}, block};
-}
-
 // The roles of a warp, out of line: with registers of their own.
 template <device::Rail R>
-__device__ __noinline__ bool feed_sums(const HybridCombine<R>& h, GroupTables& tables, uint64_t seq,
-                                       int group) {
-    const RingWalk<R> walk = walk_of(h, seq, group);
-    const Planner planner(h.job, seq, sources_of(h));
-    return SumFeeder<R>(planner, walk, tables.ring, &tables.handovers[0].get()).run();
+__device__ __noinline__ bool feed_sums(const HybridCombine<R>& h, GroupTables& tables, int group) {
+    const RingWalk<R> walk = walk_of(h, tables.seq, group);
+    const Planner planner(h.job, tables.seq, sources_of(h));
+    const StageRing ring = ring_of(h, tables, group);
+    return SumFeeder<R>(planner, walk, ring, &tables.handovers[0].get()).run();
 }
 
 template <device::Rail R>
 __device__ __noinline__ bool feed_tokens(const HybridCombine<R>& h, GroupTables& tables,
-                                         uint64_t seq, int group) {
-    const RingWalk<R> walk = walk_of(h, seq, group);
-    const Planner planner(h.job, seq, sources_of(h));
-    const Visits visits = visits_of(h);
-    return TokenFeeder<R>(planner, walk, visits, tables.ring, &tables.handovers[0].get())
-        .run(visits.tokens.begin + group - h.groups.pullers, h.groups.reducers);
+                                         int group) {
+    const RingWalk<R> walk = walk_of(h, tables.seq, group);
+    const Planner planner(h.job, tables.seq, sources_of(h));
+    const StageRing ring = ring_of(h, tables, group);
+    return TokenFeeder<R>(planner, walk, ring, &tables.handovers[0].get())
+        .run(group - h.groups.pullers, h.groups.reducers);
 }
 
 // What each warp does once the call is known to be good. False: leave.
@@ -273,8 +266,10 @@ __device__ __forceinline__ bool work(const HybridCombine<R>& h, GroupTables* tab
     GroupTables& own = tables[group];
     const bool for_rail = group < groups.pullers;
     if (adder >= 0) return Adder<kDtype, R>{h, seq, own, for_rail, adder * kSliceBytes}.run();
-    if (for_rail) return feed_sums(h, own, seq, group);
-    return feed_tokens(h, own, seq, group);
+    if (ptx::lane_id() == 0) own.seq = seq;
+    __syncwarp();
+    if (for_rail) return feed_sums(h, own, group);
+    return feed_tokens(h, own, group);
 }
 
 template <DType kDtype, device::Rail R>
@@ -311,7 +306,7 @@ __global__ void __launch_bounds__(kMaxPullWarps * 32, 1)
     if (ok && publishes && warp == 0) {
         ok = acquire_slot(view, op, in.slot) && acquire_far(h.rail, view, h.rails, op, in.slot);
     }
-    count_visits(h.rails, visits_of(h), blockIdx.x, job.args.num_topk, in.seq,
+    count_visits(h.rails, own_visits(h.rails, job.args), blockIdx.x, job.args.num_topk, in.seq,
                  [&](int t, int k) { return holder_of_slot(job, t, k); });
     ok = __syncthreads_and(ok);
     if (ok && publishes) {

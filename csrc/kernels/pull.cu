@@ -28,7 +28,7 @@ public:
     __device__ Feeder(const Planner& planner, const StageRing& ring)
         : planner_(planner),
           piece_bytes_(ring.piece_bytes),
-          ring_(planner.job.view, planner.op, ring) {}
+          ring_(planner.job.view, planner.seq, ring) {}
 
     // Tokens first, first + step, ..., of which `ahead` is the first selection. False: leave; no load is
     // under way then.
@@ -95,7 +95,7 @@ __device__ bool add_pieces(const Planner& p, const StageRing& ring, int adder) {
     Sums<kDtype> sums;
     sums.first = adder * kSliceBytes + 16 * static_cast<int>(ptx::lane_id());
     for (Lap lap;; lap.next(ring.num_stages)) {
-        if (!await_barrier(p.job.view, p.op, ring.loaded + lap.stage, lap.parity)) return false;
+        if (!await_barrier(p.job.view, p.op(), ring.loaded + lap.stage, lap.parity)) return false;
         const Piece piece = ring.pieces[lap.stage];
         if (piece.flags & Piece::kStop) return true;
         const std::byte* data = ring.data + lap.stage * ring.piece_bytes;
@@ -166,9 +166,9 @@ __global__ void __launch_bounds__(kMaxPullWarps * 32, 1)
     }
     if (!__syncthreads_and(ok) || warp != 0) return;
     if (ptx::lane_id() == 0) count_block(view);
-    if (blockIdx.x != 0 || !await_blocks(view, planner.op)) return;
+    if (blockIdx.x != 0 || !await_blocks(view, planner.op())) return;
     if (!good) return fail_outputs(job, in, sources);
-    if (await_pulled(view, planner.op, in.slot)) leave_slot(view, in.seq, in.slot);
+    if (await_pulled(view, planner.op(), in.slot)) leave_slot(view, in.seq, in.slot);
 }
 
 using PullKernel = void (*)(CombineJob, Groups);

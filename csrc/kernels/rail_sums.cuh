@@ -2,7 +2,7 @@
 // what their tokens left on ours (SumFeeder); another adds up our own tokens, of rows on our node and of
 // what other nodes send back (TokenFeeder).
 //
-// defines: Handover, SumFeeder, TokenFeeder
+// defines: Handover, SumFeeder, own_visits, TokenFeeder
 #pragma once
 
 #include <cstdint>
@@ -46,8 +46,9 @@ public:
         : planner_(planner),
           walk_(walk),
           piece_bytes_(ring.piece_bytes),
+          num_topk_(planner.job.args.num_topk),
           handovers_(handovers),
-          ring_(planner.job.view, planner.op, ring) {}
+          ring_(planner.job.view, planner.seq, ring) {}
 
     // False: leave; no load is under way then.
     __device__ __forceinline__ bool run() {
@@ -80,7 +81,8 @@ private:
             walk_.rail, walk_.tables().mapped[ring.node],
             layout().recv_chunk(ring.node, walk_.my_node(), ring.channel, count),
             layout().send_chunk(walk_.my_node(), ring.node, ring.channel, count)));
-        const int64_t begin = chunks.piece_begin(piece), end = chunks.piece_end(piece);
+        const auto begin = static_cast<int>(chunks.piece_begin(piece));
+        const auto end = static_cast<int>(chunks.piece_end(piece));
         const int64_t bytes =
             chunks.pieces == 1 ? records * chunks.record_bytes() : chunks.head_bytes + end - begin;
         const Handover whole{ring.node, ring.channel, static_cast<int32_t>(bytes), count};
@@ -122,7 +124,7 @@ private:
             bad = owner >= view.peers.near_end || (owner >= 0 && row < 0);
         }
         if (bad) {  // a tensor of the handle was changed since
-            device::give_up(view.watch, planner_.op, kMiscount,
+            device::give_up(view.watch, planner_.op(), kMiscount,
                             {Site::kPulled, view.peers.rank, uint64_t(walk_.rails.num_logged)},
                             static_cast<uint64_t>(index), 0);
         }
@@ -139,32 +141,27 @@ private:
     }
 
     // Bytes [begin, end) of the sum for the i-th token that was planned, to the address `at` + its bytes.
-    __device__ bool feed(int64_t at, int64_t begin, int64_t end, int i, const Plan& plan,
-                         const Handover& last) {
-        const int count = __shfl_sync(~0u, plan.count, i * args().num_topk);
-        const auto put = [&](const Piece& piece, const std::byte* src, bool is_last) {
-            return ring_.put(piece, src,
-                             [&](int stage) { handovers_[stage] = is_last ? last : Handover{}; });
-        };
+    // Each lane puts its own row, with all that it has to know in its registers.
+    __device__ __forceinline__ bool feed(int64_t at, int begin, int end, int i, const Plan& plan,
+                                         const Handover& last) {
+        const int count = __shfl_sync(~0u, plan.count, i * num_topk_), rows = max(count, 1);
+        // Of no rows the lane of the first slot puts nothing.
+        const int ours = planner_.token != i ? -1 : count > 0 ? plan.place : planner_.slot;
 #pragma unroll 1
-        for (int64_t offset = begin; offset < end; offset += piece_bytes_) {
-            const auto bytes = static_cast<int32_t>(min(int64_t{piece_bytes_}, end - offset));
+        for (int offset = begin; offset < end; offset += piece_bytes_) {
+            const int bytes = min(piece_bytes_, end - offset);
             const bool ends = offset + bytes == end;
-            if (count == 0 &&
-                !put({at + offset, bytes, Piece::kFirst | Piece::kLast, 0.0f}, nullptr, ends)) {
-                return false;
-            }
+            const std::byte* src = count > 0 ? plan.row + offset : nullptr;
 #pragma unroll 1
-            for (int place = 0; place < count; ++place) {
-                const bool ours = plan.place == place && planner_.token == i;
-                const int from = __ffs(__ballot_sync(~0u, ours)) - 1;
-                const auto row = __shfl_sync(~0u, reinterpret_cast<uint64_t>(plan.row), from);
-                const float weight = __shfl_sync(~0u, plan.weight, from);
-                const bool is_last = place == count - 1;
-                const int32_t flags =
-                    Piece::kRow | (place == 0 ? Piece::kFirst : 0) | (is_last ? Piece::kLast : 0);
-                const auto* src = reinterpret_cast<const std::byte*>(row) + offset;
-                if (!put({at + offset, bytes, flags, weight}, src, ends && is_last)) return false;
+            for (int place = 0; place < rows; ++place) {
+                const bool is_last = place == rows - 1;
+                const int32_t flags = (count > 0 ? Piece::kRow : 0) |
+                                      (place == 0 ? Piece::kFirst : 0) |
+                                      (is_last ? Piece::kLast : 0);
+                const bool ok = ring_.put(
+                    ours == place, {at + offset, bytes, flags, plan.weight}, src,
+                    [&](int stage) { handovers_[stage] = ends && is_last ? last : Handover{}; });
+                if (!ok) return false;
             }
         }
         return true;
@@ -172,40 +169,95 @@ private:
 
     const Planner& planner_;
     const RingWalk<R>& walk_;
-    const int piece_bytes_;
+    const int piece_bytes_, num_topk_;
     Handover* handovers_;
     RingFeeder ring_;
 };
 
+// Of the block's tokens.
+__device__ __forceinline__ Visits own_visits(const RailView& rails, const CombineArgs& a) {
+    const auto block = static_cast<int>(blockIdx.x), num_tokens = static_cast<int>(a.num_tokens);
+    const int begin = min(block * rails.tokens_per_block, num_tokens);
+    return {rails, {begin, min(begin + rails.tokens_per_block, num_tokens)}, block};
+}
+
+// Chunk `count` of our ring from a node.
+__device__ __forceinline__ device::RailWord tail_of(const RailView& rails, int node,
+                                                    uint64_t count) {
+    return {rails.layout.tail_word(node, static_cast<int>(blockIdx.x), count),
+            chunks_until(rails.shape, count)};
+}
+
+// A warp waits for it. Out of line: seldom, and its registers are not those of a feeder. False: leave.
+template <device::Rail R>
+__device__ __noinline__ bool await_chunk(const R& rail, const RankView& view, const RailView& rails,
+                                         const uint64_t& seq, int node, uint64_t count) {
+    const NodeShape& nodes = rails.shape.nodes;
+    return device::rail_wait(rail, view.watch, {OpKind::kCombine, seq}, Site::kRailChunk,
+                             nodes.rank(node, nodes.local(view.peers.rank)),
+                             tail_of(rails, node, count));
+}
+
+// The weights of token t, the i-th of those that a warp has planned, come back: with each row one for every
+// slot or its own, with a sum those of its node, in front of it. Out of line: seldom.
+__device__ __noinline__ inline void bring_weights(const CombineJob& job, const RailView& rails,
+                                                  const uint64_t& seq, const Source* sources, int t,
+                                                  int i, int place, int owner, int32_t row,
+                                                  int node, const std::byte* record) {
+    const CombineArgs& a = job.args;
+    const Peers& peers = job.view.peers;
+    const Planner planner(job, seq, sources);
+    const bool ours = planner.token == i;
+    const bool far = owner >= 0 && (owner < peers.near_begin || owner >= peers.near_end);
+    const int home = far ? rails.shape.nodes.node(owner) : -1;
+    float back = 0.0f;
+    if (!a.sum_weights && ours && owner >= 0 && !far) {
+        back = planner.weight_back(owner, row, planner.slot);
+    }
+    const int count = __popc(__ballot_sync(~0u, ours && place >= 0));
+#pragma unroll 1
+    for (int n = 0; n < count; ++n) {
+        const int from = __ffs(__ballot_sync(~0u, ours && place == n)) - 1;
+        const int its_node = __shfl_sync(~0u, node, from);
+        const int its_owner = __shfl_sync(~0u, owner, from);
+        const int32_t its_row = __shfl_sync(~0u, row, from);
+        const auto* weights = reinterpret_cast<const float*>(
+            __shfl_sync(~0u, reinterpret_cast<uint64_t>(record), from));
+        if (ours && a.sum_weights) {
+            back = __fadd_rn(back, its_node >= 0
+                                       ? weights[planner.slot]
+                                       : planner.weight_back(its_owner, its_row, planner.slot));
+        } else if (ours && its_node >= 0 && its_node == home) {
+            back = weights[planner.slot];
+        }
+    }
+    if (ours) a.out_weights[int64_t{t} * a.num_topk + planner.slot] = back;
+}
+
 template <device::Rail R>
 class TokenFeeder {
 public:
-    __device__ TokenFeeder(const Planner& planner, const RingWalk<R>& walk, const Visits& visits,
-                           const StageRing& ring, Handover* handovers)
+    __device__ TokenFeeder(const Planner& planner, const RingWalk<R>& walk, const StageRing& ring,
+                           Handover* handovers)
         : planner_(planner),
           walk_(walk),
-          visits_(visits),
           piece_bytes_(ring.piece_bytes),
           handovers_(handovers),
-          ring_(planner.job.view, planner.op, ring) {}
+          ring_(planner.job.view, planner.seq, ring) {}
 
-    // Tokens first, first + step, ... of the block's, in order. It waits for what comes next on a ring: for
+    // The block's tokens number, number + step, ... in order. It waits for what comes next on a ring: for
     // that its peer needs nothing but the room that tokens before this one have left. False: leave; no load
     // is under way then. `step` in shared memory, so that it needs no register.
-    __device__ __forceinline__ bool run(int first, const int& step) {
-        const int end = visits_.tokens.end;
-        Selection ahead = select(first, step);
+    __device__ __forceinline__ bool run(int number, const int& step) {
+        int first = visits().tokens.begin + number;
+        Ahead ahead = select(first, step);
         bool ok = true;
 #pragma unroll 1
-        for (; ok && first < end; first += planner_.per_turn * step) {
-            const Selection slots = ahead;
+        for (; ok && first < visits().tokens.end; first += planner_.per_turn * step) {
+            const Ahead slots = ahead;
             ahead = select(first + planner_.per_turn * step, step);
             const Mixed mixed = plan(first, step, slots);
-            ok = mixed.ok;
-#pragma unroll 1
-            for (int i = 0; ok && i < planner_.per_turn && first + i * step < end; ++i) {
-                ok = feed(first + i * step, i, mixed);
-            }
+            ok = mixed.ok && feed(first, step, mixed);
         }
         ok = ok && ring_.stop();
         if (!ok) ring_.drain();
@@ -216,175 +268,213 @@ private:
     // As a Plan, some of whose rows are sums of other nodes.
     struct Mixed {
         bool ok = true;
-        int count = 0, place = -1;
+        int place = -1;
         float weight = 1.0f;
         int owner = -1;  // of this lane's slot
         int32_t row = -1;
         int node = -1;  // this lane adds the sum of that node
         int turn = 0;   // of the token among those of its channel that visit it
     };
+    // Where that lies, or a piece of it; of a sum its chunk, which may not have come yet.
+    struct Place {
+        const std::byte* row = nullptr;  // the first byte, also of what comes before the piece
+        uint64_t count = 0;
+        int32_t loads = 0;  // of the chunk
+        bool is_late = false;
+    };
 
     __device__ const CombineArgs& args() const { return planner_.job.args; }
+    __device__ Visits visits() const { return own_visits(walk_.rails, args()); }
     __device__ bool is_near(int rank) const {
         const Peers& peers = planner_.job.view.peers;
         return rank >= peers.near_begin && rank < peers.near_end;
     }
 
     __device__ int token_at(int first, int step) const { return first + planner_.token * step; }
+    __device__ bool exists(int first, int step) const {
+        return planner_.token < planner_.per_turn && token_at(first, step) < visits().tokens.end;
+    }
 
-    __device__ Selection select(int first, int step) const {
+    // What a lane knows of its slot of a token, read ahead.
+    struct Ahead {
+        int id = -1;
+        int32_t row = -1;
+    };
+    __device__ Ahead select(int first, int step) const {
         const CombineArgs& a = args();
-        const int t = token_at(first, step);
-        Selection s;
-        if (planner_.token < planner_.per_turn && t < visits_.tokens.end) {
-            s.id = a.topk_idx[int64_t{t} * a.num_topk + planner_.slot];
-            s.row = a.send_row[int64_t{t} * a.num_topk + planner_.slot];
+        Ahead s;
+        if (exists(first, step)) {
+            const int64_t at = int64_t{token_at(first, step)} * a.num_topk + planner_.slot;
+            const int64_t id = a.topk_idx[at];
+            s.row = a.send_row[at];
+            if (id >= 0 && id < planner_.job.view.shape.num_experts) s.id = static_cast<int>(id);
         }
         return s;
     }
 
     // Rows of our node by themselves, another node's as one, in ascending order of ranks.
-    __device__ Mixed plan(int first, int step, const Selection& choice) const {
+    __device__ Mixed plan(int first, int step, const Ahead& choice) const {
         const CombineArgs& a = args();
         const RankView& view = planner_.job.view;
         const int t = token_at(first, step);
-        const bool chosen = choice.id >= 0 && choice.id < view.shape.num_experts && choice.row >= 0;
+        const bool chosen = choice.id >= 0 && choice.row >= 0;
         Mixed m;
         if (chosen) m.owner = __ldg(view.state.owner + choice.id), m.row = choice.row;
         const bool near = is_near(m.owner), far = chosen && !near;
         const int node = far ? walk_.nodes().node(m.owner) : -1;
-        const uint32_t earlier = planner_.mates & ptx::lanemask_lt();
+        const uint32_t earlier = planner_.mates() & ptx::lanemask_lt();
         const bool again_near = (__match_any_sync(~0u, m.owner) & earlier) != 0;
         const bool again_far = (__match_any_sync(~0u, node) & earlier) != 0;
         const bool adds = far ? !again_far : near && !(a.one_per_rank() && again_near);
         m.ok = planner_.in_bounds(adds && near, max(m.owner, 0), m.row);
         if (!m.ok) return m;
-        m.count = __popc(__ballot_sync(~0u, adds) & planner_.mates);
+        const bool crosses = adds && far;
+        if (crosses) m.turn = visits().turn(t, node);  // on its way while lanes find their places
         const int place = planner_.place_of(adds, m.owner);
         if (!adds) return m;
         m.place = place;
-        if (far) {
+        if (crosses) {
             m.node = node;
-            m.turn = visits_.turn(t, node);
         } else if (a.source_weighs()) {
             m.weight = a.topk_weights[int64_t{t} * a.num_topk + planner_.slot];
         }
         return m;
     }
 
-    // A sum in its ring: the chunk, and where it lies.
-    struct Came {
-        Handover chunk;
-        const std::byte* record;
-    };
-    // Waits for it. False: leave.
-    __device__ bool await(int node, int turn, int piece, Came& came) {
+    // Where lanes that want it find piece `piece` of what they add. All of them at once, as a warp that does
+    // it row by row takes longer than rows do.
+    __device__ __forceinline__ Place locate(const Mixed& m, int piece, bool wanted) {
         const RailChunks& chunks = walk_.chunks;
-        const RailView& rails = walk_.rails;
-        const int j = chunks.pieces == 1 ? turn / chunks.records : turn * chunks.pieces + piece;
-        const int channel = blockIdx.x;
-        const uint64_t count = walk_.tables().ours[node] + static_cast<uint64_t>(j);
-        const int64_t bytes = chunks.piece_end(piece) - chunks.piece_begin(piece);
-        const auto loads = static_cast<int>((bytes + piece_bytes_ - 1) / piece_bytes_);
-        came.chunk = {node, channel, loads * chunks.in_chunk(j, walk_.tables().total[node]), count};
-        came.record =
-            walk_.rail.own(rails.layout.recv_chunk(walk_.my_node(), node, channel, count)) +
-            (chunks.pieces == 1 ? turn % chunks.records * chunks.record_bytes() : 0);
-        // Of a node the last chunk is known; sums of one chunk come one after the other.
-        const int keeper = node % 32;
-        if (__shfl_sync(~0u, known_.node == node && known_.count == static_cast<uint32_t>(count),
-                        keeper))
-            return true;
-        const bool ok = device::rail_wait(
-            walk_.rail, planner_.job.view.watch, planner_.op, Site::kRailChunk, walk_.peer_on(node),
-            {rails.layout.tail_word(node, channel, count), chunks_until(rails.shape, count)});
-        ptx::fence_proxy_async_global();  // what the peer put, before our bulk loads
-        __syncwarp();
-        if (static_cast<int>(ptx::lane_id()) == keeper)
+        Place p;
+        if (wanted && m.place >= 0 && m.node < 0) {
+            p.row = planner_.sources[m.owner].y + int64_t{m.row} * args().row_bytes();
+        }
+        if (wanted && m.node >= 0) {
+            const auto begin = static_cast<int>(chunks.piece_begin(piece));
+            const int bytes = static_cast<int>(chunks.piece_end(piece)) - begin;
+            const int per_row = (bytes + piece_bytes_ - 1) / piece_bytes_;
+            const int j =
+                chunks.pieces == 1 ? m.turn / chunks.records : m.turn * chunks.pieces + piece;
+            p.count = walk_.tables().ours[m.node] + static_cast<uint64_t>(j);
+            p.loads = per_row * chunks.in_chunk(j, walk_.tables().total[m.node]);
+            const int64_t at = walk_.rails.layout.recv_chunk(walk_.my_node(), m.node,
+                                                             static_cast<int>(blockIdx.x), p.count);
+            const int record = chunks.pieces == 1 ? m.turn - j * chunks.records : 0;
+            p.row = walk_.rail.own(at) + record * chunks.record_bytes() + chunks.head_bytes - begin;
+        }
+        look(m, p, wanted);
+        return p;
+    }
+
+    // Which sums have come: those of a chunk that was there, and who finds its own.
+    __device__ __forceinline__ void look(const Mixed& m, Place& p, bool wanted) {
+        const int keeper = max(m.node, 0) % 32;
+        const int node = __shfl_sync(~0u, known_.node, keeper);
+        const uint32_t count = __shfl_sync(~0u, known_.count, keeper);
+        p.is_late =
+            wanted && m.node >= 0 && (node != m.node || count != static_cast<uint32_t>(p.count));
+        if (!__any_sync(~0u, p.is_late)) return;
+        bool came = false;
+        if (p.is_late) {
+            const device::RailWord word = tail_of(walk_.rails, m.node, p.count);
+            const auto* own = reinterpret_cast<const uint64_t*>(walk_.rail.own(word.at));
+            came = ptx::ld_acquire_sys(own) >= word.amount;
+            if (came) walk_.rail.acquired(word);
+            p.is_late = !came;
+        }
+#pragma unroll 1
+        for (uint32_t left = __ballot_sync(~0u, came); left != 0; left &= left - 1) {
+            const int from = __ffs(left) - 1;
+            remember(__shfl_sync(~0u, m.node, from), __shfl_sync(~0u, p.count, from));
+        }
+        accept();
+    }
+
+    // Waits for the chunks of the i-th token. False: leave.
+    __device__ __forceinline__ bool await(int i, const Mixed& m, Place& p) {
+#pragma unroll 1
+        while (true) {
+            const uint32_t late = __ballot_sync(~0u, planner_.token == i && p.is_late);
+            if (late == 0) return true;
+            const int from = __ffs(late) - 1, node = __shfl_sync(~0u, m.node, from);
+            const uint64_t count = __shfl_sync(~0u, p.count, from);
+            if (!await_chunk(walk_.rail, walk_.view, walk_.rails, planner_.seq, node, count)) {
+                return false;
+            }
+            if (m.node == node && p.count == count) p.is_late = false;
+            remember(node, count);
+            accept();
+        }
+    }
+
+    // Of a node the last chunk is known; sums of one chunk come one after the other.
+    __device__ __forceinline__ void remember(int node, uint64_t count) {
+        if (static_cast<int>(ptx::lane_id()) == node % 32) {
             known_ = {node, static_cast<uint32_t>(count)};
-        return ok;
+        }
+    }
+    // What some lane has acquired, before bulk loads of all.
+    __device__ __forceinline__ static void accept() {
+        __syncwarp();
+        ptx::fence_proxy_async_global();
     }
 
-    // Token t, the i-th of those that were planned together.
-    __device__ bool feed(int t, int i, const Mixed& m) {
+    // Tokens first, first + step, ... which were planned together.
+    __device__ __forceinline__ bool feed(int first, const int& step, const Mixed& m) {
         const RailChunks& chunks = walk_.chunks;
-        float back = 0.0f;  // for the slot of this lane
+        const bool is_whole = chunks.pieces == 1;
+        const int tokens = __popc(__ballot_sync(~0u, planner_.slot == 0 && exists(first, step)));
+        Place place;
+        if (is_whole) place = locate(m, 0, true);
 #pragma unroll 1
-        for (int piece = 0; piece < chunks.pieces; ++piece) {
-            const int64_t end = chunks.piece_end(piece);
+        for (int i = 0; i < tokens; ++i) {
+            const int t = first + i * step;
 #pragma unroll 1
-            for (int64_t at = chunks.piece_begin(piece); at < end; at += piece_bytes_) {
-                const auto bytes = static_cast<int32_t>(min(int64_t{piece_bytes_}, end - at));
-                if (!feed_piece(t, i, m, piece, at, bytes, back)) return false;
+            for (int piece = 0; piece < chunks.pieces; ++piece) {
+                if (!is_whole) place = locate(m, piece, planner_.token == i);
+                if (!await(i, m, place)) return false;
+                if (piece == 0 && args().out_weights != nullptr) {
+                    bring_weights(planner_.job, walk_.rails, planner_.seq, planner_.sources, t, i,
+                                  m.place, m.owner, m.row, m.node, place.row - chunks.head_bytes);
+                }
+                if (!feed_piece(t, i, m, piece, place)) return false;
             }
-        }
-        if (args().out_weights != nullptr && planner_.token == i) {
-            args().out_weights[int64_t{t} * args().num_topk + planner_.slot] = back;
         }
         return true;
     }
 
-    __device__ bool feed_piece(int t, int i, const Mixed& m, int piece, int64_t offset,
-                               int32_t bytes, float& back) {
-        const RailChunks& chunks = walk_.chunks;
-        const int count = __shfl_sync(~0u, m.count, i * args().num_topk);
-        const int64_t at = int64_t{t} * args().row_bytes() + offset;
-        if (count == 0) {
-            return put({at, bytes, Piece::kFirst | Piece::kLast, 0.0f}, nullptr, Handover{});
-        }
-#pragma unroll 1
-        for (int place = 0; place < count; ++place) {
-            const bool ours = m.place == place && planner_.token == i;
-            const int from = __ffs(__ballot_sync(~0u, ours)) - 1;
-            const int node = __shfl_sync(~0u, m.node, from);
-            const int turn = __shfl_sync(~0u, m.turn, from);
-            const float weight = __shfl_sync(~0u, m.weight, from);
-            const int owner = max(__shfl_sync(~0u, m.owner, from), 0);
-            const int32_t row = __shfl_sync(~0u, m.row, from);
-            const std::byte* src =
-                planner_.sources[owner].y + int64_t{row} * args().row_bytes() + offset;
-            Came came{{}, nullptr};
-            if (node >= 0) {
-                if (!await(node, turn, piece, came)) return false;
-                src = came.record + chunks.head_bytes + offset - chunks.piece_begin(piece);
-            }
-            if (offset == 0 && args().out_weights != nullptr) {
-                bring_weight(m, i, from, node, came.record, back);
-            }
-            const int32_t flags = Piece::kRow | (place == 0 ? Piece::kFirst : 0) |
-                                  (place == count - 1 ? Piece::kLast : 0);
-            if (!put({at, bytes, flags, weight}, src, came.chunk)) return false;
-        }
-        return true;
-    }
-
-    // The weight that comes back with a row, or with a sum, for the slot of this lane.
-    __device__ void bring_weight(const Mixed& m, int i, int from, int node, const std::byte* record,
-                                 float& back) const {
+    // Of token t, the i-th of those, piece `piece`. Each lane puts what it adds.
+    __device__ __forceinline__ bool feed_piece(int t, int i, const Mixed& m, int piece,
+                                               const Place& place) {
+        const auto end = static_cast<int>(walk_.chunks.piece_end(piece));
+        const int64_t at = int64_t{t} * args().row_bytes();
         const bool mine = planner_.token == i;
-        const int owner = __shfl_sync(~0u, m.owner, from);
-        const int32_t row = __shfl_sync(~0u, m.row, from);
-        if (args().sum_weights) {
-            if (!mine) return;
-            back = __fadd_rn(back, node >= 0 ? reinterpret_cast<const float*>(record)[planner_.slot]
-                                             : planner_.weight_back(owner, row, planner_.slot));
-        } else if (mine && m.owner >= 0) {
-            const bool far = !is_near(m.owner);
-            if (node >= 0 && far && walk_.nodes().node(m.owner) == node) {
-                back = reinterpret_cast<const float*>(record)[planner_.slot];
-            } else if (node < 0 && m.owner == owner) {
-                back = planner_.weight_back(m.owner, m.row, planner_.slot);
+        const int count = __popc(__ballot_sync(~0u, mine && m.place >= 0)), rows = max(count, 1);
+        // Of no rows the lane of the first slot puts nothing.
+        const int ours = !mine ? -1 : count > 0 ? m.place : planner_.slot;
+#pragma unroll 1
+        for (auto offset = static_cast<int>(walk_.chunks.piece_begin(piece)); offset < end;
+             offset += piece_bytes_) {
+            const int bytes = min(piece_bytes_, end - offset);
+            const std::byte* src = count > 0 ? place.row + offset : nullptr;
+#pragma unroll 1
+            for (int n = 0; n < rows; ++n) {
+                const bool has = ours == n;
+                const int32_t flags = (count > 0 ? Piece::kRow : 0) | (n == 0 ? Piece::kFirst : 0) |
+                                      (n == rows - 1 ? Piece::kLast : 0);
+                if (!ring_.put(has, {at + offset, bytes, flags, m.weight}, src, [&](int stage) {
+                        handovers_[stage] = {m.node, static_cast<int>(blockIdx.x), place.loads,
+                                             place.count};
+                    })) {
+                    return false;
+                }
             }
         }
-    }
-
-    __device__ bool put(const Piece& piece, const std::byte* src, const Handover& chunk) {
-        return ring_.put(piece, src, [&](int stage) { handovers_[stage] = chunk; });
+        return true;
     }
 
     const Planner& planner_;
     const RingWalk<R>& walk_;
-    const Visits& visits_;
     const int piece_bytes_;
     Handover* handovers_;
     RingFeeder ring_;

@@ -66,16 +66,19 @@ __device__ __forceinline__ bool await_barrier(const RankView& view, Operation op
 // The warp that feeds a ring.
 class RingFeeder {
 public:
-    __device__ RingFeeder(const RankView& view, Operation op, const StageRing& ring)
-        : view_(view), op_(op), ring_(ring) {}
+    // `seq` of the combine: in shared memory, so that it needs no register.
+    __device__ RingFeeder(const RankView& view, const uint64_t& seq, const StageRing& ring)
+        : view_(view), seq_(seq), ring_(ring) {}
 
-    // The next stage gets a piece, or nothing with null, once its adders are through with the last one.
-    // `prepare(stage)`: what else they will want to know. False: leave.
+    // The next stage gets the piece of the lane that `has` it, or nothing with null, once its adders are
+    // through with the last one. `prepare(stage)`: what else they will want to know. False: leave.
     template <class Prepare>
-    __device__ bool put(const Piece& piece, const std::byte* src, Prepare prepare) {
-        const bool free = await_barrier(view_, op_, ring_.used + lap_.stage, lap_.parity ^ 1);
+    __device__ __forceinline__ bool put(bool has, const Piece& piece, const std::byte* src,
+                                        Prepare prepare) {
+        const bool free = await_barrier(view_, {OpKind::kCombine, seq_}, ring_.used + lap_.stage,
+                                        lap_.parity ^ 1);
         if (!__all_sync(~0u, free)) return false;
-        if (ptx::lane_id() == 0) {
+        if (has) {
             ring_.pieces[lap_.stage] = piece;
             prepare(lap_.stage);
             uint64_t* loaded = ring_.loaded + lap_.stage;
@@ -93,7 +96,7 @@ public:
         return true;
     }
     __device__ bool put(const Piece& piece, const std::byte* src) {
-        return put(piece, src, [](int) {});
+        return put(ptx::lane_id() == 0, piece, src, [](int) {});
     }
     __device__ bool stop() { return put({0, 0, Piece::kStop, 0.0f}, nullptr); }
 
@@ -111,7 +114,7 @@ public:
 
 private:
     const RankView& view_;
-    Operation op_;
+    const uint64_t& seq_;
     const StageRing& ring_;
     Lap lap_;
     int num_put_ = 0;
