@@ -120,18 +120,20 @@ struct Planner {
         return !__any_sync(~0u, stale);
     }
 
-    // Lower owners first, lower slots first; or by slots alone.
+    // Lower owners first, lower slots first; or by slots alone. Looks only at slots that add, of all tokens at
+    // once.
     __device__ int place_of(bool adds, int owner) const {
-        // In registers: shared memory would be read again for every slot.
-        const int start = ptx::lane_id() - slot, num_topk = job.args.num_topk;
+        const int lane = ptx::lane_id();
         const bool by_slots = job.args.topk_order;
         int place = 0;
-#pragma unroll 4
-        for (int k = 0; k < num_topk; ++k) {
-            const int other = __shfl_sync(~0u, adds ? owner : -1, start + k);
+#pragma unroll 1
+        for (uint32_t left = __ballot_sync(~0u, adds) & mates(); __any_sync(~0u, left != 0);
+             left &= left - 1) {
+            const int from = left != 0 ? __ffs(left) - 1 : lane;
+            const int other = __shfl_sync(~0u, owner, from);
             const bool earlier =
-                by_slots ? k < slot : other < owner || (other == owner && k < slot);
-            if (other >= 0 && earlier) ++place;
+                by_slots ? from < lane : other < owner || (other == owner && from < lane);
+            if (left != 0 && earlier) ++place;
         }
         return place;
     }
