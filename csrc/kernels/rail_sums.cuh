@@ -250,13 +250,14 @@ public:
     // is under way then. `step` in shared memory, so that it needs no register.
     __device__ __forceinline__ bool run(int number, const int& step) {
         int first = visits().tokens.begin + number;
-        Ahead ahead = select(first, step);
+        Ahead ahead = find(select(first, step));
         bool ok = true;
 #pragma unroll 1
         for (; ok && first < visits().tokens.end; first += planner_.per_turn * step) {
             const Ahead slots = ahead;
             ahead = select(first + planner_.per_turn * step, step);
             const Mixed mixed = plan(first, step, slots);
+            ahead = find(ahead);
             ok = mixed.ok && feed(first, step, mixed);
         }
         ok = ok && ring_.stop();
@@ -295,9 +296,10 @@ private:
         return planner_.token < planner_.per_turn && token_at(first, step) < visits().tokens.end;
     }
 
-    // What a lane knows of its slot of a token, read ahead.
+    // What a lane knows of its slot of a token, read ahead: what it was given while the tokens before it are
+    // planned, its owner while they are fed.
     struct Ahead {
-        int id = -1;
+        int owner = -1;  // its expert, until it is found; -1 = none
         int32_t row = -1;
     };
     __device__ Ahead select(int first, int step) const {
@@ -307,20 +309,24 @@ private:
             const int64_t at = int64_t{token_at(first, step)} * a.num_topk + planner_.slot;
             const int64_t id = a.topk_idx[at];
             s.row = a.send_row[at];
-            if (id >= 0 && id < planner_.job.view.shape.num_experts) s.id = static_cast<int>(id);
+            if (id >= 0 && id < planner_.job.view.shape.num_experts) s.owner = static_cast<int>(id);
         }
+        return s;
+    }
+
+    __device__ Ahead find(Ahead s) const {
+        if (s.row < 0) s.owner = -1;
+        if (s.owner >= 0) s.owner = __ldg(planner_.job.view.state.owner + s.owner);
         return s;
     }
 
     // Rows of our node by themselves, another node's as one, in ascending order of ranks.
     __device__ Mixed plan(int first, int step, const Ahead& choice) const {
         const CombineArgs& a = args();
-        const RankView& view = planner_.job.view;
         const int t = token_at(first, step);
-        const bool chosen = choice.id >= 0 && choice.row >= 0;
         Mixed m;
-        if (chosen) m.owner = __ldg(view.state.owner + choice.id), m.row = choice.row;
-        const bool near = is_near(m.owner), far = chosen && !near;
+        m.owner = choice.owner, m.row = choice.row;
+        const bool near = is_near(m.owner), far = m.owner >= 0 && !near;
         const int node = far ? walk_.nodes().node(m.owner) : -1;
         const uint32_t earlier = planner_.mates() & ptx::lanemask_lt();
         const bool again_near = (__match_any_sync(~0u, m.owner) & earlier) != 0;
