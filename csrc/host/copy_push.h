@@ -20,8 +20,9 @@ public:
     CopyPush(const CopyPush&) = delete;
     CopyPush& operator=(const CopyPush&) = delete;
 
-    // Decides the call: the report that its host waits for comes with the places.
-    void begin(DispatchJob& job, Stream stream);
+    // Decides the call: the report that its host waits for comes with the places. A chunk is an SM that
+    // waits for the other ranks; where they share the GPU, `most_blocks` of each fit on it.
+    void begin(DispatchJob& job, int most_blocks, Stream stream);
     // Once that report is there and good: `stream` continues when the rows of all ranks are there. When
     // the arena has no room to pack our rows, `few_blocks` SMs move them.
     void run(const DispatchJob& job, DeviceArena& arena, int num_blocks, int few_blocks,

@@ -185,7 +185,7 @@ std::shared_ptr<Flight> DeviceRank::dispatch(const DispatchArgs& args, const Dis
     flight->number = ++begun_;
     flight->num_blocks = blocks(OpKind::kDispatch, wants.num_sms);
     if (wants.by_copies) {
-        copies_->begin(job, stream);
+        copies_->begin(job, max_blocks_, stream);
         return flight;
     }
     if (stages(args)) {

@@ -462,6 +462,7 @@ void may_ask(cudaStream_t stream) {
 
 std::atomic<int> static_shared = 2048;  // as much as plans reckon with
 int early = 0;                          // launches
+int widest = 0;                         // grid
 std::mutex kernels_mutex;
 std::map<const void*, int> dynamic_shared_bytes;  // that kernels may have
 
@@ -477,12 +478,17 @@ int early_launches() {
     std::lock_guard lock(kernels_mutex);
     return std::exchange(early, 0);
 }
+int widest_launch() {
+    std::lock_guard lock(kernels_mutex);
+    return std::exchange(widest, 0);
+}
 bool may_launch(const void* kernel, const cudaLaunchConfig_t& grid) {
     constexpr size_t kDefault = 48 * 1024;
     std::lock_guard lock(kernels_mutex);
     const auto found = dynamic_shared_bytes.find(kernel);
     const size_t most = found == dynamic_shared_bytes.end() ? kDefault : found->second;
     early += grid.numAttrs != 0;
+    widest = std::max(widest, static_cast<int>(grid.gridDim));
     return grid.blockDim <= 1024 && grid.dynamicSmemBytes <= most;
 }
 }  // namespace emulator

@@ -205,6 +205,22 @@ int main() {
             expect_eq(emulator::early_launches() > 0, blocks == 132);
         }
     });
+    test("no kernel is wider than the share of its rank", [] {
+        const Case shared = with(ranks(2, 0), [](Case& c) { c.max_blocks = 3; });
+        const Case many = with(shared, [](Case& c) { c.tokens = {50, 33}; });
+        for (const Case& c : {
+                 many,
+                 with(many, [](Case& c) { c.by_copies = true; }),
+                 with(many, [](Case& c) { c.by_copies = true, c.max_blocks = 1; }),
+                 with(many, [](Case& c) { c.is_static = c.staged = true; }),
+                 with(ranks(2, 0, grouped()), [](Case& c) { c.max_blocks = 3, c.per_rank = true; }),
+                 with(ranks(2, 0, slab()), [](Case& c) { c.max_blocks = 3, c.staged = true; }),
+             }) {
+            (void)emulator::widest_launch();
+            run(c);
+            expect(emulator::widest_launch() <= c.max_blocks, "blocks");
+        }
+    });
     test("bad ids fail everywhere, and the next call works", [] {
         World w(ranks(3, 2));
         const int64_t good = w.ranks[2].ids[7];

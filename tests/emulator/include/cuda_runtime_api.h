@@ -86,6 +86,8 @@ constexpr int kSharedBytes = 227 * 1024;  // of a block
 void set_static_shared(int bytes);
 // Kernels that could have started before those in front of them had ended, since this was last asked.
 int early_launches();
+// Blocks of the widest kernel since this was last asked.
+int widest_launch();
 bool may_launch(const void* kernel, const cudaLaunchConfig_t& grid);
 // Queues work on a stream, as a kernel.
 void queue(cudaStream_t stream, std::function<void()> work);
