@@ -117,7 +117,7 @@ class Buffer:
             expert_map=expert_map,
         )  # fmt: skip
         self._replicas: Replicas | None = None
-        self._lock = threading.RLock()
+        self._lock = _Turn(self._backend)
         self._pid = os.getpid()
         self._closed: str | None = None
         self._finalizer = weakref.finalize(self, _close_backend, self._backend, self._pid)
@@ -562,7 +562,12 @@ class Buffer:
         collective backend has no arena and returns ordinary memory.
         """
         self._enter()
-        return self._backend.empty(check_memory(shape, dtype), dtype)
+        checked = check_memory(shape, dtype)
+        try:
+            return self._backend.empty(checked, dtype)
+        except RuntimeError as error:
+            self._backend.raise_fault(error)
+            raise
 
     def check(self) -> None:
         """Raise what static calls (`sync=False`) could not: the first failure, once.
@@ -746,6 +751,27 @@ class Buffer:
         told = tag if isinstance(tag, str) else ""
         facts = {"rank": self._spec.rank, "op": op, "seq": self._backend.seq(), "tag": told}
         return make_error(error.code, error.what, fix=error.fix, **facts)
+
+
+class _Turn:
+    """Calls come one after the other. What torch or CUDA refuses in one, because our context broke
+    before or meanwhile, is raised as E112."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._lock, self._backend = threading.RLock(), backend
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._lock.release()
+        if isinstance(error, RuntimeError):
+            self._backend.raise_fault(error)
 
 
 _NUMBERS = frozenset({int, type(None)})

@@ -5,6 +5,7 @@ Real processes. They share one GPU where there is only one, and one each where t
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import time
@@ -16,11 +17,15 @@ import ranks
 import test_nvlink_gpus as gpus
 import test_nvlink_loopback as loopback
 import torch
+from test_nvlink_loopback import make_cluster
+from torch import Tensor
 
-from ep_comm import Buffer, EPConfig
+from ep_comm import Buffer, EPConfig, _core
 from ep_comm.errors import EPError
+from ep_comm.testing import Cluster
 
 pytestmark = pytest.mark.gpu
+__all__ = ["make_cluster"]
 
 
 def begin(me: ranks.Me, **clocks: float) -> tuple[Buffer, Any, Any]:
@@ -146,7 +151,7 @@ def test_c5_stopped_peer_is_given_up_after_the_progress_limit() -> None:
 
 
 def fail_an_assertion() -> None:
-    """A kernel of torch's: an index that is out of range. Needs no wait, and none sees it."""
+    """A kernel of torch's: an index that is out of range."""
     torch.zeros(4, device="cuda")[torch.full((4,), 1000, device="cuda")] += 1
 
 
@@ -161,7 +166,8 @@ def broken_context(me: ranks.Me, fault: Callable[[], None]) -> Any:
     buffer, x, idx = begin(me)
     if me.rank < me.size - 1:
         return failure(buffer, lambda: buffer.dispatch(x, idx))
-    fault()
+    with contextlib.suppress(RuntimeError):  # what is launched behind the kernel may see it fail
+        fault()
     me.say("the kernel was launched")
     try:
         for _ in range(50):
@@ -193,6 +199,105 @@ def test_c7_broken_context_is_blamed_on_its_rank(fault: Callable[[], None]) -> N
     assert isinstance(blamed, tuple), blamed
     code, peer, _, sentence = blamed
     assert (code, peer) == ("E112", 1), sentence
+
+
+CALLS: dict[str, Callable[[Buffer, Any, Any, Any], object]] = {
+    "dispatch": lambda buffer, x, idx, recv: buffer.dispatch(x, idx),
+    "static": lambda buffer, x, idx, recv: buffer.dispatch(x, idx, sync=False),
+    "weights that are converted": lambda buffer, x, idx, recv: buffer.dispatch(
+        x, idx, torch.empty_like(idx, dtype=torch.bfloat16)
+    ),
+    "combine": lambda buffer, x, idx, recv: buffer.combine(recv.x, recv.handle),
+    "begun combine": lambda buffer, x, idx, recv: buffer.combine(
+        recv.x, recv.handle, wait=False
+    ).wait(),
+    "begun slab": lambda buffer, x, idx, recv: buffer.dispatch(
+        x, idx, layout="slab", wait=False
+    ).wait(),
+    "check": lambda buffer, x, idx, recv: buffer.check(),
+}
+
+
+def call_with_a_broken_context(me: ranks.Me, name: str) -> Any:
+    """As above, but by now torch knows it, too."""
+    buffer, x, idx = begin(me)
+    recv = buffer.dispatch(x, idx)
+    buffer.combine(recv.x, recv.handle)  # which check() has to look at
+    if me.rank < me.size - 1:
+        return failure(buffer, lambda: buffer.dispatch(x, idx))
+    with contextlib.suppress(RuntimeError):
+        fail_an_assertion()
+        torch.cuda.synchronize()
+    codes = []
+    for _ in range(2):
+        try:
+            CALLS[name](buffer, x, idx, recv)
+        except EPError as error:
+            codes.append((error.code, error.peer))
+    return codes
+
+
+@pytest.mark.timeout(90)
+@pytest.mark.parametrize("name", CALLS)
+def test_c7_any_call_with_a_broken_context_says_so(name: str) -> None:
+    with ranks.Ranks(call_with_a_broken_context, 2, name) as processes:
+        processes.hear_all()
+        own = processes.result(1, 30.0)
+        blamed = processes.result(0, 15.0)
+    assert own == [("E112", 1)] * 2
+    assert isinstance(blamed, tuple), blamed
+    code, peer, _, sentence = blamed
+    assert (code, peer) == ("E112", 1), sentence
+
+
+REFUSED = "CUDA error: device-side assert triggered\nCompile with `TORCH_USE_CUDA_DSA`"
+MEETS = {  # what torch is asked for, and by then what has been begun
+    "dispatch": (torch.cuda.Stream, "record_event", None),
+    "check": (torch.cuda.Stream, "record_event", None),
+    "weights that are converted": (Tensor, "to", None),
+    "combine": (torch, "empty", None),
+    "begun combine": (torch, "empty", None),
+    "a begun dispatch is waited for": (torch.cuda.Stream, "wait_stream", {}),
+    "the second half": (torch.cuda, "current_stream", {"layout": "slab"}),
+}
+
+
+@pytest.mark.parametrize(("fault", "want"), [(0, RuntimeError), (710, EPError)])
+@pytest.mark.parametrize("name", MEETS)
+def test_what_torch_refuses_is_told_as_our_own_fault(
+    make_cluster: Callable[..., Cluster], monkeypatch: pytest.MonkeyPatch, name: str, fault: int,
+    want: type[Exception],
+) -> None:  # fmt: skip
+    """The same without one: torch refuses something in the middle of a call. It may do so with a
+    context that works, too."""
+    case = loopback.Case(num_ranks=1)
+    (buffer,) = make_cluster(1, **case.buffer_options()).buffers
+    inputs = case.inputs()
+    x, idx = inputs.x[0].cuda(), inputs.topk_idx[0].cuda()
+    recv = buffer.dispatch(x, idx)
+    buffer.combine(recv.x, recv.handle)
+    where, what, begun = MEETS[name]
+    call: Callable[[], object] = lambda: CALLS[name](buffer, x, idx, recv)  # noqa: E731
+    if begun is not None:
+        call = buffer.dispatch(x, idx, wait=False, **begun).wait
+    refused = []
+
+    def refuse(*_: object, **__: object) -> Any:
+        refused.append(what)
+        raise RuntimeError(REFUSED)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_core.DeviceRank, "fault", lambda _: fault)
+        patch.setattr(where, what, refuse)
+        with pytest.raises(want) as raised:
+            call()
+    assert refused
+    error = raised.value
+    if isinstance(error, EPError):
+        assert (error.code, error.peer) == ("E112", 0)
+        assert "lost its CUDA context: CUDA error: device-side assert triggered." in str(error)
+    else:
+        assert str(error) == REFUSED
 
 
 def interrupted(me: ranks.Me) -> Any:

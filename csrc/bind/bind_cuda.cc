@@ -371,7 +371,7 @@ void bind_rank(py::module_& m) {
         .def("is_gone", &DeviceRank::is_gone, "peer"_a, py::call_guard<py::gil_scoped_release>())
         .def("take_deferred", &DeviceRank::take_deferred)
         .def("failed", &DeviceRank::failed)
-        .def("fault", &DeviceRank::fault)
+        .def("fault", &DeviceRank::fault, py::call_guard<py::gil_scoped_release>())
         .def("verdict", &DeviceRank::verdict)
         .def("interrupt", &DeviceRank::interrupt)
         .def("pause_watch", &DeviceRank::pause_watch, "paused"_a,

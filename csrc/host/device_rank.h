@@ -89,9 +89,9 @@ public:
 
     // What the first static call or combine could not raise, of those nobody has asked about yet.
     std::optional<Outcome> take_deferred();
-    bool failed() const { return incident().has_value(); }      // this communicator ended
-    Outcome verdict() const;                                    // of the failure that ended it
-    int fault() const { return watch_ ? watch_->fault() : 0; }  // our context broke: a CUDA error
+    bool failed() const { return incident().has_value(); }  // this communicator ended
+    Outcome verdict() const;                                // of the failure that ended it
+    int fault() const;                                      // our context broke: a CUDA error
     // Somebody else may use the bootstrap connections meanwhile.
     void pause_watch(bool paused) { watch_->pause(paused); }
     void interrupt();  // every wait of ours ends soon

@@ -413,6 +413,10 @@ std::optional<Outcome> DeviceRank::take_deferred() {
     return outcome;
 }
 
+int DeviceRank::fault() const {
+    return watch_ ? context_error(arena_->device(), static_cast<cudaStream_t>(probe_)) : 0;
+}
+
 Outcome DeviceRank::verdict() const { return incident().value_or(Outcome{}); }
 
 void DeviceRank::interrupt() {

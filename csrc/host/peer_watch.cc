@@ -44,6 +44,7 @@ void PeerWatch::stop() {
     const uint64_t one = 1;
     (void)!write(wake_, &one, sizeof(one));
     thread_.join();
+    look_at_context();  // without one no kernel has said that we leave
     if (fault() == 0) tell_all({.word = Word::kLeft});
     close(wake_);
 }
@@ -90,6 +91,10 @@ void PeerWatch::look() {
         listen(p);
         time_waits(p, now);
     }
+    look_at_context();
+}
+
+void PeerWatch::look_at_context() {
     if (!hooks_.broken || fault() != 0) return;
     const int error = hooks_.broken();
     if (error == 0) return;

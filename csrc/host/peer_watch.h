@@ -70,6 +70,7 @@ private:
     void look();
     void listen(int p);
     void time_waits(int p, double now);
+    void look_at_context();
     void end_waits(int code, int peer);  // all, or with masks those for this peer
     void tell_all(const Message& message);
 

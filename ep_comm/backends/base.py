@@ -84,6 +84,9 @@ class Backend(Protocol):
     def refuse(self, op: str, error: EPError) -> None:
         """Make every peer raise `error`'s code for this operation instead of waiting for us."""
 
+    def raise_fault(self, error: RuntimeError) -> None:
+        """Raise E112 when `error`, of our calls or of torch's, means that our context broke."""
+
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor: ...
     def seq(self) -> int:
         """Number of the last operation begun here."""

@@ -122,6 +122,9 @@ class CollectiveBackend:
         error, self._deferred = self._deferred, None
         return error
 
+    def raise_fault(self, error: RuntimeError) -> None:
+        """Nothing: peers hear of a failure from torch.distributed alone."""
+
     def refuse(self, op: str, error: EPError) -> None:
         step = self.next_step(op, "")
         code = int(error.code[1:])

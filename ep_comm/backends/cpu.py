@@ -153,6 +153,9 @@ class CpuBackend:
         reason = error.what.encode()[: _core.REASON_BYTES - 1].decode(errors="ignore")
         self.comm.refuse(kind, _core.Outcome(int(error.code[1:]), reason))
 
+    def raise_fault(self, error: RuntimeError) -> None:
+        """Nothing: there is no context."""
+
     def error(self, outcome: _core.Outcome, op: str, tag: str) -> EPError:
         peer = outcome.peer
         pid = self._peer_pids[peer] if 0 <= peer < len(self._peer_pids) else 0

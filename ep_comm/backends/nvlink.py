@@ -241,35 +241,20 @@ class NvlinkBackend:
         """Wait for a stream so that signals are seen; one that raises ends the communicator."""
         event = stream.record_event()
         try:
-            with self.cuda_faults(), _core.BesideCaptures():
+            with _core.BesideCaptures():
                 while not event.query():
                     time.sleep(50e-6)
         except BaseException:
             self.rank.interrupt()
             raise
 
-    @contextlib.contextmanager
-    def cuda_faults(self) -> Iterator[None]:
-        """A call that CUDA refuses because our context is broken is our own failure: E112."""
-        try:
-            yield
-        except RuntimeError as error:
-            self.raise_fault(error)
-            raise
-
     def raise_fault(self, error: RuntimeError) -> None:
-        """Raise E112 when that is what `error` comes from."""
-        if isinstance(error, EPError) or not self._is_broken():
+        """Raise E112, our own failure, when CUDA refused a call because our context is broken."""
+        if self.rank.fault() == 0:
             return
-        what = f"lost its CUDA context: {str(error).splitlines()[0]}"
+        why = str(error).partition("\n")[0]
+        what = f"lost its CUDA context: {why}"
         raise make_error("E112", what, rank=self.spec.rank, peer=self.spec.rank) from error
-
-    def _is_broken(self) -> bool:
-        try:
-            torch.cuda.current_stream(self.spec.device).query()
-        except RuntimeError:
-            return True
-        return self.rank.fault() != 0
 
     def refuse(self, op: str, error: EPError) -> None:
         kind = _core.OpKind.DISPATCH if op == "dispatch" else _core.OpKind.COMBINE
@@ -342,22 +327,29 @@ class NvlinkBackend:
         """
         if self._lease.released or not self._lease.possible:
             return
-        self.make_room()
-        while self.unfinished:
-            self.unfinished[0].settle()
         failure: EPError | None = None
         try:
+            self._reclaim_all()
+        except EPError as error:
+            failure = error
+        self._lease.release(failure)
+
+    def _reclaim_all(self) -> None:
+        try:
+            self.make_room()
+            while self.unfinished:
+                self.unfinished[0].settle()
             if self.rank.failed():
                 raise self.error(self.rank.verdict(), "")
             torch.cuda.synchronize(self.spec.device)
             self._in_flight.clear()
             self.arena.reclaim(self.stream())
-            if in_use := self.arena.stats()["in_use"]:
-                what = f"cannot give the arena back: tensors hold {in_use} B of it"
-                raise make_error("E310", what, rank=self.spec.rank)
-        except EPError as error:
-            failure = error
-        self._lease.release(failure)
+        except RuntimeError as error:
+            self.raise_fault(error)
+            raise
+        if in_use := self.arena.stats()["in_use"]:
+            what = f"cannot give the arena back: tensors hold {in_use} B of it"
+            raise make_error("E310", what, rank=self.spec.rank)
 
     def resume(self) -> None:
         """Take the memory again, on all ranks; E232 on all, still released, when one gets none."""

@@ -40,10 +40,21 @@ class Begun:
         self.promised = promised
 
     def done(self) -> bool:
-        return self._ready()
+        try:
+            return self._ready()
+        except RuntimeError as error:
+            self._backend.raise_fault(error)
+            raise
 
     def finish(self) -> Any:
         """The caller's stream waits for the operation, its host only for sizes."""
+        try:
+            return self._take()
+        except RuntimeError as error:
+            self._backend.raise_fault(error)
+            raise
+
+    def _take(self) -> Any:
         stream = torch.cuda.current_stream(self._backend.spec.device)
         with torch.cuda.stream(self._backend.aside):
             result = self._finish()
@@ -88,10 +99,16 @@ class Halves:
             return
         self._queued = torch.cuda.current_stream(self._backend.spec.device)
         self._backend.halves.remove(self.number)
-        with self._backend.cuda_faults():
-            self._queue()
+        self._queue()
 
     def finish(self) -> Any:
+        try:
+            return self._take()
+        except RuntimeError as error:
+            self._backend.raise_fault(error)
+            raise
+
+    def _take(self) -> Any:
         self._backend.check_usable()
         self.queue()
         stream = torch.cuda.current_stream(self._backend.spec.device)
@@ -207,12 +224,19 @@ class Dispatch(calls.Dispatch):
     def _settle(self) -> None:
         self._settled = True
         try:
+            self._result = self._arrived()
+        except EPError as error:
+            self._error = error
+
+    def _arrived(self) -> Received:
+        try:
             if self.call.sync:
                 self._await_sizes()
             self._copy()
-            self._result = self._finish()
-        except EPError as error:
-            self._error = error
+            return self._finish()
+        except RuntimeError as error:  # which may be one of another call, that needs our slot
+            self.backend.raise_fault(error)
+            raise
 
     def _start(self, in_halves: bool = False) -> None:
         backend, call = self.backend, self.call
@@ -220,11 +244,10 @@ class Dispatch(calls.Dispatch):
             backend.will_look()
         wants = self.wants()
         wants.in_halves = in_halves
-        with backend.cuda_faults():
+        flight = backend.rank.dispatch(self.args, wants, backend.stream())
+        if flight is None:  # no room in the arena: the rest is ordinary memory
+            self._give(wants)
             flight = backend.rank.dispatch(self.args, wants, backend.stream())
-            if flight is None:  # no room in the arena: the rest is ordinary memory
-                self._give(wants)
-                flight = backend.rank.dispatch(self.args, wants, backend.stream())
         assert flight is not None
         self.flight = flight
         self.number = flight.number
@@ -264,16 +287,14 @@ class Dispatch(calls.Dispatch):
 
     def _await_sizes(self) -> None:
         """Raise what every rank raises."""
-        with self.backend.cuda_faults():
-            self.backend.rank.await_report(self.flight)
+        self.backend.rank.await_report(self.flight)
         if self.flight.outcome.code != 0:
             raise self.backend.error(self.flight.outcome, self.call.tag)
 
     def _copy(self) -> None:
         """Queue the copies of a call that moves its rows so, once sizes are known."""
         if self.call.transfer == "copy_engine":
-            with self.backend.cuda_faults():
-                self.backend.rank.push_copies(self.flight)
+            self.backend.rank.push_copies(self.flight)
 
     def _finish(self) -> Received:
         backend = self.backend
@@ -370,8 +391,7 @@ class Combine(calls.Combine):
             self._halves = torch.empty(4, dtype=torch.int32, device=backend.spec.device)
             wants.begun, wants.in_halves = self._halves.data_ptr(), True
             self._stream = torch.cuda.current_stream(backend.spec.device)
-        with backend.cuda_faults():
-            self._begun = backend.rank.combine(self.args, wants, backend.stream())
+        self._begun = backend.rank.combine(self.args, wants, backend.stream())
 
     def _second_half(self) -> None:
         backend = self.backend

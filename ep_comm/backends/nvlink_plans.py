@@ -70,11 +70,7 @@ class Plans:
         plan, look, pieces = known
         backend = self._backend
         backend.forget_finished()
-        try:
-            flight = plan.run(backend.rank, x, topk_idx, topk_weights, scales, *stats, routing)
-        except RuntimeError as error:
-            backend.raise_fault(error)
-            raise
+        flight = plan.run(backend.rank, x, topk_idx, topk_weights, scales, *stats, routing)
         if flight is None:
             return None
         if look.sync:
@@ -88,8 +84,7 @@ class Plans:
 
     def _await(self, flight: _core.Flight, tag: Any) -> None:
         backend = self._backend
-        with backend.cuda_faults():
-            backend.rank.await_report(flight)
+        backend.rank.await_report(flight)
         if flight.outcome.code != 0:
             raise backend.error(flight.outcome, str(tag))
         backend.rank.settle(flight)
@@ -129,14 +124,9 @@ class Plans:
         backend, idx = self._backend, handle.topk_idx
         spec = backend.spec
         out = torch.empty((len(idx), spec.hidden), dtype=x.dtype, device=spec.device)
-        try:
-            stream = plan.run(
-                backend.rank, handle.routing, x, idx, handle.topk_weights, row_weights,
-                wait_stats, out,
-            )  # fmt: skip
-        except RuntimeError as error:
-            backend.raise_fault(error)
-            raise
+        stream = plan.run(
+            backend.rank, handle.routing, x, idx, handle.topk_weights, row_weights, wait_stats, out
+        )
         if stream is None:
             return None
         backend.will_look_at(stream)

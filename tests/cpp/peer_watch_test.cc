@@ -67,14 +67,14 @@ struct Pair {
 void sleep_long(int) { sleep(60); }
 
 // As another rank's own watch would.
-void watch_and_stop(int socket, int error) {
+void watch_and_stop(int socket, int error, bool at_once = false) {
     auto page = std::make_unique<ep::HostPage>();
     std::vector<ep::PeerProcess> peers(2);
     peers[0].socket = socket;
     ep::PeerHooks hooks;
     hooks.broken = [error] { return error; };
     ep::PeerWatch watch(1, page.get(), peers, {}, 1.0, hooks);
-    if (error != 0) soon([&] { return watch.fault() == error; });
+    if (error != 0 && !at_once) soon([&] { return watch.fault() == error; });
     watch.stop();
 }
 
@@ -100,11 +100,13 @@ int main() {
         ep::expect_eq(abort_of(*pair.page), 0u);
     });
 
-    ep::test("a peer whose context broke says so", [] {
-        Pair pair([](int socket) { watch_and_stop(socket, 700); });
-        ep::PeerWatch watch(0, pair.page.get(), pair.peers, {}, 1.0, {});
-        ep::expect(soon([&] { return abort_of(*pair.page) != 0; }), "no word of the fault");
-        ep::expect_eq(ep::abort_code(abort_of(*pair.page)), int{ep::kPeerFault});
+    ep::test("a peer whose context broke says so, also when it closes at once", [] {
+        for (const bool at_once : {false, true}) {
+            Pair pair([=](int socket) { watch_and_stop(socket, 700, at_once); });
+            ep::PeerWatch watch(0, pair.page.get(), pair.peers, {}, 1.0, {});
+            ep::expect(soon([&] { return abort_of(*pair.page) != 0; }), "no word of the fault");
+            ep::expect_eq(ep::abort_code(abort_of(*pair.page)), int{ep::kPeerFault});
+        }
     });
 
     ep::test("an interrupt is not overwritten by a death", [] {

@@ -35,6 +35,7 @@ LACKS: dict[str, tuple[str, ...]] = {
         "test_nvlink_memory.py::test_ipc_handles_serve_where_descriptors_are_refused",
     ),
     "it has no context to break": (
+        "test_nvlink_faults.py::test_c7_any_call_with_a_broken_context_says_so",
         "test_nvlink_faults.py::test_c7_broken_context_is_blamed_on_its_rank",
     ),
     "it is not in programs of their own": (
