@@ -74,6 +74,9 @@ class Buffer:
             as much as the machine has (pages are taken when touched). The collective backend has
             no arena.
         num_sms: SMs the kernels of GPU backends may occupy; None: computed from the bytes to move.
+            Kernels of others that wait for a peer, e.g. of NCCL, may run on other streams, and
+            peers may issue them in another order, while they leave so many SMs: 32 with None. A
+            small batch takes what is there and needs one.
         ranks_per_node: hybrid: how many ranks stand on a node, one after the other; None: those of
             a host. With fewer, nodes are pretended: over NVSHMEM between processes of one host, by
             copies between ranks that are threads of one process. The same on all ranks.

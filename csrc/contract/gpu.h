@@ -41,6 +41,8 @@ struct Begun {
     int32_t slot, unused;
 };
 
+inline constexpr int kMostBlocks = 256;  // of a kernel that waits: a GPU has not as many SMs
+
 // Private device memory of a rank. Pointers of one allocation, laid out once (StateLayout).
 struct State {
     uint64_t* seq;            // [2] of the last operation that is over; slot of the next one
@@ -55,11 +57,12 @@ struct State {
     uint32_t* finished;       // blocks that have read all notices; 0 again once that is all
     uint64_t* without;        // [2] packed, 32 ranks each: whom a small operation goes without
     uint64_t* lost;           // ranks whose rows stopped coming in this one
+    uint64_t* claimed;        // [kMostBlocks / 64] turns of a small batch that some block sends; 0 at its end
 };
 
 struct StateLayout {
     Region seq, abort, owner, local, position, first, expected, chunks, op, sent, finished, without,
-        lost, control, arena, arena_bytes;
+        lost, claimed, control, arena, arena_bytes;
     int64_t tables_end = 0, end = 0;
 
     constexpr explicit StateLayout(const Shape& s) {
@@ -82,6 +85,7 @@ struct StateLayout {
         finished = at.take(4);
         without = at.take(16);
         lost = at.take(8);
+        claimed = at.take(kMostBlocks / 8);
         end = at.end();
     }
 };

@@ -180,6 +180,17 @@ __device__ __forceinline__ uint64_t atom_acq_rel_gpu_cas(uint64_t* addr, uint64_
     return old;
 }
 
+// atom.relaxed.gpu.global.or.b64 d, [a], b;                            PTX ISA 6.0, sm_70
+// Orders nothing.
+__device__ __forceinline__ uint64_t atom_relaxed_gpu_or(uint64_t* addr, uint64_t value) {
+    uint64_t old;
+    asm volatile("atom.relaxed.gpu.global.or.b64 %0, [%1], %2;"
+                 : "=l"(old)
+                 : "l"(addr), "l"(value)
+                 : "memory");
+    return old;
+}
+
 // red.relaxed.sys.global.or.b64 [a], b;                                PTX ISA 6.0, sm_70
 // Orders nothing; several ranks may set bits of one word.
 __device__ __forceinline__ void red_relaxed_sys_or(uint64_t* addr, uint64_t value) {

@@ -73,6 +73,7 @@ DeviceRank::DeviceRank(const Shape& shape, int rank, uint64_t generation,
     int sms = 0;
     EP_CUDA(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
     EP_CUDA(cudaDeviceGetAttribute(&smem_bytes_, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    sms = std::min(sms, kMostBlocks);
     max_blocks_ = std::clamp(max_blocks, 1, sms);
     EP_CUDA(kernels::load_kernels(smem_bytes_));
     if (!kernels::fits_shared(shape, smem_bytes_)) {

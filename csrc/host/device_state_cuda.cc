@@ -64,7 +64,8 @@ State DeviceState::view() const {
             ints(layout_.position),  ints(layout_.first),
             words(layout_.expected), words(layout_.chunks),
             ints(layout_.sent),      reinterpret_cast<uint32_t*>(at(layout_.finished)),
-            words(layout_.without),  words(layout_.lost)};
+            words(layout_.without),  words(layout_.lost),
+            words(layout_.claimed)};
 }
 
 Peers DeviceState::peers() const {

@@ -70,6 +70,7 @@ struct Entering {
     uint64_t masked;             // ranks that this operation goes without
     unsigned long long unheard;  // and those that a wait of this block has given up meanwhile
     uint64_t* outbox;   // where our notice is written once more, for ranks we do not reach; or null
+    bool sends;         // of a small batch: this block has its own turn, and no other
     int32_t code;       // of our own refusal
     int64_t detail[4];  // and its numbers
     uint32_t told[NoticeLayout::kRefusal];  // head and descriptor of our notice

@@ -6,8 +6,12 @@
 //
 // Ranks of other nodes are `F`: NoFar, or Far of kernels/direct.cuh.
 //
-// defines: kStageWarps, turn_of_block, publishes_stage, NoFar, StageView, Releases, begin_half,
-// resume_half, last_block, end_half
+// What a rank sends is divided into turns, one for each block. Other kernels may hold some SMs, and wait for
+// a kernel that waits for this one: then some blocks start only when others have ended. So no block waits for
+// a turn that nobody has begun: blocks claim theirs, and before they wait for rows, those that are left.
+//
+// defines: kStageWarps, turn_of_block, publishes_stage, NoFar, StageView, claim_turn, all_claimed, take_turn,
+// claim_own, Releases, begin_half, resume_half, last_block, end_half
 #pragma once
 
 #include <cstdint>
@@ -23,8 +27,7 @@ namespace ep::kernels {
 
 constexpr int kStageWarps = 16;  // of a block of a dispatch, at most
 
-// Blocks take their turns from the last to the first: the one that publishes starts first. Where another
-// kernel holds some SMs, those of ours that run hear of everything, end, and let the others start.
+// Blocks have their turns from the last to the first: the one that publishes starts first.
 __device__ __forceinline__ int turn_of_block() {
     return static_cast<int>(gridDim.x - 1 - blockIdx.x);
 }
@@ -80,24 +83,68 @@ struct StageView {
     }
 };
 
-// Who has left which slot when, looked at before we know which slot is ours: these words only grow. Of a
-// warp, whose lanes have one each; where they are more, none.
-struct Releases {
-    uint64_t seq = 0;
-    int slot = -1;
+// One thread. Whether a turn of this operation is ours to send: nobody has it.
+__device__ __forceinline__ bool claim_turn(const RankView& view, int turn) {
+    const uint64_t bit = uint64_t{1} << turn % 64;
+    return (ptx::atom_relaxed_gpu_or(view.state.claimed + turn / 64, bit) & bit) == 0;
+}
+// Turns of the word that nobody has.
+__device__ __forceinline__ uint64_t unclaimed(const RankView& view, int word) {
+    const int turns = static_cast<int>(gridDim.x) - 64 * word;
+    const uint64_t all = turns >= 64 ? ~uint64_t{0} : (uint64_t{1} << turns) - 1;
+    return all & ~ptx::ld_relaxed_gpu(view.state.claimed + word);
+}
+__device__ __forceinline__ bool all_claimed(const RankView& view) {
+    uint64_t left = 0;
+#pragma unroll 1
+    for (int word = 0; gridDim.x > 1 && 64 * word < static_cast<int>(gridDim.x); ++word) {
+        left |= unclaimed(view, word);
+    }
+    return left == 0;
+}
+// A turn that nobody had, now ours; -1: there is none. One warp.
+__device__ __noinline__ inline int take_turn(const RankView& view) {
+    int turn = -1;
+#pragma unroll 1
+    for (int word = 0; turn < 0 && 64 * word < static_cast<int>(gridDim.x); ++word) {
+        if (ptx::lane_id() != 0) break;
+#pragma unroll 1
+        for (uint64_t left = unclaimed(view, word); turn < 0 && left != 0; left &= left - 1) {
+            const int one = 64 * word + __ffsll(static_cast<long long>(left)) - 1;
+            if (claim_turn(view, one)) turn = one;
+        }
+    }
+    return __shfl_sync(~0u, turn, 0);
+}
 
-    __device__ __forceinline__ explicit Releases(const RankView& view) {
+// Whether this block sends its turn. One warp; a barrier of the block must follow.
+template <Half kHalf>
+__device__ __forceinline__ void claim_own(const RankView& view, Entering& in) {
+    if (ptx::lane_id() != 0) return;
+    in.sends = kHalf != Half::kBoth || gridDim.x == 1 || claim_turn(view, turn_of_block());
+}
+
+// Who has left which slot when, looked at before we know which slot is ours: these words only grow. In shared
+// memory; where they are too many, none.
+struct Releases {
+    uint64_t seq[32];
+
+    // The warp that will begin.
+    __device__ __forceinline__ void look(const RankView& view) {
         const int near = view.peers.near_end - view.peers.near_begin;
         const auto lane = static_cast<int>(ptx::lane_id());
-        if (near * view.shape.num_slots > 32 || lane >= near * view.shape.num_slots) return;
-        slot = lane / near;
-        const int p = view.peers.near_begin + lane - slot * near;
-        seq = ptx::ld_relaxed_sys(at_own<uint64_t>(view, view.layout.released_word(slot, p)));
+        const int slot = lane / near, p = view.peers.near_begin + lane - slot * near;
+        seq[lane] = 0;
+        if (near > 32 || slot >= view.shape.num_slots) return;
+        seq[lane] = ptx::ld_relaxed_sys(
+            at_own<uint64_t>(view, view.layout.released_word(slot, p)));
     }
-    // Whether all had left a slot after operation `last`.
-    __device__ __forceinline__ bool all(int ours, uint64_t last) const {
-        const bool is_one = slot == ours;
-        return __any_sync(~0u, is_one) && __all_sync(~0u, !is_one || seq >= last);
+    // Whether all had left a slot after operation `last`, which is not 0. The same warp.
+    __device__ __forceinline__ bool all(const RankView& view, int slot, uint64_t last) const {
+        const int near = view.peers.near_end - view.peers.near_begin;
+        const auto lane = static_cast<int>(ptx::lane_id());
+        if ((slot + 1) * near > 32) return false;
+        return __all_sync(~0u, lane >= near || seq[slot * near + lane] >= last);
     }
 };
 
@@ -111,7 +158,7 @@ __device__ __forceinline__ bool begin_half(const RankView& view, const Begin& be
     const Operation op{kind_of(in.told[NoticeLayout::kWhat]), in.seq};
     const uint64_t num_slots = view.shape.num_slots;
     bool ok = true;
-    if (in.masked == 0 && op.seq > num_slots && releases.all(in.slot, op.seq - num_slots)) {
+    if (in.masked == 0 && op.seq > num_slots && releases.all(view, in.slot, op.seq - num_slots)) {
         if (ptx::lane_id() == 0) tell_entered(view, op);
     } else {
         ok = acquire_slot<true>(view, op, in.slot, in.masked);
@@ -138,6 +185,7 @@ __device__ __forceinline__ bool last_block(const RankView& view) {
     if (ptx::lane_id() == 0) before = ptx::atom_acq_rel_gpu_add(view.state.finished, 1);
     if (__shfl_sync(~0u, before, 0) + 1 != gridDim.x) return false;
     if (ptx::lane_id() == 0) *view.state.finished = 0;
+    if (static_cast<int>(ptx::lane_id()) < kMostBlocks / 64) view.state.claimed[ptx::lane_id()] = 0;
     return true;
 }
 

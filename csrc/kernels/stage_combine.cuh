@@ -79,6 +79,30 @@ __device__ __noinline__ void add_again(const CombineJob& job, const Record& reco
     (void)receiver.run({0, record.num_pieces}, 1, receiver.part_of(0));
 }
 
+// What blocks have yet to send that have not started. One warp. False: leave.
+template <DType kDtype, class F>
+__device__ __noinline__ bool send_rest(const CombineJob& job, const Record& record,
+                                       std::byte* const* control, const F& far,
+                                       const Entering& in) {
+    const auto blocks = static_cast<int>(gridDim.x);
+    const PartSender<kDtype, F> sender{
+        job, {job.view, record, control, {OpKind::kCombine, in.seq}, in.slot, far}, in.masked};
+    bool ok = true;
+#pragma unroll 1
+    for (int turn = 0; ok && (turn = take_turn(job.view)) >= 0;) {
+#pragma unroll 1
+        for (int warp = 0; ok && warp < F::kCombineWarps; ++warp) {
+            const Pieces pieces{warp * blocks + turn, record.num_pieces};
+            const auto token = sender.look(pieces.item());
+            typename PartSender<kDtype, F>::Ahead ahead;
+            sender.look(token, pieces.piece(), ahead);
+            ok = sender.run(pieces, F::kCombineWarps * blocks, token, ahead);
+        }
+    }
+    if constexpr (F::kAny) far.rail.flush();
+    return ok;
+}
+
 // ---- the kernel ----
 
 // All threads of the block that publishes: what we put to each rank, as many as tokens of it came here.
@@ -107,6 +131,7 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
                          const __grid_constant__ Record record, const __grid_constant__ F far) {
     auto** control = reinterpret_cast<std::byte**>(ptx::dynamic_shared());  // [num_ranks] blocks
     __shared__ Uninitialized<Entering> entering;
+    __shared__ Uninitialized<Releases> releases;
     Entering& in = entering.get();
     const RankView& view = job.view;
     const int warp = threadIdx.x / 32;
@@ -121,7 +146,7 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
     const bool begins = warp == F::kCombineWarps - 1;
     bool ok = true;
     init_told(job.begin, in);
-    const Releases releases(view);
+    if (warp == F::kCombineWarps - 1) releases.get().look(view);
     __syncthreads();
     ptx::griddepcontrol_wait();
     typename PartSender<kDtype, F>::Token token;
@@ -132,11 +157,14 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
     if constexpr (kHalf == Half::kReceive) {
         if (begins) ok = resume_half(view, job.begin, job.begun, in);
     } else if (begins) {
-        ok = begin_half(view, job.begin, far, releases, in);
+        ok = begin_half(view, job.begin, far, releases.get(), in);
     } else {
         sender.look(token, pieces.piece(), ahead);
     }
-    if (warp == F::kCombineWarps - 2) ok = !device::gave_up(view.watch);
+    if (warp == F::kCombineWarps - 2) {
+        claim_own<kHalf>(view, in);
+        ok = !device::gave_up(view.watch);
+    }
     if (!__syncthreads_and(ok)) return;
     sender.stage.op.seq = receiver.stage.op.seq = in.seq;
     sender.stage.slot = receiver.stage.slot = in.slot;
@@ -149,7 +177,7 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
             if constexpr (F::kAny) tell_rows(job, record, far, in);
         }
         if (begins) sender.look(token, pieces.piece(), ahead);
-        ok = sender.run(pieces, step, token, ahead);
+        ok = !in.sends || sender.run(pieces, step, token, ahead);
         if constexpr (F::kAny) far.rail.flush();
     }
     if constexpr (kHalf != Half::kSend) {
@@ -159,6 +187,9 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
         if (times && job.args.wait_stats != nullptr) {
             time_notices(view, in, op, job.args.wait_stats);
         }
+        // Others of this block may wait for rows meanwhile.
+        const bool looks = kHalf == Half::kBoth && begins;
+        const bool all_sent = !looks || all_claimed(view);
         bool good;
         if (!view.watch.can_mask) {
             ok = hear_alone(view, in, good) && ok;
@@ -168,6 +199,11 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
             if (receiver.masked != in.masked) {
                 receiver.masked = in.masked;
                 part = receiver.part_of(pieces.item());
+            }
+        }
+        if constexpr (kHalf == Half::kBoth) {
+            if (!__all_sync(~0u, all_sent) && ok && good) {
+                ok = send_rest<kDtype>(job, record, control, far, in);
             }
         }
         if (ok && good) ok = receiver.run(pieces, step, part);

@@ -49,24 +49,24 @@ __device__ __forceinline__ void prepare(const DispatchJob& job, const StageTable
     }
 }
 
-__device__ __forceinline__ Span tokens_of_block(const DispatchJob& job, const StageSpread& spread) {
+__device__ __forceinline__ Span tokens_of_turn(const DispatchJob& job, const StageSpread& spread,
+                                               int turn) {
     const auto num_tokens = static_cast<int>(job.args.num_tokens);
-    const int begin = min(turn_of_block() * spread.tokens_per_block, num_tokens);
+    const int begin = min(turn * spread.tokens_per_block, num_tokens);
     return {begin, min(begin + spread.tokens_per_block, num_tokens)};
 }
 
 // ---- the first half ----
 
-// False: leave. What needs neither memory of kernels before this one nor the number of the operation comes
-// before they are known.
+// False: leave. What does not need the number of the operation comes before it is known.
 template <class Config, class F>
 __device__ __forceinline__ bool send(const DispatchJob& job, const StageSpread& spread,
                                      const StageTables& tables, const F& far, Entering& in,
-                                     const device::Stage& memory) {
+                                     const device::Stage& memory, const Releases& releases) {
     const RankView& view = job.view;
     const int warp = threadIdx.x / 32, pieces = spread.record.num_pieces;
     const bool publishes = publishes_stage();
-    const Span own = tokens_of_block(job, spread);
+    const Span own = tokens_of_turn(job, spread, turn_of_block());
     Sender<F> sender{
         job,    spread,
         tables, {view, spread.record, tables.control(), {OpKind::kDispatch, 0}, 0, far},
@@ -78,10 +78,7 @@ __device__ __forceinline__ bool send(const DispatchJob& job, const StageSpread& 
     int t = own.begin + i / pieces, p = i % pieces;
     typename Sender<F>::Slot slot;
     TokenCounter counter(job, spread, own.begin, publishes, F::kWarps - 2);
-    const Releases releases(view);
     bool ok = true;
-    __syncthreads();
-    ptx::griddepcontrol_wait();
 #pragma unroll 1
     for (bool is_first = true; is_first || i < all; is_first = false) {
         if (is_first && warp == F::kWarps - 1) {
@@ -108,7 +105,11 @@ __device__ __forceinline__ bool send(const DispatchJob& job, const StageSpread& 
                 publish_counts(job, tables, in);
                 if constexpr (F::kAny) tell_nodes(job, tables, far, in);
             }
-            if (warp == 0) sender.describe(own, slot);
+            if (!in.sends) {
+                i = all;
+            } else if (warp == 0) {
+                sender.describe(own, slot);
+            }
         }
         if (!ok || i >= all) break;
         sender.send(t, p, slot);
@@ -120,9 +121,54 @@ __device__ __forceinline__ bool send(const DispatchJob& job, const StageSpread& 
     if (publishes && job.args.logical_load != nullptr) count_load(job, tables.bad()[0] == 0);
     if constexpr (F::kAny) {
         if (!__syncthreads_and(ok)) return false;
-        put_records(job, sender.stage, own);
+        if (in.sends) put_records(job, sender.stage, own);
     }
     return ok;
+}
+
+// What blocks have yet to send that have not started. All threads.
+template <class Config, class F>
+__device__ __noinline__ void send_rest(const DispatchJob& job, const StageSpread& spread,
+                                       const F& far, Entering& in) {
+    __shared__ int next;
+    const RankView& view = job.view;
+    const StageTables tables{spread, view.shape};
+    const int warp = threadIdx.x / 32, pieces = spread.record.num_pieces;
+    const Operation op{OpKind::kDispatch, in.seq};
+    std::byte* piece = ptx::dynamic_shared() + spread.pieces + int64_t{warp} * spread.piece_bytes;
+    const Sender<F> sender{job,
+                           spread,
+                           tables,
+                           {view, spread.record, tables.control(), op, in.slot, far},
+                           {piece, nullptr},
+                           in};
+    while (true) {
+        if (warp == 0) {
+            const int turn = take_turn(view);
+            if (threadIdx.x == 0) next = turn;
+        }
+        for (int c = threadIdx.x; c < tables.columns(); c += blockDim.x) tables.before()[c] = 0;
+        __syncthreads();
+        if (next < 0) return;
+        const Span span = tokens_of_turn(job, spread, next);
+        TokenCounter counter(job, spread, span.begin, false, F::kWarps);
+        counter.look();
+        counter.run();
+        __syncthreads();
+        if (warp == 0 && span.begin < span.end) {
+            sender.describe(span, sender.slot_of(span.begin));
+        }
+        const int all = (span.end - span.begin) * pieces;
+        for (int i = warp - 1; warp > 0 && i < all; i += F::kWarps - 1) {
+            const int t = span.begin + i / pieces, p = i % pieces;
+            sender.template prepare_slowly<Config>(t, p);
+            sender.send(t, p, sender.slot_of(t));
+        }
+        __syncthreads();
+        if constexpr (F::kAny) put_records(job, sender.stage, span);
+        settle_rows(job, tables, span.begin, span.end, in, true);
+        __syncthreads();
+    }
 }
 
 // ---- the second half ----
@@ -230,7 +276,7 @@ __device__ __noinline__ inline bool settle_heard(const DispatchJob& job, const S
 }
 
 // False: leave. `good`: the verdict.
-template <class F>
+template <class Config, Half kHalf, class F>
 __device__ __forceinline__ bool receive(const DispatchJob& job, const StageSpread& spread,
                                         const StageTables& tables, const F& far, Entering& in,
                                         bool& good) {
@@ -249,6 +295,9 @@ __device__ __forceinline__ bool receive(const DispatchJob& job, const StageSprea
     if (tells && job.args.wait_stats != nullptr) {
         time_notices(view, in, op, job.args.wait_stats);
     }
+    // One warp looks.
+    const bool looks = kHalf == Half::kBoth && warp == F::kWarps - 2;
+    const bool all_sent = !looks || all_claimed(view);
     bool heard = hear(job, tables, in, good, [&] { receiver.look(from, ahead); });
     if (view.watch.can_mask) {
         heard = settle_heard(job, spread, in, heard);
@@ -256,11 +305,15 @@ __device__ __forceinline__ bool receive(const DispatchJob& job, const StageSprea
         __syncthreads();
     }
     if (heard && good) judge_stage(job, tables, in);
-    if (!__syncthreads_and(heard)) return false;
+    const bool has_all = __syncthreads_and(heard && all_sent);
+    if (!has_all && !__syncthreads_and(heard)) return false;
     good = in.first_bad == kNoObjection;  // who was slow may have seen a verdict on numbers already
     if (good) {
         if (job.args.index_capacity >= 0) judge_index(job, spread, in);
         good = min(in.first_bad, in.size_bad) == kNoObjection;
+    }
+    if constexpr (kHalf == Half::kBoth) {
+        if (!has_all && good) send_rest<Config>(job, spread, far, in);
     }
     if (tells) {
         if (!good) explain_any(job, spread, in);
@@ -274,8 +327,8 @@ __device__ __forceinline__ bool receive(const DispatchJob& job, const StageSprea
     if constexpr (F::kAny) {
         if (good && !tells && !RailLogger<F>{job, tables, stage}.run(from, step)) return false;
     }
-    const Span own = tokens_of_block(job, spread);
-    settle_rows(job, tables, own.begin, own.end, in, good);
+    const Span own = tokens_of_turn(job, spread, turn_of_block());
+    if (in.sends) settle_rows(job, tables, own.begin, own.end, in, good);
     // Warps that had least to take have most to fill in.
     if (!tells) StagePadder{job, step - 1 - from, step}.run(tables, good);
     return true;
@@ -288,6 +341,7 @@ __global__ void __launch_bounds__(F::kWarps * 32, 1)
                           const __grid_constant__ F far) {
     __shared__ uint64_t loaded[F::kWarps];
     __shared__ Uninitialized<Entering> entering;
+    __shared__ Uninitialized<Releases> releases;
     Entering& in = entering.get();
     const RankView& view = job.view;
     const StageTables tables{spread, view.shape};
@@ -298,17 +352,21 @@ __global__ void __launch_bounds__(F::kWarps * 32, 1)
     prepare(job, tables);
     init_told(job.begin, in);
     if (ptx::lane_id() == 0) device::init_stage(memory);
+    if (warp == F::kWarps - 1) releases.get().look(view);
+    __syncthreads();
+    ptx::griddepcontrol_wait();
     bool ok = true, good = true;
+    if (warp == F::kWarps - 2) claim_own<kHalf>(view, in);  // it loads nothing
     if constexpr (kHalf == Half::kReceive) {
-        __syncthreads();
-        ptx::griddepcontrol_wait();
         if (warp == 0) ok = resume_half(view, job.begin, job.begun, in);
         if (warp == 1) ok = !device::gave_up(view.watch);
         ok = __syncthreads_and(ok);
     } else {
-        ok = send<Config>(job, spread, tables, far, in, memory);
+        ok = send<Config>(job, spread, tables, far, in, memory, releases.get());
     }
-    if constexpr (kHalf != Half::kSend) ok = ok && receive(job, spread, tables, far, in, good);
+    if constexpr (kHalf != Half::kSend) {
+        ok = ok && receive<Config, kHalf>(job, spread, tables, far, in, good);
+    }
     if (!__syncthreads_and(ok) || warp != 0 || !last_block(view)) return;
     const Operation op{OpKind::kDispatch, in.seq};
     if constexpr (kHalf != Half::kSend) {

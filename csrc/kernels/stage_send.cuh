@@ -35,7 +35,7 @@ struct TokenCounter {
     __device__ __forceinline__ TokenCounter(const DispatchJob& j, const StageSpread& s, int before,
                                             bool tells, int warps)
         : job(j), spread(s), own(before), publishes(tells) {
-        const int at_once = 32 / j.args.num_topk, turn = turn_of_lane();
+        const int at_once = s.tokens_at_once, turn = turn_of_lane();
         end = turn >= at_once ? 0 : tells ? static_cast<int>(j.args.num_tokens) : before;
         step = warps * at_once;
         t = static_cast<int>(threadIdx.x) / 32 * at_once + turn;
@@ -51,7 +51,7 @@ struct TokenCounter {
 
 private:
     __device__ __forceinline__ int turn_of_lane() const {
-        return static_cast<int>(ptx::lane_id()) / job.args.num_topk;
+        return spread.turn_of_lane(static_cast<int>(ptx::lane_id()));
     }
     __device__ __forceinline__ int slot_of_lane() const {
         return static_cast<int>(ptx::lane_id()) - turn_of_lane() * job.args.num_topk;
@@ -198,23 +198,43 @@ struct Sender {
     // Piece p of token t is made ready in shared memory; its load is under way. False: leave.
     template <class Config>
     __device__ __forceinline__ bool prepare(int t, int p) {
-        const DispatchArgs& a = args();
         const RankView& view = job.view;
         loading = false;
         if (!device::await_stage(view.watch, stage.op, piece, view.peers.rank)) return false;
+        complete<Config>(t, p);
+        return true;
+    }
+    // Piece p of token t is in shared memory, as it is: it gets its scales.
+    template <class Config>
+    __device__ __forceinline__ void complete(int t, int p) const {
+        const DispatchArgs& a = args();
         std::byte* scales = piece.data + spread.scales_at;
         if constexpr (Config::kQuantizes) {
             const bool ue8m0 = a.quantize == Quantize::kFp8Ue8m0;
             if (a.scale_block == 128) {
-                device::quantize_blocks<Config::kSource, 128, 4>(piece.data, scales, elements(p),
-                                                                 ue8m0);
+                constexpr int kMost = Config::kSource == DType::kF32 ? 2 : 4;
+                device::quantize_blocks<Config::kSource, 128, kMost>(piece.data, scales,
+                                                                     elements(p), ue8m0);
             } else {
                 quantize_finely<Config::kSource>(piece.data, scales, elements(p), ue8m0);
             }
         } else if (a.scale_bytes > 0) {
             load_scales(t, p, scales);
         }
-        return true;
+    }
+
+    // The same, where it does not matter how long it takes.
+    template <class Config>
+    __device__ void prepare_slowly(int t, int p) const {
+        const int size = dtype_bytes(args().dtype);
+        const int first = spread.record.piece_bytes / dtype_bytes(args().wire_dtype()) * p;
+        const std::byte* from = args().x + t * args().x_stride + int64_t{first} * size;
+        const auto* units = reinterpret_cast<const uint4*>(from);
+        auto* to = reinterpret_cast<uint4*>(piece.data);
+        __syncwarp();
+        for (int i = ptx::lane_id(); i < elements(p) * size / kUnitBytes; i += 32) to[i] = units[i];
+        __syncwarp();
+        complete<Config>(t, p);
     }
 
     // It goes to every rank the token goes to.

@@ -4,6 +4,7 @@
 // defines: Heard, Expert, StageSpread, StageTables
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -30,6 +31,7 @@ struct Expert {
 struct StageSpread {
     Record record;
     int32_t tokens_per_block;
+    int32_t tokens_at_once, turns;  // of a warp that has a lane for every slot; see turn_of_lane
     // Byte offsets.
     int32_t arena, control, first, experts, before, all, heard, prefix, pieces, end;
     int32_t piece_bytes;  // of shared memory, for a warp
@@ -37,7 +39,9 @@ struct StageSpread {
 
     StageSpread(const Shape& s, const DispatchArgs& a, int num_blocks)
         : record(record_of(a)),
-          tokens_per_block(static_cast<int32_t>(divide_up(a.num_tokens, num_blocks))) {
+          tokens_per_block(static_cast<int32_t>(divide_up(a.num_tokens, num_blocks))),
+          tokens_at_once(32 / std::max(a.num_topk, 1)),
+          turns(static_cast<int32_t>(divide_up(1 << 16, std::max(a.num_topk, 1)))) {
         int at = 0;
         const auto take = [&at](int64_t bytes) {
             const int offset = at;
@@ -60,6 +64,8 @@ struct StageSpread {
             static_cast<int32_t>(divide_up(scales_at + record.scale_bytes + 8, 128) * 128);
         end = at + kStageWarps * piece_bytes;
     }
+    // lane / num_topk
+    EP_HD int turn_of_lane(int lane) const { return lane * turns >> 16; }
 };
 static_assert(std::is_trivially_copyable_v<StageSpread>);
 

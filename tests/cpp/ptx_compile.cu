@@ -61,4 +61,5 @@ __global__ void every_wrapper(void** out) {
     keep(out, 41, &ptx::atom_acq_rel_gpu_add);
     keep(out, 42, &ptx::atom_acq_rel_gpu_cas);
     keep(out, 43, &ptx::red_relaxed_sys_or);
+    keep(out, 44, &ptx::atom_relaxed_gpu_or);
 }

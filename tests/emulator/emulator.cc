@@ -6,6 +6,7 @@
 
 #include <deque>
 #include <random>
+#include <semaphore>
 
 #include "device/ptx.cuh"
 
@@ -338,11 +339,19 @@ uint16_t e4m3x2(float upper, float lower) {
 
 // ---- grids ----
 
+std::atomic<int> most_resident = 0;  // blocks of a grid; 0: all
+
+void set_resident(int blocks) { most_resident = blocks; }
+
+// Blocks start in their order, when there is room for one more.
 void run_grid(int blocks, int threads, size_t smem_bytes, const std::function<void()>& body) {
+    const int most = most_resident > 0 ? most_resident.load() : blocks;
+    std::counting_semaphore<> room(most);
     if (threads % 32 != 0 && threads != 1) die("a block is no whole number of warps");
     std::vector<std::thread> running;
     for (int i = 0; i < blocks; ++i) {
-        running.emplace_back([=, &body] {
+        room.acquire();
+        running.emplace_back([=, &body, &room] {
             Block b;
             std::vector<std::byte> shared(smem_bytes + 128, std::byte{0xa5});
             const auto base = reinterpret_cast<uintptr_t>(shared.data());
@@ -359,6 +368,7 @@ void run_grid(int blocks, int threads, size_t smem_bytes, const std::function<vo
                 f.lane = t % 32;
             }
             run_block(b);
+            room.release();
         });
     }
     for (std::thread& t : running) t.join();

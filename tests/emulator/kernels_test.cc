@@ -221,6 +221,22 @@ int main() {
             expect(emulator::widest_launch() <= c.max_blocks, "blocks");
         }
     });
+    test("a small batch needs few of the SMs that it takes", [] {
+        for (const int resident : {1, 3}) {
+            emulator::set_resident(resident);
+            const Case wide = with(ranks(3, 8), [](Case& c) { c.staged = true; });
+            const Case shapeless = with(wide, [](Case& c) { c.is_static = true; });
+            const Case by_expert = with(
+                wide, [](Case& c) { c.layout = RecvLayout::kSlab, c.capacity = slab().capacity; });
+            run(shapeless);
+            run(by_expert);
+            run(with(by_expert, [](Case& c) { c.per_rank = true, c.scale_words = 4; }));
+            run(with(by_expert, [](Case& c) { c.replicas = true; }));
+            run(with(shapeless, [](Case& c) { c.halves = true; }));
+            run(with(shapeless, [](Case& c) { c.hidden = 2408, c.tokens = {5, 0, 2}; }));
+            emulator::set_resident(0);
+        }
+    });
     test("bad ids fail everywhere, and the next call works", [] {
         World w(ranks(3, 2));
         const int64_t good = w.ranks[2].ids[7];

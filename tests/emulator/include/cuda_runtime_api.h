@@ -86,6 +86,8 @@ constexpr int kSharedBytes = 227 * 1024;  // of a block
 void set_static_shared(int bytes);
 // Kernels that could have started before those in front of them had ended, since this was last asked.
 int early_launches();
+// So many blocks of a grid run at once, as on a GPU whose other SMs are taken; 0: all.
+void set_resident(int blocks);
 // Blocks of the widest kernel since this was last asked.
 int widest_launch();
 bool may_launch(const void* kernel, const cudaLaunchConfig_t& grid);
