@@ -186,6 +186,13 @@ int main(int argc, char** argv) {
                 run_with(base, halves, [](Case& c) { c.num_sms = 7; });
             }
         });
+        test(("few of the SMs that it takes are enough" + how).c_str(), [&] {
+            emulator::set_resident(2);
+            for (const Case& base : {Case{}, slab()}) {
+                run_with(base, halves, [](Case& c) { c.num_sms = 7; });
+            }
+            emulator::set_resident(0);
+        });
         test(("rows in pieces, scales, quantized" + how).c_str(), [&] {
             for (const Case& base : {Case{}, slab()}) {
                 run_with(base, halves, [](Case& c) { c.hidden = 2408, c.scale_words = 7; });
