@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -97,7 +98,9 @@ class Ranks:
             raise TimeoutError(f"{what}\n{self.stacks()}")
         kind, value = pipe.recv()
         if kind != "said":
-            raise RuntimeError(f"rank {rank} ended with {value!r} instead of saying something")
+            where = "".join(getattr(value, "__notes__", ()))
+            what = f"rank {rank} ended with {value!r} instead of saying something"
+            raise RuntimeError(f"{what}\n{where}")
         return value
 
     def hear_all(self, limit_s: float = 30.0) -> list[Any]:
@@ -195,6 +198,7 @@ def _main(work: Any, me: tuple[Any, ...], args: tuple[Any, ...], path: list[str]
     try:
         result = work(rank, *args)
     except BaseException as error:
+        error.add_note("".join(traceback.format_tb(error.__traceback__)))  # which is not sent
         result = error
     try:
         rank.pipe.send(("result", result))
