@@ -34,6 +34,8 @@ def daemon(limit_s: float = 30.0) -> Iterator[dict[str, str]]:
         }
         for path in environ.values():
             Path(path).mkdir()
+        # Clients share the hardware's queues; where each takes 32, some find no room for a context.
+        environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "8"
         command = {"env": os.environ | environ, "timeout": limit_s, "check": True}
         subprocess.run([program, "-d"], **command)  # type: ignore[call-overload]
         try:
