@@ -3,8 +3,8 @@
 // node, in ascending order of ranks. One kernel, over any rail.
 //
 // As in pull.cu a group of warps has a ring of stages: one feeds it (rail_sums.cuh), the others add. Some
-// groups of a block work for other nodes, the rest for the tokens of its channel; neither waits for the
-// other.
+// groups of a block work for other nodes first, the rest at once for the tokens of its channel; those wait
+// for none of these.
 //
 // defines: HybridCombine, launch_hybrid_combine, load_hybrid_combine
 #pragma once
@@ -33,7 +33,7 @@ namespace ep::kernels {
 
 // How the shared memory and the warps of a block are divided.
 struct HybridGroups {
-    int count, pullers, reducers;  // groups; those that work for other nodes come first
+    int count, pullers;  // groups; those that work for other nodes come first
     int adders, num_stages, piece_bytes;
     int sources, rings;  // where they begin in shared memory
 
@@ -48,6 +48,7 @@ struct GroupTables {
     uint32_t met_parity[kMaxPieceBytes / kSliceBytes];  // of each adder
     StageRing ring;
     uint64_t seq;  // of the operation, for who feeds
+    Uninitialized<Fed> fed;
     Piece pieces[kMaxStages];
     Uninitialized<Handover> handovers[kMaxStages];
 };
@@ -102,7 +103,6 @@ struct Adder {
     const HybridCombine<R>& h;
     const uint64_t& seq;  // in shared memory, as all that need not be in a register
     GroupTables& group;
-    bool for_rail;
     int first;  // byte of its slice in a piece
     Lap lap{};
 
@@ -113,7 +113,9 @@ struct Adder {
 #pragma unroll 1
         while (true) {
             if (!await_piece()) return false;
-            if (group.pieces[lap.stage].flags & Piece::kStop) return true;
+            const int32_t flags = group.pieces[lap.stage].flags;
+            if (flags & Piece::kStop) return true;
+            const bool for_rail = (flags & Piece::kForRail) != 0;
             if (!for_rail) credit(group.handovers[lap.stage].get());
             const Piece piece = group.pieces[lap.stage];
             if (piece.flags & Piece::kFirst) {
@@ -243,33 +245,31 @@ __device__ __noinline__ bool feed_sums(const HybridCombine<R>& h, GroupTables& t
     const RingWalk<R> walk = walk_of(h, tables.seq, group);
     const Planner planner(h.job, tables.seq, sources_of(h));
     const StageRing ring = ring_of(h, tables, group);
-    return SumFeeder<R>(planner, walk, ring, &tables.handovers[0].get()).run();
+    return SumFeeder<R>(planner, walk, ring, &tables.handovers[0].get()).run(tables.fed.get());
 }
 
 template <device::Rail R>
-__device__ __noinline__ bool feed_tokens(const HybridCombine<R>& h, GroupTables& tables,
-                                         int group) {
+__device__ __noinline__ bool feed_tokens(const HybridCombine<R>& h, GroupTables& tables, int group,
+                                         int* next) {
     const RingWalk<R> walk = walk_of(h, tables.seq, group);
     const Planner planner(h.job, tables.seq, sources_of(h));
     const StageRing ring = ring_of(h, tables, group);
-    return TokenFeeder<R>(planner, walk, ring, &tables.handovers[0].get())
-        .run(group - h.groups.pullers, h.groups.reducers);
+    return TokenFeeder<R>(planner, walk, ring, tables.fed.get(), &tables.handovers[0].get()).run(next);
 }
 
 // What each warp does once the call is known to be good. False: leave.
 template <DType kDtype, device::Rail R>
 __device__ __forceinline__ bool work(const HybridCombine<R>& h, GroupTables* tables,
-                                     const uint64_t& seq) {
+                                     const uint64_t& seq, int* next_token) {
     const HybridGroups& groups = h.groups;
     const int warp = threadIdx.x / 32, group = warp / (groups.adders + 1);
     const int adder = warp % (groups.adders + 1) - 1;  // -1: feeds
     GroupTables& own = tables[group];
-    const bool for_rail = group < groups.pullers;
-    if (adder >= 0) return Adder<kDtype, R>{h, seq, own, for_rail, adder * kSliceBytes}.run();
-    if (ptx::lane_id() == 0) own.seq = seq;
+    if (adder >= 0) return Adder<kDtype, R>{h, seq, own, adder * kSliceBytes}.run();
+    if (ptx::lane_id() == 0) own.seq = seq, own.fed.get() = {};
     __syncwarp();
-    if (for_rail) return feed_sums(h, own, group);
-    return feed_tokens(h, own, group);
+    if (group < groups.pullers && !feed_sums(h, own, group)) return false;
+    return feed_tokens(h, own, group, next_token);
 }
 
 template <DType kDtype, device::Rail R>
@@ -278,6 +278,7 @@ __global__ void __launch_bounds__(kMaxPullWarps * 32, 1)
     __shared__ Uninitialized<HybridCombine<R>> copy;
     __shared__ GroupTables tables[kMaxGroups];
     __shared__ Uninitialized<Entering> entering;
+    __shared__ int next_token;  // of the block's, for groups that add up tokens
     const HybridCombine<R>& h = in_shared(given, copy);
     Entering& in = entering.get();
     const CombineJob& job = h.job;
@@ -288,6 +289,7 @@ __global__ void __launch_bounds__(kMaxPullWarps * 32, 1)
     init_told(given.job.begin, in);
     if (threadIdx.x == 0) {
         init_entering(view, job.begin, in);
+        next_token = 0;
         if (publishes) open_outbox(h.rail, h.rails, in);
     }
     if (warp < groups.count && static_cast<int>(ptx::lane_id()) < groups.num_stages) {
@@ -319,7 +321,7 @@ __global__ void __launch_bounds__(kMaxPullWarps * 32, 1)
                         h.rails.state.taken);
     }
     if (!ok) return;
-    if (in.first_bad == kNoObjection) ok = work<kDtype>(h, tables, in.seq);
+    if (in.first_bad == kNoObjection) ok = work<kDtype>(h, tables, in.seq, &next_token);
     h.rail.flush();
     if (!__syncthreads_and(ok) || warp != 0) return;
     if (ptx::lane_id() == 0) count_block(view);
@@ -354,7 +356,7 @@ inline HybridGroups divide_groups(const CombineArgs& a, int num_ranks, int table
     HybridGroups g{};
     g.adders = (piece + kSliceBytes - 1) / kSliceBytes;
     g.count = std::min(kMaxGroups, kMaxPullWarps / (g.adders + 1));
-    g.pullers = g.count / 2, g.reducers = g.count - g.pullers;
+    g.pullers = g.count / 2;
     g.piece_bytes = (piece + 127) / 128 * 128;
     g.sources = tables_end;
     g.rings = (tables_end + static_cast<int>(sizeof(Source)) * num_ranks + 127) / 128 * 128;

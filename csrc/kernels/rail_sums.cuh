@@ -1,6 +1,6 @@
-// Combine across nodes, the warps that feed rings of stages: one group of a block adds up, for other nodes,
-// what their tokens left on ours (SumFeeder); another adds up our own tokens, of rows on our node and of
-// what other nodes send back (TokenFeeder).
+// Combine across nodes, the warps that feed rings of stages: some groups of a block add up, for other nodes,
+// what their tokens left on ours (SumFeeder), then help those that add up our own tokens, of rows on our
+// node and of what other nodes send back (TokenFeeder).
 //
 // defines: Handover, SumFeeder, own_visits, TokenFeeder
 #pragma once
@@ -50,16 +50,17 @@ public:
           handovers_(handovers),
           ring_(planner.job.view, planner.seq, ring) {}
 
-    // False: leave; no load is under way then.
-    __device__ __forceinline__ bool run() {
-        bool ok = walk_.run(
+    // False: leave; no load is under way then. `fed` becomes how far the ring was fed.
+    __device__ __forceinline__ bool run(Fed& fed) {
+        const bool ok = walk_.run(
             [this](const RingOfBlock& ring, uint64_t count) {
                 return device::RailWord{layout().head_word(ring.node, ring.channel, count),
                                         credits_until(walk_.rails.shape, count)};
             },
             [this](int q) { return fill(q); });
-        ok = ok && ring_.stop();
         if (!ok) ring_.drain();
+        if (ptx::lane_id() == 0) fed = ring_.fed();
+        __syncwarp();
         return ok;
     }
 
@@ -155,7 +156,7 @@ private:
 #pragma unroll 1
             for (int place = 0; place < rows; ++place) {
                 const bool is_last = place == rows - 1;
-                const int32_t flags = (count > 0 ? Piece::kRow : 0) |
+                const int32_t flags = Piece::kForRail | (count > 0 ? Piece::kRow : 0) |
                                       (place == 0 ? Piece::kFirst : 0) |
                                       (is_last ? Piece::kLast : 0);
                 const bool ok = ring_.put(
@@ -238,27 +239,29 @@ template <device::Rail R>
 class TokenFeeder {
 public:
     __device__ TokenFeeder(const Planner& planner, const RingWalk<R>& walk, const StageRing& ring,
-                           Handover* handovers)
+                           const Fed& fed, Handover* handovers)
         : planner_(planner),
           walk_(walk),
           piece_bytes_(ring.piece_bytes),
           handovers_(handovers),
-          ring_(planner.job.view, planner.seq, ring) {}
+          ring_(planner.job.view, planner.seq, ring, fed) {}
 
-    // The block's tokens number, number + step, ... in order. It waits for what comes next on a ring: for
-    // that its peer needs nothing but the room that tokens before this one have left. False: leave; no load
-    // is under way then. `step` in shared memory, so that it needs no register.
-    __device__ __forceinline__ bool run(int number, const int& step) {
-        int first = visits().tokens.begin + number;
-        Ahead ahead = find(select(first, step));
+    // Tokens of the block, which feeders take in turns, some at once: `next` in shared memory. It waits for what
+    // comes next on a ring: for that its peer needs nothing but the room that tokens before this one have
+    // left, and feeders with these wait for nothing else. False: leave; no load is under way then.
+    __device__ __forceinline__ bool run(int* next) {
+        int first = take(next);
+        Ahead ahead = find(select(first));
         bool ok = true;
 #pragma unroll 1
-        for (; ok && first < visits().tokens.end; first += planner_.per_turn * step) {
+        while (ok && first < visits().tokens.end) {
             const Ahead slots = ahead;
-            ahead = select(first + planner_.per_turn * step, step);
-            const Mixed mixed = plan(first, step, slots);
+            const int following = take(next);
+            ahead = select(following);
+            const Mixed mixed = plan(first, slots);
             ahead = find(ahead);
-            ok = mixed.ok && feed(first, step, mixed);
+            ok = mixed.ok && feed(first, mixed);
+            first = following;
         }
         ok = ok && ring_.stop();
         if (!ok) ring_.drain();
@@ -291,9 +294,14 @@ private:
         return rank >= peers.near_begin && rank < peers.near_end;
     }
 
-    __device__ int token_at(int first, int step) const { return first + planner_.token * step; }
-    __device__ bool exists(int first, int step) const {
-        return planner_.token < planner_.per_turn && token_at(first, step) < visits().tokens.end;
+    __device__ int take(int* next) const {
+        int number = 0;
+        if (ptx::lane_id() == 0) number = atomicAdd(next, planner_.per_turn);
+        return visits().tokens.begin + __shfl_sync(~0u, number, 0);
+    }
+    __device__ int token_at(int first) const { return first + planner_.token; }
+    __device__ bool exists(int first) const {
+        return planner_.token < planner_.per_turn && token_at(first) < visits().tokens.end;
     }
 
     // What a lane knows of its slot of a token, read ahead: what it was given while the tokens before it are
@@ -302,11 +310,11 @@ private:
         int owner = -1;  // its expert, until it is found; -1 = none
         int32_t row = -1;
     };
-    __device__ Ahead select(int first, int step) const {
+    __device__ Ahead select(int first) const {
         const CombineArgs& a = args();
         Ahead s;
-        if (exists(first, step)) {
-            const int64_t at = int64_t{token_at(first, step)} * a.num_topk + planner_.slot;
+        if (exists(first)) {
+            const int64_t at = int64_t{token_at(first)} * a.num_topk + planner_.slot;
             const int64_t id = a.topk_idx[at];
             s.row = a.send_row[at];
             if (id >= 0 && id < planner_.job.view.shape.num_experts) s.owner = static_cast<int>(id);
@@ -321,9 +329,9 @@ private:
     }
 
     // Rows of our node by themselves, another node's as one, in ascending order of ranks.
-    __device__ Mixed plan(int first, int step, const Ahead& choice) const {
+    __device__ Mixed plan(int first, const Ahead& choice) const {
         const CombineArgs& a = args();
-        const int t = token_at(first, step);
+        const int t = token_at(first);
         Mixed m;
         m.owner = choice.owner, m.row = choice.row;
         const bool near = is_near(m.owner), far = m.owner >= 0 && !near;
@@ -425,16 +433,16 @@ private:
         ptx::fence_proxy_async_global();
     }
 
-    // Tokens first, first + step, ... which were planned together.
-    __device__ __forceinline__ bool feed(int first, const int& step, const Mixed& m) {
+    // Tokens from `first` on, which were planned together.
+    __device__ __forceinline__ bool feed(int first, const Mixed& m) {
         const RailChunks& chunks = walk_.chunks;
         const bool is_whole = chunks.pieces == 1;
-        const int tokens = __popc(__ballot_sync(~0u, planner_.slot == 0 && exists(first, step)));
+        const int tokens = __popc(__ballot_sync(~0u, planner_.slot == 0 && exists(first)));
         Place place;
         if (is_whole) place = locate(m, 0, true);
 #pragma unroll 1
         for (int i = 0; i < tokens; ++i) {
-            const int t = first + i * step;
+            const int t = first + i;
 #pragma unroll 1
             for (int piece = 0; piece < chunks.pieces; ++piece) {
                 if (!is_whole) place = locate(m, piece, planner_.token == i);

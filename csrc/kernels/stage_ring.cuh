@@ -27,6 +27,7 @@ struct Piece {
         kFirst = 2,  // sums start here
         kLast = 4,   // and end here
         kStop = 8,   // no more pieces
+        kForRail = 16,  // sums go to the rail, and `at` is an address
     };
     int64_t at;  // its bytes in out
     int32_t bytes, flags;
@@ -54,6 +55,12 @@ struct Lap {
     }
 };
 
+// How far a ring has been fed.
+struct Fed {
+    Lap lap;
+    int num_put = 0;
+};
+
 // False: leave.
 __device__ __forceinline__ bool await_barrier(const RankView& view, Operation op, uint64_t* barrier,
                                               uint32_t parity) {
@@ -66,9 +73,12 @@ __device__ __forceinline__ bool await_barrier(const RankView& view, Operation op
 // The warp that feeds a ring.
 class RingFeeder {
 public:
-    // `seq` of the combine: in shared memory, so that it needs no register.
-    __device__ RingFeeder(const RankView& view, const uint64_t& seq, const StageRing& ring)
-        : view_(view), seq_(seq), ring_(ring) {}
+    // `seq` of the combine: in shared memory, so that it needs no register. `fed`: by who fed it before.
+    __device__ RingFeeder(const RankView& view, const uint64_t& seq, const StageRing& ring,
+                          const Fed& fed = {})
+        : view_(view), seq_(seq), ring_(ring), lap_(fed.lap), num_put_(fed.num_put) {}
+
+    __device__ Fed fed() const { return {lap_, num_put_}; }
 
     // The next stage gets the piece of the lane that `has` it, or nothing with null, once its adders are
     // through with the last one. `prepare(stage)`: what else they will want to know. False: leave.
@@ -117,7 +127,7 @@ private:
     const uint64_t& seq_;
     const StageRing& ring_;
     Lap lap_;
-    int num_put_ = 0;
+    int num_put_;
 };
 
 // A slice of the result in the registers of a warp.
