@@ -180,6 +180,17 @@ __device__ __forceinline__ uint64_t atom_acq_rel_gpu_cas(uint64_t* addr, uint64_
     return old;
 }
 
+// atom.relaxed.gpu.global.add.u32 d, [a], b;                           PTX ISA 6.0, sm_70
+// Orders nothing.
+__device__ __forceinline__ uint32_t atom_relaxed_gpu_add(uint32_t* addr, uint32_t value) {
+    uint32_t old;
+    asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;"
+                 : "=r"(old)
+                 : "l"(addr), "r"(value)
+                 : "memory");
+    return old;
+}
+
 // atom.relaxed.gpu.global.or.b64 d, [a], b;                            PTX ISA 6.0, sm_70
 // Orders nothing.
 __device__ __forceinline__ uint64_t atom_relaxed_gpu_or(uint64_t* addr, uint64_t value) {

@@ -360,11 +360,13 @@ __device__ __noinline__ inline void time_notices(const RankView& view, const Ent
 template <bool kMasks = false, class Read>
 __device__ __forceinline__ bool await_notices(const RankView& view, const Begin& begin,
                                               Entering& in, Read read) {
-    const int num_warps = blockDim.x / 32;
+    const int num_warps = blockDim.x / 32, warp = threadIdx.x / 32;
+    // Of a small operation the first warps have rows to look for.
+    const int first = kMasks ? (warp + num_warps / 2) % num_warps : warp;
     const Operation op{kind_of(begin.head.what), in.seq};
     bool ok = true;
 #pragma unroll 1
-    for (int p = threadIdx.x / 32; ok && p < view.shape.num_ranks; p += num_warps) {
+    for (int p = first; ok && p < view.shape.num_ranks; p += num_warps) {
         if (kMasks && device::has_rank(in.masked, p)) continue;
         const NoticeWords words(view, in.slot, p);
         uint64_t word;

@@ -178,11 +178,15 @@ __device__ __forceinline__ bool resume_half(const RankView& view, const Begin& b
     return !device::is_masked(view.watch, {kind_of(begin.head.what), in.seq}, view.peers.rank);
 }
 
-// Whether this block is the last of the grid that comes here; all have read what they will. One warp.
+// Whether this block is the last of the grid that comes here; all have read what they will, and what they read
+// has come. Only where ranks may be masked does the last one look at what others wrote. One warp.
 __device__ __forceinline__ bool last_block(const RankView& view) {
     if (gridDim.x == 1) return true;
     uint32_t before = 0;
-    if (ptx::lane_id() == 0) before = ptx::atom_acq_rel_gpu_add(view.state.finished, 1);
+    if (ptx::lane_id() == 0) {
+        before = view.watch.can_mask ? ptx::atom_acq_rel_gpu_add(view.state.finished, 1)
+                                     : ptx::atom_relaxed_gpu_add(view.state.finished, 1);
+    }
     if (__shfl_sync(~0u, before, 0) + 1 != gridDim.x) return false;
     if (ptx::lane_id() == 0) *view.state.finished = 0;
     if (static_cast<int>(ptx::lane_id()) < kMostBlocks / 64) view.state.claimed[ptx::lane_id()] = 0;

@@ -22,6 +22,7 @@ namespace ep::kernels {
 template <class F>
 struct Receiver {
     static constexpr int kAtOnce = 3;  // times four lines that a warp has in flight
+    static constexpr int kPeeks = 3;
     static constexpr int kStep = kAtOnce * device::LineLane::kAtOnce;
 
     const DispatchJob& job;
@@ -33,13 +34,19 @@ struct Receiver {
     struct Ahead {
         device::Words meta, lines[kAtOnce];
     };
-    // At its first piece, which may have come before all counts have.
+    // At its first piece, which may have come before all counts have; a few times, as there may be none.
     __device__ __forceinline__ void look(int first, Ahead& ahead) const {
         if constexpr (F::kAny) return;
         __syncwarp();  // lanes of a line load it together, or get halves of two
         const int pieces = stage.record.num_pieces, place = first / pieces;
         const auto most = static_cast<int>(job.view.shape.max_tokens);
-        if (place < job.view.shape.num_ranks * most) look(place, first - place * pieces, ahead);
+        if (place >= job.view.shape.num_ranks * most) return;
+        const int p = first - place * pieces, units = units_of(p);
+#pragma unroll 1
+        for (int turn = 0; turn < kPeeks; ++turn) {
+            look(stage.place(job.view.peers.rank, place), p, ahead);
+            if (there(0, units, ahead.lines) && is_told(ahead)) return;
+        }
     }
 
     // Pieces first, first + step, ... of all tokens that all ranks may have. `ahead`: of the first one. False:
@@ -97,9 +104,9 @@ private:
         return device::LineLane().line < stage.record.meta_lines;
     }
 
-    // At piece p of the record at `place` among those of ranks whose memory we reach.
-    __device__ __forceinline__ void look(int64_t place, int p, Ahead& ahead) const {
-        look(stage.place(job.view.peers.rank, place), p, ahead);
+    // Whether what it says of the token is there. All lanes.
+    __device__ __forceinline__ bool is_told(const Ahead& ahead) const {
+        return __all_sync(~0u, !tells() || !device::LineLane().is_last() || is_ours(ahead.meta));
     }
     __device__ __forceinline__ void look(const std::byte* record, int p, Ahead& ahead) const {
         if (tells()) ahead.meta = device::get_line(record + device::LineLane().offset(0));
@@ -112,12 +119,10 @@ private:
         if (!stage.await_far(ptx::lane_id() == 0 ? src : -1)) return false;
         const std::byte* record = stage.arrival(src, int64_t{src} * view.shape.max_tokens + t);
         const std::byte* piece = record + stage.piece_at(p);
-        const device::LineLane at;
         const int row_units = this->row_units(p), units = units_of(p);
         if (!looked) look(record, p, ahead);
 #pragma unroll 1
-        for (int turn = 0;
-             !__all_sync(~0u, !tells() || !at.is_last() || is_ours(ahead.meta)); ++turn) {
+        for (int turn = 0; !is_told(ahead); ++turn) {
             if (turn >= device::kLooks && !await(src, record, 0, stage.record.meta_lines)) {
                 return lose(job.view, in, src);
             }

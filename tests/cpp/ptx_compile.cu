@@ -62,4 +62,5 @@ __global__ void every_wrapper(void** out) {
     keep(out, 42, &ptx::atom_acq_rel_gpu_cas);
     keep(out, 43, &ptx::red_relaxed_sys_or);
     keep(out, 44, &ptx::atom_relaxed_gpu_or);
+    keep(out, 45, &ptx::atom_relaxed_gpu_add);
 }

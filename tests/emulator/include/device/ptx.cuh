@@ -83,6 +83,9 @@ inline void red_release_sys_add(uint64_t* addr, uint64_t value) {
 inline uint32_t atom_acq_rel_gpu_add(uint32_t* addr, uint32_t value) {
     return std::atomic_ref(*addr).fetch_add(value);
 }
+inline uint32_t atom_relaxed_gpu_add(uint32_t* addr, uint32_t value) {
+    return std::atomic_ref(*addr).fetch_add(value, std::memory_order_relaxed);
+}
 inline uint64_t atom_relaxed_gpu_or(uint64_t* addr, uint64_t value) {
     return std::atomic_ref(*addr).fetch_or(value, std::memory_order_relaxed);
 }
