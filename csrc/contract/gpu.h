@@ -57,7 +57,7 @@ struct State {
     uint32_t* finished;       // blocks that have read all notices; 0 again once that is all
     uint64_t* without;        // [2] packed, 32 ranks each: whom a small operation goes without
     uint64_t* lost;           // ranks whose rows stopped coming in this one
-    uint64_t* claimed;        // [kMostBlocks / 64] turns of a small batch that some block sends; 0 at its end
+    uint64_t* claimed;        // [kMostBlocks / 64] turns of a small batch that blocks send; 0 again
 };
 
 struct StateLayout {

@@ -195,7 +195,8 @@ __device__ __forceinline__ void publish(const DispatchJob& job, const Spread& sp
     std::byte* const* control = job.view.peers.control;
     publish_head(job.view, control, job.begin, in);
     const NoticeLayout layout(shape);
-    publish_words(job.view, control, in, L::kRows, a.cached ? layout.selections : layout.end, [&](int i) {
+    const int end = a.cached ? layout.selections : layout.end;
+    publish_words(job.view, control, in, L::kRows, end, [&](int i) {
         if (i >= layout.expected && i < layout.selections) {  // of a handle, see judge_handles
             return static_cast<uint32_t>(a.cached ? a.rank_counts[i - L::kRows] : 0);
         }

@@ -74,7 +74,7 @@ struct Entering {
     int32_t code;       // of our own refusal
     int64_t detail[4];  // and its numbers
     uint32_t told[NoticeLayout::kRefusal];  // head and descriptor of our notice
-    Outcome outcome;    // what went wrong; only with an objection
+    Outcome outcome;                        // what went wrong; only with an objection
 };
 
 // In the order in which they count. What is wrong with the numbers of notices that agree comes last.

@@ -41,7 +41,8 @@ struct HybridGroups {
     __host__ __device__ int64_t ring_bytes() const { return int64_t{num_stages} * piece_bytes; }
 };
 
-// What a group has in shared memory beside its stages.
+// What a group has in shared memory beside its stages: in front of all that is dynamic, as kernels that are linked
+// with a library all have the static memory of any.
 struct GroupTables {
     uint64_t loaded[kMaxStages], used[kMaxStages];
     uint64_t met;  // where the adders meet, once a chunk is whole
@@ -115,9 +116,9 @@ struct Adder {
             if (!await_piece()) return false;
             const int32_t flags = group.pieces[lap.stage].flags;
             if (flags & Piece::kStop) return true;
-            const bool for_rail = (flags & Piece::kForRail) != 0;
-            if (!for_rail) credit(group.handovers[lap.stage].get());
+            if (!(flags & Piece::kForRail)) credit(group.handovers[lap.stage].get());
             const Piece piece = group.pieces[lap.stage];
+            const bool for_rail = (piece.flags & Piece::kForRail) != 0;
             if (piece.flags & Piece::kFirst) {
                 if (for_rail) {
                     sums.clear();
@@ -254,7 +255,8 @@ __device__ __noinline__ bool feed_tokens(const HybridCombine<R>& h, GroupTables&
     const RingWalk<R> walk = walk_of(h, tables.seq, group);
     const Planner planner(h.job, tables.seq, sources_of(h));
     const StageRing ring = ring_of(h, tables, group);
-    return TokenFeeder<R>(planner, walk, ring, tables.fed.get(), &tables.handovers[0].get()).run(next);
+    return TokenFeeder<R>(planner, walk, ring, tables.fed.get(), &tables.handovers[0].get())
+        .run(next);
 }
 
 // What each warp does once the call is known to be good. False: leave.
@@ -276,7 +278,6 @@ template <DType kDtype, device::Rail R>
 __global__ void __launch_bounds__(kMaxPullWarps * 32, 1)
     hybrid_combine_kernel(const __grid_constant__ HybridCombine<R> given) {
     __shared__ Uninitialized<HybridCombine<R>> copy;
-    __shared__ GroupTables tables[kMaxGroups];
     __shared__ Uninitialized<Entering> entering;
     __shared__ int next_token;  // of the block's, for groups that add up tokens
     const HybridCombine<R>& h = in_shared(given, copy);
@@ -284,6 +285,7 @@ __global__ void __launch_bounds__(kMaxPullWarps * 32, 1)
     const CombineJob& job = h.job;
     const RankView& view = job.view;
     const HybridGroups& groups = h.groups;
+    auto* tables = reinterpret_cast<GroupTables*>(ptx::dynamic_shared());  // of each group
     const int warp = threadIdx.x / 32;
     const bool publishes = blockIdx.x == 0;
     init_told(given.job.begin, in);
@@ -375,7 +377,8 @@ int launch_hybrid_combine(const R& rail, const CombineJob& job, RailView rails,
     rails.num_blocks = blocks;
     rails.tokens_per_block = static_cast<int>((a.num_tokens + blocks - 1) / blocks);
     // Tables are sized for the pullers there may be at most.
-    const RailSpread spread(rails.shape, 0, blocks, kMaxGroups / 2);
+    const auto begin = static_cast<int>(sizeof(GroupTables)) * kMaxGroups;
+    const RailSpread spread(rails.shape, begin, blocks, kMaxGroups / 2);
     HybridGroups groups = divide_groups(a, job.view.shape.num_ranks, spread.end, smem_bytes);
     if (plan.num_stages > 0) groups.num_stages = std::min(groups.num_stages, plan.num_stages);
     HybridCombine<R> h{job,

@@ -136,8 +136,7 @@ struct Releases {
         const int slot = lane / near, p = view.peers.near_begin + lane - slot * near;
         seq[lane] = 0;
         if (near > 32 || slot >= view.shape.num_slots) return;
-        seq[lane] = ptx::ld_relaxed_sys(
-            at_own<uint64_t>(view, view.layout.released_word(slot, p)));
+        seq[lane] = ptx::ld_relaxed_sys(at_own<uint64_t>(view, view.layout.released_word(slot, p)));
     }
     // Whether all had left a slot after operation `last`, which is not 0. The same warp.
     __device__ __forceinline__ bool all(const RankView& view, int slot, uint64_t last) const {

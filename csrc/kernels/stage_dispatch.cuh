@@ -176,7 +176,7 @@ __device__ __noinline__ void send_rest(const DispatchJob& job, const StageSpread
 // What the host and kernels behind this one need to know, and what callers read. One warp of one block. Not out
 // of line: there every parameter would be a load.
 __device__ __forceinline__ void tell_outputs(const DispatchJob& job, const StageSpread& spread,
-                                                 const Entering& in, bool ok, int64_t num_logged) {
+                                             const Entering& in, bool ok, int64_t num_logged) {
     const StageTables tables{spread, job.view.shape};
     const RankView& view = job.view;
     const DispatchArgs& a = job.args;

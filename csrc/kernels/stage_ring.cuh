@@ -23,10 +23,10 @@ constexpr int kMaxStages = 16;                     // of a ring
 // What a stage holds.
 struct Piece {
     enum Flag : int32_t {
-        kRow = 1,    // bytes of a row; otherwise the token has none
-        kFirst = 2,  // sums start here
-        kLast = 4,   // and end here
-        kStop = 8,   // no more pieces
+        kRow = 1,       // bytes of a row; otherwise the token has none
+        kFirst = 2,     // sums start here
+        kLast = 4,      // and end here
+        kStop = 8,      // no more pieces
         kForRail = 16,  // sums go to the rail, and `at` is an address
     };
     int64_t at;  // its bytes in out

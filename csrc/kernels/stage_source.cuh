@@ -237,7 +237,8 @@ private:
         sums.add(w);
     }
 
-    __device__ __forceinline__ void finish(const LineSums<kDtype>& sums, int t, int p, int units) const {
+    __device__ __forceinline__ void finish(const LineSums<kDtype>& sums, int t, int p,
+                                           int units) const {
         const int first = first_unit(units);
         auto* out = reinterpret_cast<uint4*>(args().out + t * args().row_bytes() +
                                              int64_t{p} * stage.record.piece_bytes);

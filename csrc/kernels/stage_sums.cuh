@@ -15,7 +15,7 @@ namespace ep::kernels {
 using device::LineLane;
 using device::Words;
 
-constexpr int kAtOnce = 2;      // times four lines that a warp works at: a piece
+constexpr int kAtOnce = 2;  // times four lines that a warp works at: a piece
 static_assert(kAtOnce * LineLane::kAtOnce == kSumLines);
 constexpr int kRowsAtOnce = 4;  // rows of a token that are on their way together
 constexpr int kUnitsApart = LineLane::kAtOnce * kLineUnits;
