@@ -517,10 +517,12 @@ def test_thousands_of_random_calls(make_cluster: MakeCluster) -> None:
 
     case = Case(num_ranks=8, num_experts=24, tokens=(40,) * 8)
     cluster = make_cluster(2, 4, case)
+    slab = {**SLAB, **STATIC, "capacity": 8 * 40 * case.num_topk}  # all to one expert, by every slot
     for n in range(250):
         disturb(cluster, seed=n, max_delay_us=draw(30))
-        tokens = tuple(0 if draw(5) == 0 else draw(40) for _ in range(8))
-        options = ({}, GROUPED, STATIC, {**SLAB, **STATIC})[draw(3)]
+        # One brings as many as there may be, on which shapes of static calls depend.
+        tokens = (40, *(0 if draw(5) == 0 else draw(40) for _ in range(7)))
+        options = ({}, GROUPED, STATIC, slab)[draw(3)]
         ids = ("random", "random", "one")[draw(2)]
         now = dataclasses.replace(case, tokens=tokens, seed=n, ids=ids, options=options)
         inputs, want = now.inputs(), want_dispatch(now, now.inputs())
