@@ -517,7 +517,8 @@ def test_thousands_of_random_calls(make_cluster: MakeCluster) -> None:
 
     case = Case(num_ranks=8, num_experts=24, tokens=(40,) * 8)
     cluster = make_cluster(2, 4, case)
-    slab = {**SLAB, **STATIC, "capacity": 8 * 40 * case.num_topk}  # all to one expert, by every slot
+    # Room for all tokens at one expert, by every slot.
+    slab = {**SLAB, **STATIC, "capacity": 8 * 40 * case.num_topk}
     for n in range(250):
         disturb(cluster, seed=n, max_delay_us=draw(30))
         # One brings as many as there may be, on which shapes of static calls depend.
