@@ -2,9 +2,9 @@
 // one sum on the rail back; the token's source adds the rows on its own node and one sum for each other
 // node, in ascending order of ranks. One kernel, over any rail.
 //
-// As in pull.cu a group of warps has a ring of stages: one feeds it (rail_sums.cuh), the others add. Some
-// groups of a block work for other nodes first, the rest at once for the tokens of its channel; those wait
-// for none of these.
+// As in pull.cu a group of warps has a ring of stages: one feeds it (rail_sums.cuh, rail_tokens.cuh), the others
+// add. Some groups of a block work for other nodes first, the rest at once for the tokens of its channel;
+// those wait for none of these.
 //
 // defines: HybridCombine, launch_hybrid_combine, load_hybrid_combine
 #pragma once
@@ -26,6 +26,7 @@
 #include "kernels/rail_notice.cuh"
 #include "kernels/rail_sums.cuh"
 #include "kernels/rail_tables.cuh"
+#include "kernels/rail_tokens.cuh"
 #include "kernels/stage_ring.cuh"
 #include "kernels/visits.cuh"
 
