@@ -2,8 +2,8 @@
 // slot is left.
 //
 // defines: at, at_own, Uninitialized, in_shared, Entering, init_told, init_entering, tell_entered,
-// acquire_slot, publish_words, publish_head, NoticeWords, judge_word, time_notices, await_notices, explain,
-// fail_call, report, count_block, await_blocks, release_slot, leave_slot
+// acquire_slot, publish_words, publish_head, NoticeWords, judge_word, first_head, nothing_yet, time_notices,
+// hear_heads, await_notices, explain, fail_call, report, count_block, await_blocks, release_slot, leave_slot
 //
 // One block tells the others' notices; every block reads all of them and comes to the verdict by
 // itself, as every rank does: the same words, the same function. Functions are for all threads of a
@@ -71,6 +71,8 @@ struct Entering {
     unsigned long long unheard;  // and those that a wait of this block has given up meanwhile
     uint64_t* outbox;   // where our notice is written once more, for ranks we do not reach; or null
     bool sends;         // of a small batch: this block has its own turn, and no other
+    bool leaves;        // and a warp of it has given up since
+    uint32_t readers;   // and so many of its warps have read all they will
     int32_t code;       // of our own refusal
     int64_t detail[4];  // and its numbers
     uint32_t told[NoticeLayout::kRefusal];  // head and descriptor of our notice
@@ -115,6 +117,8 @@ __device__ __forceinline__ void init_entering(const RankView& view, const Begin&
     in.masked = device::masked_ranks(view.watch);
     in.unheard = 0;
     in.outbox = nullptr;
+    in.leaves = false;
+    in.readers = 0;
     in.code = code_of(begin.head.what);
     if (in.code == kOk) return;
 #pragma unroll 1
@@ -333,6 +337,15 @@ __device__ __forceinline__ uint32_t judge_word(const Entering& in, int p, int i,
     return code_of(theirs) == kOk ? kNoObjection : objection(kPoisonObjection, p);
 }
 
+// The first rank whose head a warp hears. Of a small operation the first warps have rows to look for.
+template <bool kSmall>
+__device__ __forceinline__ int first_head() {
+    const int num_warps = blockDim.x / 32, warp = threadIdx.x / 32;
+    return kSmall ? (warp + num_warps / 2) % num_warps : warp;
+}
+// A packed word that is not of operation `seq`.
+__device__ __forceinline__ uint64_t nothing_yet(uint64_t seq) { return device::pack(0, seq - 1); }
+
 // Before await_notices: adds how long each rank takes to enter; of another node's, how long after the rank
 // of ours that relays its notice. One warp.
 __device__ __noinline__ inline void time_notices(const RankView& view, const Entering& in,
@@ -353,26 +366,30 @@ __device__ __noinline__ inline void time_notices(const RankView& view, const Ent
     }
 }
 
-// Waits for everybody's notice; in.first_bad is the verdict on them. A warp calls read(p, words, head)
-// for one it has found nothing wrong with; `false` from there: leave. kMasks: of a small operation, which
-// goes on without who is masked, adds whom that happens to meanwhile to in.unheard, and reads nothing but
-// what notices say.
+// Waits for everybody's notice, each warp for those of some ranks; once all have, in.first_bad is the verdict.
+// A warp calls read(p, words, head) for one it has found nothing wrong with; `false` from there: leave.
+// kMasks: of a small operation, which goes on without who is masked, adds whom that happens to meanwhile to
+// in.unheard, and reads nothing but what notices say; `looked`: a lane's word of the first head of this warp,
+// should that have come by now.
 template <bool kMasks = false, class Read>
-__device__ __forceinline__ bool await_notices(const RankView& view, const Begin& begin,
-                                              Entering& in, Read read) {
-    const int num_warps = blockDim.x / 32, warp = threadIdx.x / 32;
-    // Of a small operation the first warps have rows to look for.
-    const int first = kMasks ? (warp + num_warps / 2) % num_warps : warp;
+__device__ __forceinline__ bool hear_heads(const RankView& view, const Begin& begin, Entering& in,
+                                           Read read, uint64_t looked) {
+    const int num_warps = blockDim.x / 32;
     const Operation op{kind_of(begin.head.what), in.seq};
     bool ok = true;
 #pragma unroll 1
-    for (int p = first; ok && p < view.shape.num_ranks; p += num_warps) {
+    for (int p = first_head<kMasks>(); ok && p < view.shape.num_ranks; p += num_warps) {
+        uint64_t word = looked;
+        looked = nothing_yet(in.seq);
         if (kMasks && device::has_rank(in.masked, p)) continue;
         const NoticeWords words(view, in.slot, p);
-        uint64_t word;
         const uint64_t* own = words.words + ptx::lane_id();
-        ok = kMasks ? device::wait_packed_word(view.watch, op, p, own, word)
-                    : device::wait_packed(view.watch, op, p, own, word);
+        if constexpr (kMasks) {
+            ok = device::is_of(word, op.seq) ||
+                 device::wait_packed_word(view.watch, op, p, own, word);
+        } else {
+            ok = device::wait_packed(view.watch, op, p, own, word);
+        }
         ok = __all_sync(~0u, ok);
         if (!ok) {
             if (!kMasks) break;
@@ -389,7 +406,14 @@ __device__ __forceinline__ bool await_notices(const RankView& view, const Begin&
         }
         if constexpr (!kMasks) ptx::fence_proxy_async_global();  // what we have heard, before them
     }
-    return __syncthreads_and(ok);
+    return ok;
+}
+
+// The same, until all warps have.
+template <bool kMasks = false, class Read>
+__device__ __forceinline__ bool await_notices(const RankView& view, const Begin& begin,
+                                              Entering& in, Read read) {
+    return __syncthreads_and(hear_heads<kMasks>(view, begin, in, read, nothing_yet(in.seq)));
 }
 
 // A block has read all it will of the notices; a barrier of the block came before. One thread.

@@ -11,7 +11,7 @@
 // a turn that nobody has begun: blocks claim theirs, and before they wait for rows, those that are left.
 //
 // defines: kStageWarps, turn_of_block, publishes_stage, NoFar, StageView, claim_turn, all_claimed, take_turn,
-// claim_own, Releases, begin_half, resume_half, last_block, end_half
+// claim_own, Releases, begin_half, resume_half, last_block, Readers, end_half
 #pragma once
 
 #include <cstdint>
@@ -177,6 +177,11 @@ __device__ __forceinline__ bool resume_half(const RankView& view, const Begin& b
     return !device::is_masked(view.watch, {kind_of(begin.head.what), in.seq}, view.peers.rank);
 }
 
+// What blocks count, for the next kernel. One warp of the last block.
+__device__ __forceinline__ void reset_counts(const RankView& view) {
+    if (ptx::lane_id() == 0) *view.state.finished = 0;
+    if (static_cast<int>(ptx::lane_id()) < kMostBlocks / 64) view.state.claimed[ptx::lane_id()] = 0;
+}
 // Whether this block is the last of the grid that comes here; all have read what they will, and what they read
 // has come. Only where ranks may be masked does the last one look at what others wrote. One warp.
 __device__ __forceinline__ bool last_block(const RankView& view) {
@@ -187,10 +192,32 @@ __device__ __forceinline__ bool last_block(const RankView& view) {
                                      : ptx::atom_relaxed_gpu_add(view.state.finished, 1);
     }
     if (__shfl_sync(~0u, before, 0) + 1 != gridDim.x) return false;
-    if (ptx::lane_id() == 0) *view.state.finished = 0;
-    if (static_cast<int>(ptx::lane_id()) < kMostBlocks / 64) view.state.claimed[ptx::lane_id()] = 0;
+    reset_counts(view);
     return true;
 }
+
+// The same, asked warp by warp, each as soon as it has read, while it has still things to store: the answer is
+// on its way meanwhile. Inside a node, where nobody can be masked.
+struct Readers {
+    uint32_t blocks =
+        0;  // in lane 0 of the last warp of this block: that have read, this one included
+
+    template <class F>
+    __device__ __forceinline__ static bool are_for(const RankView& view) {
+        return !F::kAny && !view.watch.can_mask;
+    }
+    // All warps, each once.
+    __device__ __forceinline__ void count(const RankView& view, Entering& in) {
+        if (ptx::lane_id() != 0 || atomicAdd(&in.readers, 1u) + 1 != blockDim.x / 32) return;
+        blocks = gridDim.x == 1 ? 1 : ptx::atom_relaxed_gpu_add(view.state.finished, 1) + 1;
+    }
+    // Whether this was the last warp of the last block.
+    __device__ __forceinline__ bool are_all(const RankView& view) const {
+        if (__shfl_sync(~0u, blocks, 0) != gridDim.x) return false;
+        reset_counts(view);
+        return true;
+    }
+};
 
 // The end of a half that went well here. One warp of the last block.
 template <Half kHalf, class F>

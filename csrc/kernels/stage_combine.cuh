@@ -75,8 +75,10 @@ __device__ __noinline__ void add_again(const CombineJob& job, const Record& reco
                                        uint64_t lost) {
     const StageView<F> stage{job.view, record, control, {OpKind::kCombine, in.seq}, in.slot, far};
     PartReceiver<kDtype, F> receiver{job, stage, in, in.masked | lost};
+    const auto part = receiver.part_of(0);
+    const auto heard = [](auto&, bool& good) { return good = true; };
     // Nothing of the others is missing.
-    (void)receiver.run({0, record.num_pieces}, 1, receiver.part_of(0));
+    (void)receiver.run({0, record.num_pieces}, 1, part, heard, [] {});
 }
 
 // What blocks have yet to send that have not started. One warp. False: leave.
@@ -181,7 +183,7 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
         if constexpr (F::kAny) far.rail.flush();
     }
     if constexpr (kHalf != Half::kSend) {
-        auto part = receiver.part_of(slot);
+        const auto part = receiver.part_of(slot);
         if constexpr (F::kAny) (void)far.hear(view, op, in.slot, F::kCombineWarps - 1);
         const bool times = publishes_stage() && warp == F::kCombineWarps - 1;
         if (times && job.args.wait_stats != nullptr) {
@@ -190,23 +192,35 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
         // Others of this block may wait for rows meanwhile.
         const bool looks = kHalf == Half::kBoth && begins;
         const bool all_sent = !looks || all_claimed(view);
-        bool good;
-        if (!view.watch.can_mask) {
-            ok = hear_alone(view, in, good) && ok;
-        } else {
-            if (!hear_together(view, job.begin, in)) return;
-            good = in.first_bad == kNoObjection;
-            if (receiver.masked != in.masked) {
+        Readers readers;
+        bool is_good = false;
+        const auto hear = [&](typename PartReceiver<kDtype, F>::Work& work, bool& good) {
+            if (!view.watch.can_mask) {
+                if (!hear_alone(view, in, good)) return false;
+            } else {
+                if (!hear_together(view, job.begin, in)) return false;
+                good = in.first_bad == kNoObjection;
                 receiver.masked = in.masked;
-                part = receiver.part_of(pieces.item());
+                work.start_over(receiver.part_of(pieces.item()));
             }
-        }
-        if constexpr (kHalf == Half::kBoth) {
-            if (!__all_sync(~0u, all_sent) && ok && good) {
-                ok = send_rest<kDtype>(job, record, control, far, in);
+            is_good = good;
+            if constexpr (kHalf == Half::kBoth) {
+                if (!__all_sync(~0u, all_sent) && good) {
+                    if (!send_rest<kDtype>(job, record, control, far, in)) return false;
+                    work.start_over(work.part);
+                }
             }
+            return true;
+        };
+        const bool counts = Readers::are_for<F>(view);
+        ok = ok && receiver.run(pieces, step, part, hear, [&] {
+            if (counts) readers.count(view, in);
+        });
+        if (counts && is_good) {
+            const bool is_end = ok && readers.are_all(view);
+            if (is_end) end_half<kHalf>(view, control, job.begun, far, op, in);
+            return;
         }
-        if (ok && good) ok = receiver.run(pieces, step, part);
     }
     if (!__syncthreads_and(ok) || threadIdx.x >= 32 || !last_block(view)) return;
     if constexpr (kHalf != Half::kSend) {

@@ -58,11 +58,13 @@ __device__ __forceinline__ Span tokens_of_turn(const DispatchJob& job, const Sta
 
 // ---- the first half ----
 
-// False: leave. What does not need the number of the operation comes before it is known.
+// What does not need the number of the operation comes before it is known. All threads; false: leave. `ok` becomes
+// false: this warp has given up since.
 template <class Config, class F>
 __device__ __forceinline__ bool send(const DispatchJob& job, const StageSpread& spread,
                                      const StageTables& tables, const F& far, Entering& in,
-                                     const device::Stage& memory, const Releases& releases) {
+                                     const device::Stage& memory, const Releases& releases,
+                                     bool& ok) {
     const RankView& view = job.view;
     const int warp = threadIdx.x / 32, pieces = spread.record.num_pieces;
     const bool publishes = publishes_stage();
@@ -78,7 +80,7 @@ __device__ __forceinline__ bool send(const DispatchJob& job, const StageSpread& 
     int t = own.begin + i / pieces, p = i % pieces;
     typename Sender<F>::Slot slot;
     TokenCounter counter(job, spread, own.begin, publishes, F::kWarps - 2);
-    bool ok = true;
+    ok = true;
 #pragma unroll 1
     for (bool is_first = true; is_first || i < all; is_first = false) {
         if (is_first && warp == F::kWarps - 1) {
@@ -123,13 +125,13 @@ __device__ __forceinline__ bool send(const DispatchJob& job, const StageSpread& 
         if (!__syncthreads_and(ok)) return false;
         if (in.sends) put_records(job, sender.stage, own);
     }
-    return ok;
+    return true;
 }
 
 // What blocks have yet to send that have not started. All threads.
 template <class Config, class F>
-__device__ __noinline__ void send_rest(const DispatchJob& job, const StageSpread& spread,
-                                       const F& far, Entering& in) {
+__device__ __forceinline__ void send_rest(const DispatchJob& job, const StageSpread& spread,
+                                          const F& far, Entering& in) {
     __shared__ int next;
     const RankView& view = job.view;
     const StageTables tables{spread, view.shape};
@@ -224,9 +226,8 @@ __device__ __forceinline__ void tell_outputs(const DispatchJob& job, const Stage
 }
 
 // An index of rows whose size does not depend on what comes has to hold it.
-__device__ __noinline__ inline void judge_index(const DispatchJob& job, const StageSpread& spread,
-                                                Entering& in) {
-    const StageTables tables{spread, job.view.shape};
+__device__ __forceinline__ void judge_index(const DispatchJob& job, const StageTables& tables,
+                                            Entering& in) {
     const RankView& view = job.view;
     const DispatchArgs& a = job.args;
 #pragma unroll 1
@@ -253,85 +254,160 @@ __device__ __noinline__ inline void explain_any(const DispatchJob& job, const St
 }
 
 // Everybody's heads, and if there is nothing wrong with them, their counts: each thread knows its columns.
-// False: leave, once the block has met.
-template <class Meanwhile>
+// All threads; false: leave.
 __device__ __forceinline__ bool hear(const DispatchJob& job, const StageTables& tables,
-                                     Entering& in, bool& good, Meanwhile meanwhile) {
-    const CountsListener counts{job, tables, in};
-    const bool all = counts.look();
-    meanwhile();
+                                     Entering& in, bool& good) {
     if (!await_notices<true>(job.view, job.begin, in, HeadListener{tables})) return false;
     good = in.first_bad == kNoObjection;
-    return !good || (all && (in.masked | in.unheard) == 0) || counts.take();
+    return !good || CountsListener{job, tables, in}.take();
 }
 
-// Where ranks may be masked, blocks agree on whom they go without; who has heard others hears again.
-__device__ __noinline__ inline bool settle_heard(const DispatchJob& job, const StageSpread& spread,
-                                                 Entering& in, bool heard) {
-    if (!__syncthreads_and(heard)) return false;
-    if (settle_masked(job.view, in)) return true;
-    bool good;
-    heard = hear(job, StageTables{spread, job.view.shape}, in, good, [] {});
-    return __syncthreads_and(heard) != 0;
+// The same, and judged. Should ranks be masked, blocks agree on whom they go without, and may have to hear once
+// more. All threads; false: leave.
+__device__ __forceinline__ bool hear_slowly(const DispatchJob& job, const StageTables& tables,
+                                            Entering& in) {
+    if (threadIdx.x == 0) in.first_bad = in.size_bad = kNoObjection;
+    __syncthreads();
+#pragma unroll 1
+    for (bool settled = !job.view.watch.can_mask;; settled = true) {
+        bool good;
+        if (!__syncthreads_and(hear(job, tables, in, good))) return false;
+        if (settled || settle_masked(job.view, in)) break;
+    }
+    const bool good = in.first_bad == kNoObjection;
+    __syncthreads();
+    if (good) judge_stage(job, tables, in);
+    __syncthreads();
+    return true;
 }
 
-// False: leave. `good`: the verdict.
+// Most calls hear all they need at the first look, and want no index of rows, and all their blocks run. For the
+// others, what is missing. All threads; false: leave.
+template <class Config, Half kHalf, class F>
+__device__ __noinline__ bool catch_up(const DispatchJob& job, const StageSpread& spread,
+                                      const F& far, Entering& in, bool has_all, bool all_sent) {
+    const StageTables tables{spread, job.view.shape};
+    if (!has_all && !hear_slowly(job, tables, in)) return false;
+    const bool good = in.first_bad == kNoObjection;
+    if (good && job.args.index_capacity >= 0) judge_index(job, tables, in);
+    if constexpr (kHalf == Half::kBoth) {
+        const bool fits = min(in.first_bad, in.size_bad) == kNoObjection;
+        if (!__syncthreads_and(all_sent) && fits) send_rest<Config>(job, spread, far, in);
+    }
+    return true;
+}
+
+// A look at everything at once: heads, counts, and the piece of this warp. True: all has come, has been judged,
+// and needs nothing that takes longer. All threads; `ok` becomes false: leave.
+template <class F>
+__device__ __forceinline__ bool hear_at_once(const DispatchJob& job, const StageTables& tables,
+                                             Entering& in, const Receiver<F>& receiver,
+                                             const typename Receiver<F>::Piece& piece,
+                                             typename Receiver<F>::Ahead& ahead, bool all_sent,
+                                             bool& ok) {
+    FirstLook first{job, tables, in};
+    if (!first.is_enough()) {
+        ok = __syncthreads_and(ok);
+        return false;
+    }
+    typename Receiver<F>::Peek peek{receiver, piece, ahead};
+    const bool all = first.run(peek);
+    receiver.understand(ahead);
+    const HeadListener listener{tables};
+    const uint64_t head = all ? device::pack(first.head, in.seq) : nothing_yet(in.seq);
+    const bool heard = hear_heads<true>(job.view, job.begin, in, listener, head);
+    const int column = first_column();
+    if (all) judge_column(job, tables, in, column, column < tables.columns(), first);
+    if (__syncthreads_and(ok && all && heard && all_sent)) return settle_masked(job.view, in);
+    ok = __syncthreads_and(ok && heard);
+    return false;
+}
+
+// The warp that tells the outputs has little else to do.
+template <class F>
+__device__ __forceinline__ bool tells_outputs() {
+    return publishes_stage() && threadIdx.x / 32 == F::kWarps - 1;
+}
+
+// What follows from counts alone: rows of our own tokens, and what nobody sent. `good`: the call did not fail.
+template <class F>
+__device__ __forceinline__ void fill_in(const DispatchJob& job, const StageSpread& spread,
+                                        const Entering& in, bool good) {
+    const StageTables tables{spread, job.view.shape};
+    const auto blocks = static_cast<int>(gridDim.x), warp = static_cast<int>(threadIdx.x) / 32;
+    const Span own = tokens_of_turn(job, spread, turn_of_block());
+    if (in.sends) settle_rows(job, tables, own.begin, own.end, in, good);
+    // Warps that had least to take have most to fill in.
+    const int last = (F::kWarps - 1 - warp) * blocks - 1 + static_cast<int>(blockIdx.x);
+    if (!tells_outputs<F>()) StagePadder{job, last, F::kWarps * blocks - 1}.run(tables, good);
+}
+
+// Of a call that failed.
+template <class F>
+__device__ __noinline__ void take_nothing(const DispatchJob& job, const StageSpread& spread,
+                                          Entering& in) {
+    if (tells_outputs<F>()) {
+        explain_any(job, spread, in);
+        tell_outputs(job, spread, in, false, 0);
+    }
+    fill_in<F>(job, spread, in, false);
+}
+
+// `ok`: false = this warp has given up, and so will all. False: leave; or the call has ended, as far as it is for
+// this warp to do.
 template <class Config, Half kHalf, class F>
 __device__ __forceinline__ bool receive(const DispatchJob& job, const StageSpread& spread,
                                         const StageTables& tables, const F& far, Entering& in,
-                                        bool& good) {
+                                        bool ok) {
     const RankView& view = job.view;
     const int warp = threadIdx.x / 32;
     const Operation op{OpKind::kDispatch, in.seq};
-    // The warp that tells has the last turn of the grid, and does nothing else.
+    // The warp that tells has the last turn of the grid, and takes nothing.
     const int from = warp * static_cast<int>(gridDim.x) + turn_of_block();
     const int step = F::kWarps * static_cast<int>(gridDim.x) - 1;
     const StageView<F> stage{view, spread.record, tables.control(), op, in.slot, far};
     const Receiver<F> receiver{job, tables, stage, in};
+    typename Receiver<F>::Piece piece;
     typename Receiver<F>::Ahead ahead;
+    receiver.start(from, piece, ahead);
     if constexpr (F::kAny) (void)far.hear(view, op, in.slot, F::kWarps - 1);
-    // A warp that has little else to do tells what has come, and how long it took.
-    const bool tells = publishes_stage() && warp == F::kWarps - 1;
+    const bool tells = tells_outputs<F>();
     if (tells && job.args.wait_stats != nullptr) {
         time_notices(view, in, op, job.args.wait_stats);
     }
-    // One warp looks.
-    const bool looks = kHalf == Half::kBoth && warp == F::kWarps - 2;
+    const bool looks = kHalf == Half::kBoth && warp == F::kWarps - 2;  // one warp for all
     const bool all_sent = !looks || all_claimed(view);
-    bool heard = hear(job, tables, in, good, [&] { receiver.look(from, ahead); });
-    if (view.watch.can_mask) {
-        heard = settle_heard(job, spread, in, heard);
-        good = in.first_bad == kNoObjection;
-        __syncthreads();
+    const bool has_all = hear_at_once(job, tables, in, receiver, piece, ahead, all_sent, ok);
+    if (!ok) return false;
+    if (!has_all || job.args.index_capacity >= 0) {
+        if (!catch_up<Config, kHalf>(job, spread, far, in, has_all, all_sent)) return false;
+        receiver.start(from, piece, ahead);
     }
-    if (heard && good) judge_stage(job, tables, in);
-    const bool has_all = __syncthreads_and(heard && all_sent);
-    if (!has_all && !__syncthreads_and(heard)) return false;
-    good = in.first_bad == kNoObjection;  // who was slow may have seen a verdict on numbers already
-    if (good) {
-        if (job.args.index_capacity >= 0) judge_index(job, spread, in);
-        good = min(in.first_bad, in.size_bad) == kNoObjection;
-    }
-    if constexpr (kHalf == Half::kBoth) {
-        if (!has_all && good) send_rest<Config>(job, spread, far, in);
+    if (min(in.first_bad, in.size_bad) != kNoObjection) {
+        take_nothing<F>(job, spread, in);
+        return true;
     }
     if (tells) {
-        if (!good) explain_any(job, spread, in);
         int64_t num_logged = 0;
         if constexpr (F::kAny) {
-            if (good && !count_logged(stage, far.nodes().num_nodes, num_logged)) return false;
+            ok = count_logged(stage, far.nodes().num_nodes, num_logged);
         }
-        tell_outputs(job, spread, in, good, num_logged);
+        if (ok) tell_outputs(job, spread, in, true, num_logged);
+    } else {
+        ok = receiver.run(step, piece, ahead);
+        if constexpr (F::kAny) ok = ok && RailLogger<F>{job, tables, stage}.run(from, step);
     }
-    if (good && !tells && !receiver.run(from, step, ahead)) return false;
-    if constexpr (F::kAny) {
-        if (good && !tells && !RailLogger<F>{job, tables, stage}.run(from, step)) return false;
+    if (!ok) {
+        in.leaves = true;
+        return false;
     }
-    const Span own = tokens_of_turn(job, spread, turn_of_block());
-    if (in.sends) settle_rows(job, tables, own.begin, own.end, in, good);
-    // Warps that had least to take have most to fill in.
-    if (!tells) StagePadder{job, step - 1 - from, step}.run(tables, good);
-    return true;
+    Readers readers;
+    const bool counts = Readers::are_for<F>(view);
+    if (counts) readers.count(view, in);
+    fill_in<F>(job, spread, in, true);
+    if (!counts) return true;
+    if (readers.are_all(view)) end_half<kHalf>(view, tables.control(), job.begun, far, op, in);
+    return false;
 }
 
 template <class Config, Half kHalf, class F>
@@ -355,24 +431,29 @@ __global__ void __launch_bounds__(F::kWarps * 32, 1)
     if (warp == F::kWarps - 1) releases.get().look(view);
     __syncthreads();
     ptx::griddepcontrol_wait();
-    bool ok = true, good = true;
+    bool ok = true;
     if (warp == F::kWarps - 2) claim_own<kHalf>(view, in);  // it loads nothing
     if constexpr (kHalf == Half::kReceive) {
         if (warp == 0) ok = resume_half(view, job.begin, job.begun, in);
         if (warp == 1) ok = !device::gave_up(view.watch);
-        ok = __syncthreads_and(ok);
+        if (!__syncthreads_and(ok)) return;
     } else {
-        ok = send<Config>(job, spread, tables, far, in, memory, releases.get());
+        if (!send<Config>(job, spread, tables, far, in, memory, releases.get(), ok)) return;
     }
-    if constexpr (kHalf != Half::kSend) {
-        ok = ok && receive<Config, kHalf>(job, spread, tables, far, in, good);
+    if constexpr (kHalf == Half::kSend) {
+        if (!ok) in.leaves = true;
+    } else {
+        if (!receive<Config, kHalf>(job, spread, tables, far, in, ok)) return;
     }
-    if (!__syncthreads_and(ok) || warp != 0 || !last_block(view)) return;
+    __syncthreads();
+    if (in.leaves || warp != 0 || !last_block(view)) return;
     const Operation op{OpKind::kDispatch, in.seq};
     if constexpr (kHalf != Half::kSend) {
         if (const uint64_t lost = take_lost(view, in)) forget_rows(job, spread, lost);
     }
-    if (good) return end_half<kHalf>(view, tables.control(), job.begun, far, op, in);
+    if (min(in.first_bad, in.size_bad) == kNoObjection) {
+        return end_half<kHalf>(view, tables.control(), job.begun, far, op, in);
+    }
     explain_any(job, spread, in);
     if constexpr (F::kAny) {
         if (!far.leave(view, op, in)) return;

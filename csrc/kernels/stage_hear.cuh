@@ -1,7 +1,7 @@
 // In a small dispatch every block hears what all ranks bring to all experts, and comes to the verdict by
 // itself.
 //
-// defines: HeadListener, first_column, CountsListener, judge_stage, explain_stage
+// defines: HeadListener, first_column, CountsListener, HeardLimits, FirstLook, judge_stage, explain_stage
 #pragma once
 
 #include <cstdint>
@@ -35,11 +35,8 @@ __device__ __forceinline__ int first_column() {
     return static_cast<int>(blockDim.x - 1 - threadIdx.x);
 }
 
-// The counts of all ranks. They are untrusted until judge_stage has seen them.
-// Who refuses a call, or is at another, tells no counts: so while heads are awaited one only looks for them.
-// Whom the call goes without, and who is masked meanwhile, brings nothing.
+// The counts of all ranks, untrusted until they are judged.
 struct CountsListener {
-    static constexpr int32_t kNotYet = INT32_MIN;
     static constexpr int kAtOnce = 4;  // words of a thread on their way
 
     const DispatchJob& job;
@@ -55,24 +52,8 @@ struct CountsListener {
         return NoticeWords(view, in.slot, src).words + at;
     }
 
-    // Counts that come in time. False: of this thread's some did not.
-    __device__ __forceinline__ bool look() const {
-        int turns = 256;
-        bool all = true;
-#pragma unroll 1
-        for (int c = first_column(); c < tables.columns(); c += static_cast<int>(blockDim.x)) {
-#pragma unroll 1
-            for (int src = 0; src < tables.shape.num_ranks; src += kAtOnce) {
-                bool here = look_at(src, c);
-                while (!here && --turns > 0) here = look_at(src, c);
-                all = all && here;
-            }
-        }
-        return all;
-    }
-
     // The counts of some sources. False: not all are there.
-    __device__ __forceinline__ bool look_at(int first, int column) const {
+    __device__ __forceinline__ bool look(int first, int column) const {
         const int num = min(kAtOnce, tables.shape.num_ranks - first);
         uint64_t word[kAtOnce];
 #pragma unroll
@@ -83,15 +64,15 @@ struct CountsListener {
 #pragma unroll
         for (int u = 0; u < kAtOnce; ++u) {
             if (u >= num) break;
-            const bool here = device::is_of(word[u], in.seq);
             tables.prefix()[(first + u) * tables.columns() + column] =
-                here ? static_cast<int32_t>(device::bits_of(word[u])) : kNotYet;
-            all = all && here;
+                static_cast<int32_t>(device::bits_of(word[u]));
+            all = all && device::is_of(word[u], in.seq);
         }
         return all;
     }
 
-    // The others. False: leave.
+    // Those of all that heads were heard of; whom the call goes without, and who is masked meanwhile, brings
+    // nothing. All threads, each for its columns. False: leave.
     __device__ __forceinline__ bool take() const {
         const Operation op{OpKind::kDispatch, in.seq};
         const uint64_t gone = in.masked | in.unheard;
@@ -101,16 +82,15 @@ struct CountsListener {
              c += static_cast<int>(blockDim.x)) {
 #pragma unroll 1
             for (int src = 0; ok && src < tables.shape.num_ranks; ++src) {
-                int32_t& count = tables.prefix()[src * tables.columns() + c];
                 bool here = gone == 0 || !device::has_rank(gone, src);
-                if (here && count != kNotYet) continue;
                 uint64_t word = 0;
                 if (here) {
                     here = device::wait_packed_word(job.view.watch, op, src, word_of(src, c), word);
                     ok = here || device::goes_on(job.view.watch);
                     if (!here) atomicOr(&in.unheard, 1ull << src);
                 }
-                count = here ? static_cast<int32_t>(device::bits_of(word)) : 0;
+                tables.prefix()[src * tables.columns() + c] =
+                    here ? static_cast<int32_t>(device::bits_of(word)) : 0;
             }
         }
         return ok;
@@ -125,45 +105,128 @@ __device__ __forceinline__ int64_t rows_of(const DispatchJob& job, const StageTa
     return (first[p + 1] - first[p]) * job.args.capacity;
 }
 
-// Counts become what comes before each source, and the sums; what is wrong with them becomes the verdict.
-// All threads, each with the columns it has heard; a barrier of the block follows.
-__device__ __forceinline__ void judge_stage(const DispatchJob& job, const StageTables& tables,
-                                            Entering& in) {
+// What ranks say of themselves, as warps of this block have heard it.
+struct HeardLimits {
+    const StageTables& tables;
+
+    __device__ __forceinline__ int tokens(int p) const { return tables.heard()[p].num_tokens; }
+    __device__ __forceinline__ int max_rows(int p) const { return tables.heard()[p].max_rows; }
+    __device__ __forceinline__ int max_recv(int p) const { return tables.heard()[p].max_recv; }
+};
+
+// All that a warp waits for, looked at together, as long as it takes in most calls: else each load would wait
+// for the one before. Only while nobody is masked, and where each thread has at most one column.
+struct FirstLook {
+    static constexpr int kTurns = 256;
+
+    const DispatchJob& job;
+    const StageTables& tables;
+    Entering& in;
+    // A lane's word of the first head, what rank `lane` brings, and what the rank of a column can take.
+    uint32_t head = 0, num_tokens = 0, rows = 0, recv = 0;
+
+    __device__ __forceinline__ bool is_enough() const {
+        return in.masked == 0 && job.view.shape.num_ranks <= 32 &&
+               tables.columns() <= static_cast<int>(blockDim.x);
+    }
+
+    // Of any rank, by all lanes; of that of this thread's column.
+    __device__ __forceinline__ int tokens(int p) const {
+        return static_cast<int>(__shfl_sync(~0u, num_tokens, p));
+    }
+    __device__ __forceinline__ int max_rows(int) const { return static_cast<int>(rows); }
+    __device__ __forceinline__ int max_recv(int) const { return static_cast<int>(recv); }
+
+    // `piece`: with load() and look(), what a warp would like to have as well. One warp. False: something has
+    // not come.
+    template <class Piece>
+    __device__ __forceinline__ bool run(Piece& piece) {
+        using L = NoticeLayout;
+        const RankView& view = job.view;
+        const CountsListener counts{job, tables, in};
+        const int num_ranks = view.shape.num_ranks, column = first_column();
+        const int p = first_head<true>(), lane = static_cast<int>(ptx::lane_id());
+        const bool has_column = column < tables.columns();
+        const uint64_t* heads = NoticeWords(view, in.slot, p < num_ranks ? p : 0).words + lane;
+        const uint64_t* of_lane = NoticeWords(view, in.slot, lane < num_ranks ? lane : 0).words;
+        const uint64_t* limits = NoticeWords(view, in.slot, column < num_ranks ? column : 0).words;
+        bool all = false;
+#pragma unroll 1
+        for (int turn = 0, first = 0; turn < kTurns && !all; ++turn) {
+            const uint64_t none = device::pack(0, in.seq);  // who waits for nothing has it
+            uint64_t word[4] = {none, none, none, none};
+            piece.load();
+            if (p < num_ranks) word[0] = ptx::ld_relaxed_sys(heads);
+            if (lane < num_ranks) word[1] = ptx::ld_relaxed_sys(of_lane + L::kTokens);
+            if (column < num_ranks) {
+                word[2] = ptx::ld_relaxed_sys(limits + L::kMaxRows);
+                word[3] = ptx::ld_relaxed_sys(limits + L::kMaxRecv);
+            }
+            bool here = !has_column || counts.look(first, column);
+            const bool is_end = first + CountsListener::kAtOnce >= num_ranks;
+#pragma unroll
+            for (const uint64_t w : word) here = here && (!is_end || device::is_of(w, in.seq));
+            head = device::bits_of(word[0]), num_tokens = device::bits_of(word[1]);
+            rows = device::bits_of(word[2]), recv = device::bits_of(word[3]);
+            piece.look();
+            all = __all_sync(~0u, here);
+            if (!all || is_end) continue;
+            all = false;
+            first += CountsListener::kAtOnce;
+        }
+        return all;
+    }
+};
+
+// The counts of a column become what comes before each source, and their sum; what is wrong with them becomes
+// the verdict. All lanes of a warp, each with a column it `has` heard; a barrier of the block follows.
+template <class Limits>
+__device__ __forceinline__ void judge_column(const DispatchJob& job, const StageTables& tables,
+                                             Entering& in, int c, bool has, const Limits& limits) {
     const DispatchArgs& a = job.args;
     const int num_ranks = job.view.shape.num_ranks;
-    const bool compact = a.layout == RecvLayout::kCompact;
-    const auto owner_of = [&](int c) {
+    const bool compact = a.layout == RecvLayout::kCompact, rows = c < num_ranks;
+    const auto owner_of = [&](int column) {
         const int32_t* first = tables.first();
         int p = 0;
-        while (first[p + 1] <= c - num_ranks) ++p;
+        while (first[p + 1] <= column - num_ranks) ++p;
         return p;
     };
+    int sum = 0;
 #pragma unroll 1
-    for (int c = first_column(); c < tables.columns(); c += static_cast<int>(blockDim.x)) {
-        const bool rows = c < num_ranks;
-        int sum = 0;
+    for (int p = 0; p < num_ranks; ++p) {
+        const bool counts = !without(in, p);  // of some that do not, some words have come
+        const int told = limits.tokens(p), tokens = counts ? told : 0;
+        if (!has) continue;
+        int32_t& at = tables.prefix()[p * tables.columns() + c];
+        const int count = counts ? at : 0;
+        const bool fine = tokens >= 0 && tokens <= job.view.shape.max_tokens && count >= 0 &&
+                          count <= tokens * (rows ? 1 : a.num_topk);
+        if (!fine) atomicMin(&in.first_bad, objection(kNumberObjection, p));
+        at = sum;
+        sum += count;
+    }
+    if (!has) return;
+    tables.prefix()[num_ranks * tables.columns() + c] = sum;
+    const bool over = compact ? rows && sum > a.capacity : !rows && sum > a.capacity;
+    if (over && a.capacity >= 0) {
+        const int owner = rows ? c : owner_of(c);
+        if (!without(in, owner)) atomicMin(&in.size_bad, objection(kSizeObjection, owner));
+    }
+    if (!rows || without(in, c)) return;
+    const bool fits = sum <= limits.max_recv(c) &&
+                      (compact ? sum : rows_of(job, tables, c)) <= limits.max_rows(c);
+    if (!fits) atomicMin(&in.size_bad, objection(kSizeObjection, c));
+}
+
+// All columns of a thread.
+__device__ __forceinline__ void judge_stage(const DispatchJob& job, const StageTables& tables,
+                                            Entering& in) {
+    const auto threads = static_cast<int>(blockDim.x);
 #pragma unroll 1
-        for (int p = 0; p < num_ranks; ++p) {
-            int32_t& at = tables.prefix()[p * tables.columns() + c];
-            const bool counts = !without(in, p);  // of some that do not, some words have come
-            const int count = counts ? at : 0;
-            const int tokens = counts ? tables.heard()[p].num_tokens : 0;
-            const bool fine = tokens >= 0 && tokens <= job.view.shape.max_tokens && count >= 0 &&
-                              count <= tokens * (rows ? 1 : a.num_topk);
-            if (!fine) atomicMin(&in.first_bad, objection(kNumberObjection, p));
-            at = sum;
-            sum += count;
-        }
-        tables.prefix()[num_ranks * tables.columns() + c] = sum;
-        const bool over = compact ? rows && sum > a.capacity : !rows && sum > a.capacity;
-        if (over && a.capacity >= 0) {
-            const int owner = rows ? c : owner_of(c);
-            if (!without(in, owner)) atomicMin(&in.size_bad, objection(kSizeObjection, owner));
-        }
-        if (!rows || without(in, c)) continue;
-        const bool fits = sum <= tables.heard()[c].max_recv &&
-                          (compact ? sum : rows_of(job, tables, c)) <= tables.heard()[c].max_rows;
-        if (!fits) atomicMin(&in.size_bad, objection(kSizeObjection, c));
+    for (int first = 0; first < tables.columns(); first += threads) {
+        const int c = first + first_column();
+        judge_column(job, tables, in, c, c < tables.columns(), HeardLimits{tables});
     }
 }
 

@@ -22,7 +22,6 @@ namespace ep::kernels {
 template <class F>
 struct Receiver {
     static constexpr int kAtOnce = 3;  // times four lines that a warp has in flight
-    static constexpr int kPeeks = 3;
     static constexpr int kStep = kAtOnce * device::LineLane::kAtOnce;
 
     const DispatchJob& job;
@@ -30,42 +29,71 @@ struct Receiver {
     StageView<F> stage;
     Entering& in;  // whom this block goes without
 
-    // What a warp has of a piece, or had when it looked: what its record says of the token, and first lines.
+    // A piece of what a source may have sent.
+    struct Piece {
+        int src, t, p;  // of its token t; from another node of the t-th that comes here
+        int row_units;  // of the row, and scales behind them
+    };
+    // What its source told of a token; of a slot here its lane knows which expert it is for.
+    struct Told {
+        int index = -1;             // its number among those that come here
+        int local = -1, turn = -1;  // of the slot, if it comes here
+        float weight = 0.0f;
+    };
+    // What a warp has of its first piece before all have been heard.
     struct Ahead {
         device::Words meta, lines[kAtOnce];
+        Told told;
+        bool is_told = false;
     };
-    // At its first piece, which may have come before all counts have; a few times, as there may be none.
-    __device__ __forceinline__ void look(int first, Ahead& ahead) const {
-        if constexpr (F::kAny) return;
-        __syncwarp();  // lanes of a line load it together, or get halves of two
+
+    // The first piece of a warp, of which nothing is known.
+    __device__ __forceinline__ void start(int first, Piece& piece, Ahead& ahead) const {
         const int pieces = stage.record.num_pieces, place = first / pieces;
         const auto most = static_cast<int>(job.view.shape.max_tokens);
-        if (place >= job.view.shape.num_ranks * most) return;
-        const int p = first - place * pieces, units = units_of(p);
-#pragma unroll 1
-        for (int turn = 0; turn < kPeeks; ++turn) {
-            look(stage.place(job.view.peers.rank, place), p, ahead);
-            if (there(0, units, ahead.lines) && is_told(ahead)) return;
-        }
+        piece.src = place / most, piece.t = place - piece.src * most;
+        piece.p = first - place * pieces;
+        measure(piece);
+        ahead = {};
     }
 
-    // Pieces first, first + step, ... of all tokens that all ranks may have. `ahead`: of the first one. False:
-    // leave.
-    __device__ __forceinline__ bool run(int first, int step, Ahead& ahead) const {
+    // A look at a piece that may have come, in two steps: loads, then what they brought.
+    struct Peek {
+        const Receiver& receiver;
+        const Piece& piece;
+        Ahead& ahead;
+
+        __device__ __forceinline__ void load() {
+            if (!F::kAny && piece.src < receiver.job.view.shape.num_ranks && !ahead.is_told) {
+                receiver.load(receiver.record_of(piece), piece, ahead);
+            }
+        }
+        __device__ __forceinline__ void look() {
+            if (!F::kAny && piece.src < receiver.job.view.shape.num_ranks && !ahead.is_told) {
+                ahead.is_told = receiver.is_told(ahead);
+            }
+        }
+    };
+    // After looks: what has come is made something of, as far as that goes before the verdict.
+    __device__ __forceinline__ void understand(Ahead& ahead) const {
+        if (ahead.is_told) ahead.told = told_by(ahead.meta);
+    }
+
+    // This piece, and each `step`-th after it, of all tokens that all ranks may have. False: leave.
+    __device__ __forceinline__ bool run(int step, Piece piece, Ahead& ahead) const {
         const int pieces = stage.record.num_pieces;
+        const auto num_ranks = static_cast<int>(job.view.shape.num_ranks);
         const auto most = static_cast<int>(job.view.shape.max_tokens);
-        const int tokens = step / pieces, rest = step - tokens * pieces;
-        int src = 0, t = first / pieces, p = first - t * pieces;
-        bool ok = true, looked = !F::kAny;
+        bool ok = true;
 #pragma unroll 1
-        while (ok) {
-            for (; t >= most; t -= most) ++src;
-            if (src >= job.view.shape.num_ranks) break;
-            if (t < places_of(src) && !is_gone(src)) ok = take(src, t, p, ahead, looked);
-            looked = false;
-            t += tokens;
-            p += rest;
-            if (p >= pieces) p -= pieces, ++t;
+        while (ok && piece.src < num_ranks) {
+            if (piece.t < places_of(piece.src) && !is_gone(piece.src)) ok = take(piece, ahead);
+            if (step >= num_ranks * most * pieces) break;
+            ahead.is_told = false;
+            const int next = piece.p + step, tokens = next / pieces;
+            piece.p = next - tokens * pieces;
+            for (piece.t += tokens; piece.t >= most; piece.t -= most) ++piece.src;
+            measure(piece);
         }
         return ok;
     }
@@ -73,9 +101,9 @@ struct Receiver {
 private:
     // What becomes of a token here; a slot's row is held by its lane.
     struct Arrival {
-        int token = -1, index = -1;  // of its source; among those that come here
-        int row = -1, local = -1;
-        float weight = 0.0f;
+        int token, index;  // of its source; among those that come here
+        int row = -1, local;
+        float weight;
         int64_t scales = 0;  // where its scales begin, in words
     };
 
@@ -94,11 +122,14 @@ private:
         return tables.heard()[src].num_tokens;
     }
 
-    __device__ __forceinline__ int row_units(int p) const {
-        return stage.piece_bytes(p, args().row_bytes()) / kUnitBytes;
+    __device__ __forceinline__ void measure(Piece& piece) const {
+        piece.row_units = stage.piece_bytes(piece.p, args().row_bytes()) / kUnitBytes;
     }
-    __device__ __forceinline__ int units_of(int p) const {
-        return row_units(p) + (stage.record.scale_bytes + kUnitBytes - 1) / kUnitBytes;
+    __device__ __forceinline__ int units_of(const Piece& piece) const {
+        return piece.row_units + (stage.record.scale_bytes + kUnitBytes - 1) / kUnitBytes;
+    }
+    __device__ __forceinline__ const std::byte* record_of(const Piece& piece) const {
+        return stage.arrival(piece.src, int64_t{piece.src} * job.view.shape.max_tokens + piece.t);
     }
     __device__ __forceinline__ bool tells() const {
         return device::LineLane().line < stage.record.meta_lines;
@@ -108,47 +139,52 @@ private:
     __device__ __forceinline__ bool is_told(const Ahead& ahead) const {
         return __all_sync(~0u, !tells() || !device::LineLane().is_last() || is_ours(ahead.meta));
     }
-    __device__ __forceinline__ void look(const std::byte* record, int p, Ahead& ahead) const {
+    // Lanes of a line come here together, or get halves of two.
+    __device__ __forceinline__ void load(const std::byte* record, const Piece& piece,
+                                         Ahead& ahead) const {
+        __syncwarp();
         if (tells()) ahead.meta = device::get_line(record + device::LineLane().offset(0));
-        get(record + stage.piece_at(p), 0, units_of(p), ahead.lines);
+        get(record + stage.piece_at(piece.p), 0, units_of(piece), ahead.lines);
     }
 
-    // `looked`: ahead is of this piece.
-    __device__ __forceinline__ bool take(int src, int t, int p, Ahead& ahead, bool looked) const {
-        const RankView& view = job.view;
+    __device__ __forceinline__ bool take(const Piece& piece, Ahead& ahead) const {
+        const int src = piece.src;
         if (!stage.await_far(ptx::lane_id() == 0 ? src : -1)) return false;
-        const std::byte* record = stage.arrival(src, int64_t{src} * view.shape.max_tokens + t);
-        const std::byte* piece = record + stage.piece_at(p);
-        const int row_units = this->row_units(p), units = units_of(p);
-        if (!looked) look(record, p, ahead);
+        const std::byte* record = record_of(piece);
+        const std::byte* lines_at = record + stage.piece_at(piece.p);
+        if (!ahead.is_told) {
+            load(record, piece, ahead);
 #pragma unroll 1
-        for (int turn = 0; !is_told(ahead); ++turn) {
-            if (turn >= device::kLooks && !await(src, record, 0, stage.record.meta_lines)) {
-                return lose(job.view, in, src);
+            for (int turn = 0; !is_told(ahead); ++turn) {
+                if (turn >= device::kLooks && !await(src, record, 0, stage.record.meta_lines)) {
+                    return lose(job.view, in, src);
+                }
+                load(record, piece, ahead);
             }
-            look(record, p, ahead);
+            ahead.told = told_by(ahead.meta);
         }
-        device::Words(&w)[kAtOnce] = ahead.lines;
-        const Arrival to = understand(src, t, ahead.meta);
-        if (to.index < 0) return true;  // it does not come here
+        if (ahead.told.index < 0) return true;  // it does not come here
+        const Arrival to = place(piece, ahead.told);
         if (!in_bounds(src, to)) return false;
-        if (p == 0) describe(src, to);
-        const int lines = (units + kLineUnits - 1) / kLineUnits;
+        if (piece.p == 0) describe(src, to);
+        device::Words(&w)[kAtOnce] = ahead.lines;
+        const int units = units_of(piece), lines = (units + kLineUnits - 1) / kLineUnits;
 #pragma unroll 1
         for (int line = 0;;) {
 #pragma unroll 1
             for (int turn = 0; !there(line, units, w); ++turn) {
-                if (turn >= device::kLooks && !await(src, piece, line, lines)) {
+                if (turn >= device::kLooks && !await(src, lines_at, line, lines)) {
                     return lose(job.view, in, src);
                 }
-                get(piece, line, units, w);
+                get(lines_at, line, units, w);
             }
-            put_row(p, line, row_units, to, w);
-            const bool has_scales = (line + kStep) * kLineUnits > row_units && units > row_units;
-            if (has_scales) put_scales(p, line, row_units, to, w);
+            put_row(piece, line, to, w);
+            if ((line + kStep) * kLineUnits > piece.row_units && units > piece.row_units) {
+                put_scales(piece, line, to, w);
+            }
             line += kStep;
             if (line >= lines) return true;
-            get(piece, line, units, w);
+            get(lines_at, line, units, w);
         }
     }
 
@@ -186,38 +222,43 @@ private:
         }
     }
 
-    // From what the source told, and the place: see Sender::describe.
-    __device__ __forceinline__ Arrival understand(int src, int place,
-                                                  const device::Words& meta) const {
+    // See Sender::describe.
+    __device__ __forceinline__ Told told_by(const device::Words& meta) const {
         const DispatchArgs& a = args();
-        const RankView& view = job.view;
         const int slot = min(static_cast<int>(ptx::lane_id()), a.num_topk - 1);
-        Arrival r;
+        Told r;
         r.index = static_cast<int>(__shfl_sync(~0u, static_cast<uint32_t>(meta.a), 0));
-        r.token = place;
-        if (stage.is_far(src)) r.token = r.index, r.index = place;
         const uint64_t told = word(meta, 1 + slot);
         uint64_t pair = 0;
         if (a.with_weights) pair = word(meta, 1 + a.num_topk + slot / 2);
         const auto code = static_cast<uint32_t>(told);
         if (static_cast<int>(ptx::lane_id()) >= a.num_topk || code == kNoStagedExpert ||
-            staged_rank(code) != view.peers.rank) {
+            staged_rank(code) != job.view.peers.rank) {
             return r;
         }
-        const auto turn =
+        r.turn =
             F::kAny ? turn_of(static_cast<uint32_t>(told >> 32)) : static_cast<int>(told >> 32);
         r.local = staged_local(code);
         r.weight = __uint_as_float(static_cast<uint32_t>(slot % 2 != 0 ? pair >> 32 : pair));
+        return r;
+    }
+    // From that, what all bring, and the place.
+    __device__ __forceinline__ Arrival place(const Piece& piece, const Told& told) const {
+        const DispatchArgs& a = args();
+        const int me = job.view.peers.rank, src = piece.src;
+        Arrival r{piece.t, told.index, -1, told.local, told.weight};
+        if (stage.is_far(src)) r.token = told.index, r.index = piece.t;
+        if (told.local < 0) return r;
         const int64_t words = a.scale_bytes / 4;
+        const int position = tables.first()[me] + told.local;
         if (compact()) {
-            r.row = tables.rows(src, view.peers.rank) + r.index;
+            r.row = tables.rows(src, me) + r.index;
             r.scales = r.row * words;
-        } else if (const int position = tables.first()[view.peers.rank] + r.local;
-                   position < tables.first()[view.peers.rank + 1]) {
-            const int row = tables.selections(src, position) + turn;
-            const bool fits = turn >= 0 && row < a.capacity;
-            r.row = fits ? static_cast<int>(r.local * a.capacity) + row : -2;
-            r.scales = r.local * words * scales_apart() + row;
+        } else if (position < tables.first()[me + 1]) {
+            const int row = tables.selections(src, position) + told.turn;
+            const bool fits = told.turn >= 0 && row < a.capacity;
+            r.row = fits ? static_cast<int>(told.local * a.capacity) + row : -2;
+            r.scales = told.local * words * scales_apart() + row;
         } else {
             r.row = -2;
         }
@@ -281,12 +322,12 @@ private:
     }
 
     // Lines of a piece to every row the token has here.
-    __device__ __forceinline__ void put_row(int p, int line, int row_units, const Arrival& to,
+    __device__ __forceinline__ void put_row(const Piece& piece, int line, const Arrival& to,
                                             const device::Words (&w)[kAtOnce]) const {
         const device::LineLane at;
         const int64_t row_bytes = args().row_bytes();
-        const int first = at.is_last() ? row_units : at.index(line);
-        std::byte* out = x() + int64_t{p} * stage.record.piece_bytes + first * kUnitBytes;
+        const int first = at.is_last() ? piece.row_units : at.index(line);
+        std::byte* out = x() + int64_t{piece.p} * stage.record.piece_bytes + first * kUnitBytes;
 #pragma unroll 1
         for (uint32_t left = rows_of(to); left != 0; left &= left - 1) {
             const int row = __shfl_sync(~0u, to.row, __ffs(left) - 1);
@@ -294,7 +335,9 @@ private:
 #pragma unroll
             for (int v = 0; v < kAtOnce; ++v) {
                 constexpr int kApart = device::LineLane::kAtOnce * kLineUnits;
-                if (first + v * kApart < row_units) units[v * kApart] = device::unit_of(w[v]);
+                if (first + v * kApart < piece.row_units) {
+                    units[v * kApart] = device::unit_of(w[v]);
+                }
             }
         }
     }
@@ -304,32 +347,27 @@ private:
         return compact() ? 1 : (args().capacity + 3) / 4 * 4;
     }
 
-    // Scales of a piece that lie in these lines, a word a lane, to every row the token has here.
-    __device__ __forceinline__ void put_scales(int p, int line, int row_units, const Arrival& to,
+    // Scales of a piece that lie in these lines to every row the token has here: each lane those of its unit.
+    __device__ __forceinline__ void put_scales(const Piece& piece, int line, const Arrival& to,
                                                const device::Words (&w)[kAtOnce]) const {
-        const int of_piece = stage.record.scale_bytes / 4, first = p * of_piece;
+        const device::LineLane at;
+        const int of_piece = stage.record.scale_bytes / 4, first = piece.p * of_piece;
         const int end = min(of_piece, static_cast<int>(args().scale_bytes / 4) - first);
         const int64_t apart = scales_apart();
-#pragma unroll 1
-        for (int s0 = 0; s0 < end; s0 += 32) {
-            const int s = s0 + static_cast<int>(ptx::lane_id());
-            const int i = row_units + s / 4, of_line = i / kLineUnits - line;
-            const int v = of_line / device::LineLane::kAtOnce;
-            const int from = of_line % device::LineLane::kAtOnce * 8 + i % kLineUnits;
-            uint64_t pair = 0;
 #pragma unroll
-            for (int u = 0; u < kAtOnce; ++u) {
-                const uint64_t a = __shfl_sync(~0u, w[u].a, from & 31);
-                const uint64_t b = __shfl_sync(~0u, w[u].b, from & 31);
-                if (v == u) pair = s % 4 < 2 ? a : b;
-            }
-            const bool here = s < end && of_line >= 0 && v < kAtOnce;
-            const auto scale = static_cast<uint32_t>(s % 2 != 0 ? pair >> 32 : pair);
+        for (int v = 0; v < kAtOnce; ++v) {
+            const int i = at.index(line + v * device::LineLane::kAtOnce) - piece.row_units;
+            const int s = at.is_last() || i < 0 ? end : kUnitBytes / 4 * i;
+            if (!__any_sync(~0u, s < end)) continue;
+            const uint4 unit = device::unit_of(w[v]);
             auto* out = reinterpret_cast<uint32_t*>(job.out.scales) + (first + s) * apart;
 #pragma unroll 1
             for (uint32_t left = rows_of(to); left != 0; left &= left - 1) {
-                const int64_t at = __shfl_sync(~0u, to.scales, __ffs(left) - 1);
-                if (here) out[at] = scale;
+                uint32_t* row = out + __shfl_sync(~0u, to.scales, __ffs(left) - 1);
+                if (s < end) row[0] = unit.x;
+                if (s + 1 < end) row[apart] = unit.y;
+                if (s + 2 < end) row[2 * apart] = unit.z;
+                if (s + 3 < end) row[3 * apart] = unit.w;
             }
         }
     }
@@ -411,21 +449,21 @@ __device__ __forceinline__ void settle_rows(const DispatchJob& job, const StageT
     const int64_t* ids = a.routed_idx != nullptr ? a.routed_idx : a.topk_idx;
     const int64_t last = int64_t{end} * a.num_topk;
     // From the last warp but one downwards: first warps are those that take rows, the last one tells.
-    const auto threads = static_cast<int>(blockDim.x);
-    const int turn_of_thread = (2 * threads - 33 - static_cast<int>(threadIdx.x)) % threads;
+    const auto threads = static_cast<int>(blockDim.x), back = threads - 33;
+    const int turn = back - static_cast<int>(threadIdx.x), first = turn < 0 ? turn + threads : turn;
 #pragma unroll 1
-    for (int64_t i = int64_t{begin} * a.num_topk + turn_of_thread; i < last; i += threads) {
-        const int turn = a.send_row[i];
+    for (int64_t i = int64_t{begin} * a.num_topk + first; i < last; i += threads) {
+        const int number = a.send_row[i];
         const int64_t id = ids[i];
         const Expert expert = tables.expert(id);
-        if (turn < 0 || expert.position < 0) continue;
+        if (number < 0 || expert.position < 0) continue;
         if (!good || without(in, staged_rank(expert.code))) {
             a.send_row[i] = -1;
         } else if (a.layout == RecvLayout::kCompact) {
-            a.send_row[i] = tables.rows(view.peers.rank, staged_rank(expert.code)) + turn;
+            a.send_row[i] = tables.rows(view.peers.rank, staged_rank(expert.code)) + number;
         } else {
             const auto slab = static_cast<int>(staged_local(expert.code) * a.capacity);
-            a.send_row[i] = slab + tables.selections(view.peers.rank, expert.position) + turn;
+            a.send_row[i] = slab + tables.selections(view.peers.rank, expert.position) + number;
         }
     }
 }

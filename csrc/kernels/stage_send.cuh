@@ -201,18 +201,18 @@ struct Sender {
         const RankView& view = job.view;
         loading = false;
         if (!device::await_stage(view.watch, stage.op, piece, view.peers.rank)) return false;
-        complete<Config>(t, p);
+        complete<Config, 4>(t, p);
         return true;
     }
-    // Piece p of token t is in shared memory, as it is: it gets its scales.
-    template <class Config>
+    // Piece p of token t is in shared memory, as it is: it gets its scales. kVectors: that a lane works at.
+    template <class Config, int kVectors>
     __device__ __forceinline__ void complete(int t, int p) const {
         const DispatchArgs& a = args();
         std::byte* scales = piece.data + spread.scales_at;
         if constexpr (Config::kQuantizes) {
             const bool ue8m0 = a.quantize == Quantize::kFp8Ue8m0;
             if (a.scale_block == 128) {
-                constexpr int kMost = Config::kSource == DType::kF32 ? 2 : 4;
+                constexpr int kMost = Config::kSource == DType::kF32 ? kVectors / 2 : kVectors;
                 device::quantize_blocks<Config::kSource, 128, kMost>(piece.data, scales,
                                                                      elements(p), ue8m0);
             } else {
@@ -234,7 +234,7 @@ struct Sender {
         __syncwarp();
         for (int i = ptx::lane_id(); i < elements(p) * size / kUnitBytes; i += 32) to[i] = units[i];
         __syncwarp();
-        complete<Config>(t, p);
+        complete<Config, 2>(t, p);
     }
 
     // It goes to every rank the token goes to.

@@ -106,16 +106,59 @@ struct PartReceiver {
         return part_of(slot);
     }
 
-    // From the token with this part on, the first of this warp. False: leave.
-    __device__ __forceinline__ bool run(Pieces at, int step, Part part) {
-        bool ok = true;
-#pragma unroll 1
-        while (ok && at.item() < job.args.num_tokens) {
-            ok = receive(at.item(), at.piece(), part);
-            at.next(step);
-            part = part_of(at.item());
+    // A piece of a token, so far.
+    struct Work {
+        Part part;
+        bool added;  // all its lines have come, and these are their sums
+        LineSums<kDtype> sums;
+
+        __device__ __forceinline__ explicit Work(const Part& p) { start_over(p); }
+        __device__ __forceinline__ void start_over(const Part& p) {
+            part = p;
+            added = false;
+            sums.clear();
         }
-        return ok;
+    };
+
+    // From the token with this part on, the first of this warp. hear(work, good) before anything is written: the
+    // verdict, false = leave; what has come by then is added up already. read(): all lines have been loaded.
+    // False: leave.
+    template <class Hear, class Read>
+    __device__ __forceinline__ bool run(Pieces at, int step, Part part, Hear hear, Read read) {
+        const int end = static_cast<int>(args().num_tokens) * at.num_pieces;
+        Work work(part);
+        // Where what is heard decides what is awaited, or may have to wait for other nodes.
+        bool hears = F::kAny || job.view.watch.can_mask || at.index >= end, heard = false;
+#pragma unroll 1
+        for (int turn = 0;; ++turn) {
+            if (hears && !heard) {
+                bool good;
+                if (!hear(work, good)) return false;
+                if (!good) return true;
+                heard = true;
+            }
+            const bool is_last = at.index + step >= end;
+            if (at.index < end) {
+                const int t = at.item(), p = at.piece();
+                const int units = stage.piece_bytes(p, args().row_bytes()) / kUnitBytes;
+                if (!work.added) {
+                    const bool waits = heard && turn > device::kLooks;
+                    if (waits && !await_parts(t, p, units, work.part)) return false;
+                    if (turn == 0 && !await_node(work.part)) return false;
+                    work.added = add(t, p, units, work.part, work.sums);
+                    hears = hears || work.added || turn >= device::kLooks;
+                    if (!work.added || !heard) continue;
+                }
+                if (is_last) read();
+                finish(work.sums, t, p, units);
+            } else {
+                read();
+            }
+            if (is_last) return true;
+            at.next(step);
+            work.part = part_of(at.item());
+            work.added = false, turn = -1;
+        }
     }
 
 private:
@@ -124,16 +167,9 @@ private:
         return args().layout == RecvLayout::kCompact || args().per_rank;
     }
 
-    __device__ __forceinline__ bool receive(int t, int p, Part part) {
-        const int units = stage.piece_bytes(p, args().row_bytes()) / kUnitBytes;
-        if (!stage.await_far(part.key == ~0u ? -1 : static_cast<int>(part.key / 32))) return false;
-        LineSums<kDtype> sums;
-#pragma unroll 1
-        for (int turn = 0; !add(t, p, units, part, sums); ++turn) {
-            if (turn >= device::kLooks && !await_parts(t, p, units, part)) return false;
-        }
-        finish(sums, t, p, units);
-        return true;
+    // What other nodes have put for these slots is there. False: leave.
+    __device__ __forceinline__ bool await_node(const Part& part) const {
+        return stage.await_far(part.key == ~0u ? -1 : static_cast<int>(part.key / 32));
     }
 
     // False: some lines are not there yet, and the sums are none.

@@ -154,6 +154,13 @@ int main() {
             }
             run(with(small(3, 2, fixed), [](Case& c) { c.row_index = true, c.alignment = 4; }));
         });
+        test(("small: more experts than threads, and more ranks than lanes" + how).c_str(), [&] {
+            for (const Case& base : {fixed, slab()}) {
+                run(with(small(2, 3, base), [](Case& c) { c.experts = 1100; }));
+                run(with(small(34, 1, base),
+                         [](Case& c) { c.experts = 68, c.capacity = c.capacity < 0 ? -1 : 200; }));
+            }
+        });
         test(("small: what fails, fails everywhere" + how).c_str(), [&] {
             World w(with(small(3, 2, slab()), [](Case& c) { c.replicas = true; }));
             const int64_t good = w.ranks[2].logical[7];
