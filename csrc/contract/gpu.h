@@ -163,7 +163,8 @@ struct RankView {
     State state;
     Watch watch;
     // A kernel may take its SMs before the one in front of it has ended. Not where ranks share a GPU: waiting
-    // kernels of one would keep the other, whom they wait for, from ever starting.
+    // kernels of one would keep the other, whom they wait for, from ever starting. Nor a small batch that was
+    // given so many SMs and no more.
     bool overlaps = false;
 };
 

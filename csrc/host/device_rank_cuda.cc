@@ -200,8 +200,9 @@ std::shared_ptr<Flight> DeviceRank::dispatch(const DispatchArgs& args, const Dis
 }
 
 void DeviceRank::launch_staged(Flight& flight, Half half, int num_sms) {
-    const DispatchJob& job = flight.job;
+    DispatchJob& job = flight.job;
     const int most = num_sms > 0 ? std::min(num_sms, max_blocks_) : max_blocks_;
+    if (half != Half::kReceive && num_sms > 0) job.view.overlaps = false;
     flight.num_blocks = std::min(kernels::stage_blocks(job), most);
     if (rails_) {
         auto* log = reinterpret_cast<int32_t*>(flight[Out::kRailLog].data());
@@ -376,6 +377,7 @@ std::shared_ptr<BegunCombine> DeviceRank::combine(const CombineArgs& args,
 
 void DeviceRank::launch_staged(BegunCombine& begun, Half half, int num_sms, Stream stream) {
     const int most = num_sms > 0 ? std::min(num_sms, max_blocks_) : max_blocks_;
+    if (half != Half::kReceive && num_sms > 0) begun.job.view.overlaps = false;
     begun.num_blocks = std::min(kernels::stage_blocks(begun.job), most);
     if (rails_) {
         EP_CUDA(rails_->direct_combine(begun.job, half, begun.num_blocks, stream));

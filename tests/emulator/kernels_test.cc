@@ -205,9 +205,11 @@ int main() {
     test("kernels overlap where no other rank wants their SMs", [] {
         for (const int blocks : {16, 132}) {
             (void)emulator::early_launches();
-            run(with(ranks(2, 2, slab()),
-                     [blocks](Case& c) { c.staged = true, c.max_blocks = blocks; }));
-            expect_eq(emulator::early_launches() > 0, blocks == 132);
+            for (const int sms : {0, 2}) {  // who was given SMs holds no others while it waits
+                run(with(ranks(2, sms, slab()),
+                         [blocks](Case& c) { c.staged = true, c.max_blocks = blocks; }));
+                expect_eq(emulator::early_launches() > 0, blocks == 132 && sms == 0);
+            }
             run(with(ranks(2, 2), [blocks](Case& c) { c.max_blocks = blocks; }));
             expect_eq(emulator::early_launches() > 0, blocks == 132);
         }
