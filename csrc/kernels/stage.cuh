@@ -208,6 +208,7 @@ struct Readers {
     }
     // All warps, each once.
     __device__ __forceinline__ void count(const RankView& view, Entering& in) {
+        blocks = 0;
         if (ptx::lane_id() != 0 || atomicAdd(&in.readers, 1u) + 1 != blockDim.x / 32) return;
         blocks = gridDim.x == 1 ? 1 : ptx::atom_relaxed_gpu_add(view.state.finished, 1) + 1;
     }

@@ -76,7 +76,7 @@ __device__ __noinline__ void add_again(const CombineJob& job, const Record& reco
     const StageView<F> stage{job.view, record, control, {OpKind::kCombine, in.seq}, in.slot, far};
     PartReceiver<kDtype, F> receiver{job, stage, in, in.masked | lost};
     const auto part = receiver.part_of(0);
-    const auto heard = [](auto&, bool& good) { return good = true; };
+    const auto heard = [](auto&, int, bool& good) { return good = true; };
     // Nothing of the others is missing.
     (void)receiver.run({0, record.num_pieces}, 1, part, heard, [] {});
 }
@@ -194,14 +194,14 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
         const bool all_sent = !looks || all_claimed(view);
         Readers readers;
         bool is_good = false;
-        const auto hear = [&](typename PartReceiver<kDtype, F>::Work& work, bool& good) {
+        const auto hear = [&](typename PartReceiver<kDtype, F>::Work& work, int t, bool& good) {
             if (!view.watch.can_mask) {
                 if (!hear_alone(view, in, good)) return false;
             } else {
                 if (!hear_together(view, job.begin, in)) return false;
                 good = in.first_bad == kNoObjection;
                 receiver.masked = in.masked;
-                work.start_over(receiver.part_of(pieces.item()));
+                work.start_over(receiver.part_of(t));
             }
             is_good = good;
             if constexpr (kHalf == Half::kBoth) {

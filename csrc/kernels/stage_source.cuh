@@ -120,7 +120,7 @@ struct PartReceiver {
         }
     };
 
-    // From the token with this part on, the first of this warp. hear(work, good) before anything is written: the
+    // From the token with this part on, the first of this warp. hear(work, t, good) before anything is written: the
     // verdict, false = leave; what has come by then is added up already. read(): all lines have been loaded.
     // False: leave.
     template <class Hear, class Read>
@@ -128,36 +128,31 @@ struct PartReceiver {
         const int end = static_cast<int>(args().num_tokens) * at.num_pieces;
         Work work(part);
         // Where what is heard decides what is awaited, or may have to wait for other nodes.
-        bool hears = F::kAny || job.view.watch.can_mask || at.index >= end, heard = false;
+        bool hears = F::kAny || job.view.watch.can_mask, heard = false;
 #pragma unroll 1
-        for (int turn = 0;; ++turn) {
-            if (hears && !heard) {
-                bool good;
-                if (!hear(work, good)) return false;
-                if (!good) return true;
-                heard = true;
+        while (true) {
+            const bool has_piece = at.index < end;
+            const int t = at.item(), p = at.piece();
+            const int units = stage.piece_bytes(p, args().row_bytes()) / kUnitBytes;
+#pragma unroll 1
+            for (int turn = 0; !heard || (has_piece && !work.added); ++turn) {
+                if (!heard && (hears || !has_piece || work.added || turn > device::kLooks)) {
+                    bool good;
+                    if (!hear(work, t, good)) return false;
+                    if (!good) return true;
+                    heard = true;
+                    continue;
+                }
+                if (turn > device::kLooks && !await_parts(t, p, units, work.part)) return false;
+                if (F::kAny && !await_node(work.part)) return false;
+                work.added = add(t, p, units, work.part, work.sums);
             }
             const bool is_last = at.index + step >= end;
-            if (at.index < end) {
-                const int t = at.item(), p = at.piece();
-                const int units = stage.piece_bytes(p, args().row_bytes()) / kUnitBytes;
-                if (!work.added) {
-                    const bool waits = heard && turn > device::kLooks;
-                    if (waits && !await_parts(t, p, units, work.part)) return false;
-                    if (turn == 0 && !await_node(work.part)) return false;
-                    work.added = add(t, p, units, work.part, work.sums);
-                    hears = hears || work.added || turn >= device::kLooks;
-                    if (!work.added || !heard) continue;
-                }
-                if (is_last) read();
-                finish(work.sums, t, p, units);
-            } else {
-                read();
-            }
+            if (is_last) read();
+            if (has_piece) finish(work.sums, t, p, units);
             if (is_last) return true;
             at.next(step);
-            work.part = part_of(at.item());
-            work.added = false, turn = -1;
+            work.start_over(part_of(at.item()));
         }
     }
 
