@@ -118,6 +118,7 @@ struct HeardLimits {
 // for the one before. Only while nobody is masked, and where each thread has at most one column.
 struct FirstLook {
     static constexpr int kTurns = 256;
+    static constexpr int kPeeks = 8;  // at a piece: more take bandwidth from what comes
 
     const DispatchJob& job;
     const StageTables& tables;
@@ -155,7 +156,7 @@ struct FirstLook {
         for (int turn = 0, first = 0; turn < kTurns && !all; ++turn) {
             const uint64_t none = device::pack(0, in.seq);  // who waits for nothing has it
             uint64_t word[4] = {none, none, none, none};
-            piece.load();
+            if (turn < kPeeks) piece.load();
             if (p < num_ranks) word[0] = ptx::ld_relaxed_sys(heads);
             if (lane < num_ranks) word[1] = ptx::ld_relaxed_sys(of_lane + L::kTokens);
             if (column < num_ranks) {
@@ -168,7 +169,7 @@ struct FirstLook {
             for (const uint64_t w : word) here = here && (!is_end || device::is_of(w, in.seq));
             head = device::bits_of(word[0]), num_tokens = device::bits_of(word[1]);
             rows = device::bits_of(word[2]), recv = device::bits_of(word[3]);
-            piece.look();
+            if (turn < kPeeks) piece.look();
             all = __all_sync(~0u, here);
             if (!all || is_end) continue;
             all = false;
