@@ -284,7 +284,8 @@ def host_identity() -> tuple[bytes, int]:
 
 # ---- the store ----
 
-_GAVE_UP: Final = b"\0gave up"  # no hello, and no sentence of a failure
+# No hello, and no sentence of a failure. The ranks that were missed stand behind it.
+_GAVE_UP: Final = b"\0gave up"
 
 
 class Exchange:
@@ -294,6 +295,7 @@ class Exchange:
         self.group = group
         self.deadline = None if limit_s is None else time.monotonic() + limit_s
         self.dead_ranks: Callable[[], list[int]] = list  # as far as we know
+        self.missed: list[int] = []  # when we gave up
         # The store counts the constructions of each rank: any number of buffers share a group.
         self._number = group.store.add(f"count/{group.rank}", 1)
         self._keys: list[str] = []
@@ -352,9 +354,11 @@ class Exchange:
         now = time.monotonic()
         if self.deadline is None or now <= self.deadline:
             return
-        later = [r for r in range(rank + 1, self.group.size) if self.heard(name, r) is None]
-        what = f"waited {now - start:.1f} s: ranks {[rank, *later]} missing"
-        raise make_error("E120", what, rank=self.group.rank, peer=rank)
+        unheard = [r for r in range(rank, self.group.size) if self.heard(name, r) is None]
+        # Who has given up on others a moment before us is none of those we both lack.
+        self.missed = [r for r in unheard if not self._gave_up_on_others(name, r)] or [rank]
+        what = f"waited {now - start:.1f} s: ranks {self.missed} missing"
+        raise make_error("E120", what, rank=self.group.rank, peer=self.missed[0])
 
     def fail(self, error: BaseException) -> None:
         """Tell ranks that wait for us, in whatever round, that we will not come: we lost a rank, or
@@ -394,9 +398,17 @@ class Exchange:
 
     def _read(self, key: str) -> bytes | None:
         """What is there now; None = nothing, or of a rank that gave up."""
+        answer = self._stored(key)
+        return None if answer.startswith(_GAVE_UP) else answer
+
+    def _stored(self, key: str) -> bytes:
         store = self.group.store
-        answer = bytes(store.get(key)) if store.check([key]) else _GAVE_UP
-        return None if answer == _GAVE_UP else answer
+        return bytes(store.get(key)) if store.check([key]) else _GAVE_UP
+
+    def _gave_up_on_others(self, name: str, rank: int) -> bool:
+        """Whether a rank was here together with us and is gone, for want of others."""
+        missed = self._stored(f"{self._number}/{name}/{rank}").removeprefix(_GAVE_UP).split()
+        return bool(missed) and str(self.group.rank).encode() not in missed
 
     def _wait_slice(self, name: str, rank: int) -> bytes | None:
         key = f"{self._number}/{name}/{rank}"
@@ -421,9 +433,10 @@ class Exchange:
         What we published is marked, or who comes later would take it for us. Nothing is deleted: a
         rank that has just seen a key would wait for it.
         """
+        mark = _GAVE_UP + " ".join(map(str, self.missed)).encode()
         for key in self._keys:
             with contextlib.suppress(Exception):
-                self.group.store.set(key, _GAVE_UP)
+                self.group.store.set(key, mark)
         with contextlib.suppress(Exception):
             self.group.store.add(f"count/{self.group.rank}", -1)
 
@@ -730,7 +743,8 @@ def _slices(exchange: Exchange, waiting: set[int], mesh: Mesh) -> Iterator[None]
         if (loss := why_cut(exchange, mesh, patience_s=0.0)) is not None:
             raise loss
         if exchange.deadline is not None and time.monotonic() > exchange.deadline:
-            what = f"waited {time.monotonic() - start:.1f} s: ranks {sorted(waiting)} missing"
+            exchange.missed = sorted(waiting)
+            what = f"waited {time.monotonic() - start:.1f} s: ranks {exchange.missed} missing"
             raise make_error("E120", what, rank=exchange.group.rank, peer=min(waiting))
 
 

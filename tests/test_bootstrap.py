@@ -288,6 +288,31 @@ def test_b10_a_rank_alone_names_the_absentees_and_may_try_again() -> None:
         )
 
 
+def test_b10_who_gives_up_a_moment_before_us_is_not_missing() -> None:
+    """Of ranks 0 to 3, 1 and 2 never come; 4 comes when the others have gone."""
+    store = dist.HashStore()
+
+    def comes(rank: int) -> Exchange:
+        exchange = Exchange(Group(store, rank, 5, None, (0, 1, 2, 3, 4)), 0.001)
+        exchange.publish("hello", b"here")
+        return exchange
+
+    def gives_up(exchange: Exchange) -> EPError:
+        with pytest.raises(EPTimeout) as caught:
+            exchange.gather("hello", b"here")
+        exchange.abandon()
+        return caught.value
+
+    together = [comes(rank) for rank in (0, 3)]
+    for exchange in reversed(together):
+        error = gives_up(exchange)
+        assert (error.code, error.peer) == ("E120", 1)
+        assert "ranks [1, 2, 4] missing" in str(error)
+    error = gives_up(comes(4))
+    assert (error.code, error.peer) == ("E120", 0)
+    assert "ranks [0, 1, 2, 3] missing" in str(error)
+
+
 def test_b10_a_late_rank_does_not_meet_the_ghost_of_one_that_gave_up() -> None:
     """Rank 1 comes after rank 0 has gone: for it, rank 0 is missing, until it tries again."""
     with Cluster(1, 2) as cluster:
