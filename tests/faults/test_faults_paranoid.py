@@ -15,7 +15,7 @@ from ep_comm import Buffer, EPConfig
 from ep_comm.errors import EPCorruption, EPEnvironmentError, EPError
 from ep_comm.testing import Cluster
 
-PARANOID = EPConfig(arrival_s=5.0, progress_s=5.0, paranoid=True)
+PARANOID = EPConfig(arrival_s=60.0, progress_s=60.0, paranoid=True)
 CALLS: dict[str, dict[str, Any]] = {
     "compact": {},
     "grouped": {"layout": "grouped", "alignment": 4},
@@ -98,7 +98,7 @@ def test_h1_damaged_rows_are_e241_on_every_rank(layout: str, cached: bool) -> No
             idx = inputs(rank)[1]
             handle = buffer.dispatch(x, idx, layout=layout).handle
             flipper = Flipper(buffer, 0, 4096 * 4) if rank == 1 else None
-            end = time.monotonic() + 20
+            end = time.monotonic() + 60
             try:
                 while time.monotonic() < end:
                     if cached:
@@ -109,7 +109,7 @@ def test_h1_damaged_rows_are_e241_on_every_rank(layout: str, cached: bool) -> No
                 if flipper is not None:
                     flipper.stop()
 
-        errors = cluster.run_catching(work, limit_s=30)
+        errors = cluster.run_catching(work, limit_s=200)
         for rank, error in enumerate(errors):
             assert isinstance(error, EPCorruption), (rank, error)
             assert error.code == "E241"
@@ -135,7 +135,7 @@ def test_h1_damage_anywhere_ends_in_a_code_and_never_in_wrong_rows() -> None:
                 if flipper is not None:
                     flipper.stop()
 
-        for error in cluster.run_catching(work, limit_s=60):
+        for error in cluster.run_catching(work, limit_s=200):
             assert isinstance(error, EPError), error
             assert error.code in ("E240", "E241", "E242"), error
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from patience import within
 from torch import Tensor
 
-from ep_comm import Buffer, EPConfig
+from ep_comm import Buffer
 from ep_comm.errors import EPError
 
 SHAPE: dict[str, Any] = {"num_experts": 6, "num_topk": 2, "hidden": 32, "max_tokens": 8}
-SHORT = EPConfig(arrival_warn_s=0.2, arrival_s=1.0, progress_s=0.6)
 
 
 def inputs(rank: int, seed: int = 0, tokens: int = 8) -> tuple[Tensor, Tensor]:
@@ -85,9 +85,10 @@ def survive(buffer: Buffer, step: Callable[[int], Any]) -> Survivor:
 def check_survivor(
     seen: Any, rank: int, code: str, culprit: int, died: float, limit_s: float = 1.0
 ) -> None:
+    """In a test of `three_tries`, since these are promises about time."""
     assert isinstance(seen, Survivor), seen
     check_verdict(seen.error, rank, code, culprit)
-    assert seen.when - died < limit_s, f"rank {rank} took {seen.when - died:.2f} s: {seen.error}"
     assert seen.again.code == code
-    assert seen.again_s < 0.1
-    assert seen.close_s < 1.0
+    within(limit_s, seen.when - died, f"rank {rank}: {seen.error}")
+    within(0.1, seen.again_s, "another call")
+    within(1.0, seen.close_s, "close()")
