@@ -772,9 +772,11 @@ class _Turn:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._lock.release()
-        if isinstance(error, RuntimeError):
-            self._backend.raise_fault(error)
+        try:
+            if isinstance(error, RuntimeError):
+                self._backend.raise_fault(error)  # which tells peers, before anybody calls again
+        finally:
+            self._lock.release()
 
 
 _NUMBERS = frozenset({int, type(None)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -365,3 +366,26 @@ def test_config_of_ranks_may_differ() -> None:
         two.buffers += buffers
         x = torch.randn(4, 16)
         two.run(lambda rank: buffers[rank].dispatch(x, torch.full((4, 2), 4)))
+
+
+def test_what_ends_a_buffer_is_told_before_another_thread_calls(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with Cluster(1, 1) as cluster:
+        (buffer,) = cluster.make_buffers(num_experts=2, num_topk=1, hidden=32, max_tokens=4)
+        turns: list[bool] = []
+
+        def other_thread_gets_its_turn() -> None:
+            turns.append(buffer._lock._lock.acquire(blocking=False))
+
+        def raise_fault(error: RuntimeError) -> None:
+            thread = threading.Thread(target=other_thread_gets_its_turn)
+            thread.start()
+            thread.join()
+
+        monkeypatch.setattr(buffer._backend, "raise_fault", raise_fault)
+        with pytest.raises(RuntimeError, match="CUDA"), buffer._lock:
+            raise RuntimeError("CUDA error: an illegal memory access")
+        other_thread_gets_its_turn()
+        assert turns == [False, True]
+        buffer._lock._lock.release()
