@@ -693,6 +693,9 @@ def check_combine(
         out = dense("out", check_tensor("out", out, spec, (x.dtype,), token_shape))
         if overlap(out, x):  # peers may still read x when we write
             raise rejected("E202", "out", "memory of x", "memory of its own")
+        for b in (first, second):  # a token's bias is read when other tokens are written
+            if b is not None and b.data_ptr() != out.data_ptr() and overlap(out, b):
+                raise rejected("E202", "out", "part of bias", "memory of its own or all of bias")
     return CombineCall(
         x,
         parsed,

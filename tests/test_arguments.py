@@ -266,6 +266,11 @@ def check_sentence(error: EPError, rank: int, code: str) -> None:
         assert isinstance(error, TypeError if code == "E200" else ValueError)
 
 
+def in_half_of_bias(x: Tensor) -> dict[str, Any]:
+    rows = torch.zeros(TOKENS + 1, HIDDEN, dtype=x.dtype)
+    return {"out": rows[1:], "bias": (None, rows[:-1])}
+
+
 def works(cluster: Cluster) -> None:
     """A whole round trip on every rank."""
 
@@ -327,6 +332,7 @@ COMBINE: dict[str, Bad] = {
     "out-strided": Bad("E202", ("out", "contiguous"), {"out": wide(x_of(0))}),
     "out-expanded": Bad("E202", ("out", "contiguous"), {"out": x_of(0, 1).expand(4, 512)}),
     "out-is-x": Bad("E202", ("out", "memory of x"), make=lambda x: {"out": x[:4]}),
+    "out-is-half-bias": Bad("E202", ("out", "part of bias"), make=lambda x: in_half_of_bias(x)),
     "weights-dtype": Bad(
         "E200",
         ("topk_weights", "float16"),

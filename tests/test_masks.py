@@ -31,30 +31,38 @@ def inputs(step: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     return x, idx, [torch.rand(T - r, K, generator=g) for r in range(R)]
 
 
+def biases(step: int) -> list[Tensor]:
+    return [torch.full((T - r, H), float(step % 7 - 3), dtype=torch.bfloat16) for r in range(R)]
+
+
 def expected(step: int, gone: tuple[int, ...]) -> tuple[list[Any], list[Tensor]]:
     """Received and combined of every rank when these have no tokens and own no expert."""
-    x, idx, weights = inputs(step)
+    (x, idx, weights), bias = inputs(step), biases(step)
     owner = torch.arange(E) // (E // R)
     lost = torch.isin(owner, torch.tensor(gone))
     for r in range(R):
         idx[r] = torch.where((idx[r] >= 0) & lost[idx[r]], -1, idx[r])
         if r in gone:
-            x[r], idx[r], weights[r] = x[r][:0], idx[r][:0], weights[r][:0]
+            x[r], idx[r], weights[r], bias[r] = x[r][:0], idx[r][:0], weights[r][:0], bias[r][:0]
     want = reference.dispatch(
         x, idx, weights, num_experts=E, max_tokens=T, layout="slab", capacity=CAPACITY
     )
     handles = [recv.handle for recv in want]
-    return want, list(reference.combine([recv.x for recv in want], handles, weighted=True))
+    y = [recv.x for recv in want]
+    return want, list(reference.combine(y, handles, weighted=True, bias=bias))
 
 
 def step_of(buffer: Buffer, step: int, begun: bool = False) -> tuple[Any, Tensor]:
+    """On the cpu, where it may be, in the memory of bias."""
     x, idx, weights = (of[buffer.rank].to(buffer.device) for of in inputs(step))
+    bias = biases(step)[buffer.rank].to(buffer.device)
     options: dict[str, Any] = {"layout": "slab", "capacity": CAPACITY}
+    sums = {"weighted": True, "bias": bias, "out": bias if buffer.backend == "cpu" else None}
     if begun:
         recv = buffer.dispatch(x, idx, weights, wait=False, **options).wait()
-        return recv, buffer.combine(recv.x, recv.handle, weighted=True, wait=False).wait()
+        return recv, buffer.combine(recv.x, recv.handle, wait=False, **sums).wait()
     recv = buffer.dispatch(x, idx, weights, **options)
-    return recv, buffer.combine(recv.x, recv.handle, weighted=True)
+    return recv, buffer.combine(recv.x, recv.handle, **sums)
 
 
 def check_step(buffer: Buffer, step: int, gone: tuple[int, ...], begun: bool = False) -> None:

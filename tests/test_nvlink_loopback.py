@@ -353,6 +353,15 @@ def check_combine(
     for rank in range(case.num_ranks):
         same_values(full[rank][0].cpu(), sums_and_weights[rank][0], f"full combine of {rank}")
         same_bits(full[rank][1].cpu(), sums_and_weights[rank][1], f"weights home to {rank}")
+    in_place = on_streams(
+        cluster,
+        lambda r: cluster.buffers[r].combine(
+            in_arena[r], got[r].handle, weighted=weighted, bias=bias_gpu[r], out=bias_gpu[r]
+        ),
+    )
+    for rank in range(case.num_ranks):
+        assert in_place[rank] is bias_gpu[rank]
+        same_values(in_place[rank].cpu(), sums_and_weights[rank][0], f"sums in bias of {rank}")
 
 
 # ---- sums by owners ----

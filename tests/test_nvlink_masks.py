@@ -59,6 +59,28 @@ def test_a_rank_masked_by_one_is_left_out_by_all(make_cluster: Make) -> None:  #
     assert masks.code_of(lambda: masks.step_of(buffers[1], 1)) == "E113"
 
 
+def test_sums_that_may_be_made_twice_do_not_go_to_their_bias(
+    make_cluster: Make,  # noqa: F811
+) -> None:
+    cluster = cluster_of(make_cluster)
+    inputs = [[t.cuda() for t in of] for of in masks.inputs(0)]
+
+    def work(rank: int) -> Any:
+        buffer, (x, idx, weights) = cluster.buffers[rank], (of[rank] for of in inputs)
+        recv = buffer.dispatch(x, idx, weights, layout="slab", capacity=masks.CAPACITY)
+        bias = torch.ones_like(x)
+        other = bias if rank == 1 else torch.empty_like(x)
+
+        def call() -> None:
+            buffer.combine(recv.x, recv.handle, bias=(None, bias), out=other)
+            buffer.check()
+
+        return masks.code_of(call)
+
+    assert on_streams(cluster, work) == ["E202"] * masks.R
+    go_on(cluster, 10, 3, ())
+
+
 def test_unmasked_ranks_are_where_the_others_are(make_cluster: Make) -> None:  # noqa: F811
     cluster = cluster_of(make_cluster)
     for number, gone in enumerate(((2,), (0, 3))):

@@ -26,7 +26,7 @@ from ep_comm.backends.nvlink_memory import Lease, Memory, kind_of_memory, refusa
 from ep_comm.backends.nvlink_plans import Plans
 from ep_comm.backends.nvlink_results import ArenaReceived, Outputs, as_dtype
 from ep_comm.bootstrap import Exchange, Group, Hello, Listener
-from ep_comm.checks import BufferSpec, CombineCall, DispatchCall
+from ep_comm.checks import BufferSpec, CombineCall, DispatchCall, overlap, rejected
 from ep_comm.config import EPConfig
 from ep_comm.errors import EPError, make_error
 from ep_comm.masks import Unmasking, needs_all, ranks_in
@@ -117,6 +117,10 @@ class NvlinkBackend:
         return work
 
     def prepare_combine(self, call: CombineCall) -> Combine:
+        out = call.out if self.masking else None  # sums start again without a rank that is lost
+        if out is not None and any(b is not None and overlap(out, b) for b in call.bias):
+            want = "memory of its own where ranks may be masked"
+            raise rejected("E202", "out", "memory of bias", want)
         work = Combine(self, call)
         self._check_masks(self.rank.stages_combine(work.args))
         return work
