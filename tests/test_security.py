@@ -6,6 +6,7 @@ Ranks of a group trust each other's intentions, not their numbers; everybody els
 from __future__ import annotations
 
 import ast
+import contextlib
 import ctypes
 import fcntl
 import gc
@@ -29,6 +30,7 @@ import ranks
 import torch
 from patience import PATIENT, three_tries, within
 
+import ep_comm
 from ep_comm import _core, bootstrap, construct
 from ep_comm.bootstrap import Hello, Listener, receive_fds, send_fds
 from ep_comm.errors import EPError
@@ -425,8 +427,51 @@ def test_s7_5_guard_pages_stop_what_runs_over(offset: str, access: str) -> None:
     assert done.returncode == -signal.SIGSEGV
 
 
-@pytest.mark.skip(reason="access rights per device exist for GPU memory only; needs two GPUs")
-def test_s7_5_memory_is_accessible_to_devices_of_the_group_only() -> None: ...
+READ_WRITE = 3  # CU_MEM_ACCESS_FLAGS_PROT_READWRITE
+
+
+def _rights_of_devices(me: Any) -> dict[tuple[int, str], list[set[int]]] | None:
+    """For each region of each rank, as it is mapped here: the rights of every GPU, at both ends."""
+    torch.cuda.set_device(me.rank)
+    buffer = ep_comm.Buffer(me.group(), **SHAPE, device="cuda", backend="nvlink")
+    regions = [
+        (rank, name, memory)
+        for rank, pair in buffer._backend._memory.peers.items()
+        for name, memory in pair._asdict().items()
+    ]
+    if any(memory.is_ipc for *_, memory in regions):
+        return None
+    driver = ctypes.CDLL("libcuda.so.1")
+
+    def rights(address: int, device: int) -> int:
+        flags, location = ctypes.c_ulonglong(99), (ctypes.c_int * 2)(1, device)  # a device's
+        error = driver.cuMemGetAccess(
+            ctypes.byref(flags), ctypes.byref(location), ctypes.c_ulonglong(address)
+        )
+        assert error == 0, f"cuMemGetAccess: {error}"
+        return flags.value
+
+    return {
+        (rank, name): [
+            {rights(at, device) for at in (memory.address, memory.address + memory.bytes - 1)}
+            for device in range(torch.cuda.device_count())
+        ]
+        for rank, name, memory in regions
+    }
+
+
+@pytest.mark.gpus(2)
+def test_s7_5_memory_is_accessible_to_devices_of_the_group_only() -> None:
+    """More exactly: a process maps memory, its own and that of its peers, for its own GPU alone."""
+    found = ranks.run(_rights_of_devices, 2)
+    if None in found:
+        pytest.skip("memory is shared by IPC handles here: the driver decides who may use it")
+    for me, regions in enumerate(found):
+        assert {rank for rank, _ in regions} == {0, 1}
+        assert {name for _, name in regions} == {"control", "arena"}
+        for region, by_device in regions.items():
+            for device, rights in enumerate(by_device):
+                assert rights == {READ_WRITE if device == me else 0}, (me, region, device)
 
 
 # ---- 7.6 numbers of peers ----
@@ -619,8 +664,50 @@ def test_s7_7_padding_rows_are_blank_whatever_lay_there() -> None:
         cluster.run(work)
 
 
-@pytest.mark.skip(reason="there is no scrub option: pages go back to the kernel, which zeroes them")
-def test_s7_7_scrub_at_close() -> None: ...
+SECRET = b"of a closed buffer, to be read by nobody"
+
+
+def _uses_and_closes(me: Any) -> list[str]:
+    """What is left of a buffer full of secrets when all ranks have closed it."""
+    buffer = me.buffer("first", arena_bytes=1 << 20)
+    line = torch.frombuffer(bytearray(SECRET.ljust(64, b".")), dtype=torch.uint8)
+    memory = buffer.empty((buffer.stats()["arena"]["largest_free"],), torch.uint8)
+    memory.view(-1, 64).copy_(line.expand(len(memory) // 64, 64))
+    spans = [(s.address, s.address + s.bytes) for pair in buffer._backend._memory.peers.values()
+             for s in pair]  # fmt: skip
+    assert SECRET in ctypes.string_at(spans[2 * me.rank + 1][0], 1 << 16)
+    del memory
+    me.say("full")
+    me.wait_for_go()
+    buffer.close()
+    me.kept.clear()
+    del buffer
+    gc.collect()
+    me.say("closed")
+    me.wait_for_go()
+    left = []
+    with open("/proc/self/maps") as maps:
+        for line_of_maps in maps:
+            if "memfd:ep_comm" in line_of_maps:
+                left.append(line_of_maps)
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if "memfd:ep_comm" in os.readlink(f"/proc/self/fd/{fd}"):
+                left.append(f"descriptor {fd}")
+    following = me.buffer("second", arena_bytes=1 << 20)
+    blank = following.empty((following.stats()["arena"]["largest_free"],), torch.uint8)
+    if blank.any():
+        left.append("memory of the next buffer")
+    return left
+
+
+def test_s7_7_nothing_of_a_closed_buffer_is_left_for_anybody() -> None:
+    """Nobody scrubs: the last unmapping gives pages back to the kernel, which zeroes them."""
+    with ranks.Ranks(_uses_and_closes, 2) as two:
+        for _ in range(2):  # all have filled theirs, all have closed
+            two.hear_all()
+            two.go()
+        assert two.results() == [[], []]
 
 
 # ---- 7.8 listeners ----
@@ -768,8 +855,43 @@ def test_s7_9_s7_10_s7_11_work_starts_nothing_writes_nothing_calls_nobody(tmp_pa
     assert [p for p in tmp_path.rglob("*") if "ep_comm" in p.name] == []
 
 
-@pytest.mark.skip(reason="nothing is cached, so there is no folder whose owner could be wrong")
-def test_s7_9_cache_of_another_user_is_e408() -> None: ...
+LOOKS = """
+import os, sys, torch, ep_comm
+from ep_comm import Buffer
+import ep_comm.backends.cpu
+home, seen = os.environ["HOME"], []
+def watch(event, args):
+    if event.startswith(("os.", "open", "shutil.", "glob.", "pathlib.", "tempfile.", "import")):
+        seen.extend(f"{event} {a}" for a in args if home in str(a))
+sys.addaudithook(watch)
+open(os.path.join(home, "by this test")).close()
+assert len(seen) == 1, seen
+with Buffer(num_experts=4, num_topk=2, hidden=16, max_tokens=8, device="cpu") as b:
+    recv = b.dispatch(torch.ones(3, 16), torch.tensor([[0, 2], [1, 3], [2, -1]]))
+    b.combine(recv.x, recv.handle)
+print(seen[1:])
+"""
+
+
+def test_s2_folders_that_look_like_a_cache_of_ours_are_not_used(tmp_path: Path) -> None:
+    """World-writable, of another user, a symlink: nothing is kept, so none of them matters."""
+    (tmp_path / "by this test").touch()
+    (tmp_path / "somewhere").mkdir()
+    folders = [tmp_path / name for name in (".ep_comm", ".config/ep_comm", ".local/share/ep_comm")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        folder.chmod(0o777)
+        if os.geteuid() == 0:
+            os.chown(folder, 65534, 65534)
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache/ep_comm").symlink_to(tmp_path / "somewhere")
+    before = sorted(tmp_path.rglob("*"))
+    done = run_python(LOOKS, HOME=str(tmp_path), XDG_CACHE_HOME=str(tmp_path / ".cache"))
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+    # What is native opens one file: the state of a process.
+    opens = r"\b(f?open(at|64)?|creat|mkd?stemps?)\s*\(|\b[io]?fstream\b|std::filesystem"
+    assert native_files_with(opens) == {"csrc/host/peer_process.cc"}
 
 
 # ---- 7.10 environment ----

@@ -114,7 +114,7 @@ CASES: Final[dict[str, Case]] = {
     "N4": Case("error completion injected", "E503, no spin", NODES),
     "N5": Case("network cards differ between ranks", "E502", NODES),
     "S1": Case("bootstrap of random, cut, oversized, pickled bytes", "E406, nothing runs"),
-    "S2": Case("cache of another user, world-writable, a symlink", "E408", "a cache: the library keeps no file"),
+    "S2": Case("folders that look like a cache: of another user, world-writable, a symlink", "neither read nor written: the library keeps no file"),
     "S3": Case("another user at the socket", "refused"),
     "S4": Case("a peer resizes shared memory", "impossible: sealed"),
 }  # fmt: skip
