@@ -103,6 +103,10 @@ class Ranks:
             raise RuntimeError(f"{what}\n{where}")
         return value
 
+    def hears(self, rank: int) -> bool:
+        """Whether it has said or ended with something that was not heard yet."""
+        return self._pipes[rank].poll()
+
     def hear_all(self, limit_s: float = 30.0) -> list[Any]:
         return [self.hear(rank, limit_s) for rank in range(len(self.processes))]
 

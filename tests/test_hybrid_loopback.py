@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from compare import same_bits, same_values
+from patience import LONGER_S
 from test_nvlink_loopback import (
     CASES,
     GROUPED,
@@ -384,7 +385,7 @@ def test_halves_of_direct_calls_are_waited_for_in_any_order(make_cluster: MakeCl
 
 def test_rows_that_a_rail_loses_are_missed_at_their_rank(make_cluster: MakeCluster) -> None:
     case = Case(tokens=(40,) * 4, options=SLAB)
-    config = EPConfig(arrival_s=3.0, progress_s=1.0)
+    config = EPConfig(arrival_s=LONGER_S + 2.0, progress_s=LONGER_S)
     cluster = make_cluster(2, 2, case, config=config)
     inputs = case.inputs()
     x, idx = on_gpu(inputs.x), on_gpu(inputs.topk_idx)
@@ -470,7 +471,7 @@ def test_what_kernels_of_nodes_cannot_do_is_refused(make_cluster: MakeCluster) -
 
 def test_a_stalled_rail_is_named_where_rows_are_missing(make_cluster: MakeCluster) -> None:
     case = Case(tokens=(40,) * 4)
-    config = EPConfig(arrival_s=3.0, progress_s=1.0)
+    config = EPConfig(arrival_s=LONGER_S + 2.0, progress_s=LONGER_S)
     cluster = make_cluster(2, 2, case, config=config)
     inputs = case.inputs()
     x, idx = on_gpu(inputs.x), on_gpu(inputs.topk_idx)
@@ -493,7 +494,7 @@ def test_a_stalled_rail_is_named_where_rows_are_missing(make_cluster: MakeCluste
 
 def test_a_silent_rank_is_named_by_its_rail(make_cluster: MakeCluster) -> None:
     case = Case(num_ranks=3)
-    cluster = make_cluster(3, 1, case, config=EPConfig(arrival_s=1.0, progress_s=1.0))
+    cluster = make_cluster(3, 1, case, config=EPConfig(arrival_s=LONGER_S, progress_s=LONGER_S))
     inputs = case.inputs()
     x, idx = on_gpu(inputs.x), on_gpu(inputs.topk_idx)
     assert x is not None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import ranks
 import test_nvlink_gpus as gpus
 import test_nvlink_loopback as loopback
 import torch
+from patience import LONGER_S, three_tries, within
 from test_nvlink_loopback import make_cluster
 from torch import Tensor
 
@@ -76,6 +78,7 @@ def dispatch_twice(me: ranks.Me, call: str) -> Any:
 
 
 @pytest.mark.parametrize("call", ["dispatch", "static", "begun"])
+@three_tries
 def test_c2_killed_peer_is_named_by_all(call: str) -> None:
     with ranks.Ranks(dispatch_twice, 3, call) as processes:
         processes.hear_all()
@@ -85,10 +88,11 @@ def test_c2_killed_peer_is_named_by_all(call: str) -> None:
     for code, peer, when, sentence in results:
         assert (code, peer) == ("E110", 2), sentence
         # A GPU that the dead rank shared stands still for a second, while the driver clears it.
-        assert when - killed < 3.0
+        within(3.0, when - killed, sentence)
 
 
 @pytest.mark.gpus(2)
+@three_tries
 def test_c2_killed_peer_with_a_gpu_of_its_own_is_named_within_a_second() -> None:
     with ranks.Ranks(dispatch_twice, 2, "dispatch") as processes:
         processes.hear_all()
@@ -96,7 +100,7 @@ def test_c2_killed_peer_with_a_gpu_of_its_own_is_named_within_a_second() -> None
         killed = processes.kill(1)
         code, peer, when, sentence = processes.result(0)
     assert (code, peer) == ("E110", 1), sentence
-    assert when - killed < 1.0
+    within(1.0, when - killed, sentence)
 
 
 def test_c11_peer_that_closes_is_reported_as_left() -> None:
@@ -109,13 +113,19 @@ def test_c11_peer_that_closes_is_reported_as_left() -> None:
 
 
 def late_once(me: ranks.Me) -> list[str]:
-    """Warnings of a rank whose peer comes two seconds late."""
+    """Warnings of a rank whose peer comes late; they are told at once."""
     warnings: list[str] = []
+
+    def tell(record: logging.LogRecord) -> None:
+        warnings.append(record.getMessage())
+        me.say(warnings[-1])
+
     handler = logging.Handler()
-    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("ep_comm").addHandler(handler)
+    handler.emit = tell  # type: ignore[method-assign]
     buffer, x, idx = begin(me, arrival_warn_s=0.5)
-    time.sleep(2.0 * me.rank)
+    logging.getLogger("ep_comm").addHandler(handler)
+    if me.rank == 1:
+        me.wait_for_go()
     recv = buffer.dispatch(x, idx)
     out = buffer.combine(recv.x, recv.handle)
     buffer.check()
@@ -124,15 +134,20 @@ def late_once(me: ranks.Me) -> list[str]:
 
 
 def test_d2_late_peer_gives_one_warning() -> None:
-    first, second = ranks.run(late_once, 2)
-    assert len(first) == 1
-    assert first[0].startswith("W101: rank 0 has waited 0.")
-    assert first[0].endswith("s for rank 1 in dispatch")
-    assert second == []
+    with ranks.Ranks(late_once, 2) as two:
+        two.hear_all()
+        told = two.hear(0)
+        time.sleep(1.2)  # another half second, and one more
+        assert not two.hears(0), two.hear(0)
+        two.go(1)
+        results = two.results()
+    assert re.fullmatch(r"W101: rank 0 has waited \d+\.\d s for rank 1 in dispatch", told)
+    assert results[0][0] == told
+    assert all(text.startswith("W101") for warnings in results for text in warnings)
 
 
 def stopped_peer(me: ranks.Me) -> Any:
-    buffer, x, idx = begin(me, arrival_warn_s=0.2, arrival_s=60.0, progress_s=1.0)
+    buffer, x, idx = begin(me, arrival_warn_s=0.2, arrival_s=60.0, progress_s=LONGER_S)
     if me.rank == 1:
         me.wait_for_go()
         return None
@@ -147,7 +162,7 @@ def test_c5_stopped_peer_is_given_up_after_the_progress_limit() -> None:
         processes.kill(1, signal.SIGCONT)
     assert (code, peer) == ("E101", 1)
     assert "alive but stopped" in sentence
-    assert 0.8 < when - stopped < 4.0
+    assert 0.5 * LONGER_S < when - stopped < 50.0  # not after the arrival clock
 
 
 def fail_an_assertion() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from compare import same_bits, same_received, same_values
+from patience import LONGER_S, Disturbed, three_tries
 from torch import Tensor
 
 from ep_comm import Buffer, EPConfig, Handle, Received, reference
@@ -422,6 +423,7 @@ def test_sums_by_owners_agree_with_the_reference(
 
 @pytest.mark.parametrize("max_tokens", [40, 1100], ids=["small-batches", "pulled"])
 @pytest.mark.parametrize("options", [STATIC, {**SLAB, "capacity": 50}], ids=["compact", "slab"])
+@three_tries
 def test_statistics_are_added_to_what_there_was(
     make_cluster: Callable[..., Cluster], options: dict[str, Any], max_tokens: int
 ) -> None:
@@ -452,9 +454,9 @@ def test_statistics_are_added_to_what_there_was(
         assert torch.equal(counts[rank].cpu(), 7 + rounds * want[rank].num_tokens_per_expert)
         waited = waits[rank].cpu() - 7
         assert (waited >= 0).all()
-        if rank != late:
-            assert (waited[:, late] >= 0.75 * rounds * nap * 1e9).all()
-            assert (waited.argmax(1) == late).all()
+        waited_long = (waited[:, late] >= 0.75 * rounds * nap * 1e9).all()
+        if rank != late and not (waited_long and (waited.argmax(1) == late).all()):
+            raise Disturbed(waited)  # a rank that paused was late, too
 
 
 # ---- one call after the other ----
@@ -642,7 +644,7 @@ def test_missing_rank_gives_a_timeout_and_the_context_lives_on(
     make_cluster: Callable[..., Cluster],
 ) -> None:
     case = Case(num_ranks=3)
-    config = EPConfig(arrival_s=1.0, progress_s=1.0)
+    config = EPConfig(arrival_s=LONGER_S, progress_s=LONGER_S)
     cluster = make_cluster(3, **case.buffer_options(), config=config)
     inputs = case.inputs()
     x, idx = on_gpu(inputs.x), on_gpu(inputs.topk_idx)

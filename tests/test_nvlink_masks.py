@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import test_masks as masks
 import torch
+from patience import LONGER_S
 from test_nvlink_loopback import make_cluster, on_streams  # noqa: F401
 
 from ep_comm import EPConfig
@@ -93,7 +94,7 @@ def test_unmasked_ranks_are_where_the_others_are(make_cluster: Make) -> None:  #
 
 
 def test_a_rank_that_does_not_come_is_masked(make_cluster: Make) -> None:  # noqa: F811
-    cluster = cluster_of(make_cluster, arrival_s=3.0)
+    cluster = cluster_of(make_cluster, arrival_s=LONGER_S)
     go_on(cluster, 0, 1, ())
     go_on(cluster, 10, 4, (2,))
     assert masks.code_of(lambda: masks.step_of(cluster.buffers[2], 1)) == "E113"

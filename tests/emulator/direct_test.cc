@@ -297,14 +297,14 @@ int main(int argc, char** argv) {
         });
         test(("rows that a rail loses are missed, and their source is named" + how).c_str(), [&] {
             World w(with(small(2, 2, slab(), halves),
-                         [](Case& c) { c.limit_s = 1.5, c.tokens = {12}; }));
+                         [](Case& c) { c.limit_s = kRunsOut, c.tokens = {12}; }));
             w.dispatch();
             w.ranks[3].rails->set_trouble(loses_rows(w, 0));
             w.dispatch();
             expect_stall(w, 0, {Site::kRailChunk}, 3);
         });
         test(("a rank that falls silent is named by all on other nodes" + how).c_str(), [&] {
-            World w(with(small(2, 2, slab(), halves), [](Case& c) { c.limit_s = 1.5; }));
+            World w(with(small(2, 2, slab(), halves), [](Case& c) { c.limit_s = kRunsOut; }));
             w.dispatch();
             Trouble t;
             t.is_silent = true;

@@ -217,7 +217,7 @@ int main(int argc, char** argv) {
     });
     test("a changed handle fails everywhere", [] { run_changed_handle(cluster(2, 2), 2); });
     test("a rail that stalls while rows cross is named by both its ends", [] {
-        World w(with(cluster(2, 2), [](Case& c) { c.limit_s = 1.5, c.tokens = {40}; }));
+        World w(with(cluster(2, 2), [](Case& c) { c.limit_s = kRunsOut, c.tokens = {40}; }));
         w.dispatch();
         // From now on rank 1 sends nothing to rank 3 but its notices: what it announces never comes.
         Trouble t;
@@ -230,7 +230,7 @@ int main(int argc, char** argv) {
         for (const Rank& r : w.ranks) expect(r.device->failed(), "a rank goes on");
     });
     test("a rank that falls silent is named by all on its rail", [] {
-        World w(with(cluster(3, 1), [](Case& c) { c.limit_s = 1.5; }));
+        World w(with(cluster(3, 1), [](Case& c) { c.limit_s = kRunsOut; }));
         w.dispatch();
         Trouble t;
         t.is_silent = true;

@@ -13,9 +13,6 @@ namespace {
 
 using namespace world;
 
-constexpr double kLimit =
-    2;  // seconds until a rank is given up by the clock, where a test waits for that
-
 Case masked(int n, int sms, bool halves = false) {
     return with(ranks(n, sms, slab()), [halves](Case& c) {
         c.staged = c.masks = true;
@@ -162,7 +159,7 @@ void run_absent(int n, std::set<int> who, bool halves) {
 }
 
 void run_late() {
-    World w(with(masked(3, 2), [](Case& c) { c.limit_s = kLimit; }));
+    World w(with(masked(3, 2), [](Case& c) { c.limit_s = kRunsOut; }));
     w.gone[1] = true;
     check_left(w, 3);
     check_masked(w);
@@ -243,10 +240,10 @@ void run_lost_in_combine(const Case& given, int rank) {
 
 // One survivor is a whole operation ahead of another when a rank is found to be lost.
 void run_apart() {
-    World w(with(masked(3, 2), [](Case& c) { c.limit_s = kLimit; }));
+    World w(with(masked(3, 2), [](Case& c) { c.limit_s = kRunsOut; }));
     w.gone[2] = true;
     w.queue(0, w.args_of(0), true);
-    std::this_thread::sleep_for(std::chrono::milliseconds(int(1500 * kLimit)));
+    std::this_thread::sleep_for(std::chrono::milliseconds(int(1500 * kRunsOut)));
     w.queue(1, w.args_of(1), true);
     w.finish(true);
     // The first gave up on both, or on none that came in time.
