@@ -90,7 +90,7 @@ class Ranks:
         pid: int = self.processes[rank].pid
         return pid
 
-    def hear(self, rank: int, limit_s: float = 30.0) -> Any:
+    def hear(self, rank: int, limit_s: float = 60.0) -> Any:
         """The next thing this rank says; what it raised instead is raised here."""
         pipe = self._pipes[rank]
         if not pipe.poll(limit_s):
@@ -107,7 +107,7 @@ class Ranks:
         """Whether it has said or ended with something that was not heard yet."""
         return self._pipes[rank].poll()
 
-    def hear_all(self, limit_s: float = 30.0) -> list[Any]:
+    def hear_all(self, limit_s: float = 60.0) -> list[Any]:
         return [self.hear(rank, limit_s) for rank in range(len(self.processes))]
 
     def go(self, *ranks: int) -> None:
@@ -120,7 +120,7 @@ class Ranks:
         os.kill(self.pid(rank), sig)
         return now
 
-    def result(self, rank: int, limit_s: float = 30.0) -> Any:
+    def result(self, rank: int, limit_s: float = 60.0) -> Any:
         """What the rank returned, the exception it raised, or its exit code when it died."""
         if rank in self._results:
             return self._results[rank]
@@ -134,11 +134,11 @@ class Ranks:
                     return value
             raise TimeoutError(f"rank {rank} ran longer than {limit_s} s\n{self.stacks()}")
         except (EOFError, ConnectionResetError):
-            self.processes[rank].join(5)
+            self.processes[rank].join(60)
             self._results[rank] = Died(self.processes[rank].exitcode)
             return self._results[rank]
 
-    def results(self, limit_s: float = 30.0) -> list[Any]:
+    def results(self, limit_s: float = 60.0) -> list[Any]:
         deadline = time.monotonic() + limit_s
         return [
             self.result(rank, max(0.1, deadline - time.monotonic()))
@@ -175,7 +175,7 @@ class Ranks:
         self._folder.cleanup()
 
 
-def run(work: Callable[..., Any], num_ranks: int, *args: Any, limit_s: float = 60.0) -> list[Any]:
+def run(work: Callable[..., Any], num_ranks: int, *args: Any, limit_s: float = 120.0) -> list[Any]:
     """Results of `work(me, *args)` on every rank; the first exception is raised."""
     with Ranks(work, num_ranks, *args) as ranks:
         results = ranks.results(limit_s)

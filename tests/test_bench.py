@@ -198,7 +198,7 @@ def test_run_with_baseline_writes_table_records_and_picture(tmp_path: Path) -> N
 
     shown = subprocess.run(
         [sys.executable, "bench/compare.py", str(lines), "--before", str(lines)],
-        capture_output=True, text=True, cwd=ROOT, timeout=60,
+        capture_output=True, text=True, cwd=ROOT, timeout=200,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert shown.returncode == 0, shown.stderr

@@ -360,7 +360,7 @@ def test_config_of_ranks_may_differ() -> None:
                 **SHAPE,
                 device="cpu",
                 arena_bytes=1 << (20 + rank),
-                config=EPConfig(progress_s=5.0 + rank),
+                config=EPConfig(progress_s=50.0 + rank),
             )
         )
         two.buffers += buffers

@@ -40,7 +40,7 @@ def probe(folder: Path, fault: str = "", *gpus: str) -> dict[str, Any]:
     environ = {**os.environ, "LD_LIBRARY_PATH": str(folder), "FAKE_CUDA": fault}
     done = subprocess.run(
         [sys.executable, driver.__file__, *gpus],
-        env=environ, capture_output=True, text=True, timeout=60, check=True,
+        env=environ, capture_output=True, text=True, timeout=200, check=True,
     )  # fmt: skip
     assert done.stderr == ""  # nothing was left behind
     facts: dict[str, Any] = json.loads(done.stdout)
