@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from compare import same_bits, same_values
-from patience import LONGER_S
+from patience import LONGER_S, PATIENT
 from test_nvlink_loopback import (
     CASES,
     GROUPED,
@@ -61,7 +61,7 @@ def make_cluster() -> Iterator[MakeCluster]:
     def make(num_nodes: int, ranks_per_node: int, case: Case, **options: Any) -> Cluster:
         cluster = Cluster(num_nodes, ranks_per_node, device="cuda")
         made.append(cluster)
-        options.setdefault("config", EPConfig(arrival_s=20.0, progress_s=10.0))
+        options.setdefault("config", PATIENT)
         cluster.make_buffers(**{**case.buffer_options(), "arena_bytes": 32 << 20, **options})
         return cluster
 
@@ -335,7 +335,7 @@ def test_direct_or_by_rails_the_results_are_the_same(
     case = Case(num_experts=9, options=options)
     results = []
     for direct in (True, False):
-        config = EPConfig(arrival_s=20.0, progress_s=10.0, direct=direct)
+        config = EPConfig(arrival_s=60.0, progress_s=60.0, direct=direct)
         cluster = make_cluster(2, 2, case, config=config)
         disturb(cluster, seed=5)
         check_case(cluster, case, ranks_per_node=2)
@@ -406,7 +406,7 @@ def test_rows_that_a_rail_loses_are_missed_at_their_rank(make_cluster: MakeClust
 
 def test_what_crosses_is_counted(make_cluster: MakeCluster) -> None:
     case = Case(num_ranks=6, num_experts=12)
-    config = EPConfig(arrival_s=20.0, progress_s=10.0, direct=False)
+    config = EPConfig(arrival_s=60.0, progress_s=60.0, direct=False)
     cluster = make_cluster(3, 2, case, config=config)
     inputs = case.inputs()
     x, idx = on_gpu(inputs.x), on_gpu(inputs.topk_idx)

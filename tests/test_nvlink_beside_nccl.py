@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ep_comm import Buffer, EPConfig
 
-CLOCKS = EPConfig(arrival_s=20.0, progress_s=20.0)
+CLOCKS = EPConfig(arrival_s=60.0, progress_s=60.0)
 NUM_EXPERTS, NUM_TOPK = 16, 4
 
 

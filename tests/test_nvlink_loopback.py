@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from compare import same_bits, same_received, same_values
-from patience import LONGER_S, Disturbed, three_tries
+from patience import LONGER_S, PATIENT, Disturbed, three_tries
 from torch import Tensor
 
 from ep_comm import Buffer, EPConfig, Handle, Received, reference
@@ -158,7 +158,7 @@ def make_cluster() -> Iterator[Callable[..., Cluster]]:
     def make(num_ranks: int, **options: Any) -> Cluster:
         cluster = Cluster(1, num_ranks, device="cuda")
         made.append(cluster)
-        options.setdefault("config", EPConfig(arrival_s=20.0, progress_s=10.0))
+        options.setdefault("config", PATIENT)
         cluster.make_buffers(**options)
         return cluster
 

@@ -20,7 +20,7 @@ Make = Callable[..., Cluster]
 
 
 def cluster_of(make: Make, **clocks: float) -> Cluster:
-    limits = {"arrival_s": 20.0, "progress_s": 10.0, **clocks}
+    limits = {"arrival_s": 60.0, "progress_s": 60.0, **clocks}
     cluster = make(
         masks.R, **masks.SHAPE, num_sms=4, arena_bytes=64 << 20,
         config=EPConfig(masking=True, **limits),

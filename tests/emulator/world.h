@@ -42,7 +42,7 @@ struct Case {
     Quantize quantize = Quantize::kNone;
     unsigned seed = 1;
     bool weighted = false, sum_weights = false, per_rank = false, topk_order = false;  // of combine
-    double limit_s = 20;
+    double limit_s = 60;
     int64_t arena_bytes = 8 << 20;
 
     // Of a cluster.
