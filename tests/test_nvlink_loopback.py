@@ -354,15 +354,6 @@ def check_combine(
     for rank in range(case.num_ranks):
         same_values(full[rank][0].cpu(), sums_and_weights[rank][0], f"full combine of {rank}")
         same_bits(full[rank][1].cpu(), sums_and_weights[rank][1], f"weights home to {rank}")
-    in_place = on_streams(
-        cluster,
-        lambda r: cluster.buffers[r].combine(
-            in_arena[r], got[r].handle, weighted=weighted, bias=bias_gpu[r], out=bias_gpu[r]
-        ),
-    )
-    for rank in range(case.num_ranks):
-        assert in_place[rank] is bias_gpu[rank]
-        same_values(in_place[rank].cpu(), sums_and_weights[rank][0], f"sums in bias of {rank}")
 
 
 # ---- sums by owners ----
@@ -416,6 +407,30 @@ def test_sums_by_owners_agree_with_the_reference(
 
             for rank, total in enumerate(on_streams(cluster, combine)):
                 same_values(total.cpu(), sums[rank], f"weighted {weighted}, rank {rank}")
+
+
+@pytest.mark.parametrize("max_tokens", [40, 1100], ids=["small-batches", "pulled"])
+def test_sums_may_go_to_the_memory_of_bias(
+    make_cluster: Callable[..., Cluster], max_tokens: int
+) -> None:
+    case = Case(options={**SLAB, "capacity": 50})
+    inputs = case.inputs()
+    want = want_dispatch(case, inputs)
+    cluster = make_cluster(case.num_ranks, **{**case.buffer_options(), "max_tokens": max_tokens})
+    x, idx, bias = on_gpu(inputs.x), on_gpu(inputs.topk_idx), on_gpu(inputs.x)
+    assert x is not None
+    assert idx is not None
+    assert bias is not None
+
+    def work(rank: int) -> Tensor:
+        buffer = cluster.buffers[rank]
+        recv = buffer.dispatch(x[rank], idx[rank], **dispatch_options(case))
+        return buffer.combine(recv.x, recv.handle, bias=(bias[rank], None), out=bias[rank])
+
+    sums = reference.combine([w.x for w in want], [w.handle for w in want], bias=inputs.x)
+    for rank, total in enumerate(on_streams(cluster, work)):
+        assert total is bias[rank]
+        same_values(total.cpu(), sums[rank], f"rank {rank}")
 
 
 # ---- statistics ----
