@@ -65,11 +65,17 @@ def until(ready: Callable[[], Any], limit_s: float = 60.0) -> None:
 # ---- where a rank of the cpu backend is; words of ControlHeader in csrc/contract/records.h ----
 
 
-def is_waiting(buffer: Any, rank: int | None = None) -> bool:
-    """Whether a rank, by default ours, sleeps until a peer publishes something."""
+def is_waiting(buffer: Any, rank: int | None = None, seq: int = 0) -> bool:
+    """Whether a rank, by default ours, sleeps until a peer publishes something.
+
+    Args:
+        seq: the operation that it does so in; 0: any. The ends of operations before it wait, too.
+    """
     memory = buffer._backend._memory
     address = memory.peers[memory.rank if rank is None else rank].control.address
     assert ctypes.string_at(address, 8) == b"EPCONTRL"
+    if seq and ctypes.c_uint64.from_address(address + 32).value != seq:
+        return False
     return ctypes.c_uint32.from_address(address + 20).value != 0
 
 

@@ -122,7 +122,7 @@ def _closes_in_a_handler(me: Any) -> tuple[float, EPError]:
     signal.signal(signal.SIGTERM, lambda *_: buffer.close())
     round_trip(buffer)
     if me.rank == 0:
-        until(lambda: is_waiting(buffer, 1))
+        until(lambda: is_waiting(buffer, 1, seq=3))
         me.say("it waits")
         me.wait_for_go()
     error = raised(lambda: buffer.dispatch(*inputs(me.rank)))

@@ -75,7 +75,7 @@ def _wait_for_rank_0(me: Any) -> Survivor:
     buffer = me.buffer(**SHAPE)
     round_trip(buffer)
     if me.rank == 0:
-        until(lambda: all(is_waiting(buffer, rank) for rank in (1, 2, 3)))
+        until(lambda: all(is_waiting(buffer, rank, seq=3) for rank in (1, 2, 3)))
         me.say("they wait")
         me.wait_for_go()
     return survive(buffer, lambda i: round_trip(buffer, i))
@@ -277,7 +277,7 @@ def _interrupted(me: Any) -> Any:
     buffer = me.buffer(**SHAPE)
     round_trip(buffer)
     if me.rank == 0:
-        until(lambda: is_waiting(buffer, 1))
+        until(lambda: is_waiting(buffer, 1, seq=3))
         me.say("it waits")
         me.wait_for_go()
         return survive(buffer, lambda i: round_trip(buffer, i))
