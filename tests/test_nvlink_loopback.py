@@ -553,6 +553,34 @@ def code_of(result: Any) -> str:
     return str(result.code)
 
 
+def test_no_call_waits_for_a_stream_that_has_used_memory_while_there_is_other_memory(
+    make_cluster: Callable[..., Cluster],
+) -> None:
+    """What is queued there by now may wait for that very call: here it is of the other rank."""
+    case = Case(num_ranks=2)
+    cluster = make_cluster(2, **case.buffer_options())
+    inputs = case.inputs()
+    x, idx = on_gpu(inputs.x), on_gpu(inputs.topk_idx)
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    torch.cuda.synchronize()
+
+    def dispatch(rank: int, stream: int) -> Any:
+        with torch.cuda.stream(streams[stream]):
+            return cluster.buffers[rank].dispatch(x[rank], idx[rank], sync=False)
+
+    first = [dispatch(0, 0), dispatch(1, 1)]
+    torch.cuda.synchronize()
+    kept = [recv.num_recv.clone() for recv in first]
+    last = [dispatch(0, 2), dispatch(1, 3)]  # on streams that the next ones come behind
+    torch.cuda.synchronize()
+    del first, last
+    second = [dispatch(1, 0), dispatch(0, 2)]
+    torch.cuda.synchronize()
+    for rank in (0, 1):
+        cluster.buffers[rank].check()
+        assert torch.equal(second[1 - rank].num_recv, kept[rank])
+
+
 def run_catching(cluster: Cluster, work: Callable[[int], Any]) -> list[Any]:
     streams = [torch.cuda.Stream() for _ in range(cluster.num_ranks)]
     torch.cuda.synchronize()

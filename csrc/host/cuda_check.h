@@ -12,4 +12,18 @@
         if (ep_error != cudaSuccess)                                                \
             throw ::ep::DeviceError{#call, cudaGetErrorString(ep_error), ep_error}; \
     } while (false)
+
+namespace ep {
+
+// The answer of a query. It must not be found by whoever asks for the last error later, as torch does.
+inline bool is_ready(cudaError_t answer) {
+    if (answer == cudaErrorNotReady) {
+        (void)cudaGetLastError();
+        return false;
+    }
+    EP_CUDA(answer);
+    return true;
+}
+
+}  // namespace ep
 #endif

@@ -1,8 +1,9 @@
 // The arena of a GPU rank: extents that return together with the work still queued on them.
 //
 // A dying tensor only puts its extent on a list, from any thread, also during a capture or a garbage
-// collection. The next grant takes them back and makes its stream wait for every other stream that
-// was declared for them.
+// collection. The next grant marks how far other streams have come that were declared for it, and takes it
+// back once they have got there. No stream waits for another as long as there is memory besides: what is
+// queued on that one may wait for what is queued on this one, here or at a peer.
 #pragma once
 
 #include <cstddef>
@@ -32,7 +33,7 @@ public:
     std::shared_ptr<StreamHold> grant(int64_t bytes, Stream stream);
     // The same for who knows whether `stream` is being captured.
     std::shared_ptr<StreamHold> grant(int64_t bytes, Stream stream, bool capturing);
-    // Takes back what has died, for work on `stream`; the longest piece there is then.
+    // Takes back all that has died, for work on `stream`, which waits for it; the longest piece there is then.
     int64_t reclaim(Stream stream);
     // Gives the end of an extent back, before anybody was told of it.
     void trim(const StreamHold& hold, int64_t bytes);
@@ -46,18 +47,24 @@ public:
 
 private:
     friend class StreamHold;
+    // A stream that has used an extent.
+    struct User {
+        Stream stream;
+        std::shared_ptr<void>
+            mark;  // cudaEvent_t behind its last work on it; null: not recorded yet
+    };
     struct Retired {
         int64_t offset;
-        std::vector<Stream> streams;
+        std::vector<User> users;
     };
-    void retire(Retired extent);
-    void collect(Stream stream, bool capturing);
+    class Marks;
+    void retire(int64_t offset, const std::vector<Stream>& streams);
+    void collect(Stream stream, bool capturing, bool waits);
 
     std::shared_ptr<DeviceMemory> memory_;
     Arena extents_;
     std::mutex mutex_;
     std::vector<Retired> retired_;
-    void* event_ = nullptr;  // cudaEvent_t
 };
 
 // An extent held by tensors; the last one to die retires it.
@@ -65,7 +72,7 @@ class StreamHold {
 public:
     StreamHold(std::shared_ptr<DeviceArena> arena, Extent extent, Stream stream)
         : arena_(std::move(arena)), extent_(extent), streams_{stream} {}
-    ~StreamHold() { arena_->retire({extent_.offset, std::move(streams_)}); }
+    ~StreamHold() { arena_->retire(extent_.offset, streams_); }
     StreamHold(const StreamHold&) = delete;
     StreamHold& operator=(const StreamHold&) = delete;
 

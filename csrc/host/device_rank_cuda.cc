@@ -40,7 +40,7 @@ int context_error(int device, cudaStream_t stream) {
 // Nothing runs yet of what is being captured, and nobody may ask. Without a context nothing runs.
 bool is_busy(cudaStream_t stream) {
     try {
-        return !is_capturing(stream) && cudaStreamQuery(stream) == cudaErrorNotReady;
+        return !is_capturing(stream) && !is_ready(cudaStreamQuery(stream));
     } catch (const DeviceError&) {
         return false;
     }

@@ -2,6 +2,7 @@
 // CUDA would end one.
 #include <cuda_runtime_api.h>
 
+#include <atomic>
 #include <chrono>
 #include <memory>
 #include <thread>
@@ -113,6 +114,49 @@ void run_close_in_its_capture() {
     cudaGraphDestroy(end_capture(w));
 }
 
+// Memory that died while another stream has work: no stream waits for that while there is other memory, what
+// was used by the stream alone comes back at once, and the rest once it is needed, or no longer used.
+void run_memory_of_another_stream() {
+    World w(alone());
+    DeviceArena& arena = *w.ranks[0].arena;
+    cudaStream_t busy = nullptr, ours = w.ranks[0].stream;
+    cudaStreamCreateWithFlags(&busy, 0);
+    std::atomic<bool> goes_on = false;
+    constexpr int64_t kBytes = 1 << 20;
+    auto theirs = arena.grant(kBytes, busy), own = arena.grant(kBytes, ours);
+    const int64_t at = theirs->extent().offset, beside = own->extent().offset;
+    emulator::queue(busy, [&] { goes_on.wait(false); });
+    theirs.reset(), own.reset();
+    own = arena.grant(kBytes, ours);
+    expect_eq(own->extent().offset, beside);
+    cudaStreamSynchronize(ours);  // while the other one stands still
+    expect_eq(int(cudaGetLastError()), int(cudaSuccess));
+    // What is queued there later is not waited for.
+    std::atomic<bool> ends = false;
+    emulator::queue(busy, [&] { ends.wait(false); });
+    auto large = arena.grant(arena.capacity() - 2 * kBytes, ours);
+    expect(large != nullptr, "the memory besides");
+    cudaStreamSynchronize(ours);
+    auto needed = arena.grant(kBytes, ours);
+    expect_eq(needed->extent().offset, at);
+    expect(cudaStreamQuery(ours) == cudaErrorNotReady, "waits for who has used it");
+    expect_eq(int(cudaGetLastError()), int(cudaErrorNotReady));
+    goes_on = true;
+    goes_on.notify_all();
+    cudaStreamSynchronize(ours);
+    needed.reset();
+    expect(cudaStreamQuery(busy) == cudaErrorNotReady, "has more to do");
+    (void)cudaGetLastError();
+    ends = true;
+    ends.notify_all();
+    cudaStreamSynchronize(busy);
+    expect_eq(arena.grant(kBytes, ours)->extent().offset, at);
+    own.reset(), large.reset();
+    (void)arena.reclaim(ours);
+    expect_eq(arena.in_use(), int64_t{0});
+    cudaStreamDestroy(busy);
+}
+
 }  // namespace
 
 int main() {
@@ -120,6 +164,7 @@ int main() {
     test("extents of a graph come back", run_extents_come_back);
     test("ranks come and go beside a capture", run_ranks_beside_a_capture);
     test("a buffer is closed in its own capture", run_close_in_its_capture);
+    test("memory that another stream has used", run_memory_of_another_stream);
     release_dropped();
     return finish();
 }

@@ -436,9 +436,12 @@ struct CUstream_st {
 };
 
 struct CUevent_st {
-    std::mutex mutex;
-    std::condition_variable changed;
-    uint64_t recorded = 0, reached = 0;
+    struct State {
+        std::mutex mutex;
+        std::condition_variable changed;
+        uint64_t recorded = 0, reached = 0;
+    };
+    std::shared_ptr<State> state = std::make_shared<State>();  // work that is queued outlives it
 };
 
 namespace {
@@ -504,7 +507,8 @@ bool may_launch(const void* kernel, const cudaLaunchConfig_t& grid) {
 }  // namespace emulator
 
 const char* cudaGetErrorString(cudaError_t) { return "an error of the emulator"; }
-cudaError_t cudaGetLastError() { return cudaSuccess; }
+thread_local cudaError_t last_error = cudaSuccess;
+cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
 cudaError_t cudaSetDevice(int) {
     may_call();
     return cudaSuccess;
@@ -585,7 +589,8 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
 }
 cudaError_t cudaStreamQuery(cudaStream_t stream) {
     may_ask(stream);
-    return stream_of(stream)->idle() ? cudaSuccess : cudaErrorNotReady;
+    if (stream_of(stream)->idle()) return cudaSuccess;
+    return last_error = cudaErrorNotReady;
 }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
     may_call_unsafe();
@@ -597,30 +602,36 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
     delete event;
     return cudaSuccess;
 }
+cudaError_t cudaEventQuery(cudaEvent_t event) {
+    may_call_unsafe();
+    std::lock_guard lock(event->state->mutex);
+    if (event->state->reached >= event->state->recorded) return cudaSuccess;
+    return last_error = cudaErrorNotReady;
+}
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
     uint64_t number;
     {
-        std::lock_guard lock(event->mutex);
-        number = ++event->recorded;
+        std::lock_guard lock(event->state->mutex);
+        number = ++event->state->recorded;
     }
-    emulator::queue(stream, [=] {
+    emulator::queue(stream, [state = event->state, number] {
         {
-            std::lock_guard lock(event->mutex);
-            event->reached = std::max(event->reached, number);
+            std::lock_guard lock(state->mutex);
+            state->reached = std::max(state->reached, number);
         }
-        event->changed.notify_all();
+        state->changed.notify_all();
     });
     return cudaSuccess;
 }
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
     uint64_t number;
     {
-        std::lock_guard lock(event->mutex);
-        number = event->recorded;
+        std::lock_guard lock(event->state->mutex);
+        number = event->state->recorded;
     }
-    emulator::queue(stream, [=] {
-        std::unique_lock lock(event->mutex);
-        event->changed.wait(lock, [&] { return event->reached >= number; });
+    emulator::queue(stream, [state = event->state, number] {
+        std::unique_lock lock(state->mutex);
+        state->changed.wait(lock, [&] { return state->reached >= number; });
     });
     return cudaSuccess;
 }
