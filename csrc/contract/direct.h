@@ -23,12 +23,15 @@ constexpr DirectShape direct_shape_for(const Shape& s, const NodeShape& nodes, i
     if (s.stage_bytes == 0 || nodes.num_nodes < 2) return {};
     DispatchArgs widest;
     widest.hidden = hidden, widest.num_topk = s.num_topk, widest.with_weights = true;
+    CombineArgs back;
+    back.hidden = hidden;
     const Record record = record_of(widest);
+    const int64_t record_bytes = std::max(record.bytes(), record_of(back).bytes());
     DirectShape d{s.num_slots, s.num_ranks, s.stage_bytes, 0,
                   int64_t{kLineBytes} * record.meta_lines * s.max_tokens};
     for (const int each : {int{s.num_topk}, 1}) {
         const int64_t most = std::max(most_rows_out(s, nodes, each), s.max_tokens);
-        d.outbox_bytes = most * record.bytes();
+        d.outbox_bytes = most * record_bytes;
         if ((d.inbox_bytes + d.outbox_bytes) * s.num_slots <= kMost) return d;
     }
     return {};

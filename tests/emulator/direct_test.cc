@@ -25,7 +25,13 @@ Case small(int nodes, int per_node, Case c, bool halves) {
     return c;
 }
 
-void expect_direct(World& w) { expect(w.ranks[0].device->stages(w.args_of(0)), "goes by rails"); }
+void expect_direct(World& w) {
+    expect(w.ranks[0].device->stages(w.args_of(0)), "goes by rails");
+    CombineArgs back;
+    back.hidden = w.c.hidden, back.num_topk = w.c.topk;
+    back.layout = w.c.layout, back.per_rank = w.c.per_rank;
+    expect(w.ranks[0].device->stages(back), "comes back by rails");
+}
 
 void run_direct(const Case& c) {
     {
