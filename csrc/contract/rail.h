@@ -20,6 +20,7 @@ inline constexpr int kMaxChannels = 32;
 inline constexpr int kRingShift = 4;  // of 16 places a ring: filled, on the way, read, credited
 inline constexpr int kFewPlacesShift = 2;  // of 4, before chunks get smaller
 inline constexpr int kChunkTokens = 8;     // of the largest record; a signal for so many is cheap
+inline constexpr uint64_t kMaskAges = 16;  // unmaskings after which words of masks are used again
 inline constexpr int kMailboxes = 2;       // why two are enough: docs/protocol.md, "Rails"
 
 // Where a rank stands. Ranks are numbered node by node, and all nodes have equally many.
@@ -106,7 +107,7 @@ struct RailNoticeLayout {
 
 // The symmetric segment of a rank, at the same offsets on every rank. Peers are nodes but our own.
 struct RailLayout {
-    Region entered, released, tails, heads, came, inbox, outbox, recv, send;
+    Region entered, released, tails, heads, came, masks, inbox, outbox, recv, send;
     Region direct_recv, direct_send, notes_recv, notes_send;
     int64_t end = 0;
     RailShape shape;
@@ -123,10 +124,11 @@ struct RailLayout {
         tails =
             at.take(nodes * s.num_channels * s.ring_chunks() * kWordStride);  // uint64 per place
         heads = at.take(nodes * s.num_channels * s.ring_chunks() * kWordStride);
-        came = at.take(pairs * kWordStride);      // direct mode: uint64 per slot and rank
-        inbox = at.take(mails * s.notice_bytes);  // RailNoticeLayout per sender
-        outbox = at.take(s.num_mailboxes() * s.notice_bytes);  // ours, as it leaves
-        recv = at.take(rings * s.ring_bytes());                // [peer][channel][place]
+        came = at.take(pairs * kWordStride);  // direct mode: uint64 per slot and rank
+        masks = at.take(int64_t{8} * kMaskAges * d.num_ranks);  // direct mode: uint64 per age, rank
+        inbox = at.take(mails * s.notice_bytes);                // RailNoticeLayout per sender
+        outbox = at.take(s.num_mailboxes() * s.notice_bytes);   // ours, as it leaves
+        recv = at.take(rings * s.ring_bytes());                 // [peer][channel][place]
         send = at.take(rings * s.ring_bytes());
         direct_recv = at.take(d.num_slots * d.inbox_bytes);        // [slot] records, see stage.h
         direct_send = at.take(d.num_slots * d.outbox_bytes);       // [slot] the same
@@ -148,6 +150,11 @@ struct RailLayout {
     }
     EP_HD constexpr int64_t came_word(int slot, int rank) const {
         return came.offset + pair(slot, rank) * kWordStride;
+    }
+    // Direct mode: a bit for each rank that rank has masked since the unmasking of this number.
+    EP_HD constexpr int64_t masks_word(uint64_t age, int rank) const {
+        return masks.offset +
+               8 * (static_cast<int64_t>(age % kMaskAges) * shape.direct.num_ranks + rank);
     }
     // Chunks that node has ever put into the place of the `count`-th in our ring; see chunks_until. A word
     // for each place, so that nothing depends on the order in which two puts arrive.
@@ -188,12 +195,13 @@ struct RailLayout {
         return send.offset + place(my_node, node, channel, count);
     }
 
-    constexpr std::array<NamedRegion, 13> regions() const {
+    constexpr std::array<NamedRegion, 14> regions() const {
         return {{{"entered", entered},
                  {"released", released},
                  {"tails", tails},
                  {"heads", heads},
                  {"came", came},
+                 {"masks", masks},
                  {"inbox", inbox},
                  {"outbox", outbox},
                  {"recv", recv},
@@ -230,6 +238,13 @@ private:
 EP_HD constexpr uint64_t notices_until(const RailShape& s, uint64_t seq) {
     const auto boxes = static_cast<uint64_t>(s.num_mailboxes());
     return seq / boxes + (seq % boxes != 0 ? 1 : 0);
+}
+
+// Of operations up to `seq` those in a slot of this number.
+EP_HD constexpr uint64_t operations_in(const RailShape& s, int slot, uint64_t seq) {
+    const auto boxes = static_cast<uint64_t>(s.num_mailboxes());
+    const auto first = static_cast<uint64_t>(slot);
+    return seq / boxes + (first != 0 && seq % boxes >= first ? 1 : 0);
 }
 
 // What `released_word` shows once the slot of operation `seq` is free for it: one for each before it there.
@@ -375,6 +390,19 @@ struct RailState {
     uint64_t* ever;      // [RailCounter::kCount]
     uint64_t* puts;      // direct mode: [slots][ranks] what we have ever put there
     uint64_t* coming;    // [ranks] packed: the same, as each of them tells it of us and this slot
+    uint64_t* missed;    // direct mode: [Missed::kCount][slots][ranks]
+    uint64_t* masks;     // [MaskWord::kCount]
+};
+
+// What a rank of another node was not told of while it was masked.
+enum class Missed : int32_t { kNotices, kReleases, kCount };
+
+// What a rank knows of masks beside what its node does.
+enum class MaskWord : int32_t {
+    kAge,      // unmaskings so far
+    kTold,     // whom we have masked since the last one, and told other nodes
+    kSkipped,  // [2] packed, 32 ranks each: whom a small operation sends nothing
+    kCount = 4,
 };
 
 // What a rank has moved since its buffer was made.
@@ -390,7 +418,7 @@ enum class RailCounter : int32_t {
 };
 
 struct RailStateLayout {
-    Region sent, taken, brings, incoming, visits, ever, puts, coming;
+    Region sent, taken, brings, incoming, visits, ever, puts, coming, missed, masks;
     int64_t end = 0;
 
     constexpr RailStateLayout(const Shape& s, const RailShape& r) {
@@ -405,6 +433,9 @@ struct RailStateLayout {
         ever = at.take(8 * static_cast<int>(RailCounter::kCount));
         puts = at.take(int64_t{8} * r.direct.num_slots * r.direct.num_ranks);
         coming = at.take(int64_t{8} * r.direct.num_ranks);
+        missed = at.take(int64_t{8} * static_cast<int>(Missed::kCount) * r.direct.num_slots *
+                         r.direct.num_ranks);
+        masks = at.take(8 * static_cast<int>(MaskWord::kCount));
         end = at.end();
     }
 };

@@ -61,9 +61,9 @@ __device__ __forceinline__ Words get_line(const std::byte* from) {
 
 // Until lines [begin, end) of `peer` are there; then they can be loaded. All lanes of a warp. False: leave.
 // One of a later operation is none of ours, and will not become one: E241.
-[[nodiscard]] __device__ __noinline__ inline bool await_lines(const Watch& watch, Operation op,
-                                                              int peer, const std::byte* from,
-                                                              int begin, int end) {
+template <class W>
+[[nodiscard]] __device__ __noinline__ bool await_lines(const W& watch, Operation op, int peer,
+                                                       const std::byte* from, int begin, int end) {
     const LineLane at;
     bool ok = true;
 #pragma unroll 1

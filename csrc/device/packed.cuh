@@ -20,7 +20,8 @@ __device__ __forceinline__ bool is_of(uint64_t word, uint64_t seq) {
 }
 
 // A word that rank `peer` stores with st_relaxed_sys, of which nothing but itself is read. False: leave.
-[[nodiscard]] __device__ __forceinline__ bool wait_packed_word(const Watch& watch, Operation op,
+template <class W>
+[[nodiscard]] __device__ __forceinline__ bool wait_packed_word(const W& watch, Operation op,
                                                                int peer, const uint64_t* addr,
                                                                uint64_t& word) {
 #pragma unroll 1

@@ -90,8 +90,8 @@ __device__ bool rail_ready(const R& rail, RailWord word) {
 }
 
 // One warp: waits for it. False when time ran out, here or elsewhere on this rank.
-template <Rail R>
-[[nodiscard]] __device__ bool rail_wait(const R& rail, const Watch& watch, const Operation& op,
+template <Rail R, class W>
+[[nodiscard]] __device__ bool rail_wait(const R& rail, const W& watch, const Operation& op,
                                         Site site, int peer, RailWord word) {
     if (rail_ready(rail, word)) return true;
     rail.flush();

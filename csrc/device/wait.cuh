@@ -5,6 +5,7 @@
 // peers look; the kernel then returns like any other, and the context lives on.
 #pragma once
 
+#include <concepts>
 #include <cstdint>
 
 #include "contract/gpu.h"
@@ -69,6 +70,16 @@ __device__ __noinline__ inline void mask(const Watch& watch, int rank) {
     }
     tell_masked(watch, uint64_t{1} << rank);
 }
+
+// What a wait has whose ranks may stand on other nodes: it converts to the Watch. `watch` of type W below is one
+// of these, or that itself.
+template <class W>
+concept FarWatch = requires(const W& watch, int rank) {
+    // Other nodes are told that `rank` is masked. One thread.
+    { watch.tell_far(rank) } -> std::same_as<void>;
+    // What they have told becomes part of our own word. One thread.
+    { watch.hear_far() } -> std::same_as<void>;
+};
 
 // After a wait that came to nothing: whether the rank is masked, and the operation goes on without it.
 __device__ __forceinline__ bool goes_on(const Watch& watch) {
@@ -194,9 +205,12 @@ __device__ __forceinline__ bool is_masked(const Watch& watch, Operation op, int 
 }
 
 // Instead of giving up: masks the peer, where that may be. False: give up.
-__device__ __forceinline__ bool goes_without(const Watch& watch, int peer) {
-    if (!watch.can_mask || peer == watch.rank) return false;
-    mask(watch, peer);
+template <class W>
+__device__ __forceinline__ bool goes_without(const W& watch, int peer) {
+    const Watch& own = watch;
+    if (!own.can_mask || peer == own.rank) return false;
+    mask(own, peer);
+    if constexpr (FarWatch<W>) watch.tell_far(peer);
     return true;
 }
 
@@ -221,12 +235,14 @@ __device__ __noinline__ inline bool is_over(const Watch& watch, Operation op, Aw
 }
 
 // Why it is over. What is there by now counts all the same, unless our user wants to leave.
-__device__ __noinline__ inline bool still_counts(const Watch& watch, Operation op, Awaited awaited,
-                                                 uint64_t now, uint64_t waited_ns) {
-    const uint64_t abort = ptx::ld_acquire_sys(&watch.page->abort);
+template <class W>
+__device__ __noinline__ bool still_counts(const W& watch, Operation op, Awaited awaited,
+                                          uint64_t now, uint64_t waited_ns) {
+    const Watch& own = watch;
+    const uint64_t abort = ptx::ld_acquire_sys(&own.page->abort);
     if (abort_code(abort) != kInterrupted && now >= awaited.want) return true;
     if (abort == 0) {
-        const auto lost = static_cast<int>(ptx::ld_acquire_sys(&watch.page->lost[awaited.peer]));
+        const auto lost = static_cast<int>(ptx::ld_acquire_sys(&own.page->lost[awaited.peer]));
         if (goes_without(watch, awaited.peer)) return false;
         if (lost != 0) {
             give_up(watch, op, lost, awaited, now, waited_ns);
@@ -251,16 +267,17 @@ __device__ __forceinline__ uint64_t number_of(uint64_t word, uint64_t seq) {
 }
 
 // A wait that takes long, looked at in turns from 1 to kLookFurther, again and again.
+template <class W>
 struct LongWait {
     enum State { kWaits, kThere, kOver };
-    const Watch& watch;
+    const W& watch;
     Operation op;
     Awaited awaited;
     const uint64_t* addr;
     Word word;
     uint64_t start, seen, progress;
 
-    __device__ LongWait(const Watch& w, Operation o, Awaited what, const uint64_t* a, Word kind)
+    __device__ LongWait(const W& w, Operation o, Awaited what, const uint64_t* a, Word kind)
         : watch(w), op(o), awaited(what), addr(a), word(kind), start(ptx::globaltimer()) {
         seen = have(), progress = start;
     }
@@ -292,6 +309,7 @@ struct LongWait {
             return kOver;
         }
         if (turn != kLookFurther) return kWaits;
+        if constexpr (FarWatch<W>) watch.hear_far();
         // Its last words came before it left: look once more.
         const bool over = is_over(watch, op, awaited, start) &&
                           !still_counts(watch, op, awaited, have(), time - start);
@@ -299,12 +317,14 @@ struct LongWait {
     }
 };
 
-__device__ __noinline__ inline bool wait_long(const Watch& watch, Operation op, Awaited awaited,
-                                              const uint64_t* addr, Word word) {
-    LongWait wait(watch, op, awaited, addr, word);
+template <class W>
+__device__ __noinline__ bool wait_long(const W& watch, Operation op, Awaited awaited,
+                                       const uint64_t* addr, Word word) {
+    using Wait = LongWait<W>;
+    Wait wait(watch, op, awaited, addr, word);
     for (int turn = 1;; turn = turn % kLookFurther + 1) {
-        const LongWait::State state = wait.look(turn);
-        if (state != LongWait::kWaits) return state == LongWait::kThere;
+        const typename Wait::State state = wait.look(turn);
+        if (state != Wait::kWaits) return state == Wait::kThere;
     }
 }
 
@@ -312,30 +332,33 @@ __device__ __noinline__ inline bool wait_long(const Watch& watch, Operation op, 
 // when all are there or one wait has to end: the waits proper, which follow, say which. `relay`: such a
 // word of the rank through which ours comes, or null; the time until it is there is not ours. One warp;
 // no stats: a lane that waits for nothing.
-__device__ __noinline__ inline void time_waits(const Watch& watch, Operation op, Awaited awaited,
-                                               const uint64_t* addr, const uint64_t* relay,
-                                               Word word, int64_t* stats) {
-    LongWait wait(watch, op, awaited, addr, word);
+template <class W>
+__device__ __noinline__ void time_waits(const W& watch, Operation op, Awaited awaited,
+                                        const uint64_t* addr, const uint64_t* relay, Word word,
+                                        int64_t* stats) {
+    using Wait = LongWait<W>;
+    Wait wait(watch, op, awaited, addr, word);
     uint64_t from = wait.start;
-    auto state = LongWait::kThere;
-    if (stats != nullptr && wait.seen < awaited.want) state = LongWait::kWaits;
+    auto state = Wait::kThere;
+    if (stats != nullptr && wait.seen < awaited.want) state = Wait::kWaits;
     for (int turn = 1;; turn = turn % kLookFurther + 1) {
-        if (state == LongWait::kWaits) {
+        if (state == Wait::kWaits) {
             if (relay != nullptr && wait.have(relay) < awaited.want) from = ptx::globaltimer();
             state = wait.look(turn);
-            if (state == LongWait::kThere) {
+            if (state == Wait::kThere) {
                 *stats += static_cast<int64_t>(ptx::globaltimer() - from);
             }
-            if (state == LongWait::kOver && goes_on(watch)) state = LongWait::kThere;
+            if (state == Wait::kOver && goes_on(watch)) state = Wait::kThere;
         }
-        if (__any_sync(~0u, state == LongWait::kOver)) return;
-        if (__all_sync(~0u, state == LongWait::kThere)) return;
+        if (__any_sync(~0u, state == Wait::kOver)) return;
+        if (__all_sync(~0u, state == Wait::kThere)) return;
     }
 }
 
 // True when the word has reached what is awaited. False when time ran out, here or elsewhere on this
 // rank: leave, touch nothing; unless goes_on() says that only this peer is lost.
-[[nodiscard]] __device__ __forceinline__ bool wait_word(const Watch& watch, Operation op,
+template <class W>
+[[nodiscard]] __device__ __forceinline__ bool wait_word(const W& watch, Operation op,
                                                         Awaited awaited, const uint64_t* word) {
     return ptx::ld_acquire_sys(word) >= awaited.want ||
            wait_long(watch, op, awaited, word, Word::kNumber);

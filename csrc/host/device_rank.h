@@ -43,7 +43,8 @@ class DeviceRank {
 public:
     // Collective in effect: every rank constructs one before the first operation. `max_blocks`
     // bounds what any kernel may occupy. `late` is called from a thread of ours. `rails`: of a buffer
-    // across nodes. `can_mask`: small operations go on without a rank that is lost; not across nodes.
+    // across nodes. `can_mask`: small operations go on without a rank that is lost; across nodes those of
+    // direct mode.
     DeviceRank(const Shape& shape, int rank, uint64_t generation,
                const std::vector<int32_t>& expert_owner, std::vector<DevicePeer> peers,
                std::shared_ptr<DeviceArena> arena, const PeerClocks& clocks, int max_blocks,

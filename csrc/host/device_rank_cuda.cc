@@ -401,7 +401,7 @@ void DeviceRank::refuse(OpKind kind, const Outcome& why, Stream stream) {
     std::memcpy(refusal.refusal.detail, why.detail, sizeof(why.detail));
     std::memcpy(refusal.refusal.reason, why.reason, sizeof(why.reason));
     if (rails_) {
-        EP_CUDA(rails_->refuse(view_, refusal, stream));
+        EP_CUDA(rails_->refuse(small_view(), refusal, stream));
     } else {
         EP_CUDA(kernels::launch_refuse(small_view(), refusal, stream));
     }
@@ -439,7 +439,11 @@ void DeviceRank::mask(int rank) {
     const BesideCaptures beside;
     EP_CUDA(cudaSetDevice(arena_->device()));
     const auto probe = static_cast<cudaStream_t>(probe_);
-    EP_CUDA(kernels::launch_mask(small_view(), rank, probe));
+    if (rails_) {
+        EP_CUDA(rails_->mask(small_view(), rank, probe));
+    } else {
+        EP_CUDA(kernels::launch_mask(small_view(), rank, probe));
+    }
     EP_CUDA(cudaStreamSynchronize(probe));
 }
 
@@ -457,6 +461,7 @@ std::pair<uint64_t, uint64_t> DeviceRank::masked_and_seq() const {
     EP_CUDA(cudaSetDevice(arena_->device()));
     const auto probe = static_cast<cudaStream_t>(probe_);
     uint64_t masked = 0, seq = 0;
+    if (rails_ && can_mask_) EP_CUDA(rails_->hear_masks(small_view(), probe));
     const auto read = [probe](uint64_t& word, const void* from) {
         EP_CUDA(cudaMemcpyAsync(&word, from, sizeof(word), cudaMemcpyDeviceToHost, probe));
     };
@@ -470,6 +475,7 @@ void DeviceRank::unmask(uint64_t seq, uint64_t masked) {
     const BesideCaptures beside;
     EP_CUDA(cudaSetDevice(arena_->device()));
     const auto probe = static_cast<cudaStream_t>(probe_);
+    if (rails_) EP_CUDA(rails_->unmask(small_view(), seq, masked, probe));
     EP_CUDA(kernels::launch_unmask(small_view(), seq, masked, probe));
     EP_CUDA(cudaStreamSynchronize(probe));
     begun_ = seq;

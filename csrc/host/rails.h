@@ -53,6 +53,10 @@ public:
     int direct_combine(const CombineJob& job, Half half, int num_blocks,
                        kernels::Stream stream) const;
     int refuse(const RankView& view, const Begin& begin, kernels::Stream stream) const;
+    // See kernels/rail_kernels.h.
+    int hear_masks(const RankView& view, kernels::Stream stream) const;
+    int mask(const RankView& view, int rank, kernels::Stream stream) const;
+    int unmask(const RankView& view, uint64_t seq, uint64_t gone, kernels::Stream stream) const;
 
     // What has crossed, by RailCounter. Waits for the device.
     std::vector<uint64_t> counters() const;

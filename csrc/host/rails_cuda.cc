@@ -26,7 +26,8 @@ Rails::Rails(const Shape& shape, int rank, RailSetup setup, int smem_bytes)
     view_.layout = RailLayout(setup_.shape);
     view_.state = {words(layout.sent),     words(layout.taken),  words(layout.brings),
                    words(layout.incoming), words(layout.visits), words(layout.ever),
-                   words(layout.puts),     words(layout.coming)};
+                   words(layout.puts),     words(layout.coming), words(layout.missed),
+                   words(layout.masks)};
 }
 
 Rails::~Rails() {
@@ -79,6 +80,18 @@ int Rails::combine(const CombineJob& job, const LaunchPlan& plan, kernels::Strea
 
 int Rails::refuse(const RankView& view, const Begin& begin, kernels::Stream stream) const {
     return setup_.kernels->refuse(setup_.kernels->rail, view, begin, view_, stream);
+}
+
+int Rails::hear_masks(const RankView& view, kernels::Stream stream) const {
+    return setup_.kernels->hear_masks(setup_.kernels->rail, view, view_, stream);
+}
+
+int Rails::mask(const RankView& view, int rank, kernels::Stream stream) const {
+    return setup_.kernels->mask(setup_.kernels->rail, view, view_, rank, stream);
+}
+
+int Rails::unmask(const RankView& view, uint64_t seq, uint64_t gone, kernels::Stream stream) const {
+    return setup_.kernels->unmask(setup_.kernels->rail, view, view_, seq, gone, stream);
 }
 
 std::vector<uint64_t> Rails::counters() const {

@@ -2,7 +2,7 @@
 // the own rail tells of its tokens becomes the log of the call, as if they had crossed there. Whoever goes by
 // the handle later may so take the rails all the same.
 //
-// defines: tell_nodes, put_records, count_logged, RailLogger
+// defines: tell_nodes, put_records, count_logged, RailLogger, forget_logged
 #pragma once
 
 #include <cstdint>
@@ -18,6 +18,7 @@
 #include "kernels/enter.cuh"
 #include "kernels/rail_notice.cuh"
 #include "kernels/stage.cuh"
+#include "kernels/stage_masks.cuh"
 #include "kernels/stage_tables.cuh"
 
 namespace ep::kernels {
@@ -76,11 +77,11 @@ __device__ __noinline__ void tell_nodes(const DispatchJob& job, const StageTable
     });
 }
 
-// The records of the block's tokens to their ranks on other nodes, its notes to the rail. All threads, behind
-// a barrier for what others composed.
+// The records of the block's tokens to their ranks on other nodes, its notes to the rail; nothing to those that
+// are `skipped`. All threads, behind a barrier for what others composed.
 template <class F>
 __device__ __noinline__ void put_records(const DispatchJob& job, const StageView<F>& stage,
-                                         Span own) {
+                                         Span own, uint64_t skipped) {
     const F& far = stage.far;
     const NodeShape& nodes = far.nodes();
     const RankView& view = job.view;
@@ -88,13 +89,16 @@ __device__ __noinline__ void put_records(const DispatchJob& job, const StageView
     const int64_t bytes = stage.record.bytes(), base = int64_t{me} * view.shape.max_tokens;
     int turn = 0;  // warps take puts in turns
     const auto is_ours = [&turn, warp] { return turn++ % F::kWarps == warp; };
+    const auto takes = [&](int p) {
+        return p >= 0 && stage.is_far(p) && (skipped == 0 || !device::has_rank(skipped, p));
+    };
     device::fence_stage();
 #pragma unroll 1
     for (int t = own.begin; t < own.end; ++t) {
         const uint64_t told = note_slot(far.own_note(slot, t, stage.record), job.args.num_topk);
         const int dst = note_rank(told);
         const uint32_t same = __match_any_sync(~0u, dst);
-        const bool first = dst >= 0 && stage.is_far(dst) && (same & ptx::lanemask_lt()) == 0;
+        const bool first = takes(dst) && (same & ptx::lanemask_lt()) == 0;
 #pragma unroll 1
         for (uint32_t left = __ballot_sync(~0u, first); left != 0; left &= left - 1) {
             const int leader = __ffs(left) - 1;
@@ -108,7 +112,7 @@ __device__ __noinline__ void put_records(const DispatchJob& job, const StageView
 #pragma unroll 1
     for (int n = 0; all > 0 && n < nodes.num_nodes; ++n) {
         const int p = nodes.rank(n, nodes.local(me));
-        if (!stage.is_far(p) || !is_ours()) continue;
+        if (!takes(p) || !is_ours()) continue;
         const RailLayout& layout = far.rails.layout;
         far.rail.put_signal(p, layout.notes_of(slot, nodes.node(me)) + own.begin * each,
                             layout.own_notes(slot) + own.begin * each, all * each,
@@ -119,7 +123,8 @@ __device__ __noinline__ void put_records(const DispatchJob& job, const StageView
 
 // Tokens of our rail on other nodes below `end` that visit ours. One warp. False: leave.
 template <class F>
-__device__ __forceinline__ bool count_logged(const StageView<F>& stage, int end, int64_t& count) {
+__device__ __forceinline__ bool count_logged(const StageView<F>& stage, const Entering& in, int end,
+                                             int64_t& count) {
     const RankView& view = stage.view;
     const RailView& rails = stage.far.rails;
     const NodeShape& nodes = rails.shape.nodes;
@@ -128,7 +133,7 @@ __device__ __forceinline__ bool count_logged(const StageView<F>& stage, int end,
     int sum = 0;
 #pragma unroll 1
     for (int n = ptx::lane_id(); ok && n < end; n += 32) {
-        if (n == nodes.node(me)) continue;
+        if (n == nodes.node(me) || without(in, nodes.rank(n, nodes.local(me)))) continue;
         const uint64_t* word = rails.state.incoming + n * rails.shape.num_channels;
         ok = device::is_of(ptx::ld_relaxed_gpu(word), stage.op.seq) ||
              device::wait_packed_own(view.watch, stage.op, word);
@@ -152,6 +157,7 @@ struct RailLogger {
     const DispatchJob& job;
     StageTables tables;
     const StageView<F>& stage;
+    Entering& in;
 
     // Each `step`-th of them, from `first` on. False: leave.
     __device__ __noinline__ bool run(int first, int step) const {
@@ -163,10 +169,13 @@ struct RailLogger {
             const int other = i / groups, node = other < my_node ? other : other + 1;
             const int src = nodes().rank(node, nodes().local(me));
             const int begin = 32 * (i - other * groups);
-            if (begin >= tables.heard()[src].num_tokens) continue;
-            if (!stage.await_far(ptx::lane_id() == 0 ? src : -1)) return false;
+            if (without(in, src) || begin >= tables.heard()[src].num_tokens) continue;
+            if (stage.await_far(ptx::lane_id() == 0 ? src : -1) != 0) {
+                if (!lose(job.view, in, src)) return false;
+                continue;
+            }
             int64_t index;
-            if (!count_logged(stage, node, index)) return false;
+            if (!count_logged(stage, in, node, index)) return false;
 #pragma unroll 1
             for (int t = 0; t < begin; t += 32) index += __popc(visitors(node, src, t));
 #pragma unroll 1
@@ -203,7 +212,8 @@ private:
         const uint64_t told = note_slot(note(node, t), a.num_topk);
         if (lane >= a.num_topk || index >= rails.num_logged) return;
         const int p = note_rank(told), local = staged_local(static_cast<uint32_t>(told));
-        const int row = p >= 0 && !stage.is_far(p) ? row_of(src, p, local, told) : -1;
+        const bool is_here = p >= 0 && !stage.is_far(p) && !without(in, p);
+        const int row = is_here ? row_of(src, p, local, told) : -1;
         const RailLog log{a.num_topk, rails.log_has_weights};
         int32_t* kept = rails.log + index * log.words();
         kept[log.expert(lane)] = row >= 0 ? expert_at(nodes().local(p), local) : -1;
@@ -223,5 +233,25 @@ private:
         return row < job.args.capacity ? static_cast<int>(local * job.args.capacity) + row : -1;
     }
 };
+
+// What was counted on of sources of our rail that were lost: it names no rows. One warp of the last block.
+template <class F>
+__device__ __noinline__ void forget_logged(const DispatchJob& job, const StageView<F>& stage,
+                                           const Entering& in, uint64_t lost) {
+    const RailView& rails = stage.far.rails;
+    const NodeShape& nodes = rails.shape.nodes;
+    const int64_t words = RailLog{job.args.num_topk, rails.log_has_weights}.words();
+#pragma unroll 1
+    for (int n = 0; rails.log != nullptr && n < nodes.num_nodes; ++n) {
+        const int src = nodes.rank(n, nodes.local(stage.view.peers.rank));
+        if (!stage.is_far(src) || !device::has_rank(lost, src)) continue;
+        int64_t begin, end;
+        if (!count_logged(stage, in, n, begin) || !count_logged(stage, in, n + 1, end)) return;
+        end = min(end, rails.num_logged);
+#pragma unroll 1
+        for (int64_t i = begin * words + ptx::lane_id(); i < end * words; i += 32)
+            rails.log[i] = -1;
+    }
+}
 
 }  // namespace ep::kernels

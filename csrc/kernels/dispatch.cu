@@ -142,17 +142,18 @@ __global__ void __launch_bounds__((Config::kMaxMovers + 1) * 32, 1)
     bool ok = !__syncthreads_or(device::gave_up(view.watch));
     const Operation op{OpKind::kDispatch, in.seq};
     take_counts(job, tables);
-    if (ok && role.publishes && !is_mover) ok = acquire_slot(view, op, in.slot);
+    if (ok && role.publishes && !is_mover) ok = acquire_slot(view, NoFar{}, op, in.slot);
     if (counts_tokens(job.args)) ok = count(job, op, spread, span, role) && ok;
     ok = __syncthreads_and(ok);
     if (ok && role.publishes) publish(job, spread, in);
     if (ok && role.publishes && !is_mover && job.args.wait_stats != nullptr) {
-        time_notices(view, in, op, job.args.wait_stats);
+        time_notices(view, NoFar{}, in, op, job.args.wait_stats);
     }
     const Experts experts = needs_groups(job.args) ? Experts::kAll
                             : role.publishes       ? Experts::kOwn
                                                    : Experts::kNone;
-    ok = ok && await_notices(view, job.begin, in, CountsReader{job, spread, tables, in, experts});
+    ok = ok && await_notices(view, NoFar{}, job.begin, in,
+                             CountsReader{job, spread, tables, in, experts});
     if (!ok) {
         if (is_mover) mover.abandon();
         return;

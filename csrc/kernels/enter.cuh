@@ -2,7 +2,7 @@
 // slot is left.
 //
 // defines: at, at_own, Uninitialized, in_shared, Entering, init_told, init_entering, tell_entered,
-// acquire_slot, publish_words, publish_head, NoticeWords, judge_word, first_head, nothing_yet, time_notices,
+// NoFar, watch_of, without, acquire_slot, publish_words, publish_head, NoticeWords, judge_word, first_head, nothing_yet, time_notices,
 // hear_heads, await_notices, explain, fail_call, report, count_block, await_blocks, release_slot, leave_slot
 //
 // One block tells the others' notices; every block reads all of them and comes to the verdict by
@@ -132,11 +132,33 @@ __device__ __forceinline__ void tell_entered(const RankView& view, Operation op)
     own->entered_seq = op.seq;
 }
 
+// Ranks of other nodes, in operations that go on without ranks that are masked. Here nobody is far, or waits do
+// not go on; elsewhere Far of kernels/direct.cuh.
+struct NoFar {
+    static constexpr bool kAny = false;
+    static constexpr int kWarps = 16;  // of a block of a small dispatch
+    static constexpr int kCombineWarps = 16;
+};
+// What waits of an operation have.
+template <class F>
+__device__ __forceinline__ decltype(auto) watch_of(const RankView& view, const F& far) {
+    if constexpr (F::kAny) {
+        return (far);
+    } else {
+        return (view.watch);
+    }
+}
+
+// Whether this operation goes without a rank.
+__device__ __forceinline__ bool without(const Entering& in, int rank) {
+    return in.masked != 0 && device::has_rank(in.masked, rank);
+}
+
 // The slot is ours once every peer has left what it did there num_slots operations ago. One warp of the
 // block that publishes; the others wait for what it publishes to ourselves. kMasks: `masked` are not
 // waited for, nor who is masked meanwhile.
-template <bool kMasks = false>
-__device__ inline bool acquire_slot(const RankView& view, Operation op, int slot,
+template <bool kMasks = false, class F>
+__device__ inline bool acquire_slot(const RankView& view, const F& far, Operation op, int slot,
                                     uint64_t masked = 0) {
     const uint64_t num_slots = view.shape.num_slots;
     bool ok = true;
@@ -152,7 +174,8 @@ __device__ inline bool acquire_slot(const RankView& view, Operation op, int slot
         const auto* word = at_own<uint64_t>(view, view.layout.released_word(slot, p));
         // Of a small operation only ordinary stores follow, which do not overtake what they depend on.
         if (kMasks && ptx::ld_relaxed_sys(word) >= op.seq - num_slots) continue;
-        ok = ok && (device::wait_word(view.watch, op, {Site::kSlot, p, op.seq - num_slots}, word) ||
+        ok = ok && (device::wait_word(watch_of(view, far), op, {Site::kSlot, p, op.seq - num_slots},
+                                      word) ||
                     (kMasks && device::goes_on(view.watch)));
     }
     if (ptx::lane_id() == 0) tell_entered(view, op);
@@ -348,8 +371,9 @@ __device__ __forceinline__ uint64_t nothing_yet(uint64_t seq) { return device::p
 
 // Before await_notices: adds how long each rank takes to enter; of another node's, how long after the rank
 // of ours that relays its notice. One warp.
-__device__ __noinline__ inline void time_notices(const RankView& view, const Entering& in,
-                                                 Operation op, int64_t* stats) {
+template <class F>
+__device__ __noinline__ void time_notices(const RankView& view, const F& far, const Entering& in,
+                                          Operation op, int64_t* stats) {
     const int num_ranks = view.shape.num_ranks;
     const auto& near = view.peers;
 #pragma unroll 1
@@ -360,7 +384,7 @@ __device__ __noinline__ inline void time_notices(const RankView& view, const Ent
                                 near.near_begin + p % (near.near_end - near.near_begin));
         const bool is_near = !near.relays || (p >= near.near_begin && p < near.near_end);
         const bool is_masked = in.masked != 0 && device::has_rank(in.masked, p);
-        device::time_waits(view.watch, op, {Site::kEntry, p, op.seq}, notice.words,
+        device::time_waits(watch_of(view, far), op, {Site::kEntry, p, op.seq}, notice.words,
                            is_near ? nullptr : relay.words, device::Word::kPacked,
                            first + lane < num_ranks && !is_masked ? stats + p : nullptr);
     }
@@ -371,9 +395,9 @@ __device__ __noinline__ inline void time_notices(const RankView& view, const Ent
 // kMasks: of a small operation, which goes on without who is masked, adds whom that happens to meanwhile to
 // in.unheard, and reads nothing but what notices say; `looked`: a lane's word of the first head of this warp,
 // should that have come by now.
-template <bool kMasks = false, class Read>
-__device__ __forceinline__ bool hear_heads(const RankView& view, const Begin& begin, Entering& in,
-                                           Read read, uint64_t looked) {
+template <bool kMasks = false, class F, class Read>
+__device__ __forceinline__ bool hear_heads(const RankView& view, const F& far, const Begin& begin,
+                                           Entering& in, Read read, uint64_t looked) {
     const int num_warps = blockDim.x / 32;
     const Operation op{kind_of(begin.head.what), in.seq};
     bool ok = true;
@@ -386,7 +410,7 @@ __device__ __forceinline__ bool hear_heads(const RankView& view, const Begin& be
         const uint64_t* own = words.words + ptx::lane_id();
         if constexpr (kMasks) {
             ok = device::is_of(word, op.seq) ||
-                 device::wait_packed_word(view.watch, op, p, own, word);
+                 device::wait_packed_word(watch_of(view, far), op, p, own, word);
         } else {
             ok = device::wait_packed(view.watch, op, p, own, word);
         }
@@ -410,10 +434,10 @@ __device__ __forceinline__ bool hear_heads(const RankView& view, const Begin& be
 }
 
 // The same, until all warps have.
-template <bool kMasks = false, class Read>
-__device__ __forceinline__ bool await_notices(const RankView& view, const Begin& begin,
-                                              Entering& in, Read read) {
-    return __syncthreads_and(hear_heads<kMasks>(view, begin, in, read, nothing_yet(in.seq)));
+template <bool kMasks = false, class F, class Read>
+__device__ __forceinline__ bool await_notices(const RankView& view, const F& far,
+                                              const Begin& begin, Entering& in, Read read) {
+    return __syncthreads_and(hear_heads<kMasks>(view, far, begin, in, read, nothing_yet(in.seq)));
 }
 
 // A block has read all it will of the notices; a barrier of the block came before. One thread.

@@ -208,7 +208,7 @@ __device__ __noinline__ void conclude_combine(const HybridCombine<R>& h, Enterin
     const Operation op{OpKind::kCombine, in.seq};
     if (!await_blocks(view, op)) return;
     if (good && !await_pulled(view, op, in.slot)) return;
-    if (!leave_far(h.rail, view, h.rails, op, in)) return;
+    if (!leave_far(h.rail, view, h.rails, NoFar{}, op, in)) return;
     if (!good) return fail_outputs(h.job, in, sources);
     leave_rails(
         h.rails, h.spread, h.chunks, h.rails.shape.nodes.node(view.peers.rank),
@@ -309,16 +309,17 @@ __global__ void __launch_bounds__(kMaxPullWarps * 32, 1)
     bool ok = !__syncthreads_or(device::gave_up(view.watch));
     const Operation op{OpKind::kCombine, in.seq};
     if (ok && publishes && warp == 0) {
-        ok = acquire_slot(view, op, in.slot) && acquire_far(h.rail, view, h.rails, op, in.slot);
+        ok = acquire_slot(view, NoFar{}, op, in.slot) &&
+             acquire_far(h.rail, view, h.rails, NoFar{}, op, in);
     }
     count_visits(h.rails, own_visits(h.rails, job.args), blockIdx.x, job.args.num_topk, in.seq,
                  [&](int t, int k) { return holder_of_slot(job, t, k); });
     ok = __syncthreads_and(ok);
     if (ok && publishes) {
         publish_head(view, view.peers.control, job.begin, in);
-        ok = exchange_notices(h.rail, view, h.rails, in, op, true, job.args.wait_stats);
+        ok = exchange_notices(h.rail, view, h.rails, NoFar{}, in, op, true, job.args.wait_stats);
     }
-    ok = ok && await_notices(view, job.begin, in, OutputReader{job, sources_of(h), in});
+    ok = ok && await_notices(view, NoFar{}, job.begin, in, OutputReader{job, sources_of(h), in});
     if (ok && in.first_bad == kNoObjection) {
         ok = hear_rings(h.rail, view, h.rails, h.spread, op, h.rails.state.sent,
                         h.rails.state.taken);

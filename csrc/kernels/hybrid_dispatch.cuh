@@ -78,7 +78,7 @@ __device__ __forceinline__ void conclude_dispatch(const HybridDispatch<R>& h, En
     }
     if (good && !await_rows(view, op, in.slot, job.args.wait_stats)) return;
     if (!await_blocks(view, op, 2)) return;  // movers and forwarders of each
-    if (!leave_far(h.rail, view, h.rails, op, in)) return;
+    if (!leave_far(h.rail, view, h.rails, NoFar{}, op, in)) return;
     if (!good) return fail_call(view, job.begin, in);
     if (!check_sent(job, op)) return;
     leave_rails(h.rails, h.rail_spread, h.parcel.chunks, h.rails.shape.nodes.node(view.peers.rank),
@@ -204,7 +204,8 @@ __global__ void __launch_bounds__(kMaxHybridWarps * 32, 1)
     const Operation op{OpKind::kDispatch, in.seq};
     take_counts(job, tables);
     if (ok && role.publishes && concludes) {
-        ok = acquire_slot(view, op, in.slot) && acquire_far(h.rail, view, h.rails, op, in.slot);
+        ok = acquire_slot(view, NoFar{}, op, in.slot) &&
+             acquire_far(h.rail, view, h.rails, NoFar{}, op, in);
     }
     if (counts_tokens(job.args)) ok = count(job, op, spread, span, role) && ok;
     count_visits(h.rails, visits, blockIdx.x, job.args.num_topk, in.seq,
@@ -212,12 +213,13 @@ __global__ void __launch_bounds__(kMaxHybridWarps * 32, 1)
     ok = __syncthreads_and(ok);
     if (ok && role.publishes) {
         publish(job, spread, in);
-        ok = exchange_notices(h.rail, view, h.rails, in, op, true, job.args.wait_stats);
+        ok = exchange_notices(h.rail, view, h.rails, NoFar{}, in, op, true, job.args.wait_stats);
     }
     const Experts experts = needs_groups(job.args) ? Experts::kAll
                             : role.publishes       ? Experts::kOwn
                                                    : Experts::kNone;
-    ok = ok && await_notices(view, job.begin, in, CountsReader{job, spread, tables, in, experts});
+    ok = ok && await_notices(view, NoFar{}, job.begin, in,
+                             CountsReader{job, spread, tables, in, experts});
     bool good = ok && in.first_bad == kNoObjection;
     if (good) {
         judge_sizes(job, spread, in);

@@ -1,5 +1,5 @@
 // A rank that refuses a call across nodes still tells its rail and relays what comes from there: its node
-// hears of other nodes through it alone.
+// hears of other nodes through it alone. It goes without ranks that are masked, as small operations do.
 //
 // defines: launch_hybrid_refuse, load_hybrid_refuse
 #pragma once
@@ -10,6 +10,7 @@
 #include "contract/rail.h"
 #include "device/ptx.cuh"
 #include "device/rail.cuh"
+#include "kernels/direct.cuh"
 #include "kernels/enter.cuh"
 #include "kernels/launch.cuh"
 #include "kernels/rail_notice.cuh"
@@ -20,8 +21,7 @@ template <device::Rail R>
 struct HybridRefusal {
     RankView view;
     Begin begin;
-    RailView rails;
-    R rail;
+    Far<R> far;
 };
 
 template <device::Rail R>
@@ -30,28 +30,26 @@ __global__ void __launch_bounds__(128, 1)
     __shared__ Uninitialized<Entering> entering;
     Entering& in = entering.get();
     const Begin& begin = h.begin;
+    const Far<R>& far = h.far;
     init_told(begin, in);
-    if (threadIdx.x == 0) {
-        init_entering(h.view, begin, in);
-        open_outbox(h.rail, h.rails, in);
-    }
+    if (threadIdx.x < 32) far.hear_masks();
+    if (threadIdx.x == 0) init_entering(h.view, begin, in);
     bool ok = !__syncthreads_or(device::gave_up(h.view.watch));
     const Operation op{kind_of(begin.head.what), in.seq};
     if (ok && threadIdx.x < 32) {
-        ok = acquire_slot(h.view, op, in.slot) && acquire_far(h.rail, h.view, h.rails, op, in.slot);
+        ok = acquire_slot<true>(h.view, far, op, in.slot, in.masked) && far.acquire(h.view, op, in);
     }
     if (!__syncthreads_and(ok)) return;
     publish_head(h.view, h.view.peers.control, begin, in);
-    if (!exchange_notices(h.rail, h.view, h.rails, in, op, false, nullptr)) return;
-    if (threadIdx.x >= 32 || !leave_far(h.rail, h.view, h.rails, op, in)) return;
+    if (!exchange_notices(far.rail, h.view, far.rails, far, in, op, false, nullptr)) return;
+    if (threadIdx.x >= 32 || !far.leave(h.view, op, in)) return;
     leave_slot(h.view, in.seq, in.slot);  // we read nothing there
 }
 
 template <device::Rail R>
-int launch_hybrid_refuse(const R& rail, const RankView& view, const Begin& begin,
-                         const RailView& rails, Stream stream) {
-    return launch(hybrid_refuse_kernel<R>, {1, 128, 0}, stream,
-                  HybridRefusal<R>{view, begin, rails, rail});
+int launch_hybrid_refuse(const Far<R>& far, const RankView& view, const Begin& begin,
+                         Stream stream) {
+    return launch(hybrid_refuse_kernel<R>, {1, 128, 0}, stream, HybridRefusal<R>{view, begin, far});
 }
 
 template <device::Rail R>

@@ -18,7 +18,8 @@ __global__ void __launch_bounds__(128, 1)
     if (threadIdx.x == 0) init_entering(view, begin, in);
     bool ok = !__syncthreads_or(device::gave_up(view.watch));
     if (ok && threadIdx.x < 32)
-        ok = acquire_slot<true>(view, {kind_of(begin.head.what), in.seq}, in.slot, in.masked);
+        ok = acquire_slot<true>(view, NoFar{}, {kind_of(begin.head.what), in.seq}, in.slot,
+                                in.masked);
     if (!__syncthreads_and(ok)) return;
     publish_head(view, view.peers.control, begin, in);
     if (threadIdx.x < 32) leave_slot(view, in.seq, in.slot);  // we read nothing there

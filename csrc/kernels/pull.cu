@@ -148,15 +148,15 @@ __global__ void __launch_bounds__(kMaxPullWarps * 32, 1)
     const int64_t step = int64_t{groups.count} * gridDim.x;
     const Selection ahead = adder < 0 ? planner.select(first, step) : Selection{};
     if (blockIdx.x == 0) {
-        if (ok && warp == 0) ok = acquire_slot(view, {OpKind::kCombine, in.seq}, in.slot);
+        if (ok && warp == 0) ok = acquire_slot(view, NoFar{}, {OpKind::kCombine, in.seq}, in.slot);
         ptx::griddepcontrol_wait();  // what stage has copied, before it is announced
         ok = __syncthreads_and(ok);
         if (ok) publish_head(view, view.peers.control, job.begin, in);
         if (ok && warp == 0 && job.args.wait_stats != nullptr) {
-            time_notices(view, in, {OpKind::kCombine, in.seq}, job.args.wait_stats);
+            time_notices(view, NoFar{}, in, {OpKind::kCombine, in.seq}, job.args.wait_stats);
         }
     }
-    ok = ok && await_notices(view, job.begin, in, OutputReader{job, sources, in});
+    ok = ok && await_notices(view, NoFar{}, job.begin, in, OutputReader{job, sources, in});
     if (!ok) return;
     const bool good = in.first_bad == kNoObjection;
     if (good && adder < 0) {

@@ -32,6 +32,14 @@ struct RailKernels {
                           int num_blocks, Stream stream);
     int (*refuse)(const void* rail, const RankView& view, const Begin& begin, const RailView& rails,
                   Stream stream);
+    // Direct mode, with masks, on a view of small operations. What other nodes have masked becomes known to
+    // ours; a rank is masked; all that live, and none of `gone`, are where `seq` is over (before what
+    // launch_unmask does inside the node).
+    int (*hear_masks)(const void* rail, const RankView& view, const RailView& rails, Stream stream);
+    int (*mask)(const void* rail, const RankView& view, const RailView& rails, int rank,
+                Stream stream);
+    int (*unmask)(const void* rail, const RankView& view, const RailView& rails, uint64_t seq,
+                  uint64_t gone, Stream stream);
 };
 
 }  // namespace ep::kernels

@@ -1,8 +1,10 @@
 // Notices across nodes: ours goes to the ranks of our rail, theirs come to us, and we tell our node. With
 // direct mode ours goes to every rank of the other nodes, and slots are released there, too.
 //
-// defines: open_outbox, acquire_far, await_puts, leave_far, put_notices, hear_notice, exchange_notices,
+// defines: missed_word, open_outbox, acquire_far, await_puts, leave_far, put_notices, hear_notice, exchange_notices,
 // Traffic, leave_rails
+//
+// `far`: Far, where an operation goes on without ranks that are masked, else NoFar.
 //
 // A notice has the counts of its source for every rank, so once a node has heard all of them its ranks
 // place all rows by themselves, as on one node. Each crosses once per rail: 2 (nodes - 1) messages a rank.
@@ -19,6 +21,13 @@
 
 namespace ep::kernels {
 
+// What masked ranks are not told they are owed, should they be unmasked.
+__device__ __forceinline__ uint64_t* missed_word(const RailView& rails, Missed what, int slot,
+                                                 int p) {
+    const DirectShape& d = rails.shape.direct;
+    return rails.state.missed + (static_cast<int>(what) * d.num_slots + slot) * d.num_ranks + p;
+}
+
 // One thread, before the notice is published: it is written there, too.
 template <device::Rail R>
 __device__ __forceinline__ void open_outbox(const R& rail, const RailView& rails, Entering& in) {
@@ -27,29 +36,32 @@ __device__ __forceinline__ void open_outbox(const R& rail, const RailView& rails
 
 // Direct mode: a rank of another node has left what it did in our memory, and in our slot, num_slots
 // operations ago. One warp. False: leave.
-template <device::Rail R>
+template <device::Rail R, class F>
 __device__ __noinline__ bool acquire_far(const R& rail, const RankView& view, const RailView& rails,
-                                         Operation op, int slot) {
+                                         const F& far, Operation op, const Entering& in) {
     const RailShape& s = rails.shape;
     const uint64_t want = releases_until(s, op.seq);
     bool ok = true;
 #pragma unroll 1
     for (int i = ptx::lane_id(); s.is_direct() && ok && i < s.num_correspondents(); i += 32) {
         const int p = s.correspondent(view.peers.rank, i);
-        const device::RailWord word{rails.layout.released_word(slot, p), want};
+        if (without(in, p)) continue;
+        const device::RailWord word{rails.layout.released_word(in.slot, p), want};
         // pairs with the signal in leave_far
-        ok = device::wait_word(view.watch, op, {Site::kSlot, p, want},
+        ok = device::wait_word(watch_of(view, far), op, {Site::kSlot, p, want},
                                reinterpret_cast<const uint64_t*>(rail.own(word.at)));
         if (ok && want > 0) rail.acquired(word);
+        ok = ok || device::goes_on(view.watch);
     }
     return __all_sync(~0u, ok);
 }
 
 // Direct mode: all that rank p, of another node, had put into this slot of ours when it told of operation
 // `op` is there. One thread. False: leave.
-template <device::Rail R>
+template <device::Rail R, class F>
 __device__ __forceinline__ bool await_puts(const R& rail, const RankView& view,
-                                           const RailView& rails, Operation op, int slot, int p) {
+                                           const RailView& rails, const F& far, Operation op,
+                                           int slot, int p) {
     const uint64_t* told = rails.state.coming + p;
     if (!device::is_of(ptx::ld_relaxed_gpu(told), op.seq) &&
         !device::wait_packed_own(view.watch, op, told)) {
@@ -61,7 +73,8 @@ __device__ __forceinline__ bool await_puts(const R& rail, const RankView& view,
     const uint64_t have = ptx::ld_acquire_sys(came);  // pairs with the signals of put_signal
     const auto missing = static_cast<int32_t>(low - static_cast<uint32_t>(have));
     const uint64_t want = have + static_cast<uint64_t>(int64_t{missing});
-    if (missing > 0 && !device::wait_word(view.watch, op, {Site::kRailChunk, p, want}, came)) {
+    if (missing > 0 &&
+        !device::wait_word(watch_of(view, far), op, {Site::kRailChunk, p, want}, came)) {
         return false;
     }
     if (want > 0) rail.acquired({at, want});
@@ -71,22 +84,32 @@ __device__ __forceinline__ bool await_puts(const R& rail, const RankView& view,
 // Direct mode: the slot is left to other nodes once all is there that they have put, also of a call that
 // failed, whose records nobody looks at: so who has all releases may put to the same places, from the same
 // places. One warp; nothing of this slot is looked at after it. False: leave.
-template <device::Rail R>
+template <device::Rail R, class F>
 __device__ __noinline__ bool leave_far(const R& rail, const RankView& view, const RailView& rails,
-                                       Operation op, const Entering& in) {
+                                       const F& far, Operation op, const Entering& in) {
     const RailShape& s = rails.shape;
     const int me = view.peers.rank, slot = in.slot;
     bool ok = true;
     if (!s.is_direct() || in.first_bad >> 16 == kEpochObjection) return true;  // that is the end
+    uint64_t masked = in.masked | device::masked_ranks(view.watch);
+    const auto is_masked = [&](int p) { return masked != 0 && device::has_rank(masked, p); };
 #pragma unroll 1
     for (int i = ptx::lane_id(); ok && i < s.num_correspondents(); i += 32) {
-        ok = await_puts(rail, view, rails, op, slot, s.correspondent(me, i));
+        const int p = s.correspondent(me, i);
+        if (is_masked(p)) continue;
+        ok = await_puts(rail, view, rails, far, op, slot, p) || device::goes_on(view.watch);
     }
     if (!__all_sync(~0u, ok)) return false;
+    masked |= device::masked_ranks(view.watch);
 #pragma unroll 1
     for (int i = ptx::lane_id(); i < s.num_correspondents(); i += 32) {
+        const int p = s.correspondent(me, i);
+        if (is_masked(p)) {
+            ++*missed_word(rails, Missed::kReleases, slot, p);
+            continue;
+        }
         // pairs with the wait in acquire_far
-        rail.signal_add(s.correspondent(me, i), {rails.layout.released_word(slot, me), 1});
+        rail.signal_add(p, {rails.layout.released_word(slot, me), 1});
     }
     return true;
 }
@@ -122,29 +145,34 @@ __device__ __forceinline__ bool write_records(const RankView& view, const RailVi
 // The notice in our outbox to ranks of other nodes: each `apart`-th of them, from `first` on. One warp.
 template <device::Rail R>
 __device__ __forceinline__ void put_notices(const R& rail, const RankView& view,
-                                            const RailView& rails, uint64_t seq, int first,
+                                            const RailView& rails, const Entering& in, int first,
                                             int apart) {
     const RailShape& s = rails.shape;
     const RailLayout& layout = rails.layout;
+    const uint64_t seq = in.seq;
     const int me = view.peers.rank;
     device::fence_stage();
 #pragma unroll 1
     for (int i = first; i < s.num_correspondents(); i += apart) {
-        rail.put_signal(s.correspondent(me, i), layout.inbox_at(seq, s.sender(me)),
-                        layout.outbox_at(seq), s.notice_bytes,
-                        {layout.entered_word(seq, s.sender(me)), 1});
+        const int p = s.correspondent(me, i);
+        if (without(in, p)) {
+            if (ptx::lane_id() == 0) ++*missed_word(rails, Missed::kNotices, in.slot, p);
+            continue;
+        }
+        rail.put_signal(p, layout.inbox_at(seq, s.sender(me)), layout.outbox_at(seq),
+                        s.notice_bytes, {layout.entered_word(seq, s.sender(me)), 1});
     }
 }
 
 // A part of the notice of rank `src` once it has come, to every rank of our node, or with direct mode, where
 // each hears for itself, to ourselves; and how much comes to us. One warp. False: leave.
-template <device::Rail R>
+template <device::Rail R, class F>
 __device__ __forceinline__ bool hear_notice(const R& rail, const RankView& view,
-                                            const RailView& rails, Operation op, int slot, int src,
-                                            int part = 0, int parts = 1) {
+                                            const RailView& rails, const F& far, Operation op,
+                                            int slot, int src, int part = 0, int parts = 1) {
     const RailShape& s = rails.shape;
     const int me = view.peers.rank, sender = s.sender(src), node = s.nodes.node(src);
-    if (!device::rail_wait(rail, view.watch, op, Site::kRailNotice, src,
+    if (!device::rail_wait(rail, watch_of(view, far), op, Site::kRailNotice, src,
                            {rails.layout.entered_word(op.seq, sender), notices_until(s, op.seq)})) {
         return false;
     }
@@ -178,26 +206,29 @@ __device__ __forceinline__ bool hear_notice(const R& rail, const RankView& view,
 // Once the notice is in the outbox. `counted`: with what channels bring, else with nothing. All threads of
 // the block that publishes; also of one that refuses the call, as its node hears of its rail through it
 // alone. `stats`: adds how long each rank takes to enter, or null. False: leave.
-template <device::Rail R>
+template <device::Rail R, class F>
 __device__ __forceinline__ bool exchange_notices(const R& rail, const RankView& view,
-                                                 const RailView& rails, const Entering& in,
-                                                 Operation op, bool counted, int64_t* stats) {
+                                                 const RailView& rails, const F& far,
+                                                 const Entering& in, Operation op, bool counted,
+                                                 int64_t* stats) {
     // The last warp only looks, while the others bring what it sees.
     const int peers = rails.shape.num_correspondents();
     const int warp = threadIdx.x / 32, num_warps = blockDim.x / 32 - 1;
     const bool looks = warp == num_warps;
     bool ok = write_records(view, rails, in, op, counted);
     if (!ok || peers == 0) return ok;
-    put_notices(rail, view, rails, op.seq, looks ? peers : warp, num_warps);
+    put_notices(rail, view, rails, in, looks ? peers : warp, num_warps);
     // Warps share a notice when there are more of them.
     const int parts = max(num_warps / peers, 1);
 #pragma unroll 1
     for (int i = looks ? peers * parts : warp; ok && i < peers * parts; i += num_warps) {
         const int src = rails.shape.correspondent(view.peers.rank, i % peers);
-        ok = hear_notice(rail, view, rails, op, in.slot, src, i / peers, parts);
+        if (without(in, src)) continue;
+        ok = hear_notice(rail, view, rails, far, op, in.slot, src, i / peers, parts) ||
+             __all_sync(~0u, device::goes_on(view.watch));
     }
     rail.flush();
-    if (looks && stats != nullptr) time_notices(view, in, op, stats);
+    if (looks && stats != nullptr) time_notices(view, far, in, op, stats);
     return __syncthreads_and(ok);
 }
 

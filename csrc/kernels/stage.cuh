@@ -10,7 +10,7 @@
 // a kernel that waits for this one: then some blocks start only when others have ended. So no block waits for
 // a turn that nobody has begun: blocks claim theirs, and before they wait for rows, those that are left.
 //
-// defines: kStageWarps, turn_of_block, publishes_stage, NoFar, StageView, claim_turn, all_claimed, take_turn,
+// defines: kStageWarps, turn_of_block, publishes_stage, StageView, claim_turn, all_claimed, take_turn,
 // claim_own, Releases, begin_half, resume_half, last_block, Readers, end_half
 #pragma once
 
@@ -25,20 +25,13 @@
 
 namespace ep::kernels {
 
-constexpr int kStageWarps = 16;  // of a block of a dispatch, at most
+constexpr int kStageWarps = NoFar::kWarps;  // of a block of a dispatch, at most
 
 // Blocks have their turns from the last to the first: the one that publishes starts first.
 __device__ __forceinline__ int turn_of_block() {
     return static_cast<int>(gridDim.x - 1 - blockIdx.x);
 }
 __device__ __forceinline__ bool publishes_stage() { return blockIdx.x == 0; }
-
-// Inside a node nobody is far.
-struct NoFar {
-    static constexpr bool kAny = false;
-    static constexpr int kWarps = kStageWarps;  // of a block of a dispatch
-    static constexpr int kCombineWarps = 16;
-};
 
 // The places of one operation.
 template <class F>
@@ -64,13 +57,14 @@ struct StageView {
         }
         return place(view.peers.rank, index);
     }
-    // Lanes name ranks, or -1: what those of other nodes have put is there. One warp. False: leave.
-    __device__ __forceinline__ bool await_far(int p) const {
+    // Lanes name ranks, or -1: what those of other nodes have put is there. One warp. Not 0: lanes whose ranks'
+    // is not; leave, or go on without them.
+    __device__ __forceinline__ uint32_t await_far(int p) const {
         if constexpr (F::kAny) {
             const bool ok = p < 0 || !is_far(p) || far.await(view, op, slot, p);
-            return __all_sync(~0u, ok);
+            return __ballot_sync(~0u, !ok);
         }
-        return true;
+        return 0;
     }
     // Where a piece begins in a record.
     __device__ __forceinline__ int64_t piece_at(int piece) const {
@@ -152,23 +146,27 @@ struct Releases {
 template <class F>
 __device__ __forceinline__ bool begin_half(const RankView& view, const Begin& begin, const F& far,
                                            const Releases& releases, Entering& in) {
+    if constexpr (F::kAny) far.hear_masks();
     if (ptx::lane_id() == 0) init_entering(view, begin, in);
     __syncwarp();
     const Operation op{kind_of(in.told[NoticeLayout::kWhat]), in.seq};
+    if constexpr (F::kAny) far.agree_skipped(in);
     const uint64_t num_slots = view.shape.num_slots;
     bool ok = true;
     if (in.masked == 0 && op.seq > num_slots && releases.all(view, in.slot, op.seq - num_slots)) {
         if (ptx::lane_id() == 0) tell_entered(view, op);
     } else {
-        ok = acquire_slot<true>(view, op, in.slot, in.masked);
+        ok = acquire_slot<true>(view, far, op, in.slot, in.masked);
     }
     if constexpr (F::kAny) return far.acquire(view, op, in) && ok;
     return ok;
 }
 
 // Those that the first half took. The same.
-__device__ __forceinline__ bool resume_half(const RankView& view, const Begin& begin,
+template <class F>
+__device__ __forceinline__ bool resume_half(const RankView& view, const Begin& begin, const F& far,
                                             const Begun* begun, Entering& in) {
+    if constexpr (F::kAny) far.hear_masks();
     if (ptx::lane_id() == 0) {
         init_entering(view, begin, in);
         in.seq = begun->seq, in.slot = begun->slot;

@@ -34,10 +34,11 @@ struct HearNothing {
     }
 };
 // Where ranks may be masked: all threads; false: leave.
-__device__ __noinline__ inline bool hear_together(const RankView& view, const Begin& begin,
-                                                  Entering& in) {
-    if (!await_notices<true>(view, begin, in, HearNothing{})) return false;
-    return settle_masked(view, in) || await_notices<true>(view, begin, in, HearNothing{});
+template <class F>
+__device__ __noinline__ bool hear_together(const RankView& view, const F& far, const Begin& begin,
+                                           Entering& in) {
+    if (!await_notices<true>(view, far, begin, in, HearNothing{})) return false;
+    return settle_masked(view, in) || await_notices<true>(view, far, begin, in, HearNothing{});
 }
 
 // The verdict on all notices by a warp, which looks at those words that it depends on; each warp of every
@@ -87,8 +88,10 @@ __device__ __noinline__ bool send_rest(const CombineJob& job, const Record& reco
                                        std::byte* const* control, const F& far,
                                        const Entering& in) {
     const auto blocks = static_cast<int>(gridDim.x);
+    uint64_t masked = in.masked;
+    if constexpr (F::kAny) masked = far.skipped();
     const PartSender<kDtype, F> sender{
-        job, {job.view, record, control, {OpKind::kCombine, in.seq}, in.slot, far}, in.masked};
+        job, {job.view, record, control, {OpKind::kCombine, in.seq}, in.slot, far}, masked};
     bool ok = true;
 #pragma unroll 1
     for (int turn = 0; ok && (turn = take_turn(job.view)) >= 0;) {
@@ -157,7 +160,7 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
     if constexpr (kHalf != Half::kReceive) token = sender.look(pieces.item());
     if constexpr (kHalf != Half::kSend) slot = receiver.slot_of(pieces.item());
     if constexpr (kHalf == Half::kReceive) {
-        if (begins) ok = resume_half(view, job.begin, job.begun, in);
+        if (begins) ok = resume_half(view, job.begin, far, job.begun, in);
     } else if (begins) {
         ok = begin_half(view, job.begin, far, releases.get(), in);
     } else {
@@ -184,10 +187,10 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
     }
     if constexpr (kHalf != Half::kSend) {
         const auto part = receiver.part_of(slot);
-        if constexpr (F::kAny) (void)far.hear(view, op, in.slot, F::kCombineWarps - 1);
+        if constexpr (F::kAny) (void)far.hear(view, op, in, F::kCombineWarps - 1);
         const bool times = publishes_stage() && warp == F::kCombineWarps - 1;
         if (times && job.args.wait_stats != nullptr) {
-            time_notices(view, in, op, job.args.wait_stats);
+            time_notices(view, far, in, op, job.args.wait_stats);
         }
         // Others of this block may wait for rows meanwhile.
         const bool looks = kHalf == Half::kBoth && begins;
@@ -198,7 +201,7 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
             if (!view.watch.can_mask) {
                 if (!hear_alone(view, in, good)) return false;
             } else {
-                if (!hear_together(view, job.begin, in)) return false;
+                if (!hear_together(view, far, job.begin, in)) return false;
                 good = in.first_bad == kNoObjection;
                 receiver.masked = in.masked;
                 work.start_over(receiver.part_of(t));

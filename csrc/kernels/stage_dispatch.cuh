@@ -123,7 +123,7 @@ __device__ __forceinline__ bool send(const DispatchJob& job, const StageSpread& 
     if (publishes && job.args.logical_load != nullptr) count_load(job, tables.bad()[0] == 0);
     if constexpr (F::kAny) {
         if (!__syncthreads_and(ok)) return false;
-        if (in.sends) put_records(job, sender.stage, own);
+        if (in.sends) put_records(job, sender.stage, own, in.masked);
     }
     return true;
 }
@@ -167,7 +167,7 @@ __device__ __forceinline__ void send_rest(const DispatchJob& job, const StageSpr
             sender.send(t, p, sender.slot_of(t));
         }
         __syncthreads();
-        if constexpr (F::kAny) put_records(job, sender.stage, span);
+        if constexpr (F::kAny) put_records(job, sender.stage, span, far.skipped());
         settle_rows(job, tables, span.begin, span.end, in, true);
         __syncthreads();
     }
@@ -255,23 +255,25 @@ __device__ __noinline__ inline void explain_any(const DispatchJob& job, const St
 
 // Everybody's heads, and if there is nothing wrong with them, their counts: each thread knows its columns.
 // All threads; false: leave.
+template <class F>
 __device__ __forceinline__ bool hear(const DispatchJob& job, const StageTables& tables,
-                                     Entering& in, bool& good) {
-    if (!await_notices<true>(job.view, job.begin, in, HeadListener{tables})) return false;
+                                     const F& far, Entering& in, bool& good) {
+    if (!await_notices<true>(job.view, far, job.begin, in, HeadListener{tables})) return false;
     good = in.first_bad == kNoObjection;
-    return !good || CountsListener{job, tables, in}.take();
+    return !good || CountsListener{job, tables, in}.take(far);
 }
 
 // The same, and judged. Should ranks be masked, blocks agree on whom they go without, and may have to hear once
 // more. All threads; false: leave.
+template <class F>
 __device__ __forceinline__ bool hear_slowly(const DispatchJob& job, const StageTables& tables,
-                                            Entering& in) {
+                                            const F& far, Entering& in) {
     if (threadIdx.x == 0) in.first_bad = in.size_bad = kNoObjection;
     __syncthreads();
 #pragma unroll 1
     for (bool settled = !job.view.watch.can_mask;; settled = true) {
         bool good;
-        if (!__syncthreads_and(hear(job, tables, in, good))) return false;
+        if (!__syncthreads_and(hear(job, tables, far, in, good))) return false;
         if (settled || settle_masked(job.view, in)) break;
     }
     const bool good = in.first_bad == kNoObjection;
@@ -287,7 +289,7 @@ template <class Config, Half kHalf, class F>
 __device__ __noinline__ bool catch_up(const DispatchJob& job, const StageSpread& spread,
                                       const F& far, Entering& in, bool has_all, bool all_sent) {
     const StageTables tables{spread, job.view.shape};
-    if (!has_all && !hear_slowly(job, tables, in)) return false;
+    if (!has_all && !hear_slowly(job, tables, far, in)) return false;
     const bool good = in.first_bad == kNoObjection;
     if (good && job.args.index_capacity >= 0) judge_index(job, tables, in);
     if constexpr (kHalf == Half::kBoth) {
@@ -315,7 +317,8 @@ __device__ __forceinline__ bool hear_at_once(const DispatchJob& job, const Stage
     receiver.understand(ahead);
     const HeadListener listener{tables};
     const uint64_t head = all ? device::pack(first.head, in.seq) : nothing_yet(in.seq);
-    const bool heard = hear_heads<true>(job.view, job.begin, in, listener, head);
+    const bool heard =
+        hear_heads<true>(job.view, receiver.stage.far, job.begin, in, listener, head);
     const int column = first_column();
     if (all) judge_column(job, tables, in, column, column < tables.columns(), first);
     if (__syncthreads_and(ok && all && heard && all_sent)) return settle_masked(job.view, in);
@@ -370,10 +373,10 @@ __device__ __forceinline__ bool receive(const DispatchJob& job, const StageSprea
     typename Receiver<F>::Piece piece;
     typename Receiver<F>::Ahead ahead;
     receiver.start(from, piece, ahead);
-    if constexpr (F::kAny) (void)far.hear(view, op, in.slot, F::kWarps - 1);
+    if constexpr (F::kAny) (void)far.hear(view, op, in, F::kWarps - 1);
     const bool tells = tells_outputs<F>();
     if (tells && job.args.wait_stats != nullptr) {
-        time_notices(view, in, op, job.args.wait_stats);
+        time_notices(view, far, in, op, job.args.wait_stats);
     }
     const bool looks = kHalf == Half::kBoth && warp == F::kWarps - 2;  // one warp for all
     const bool all_sent = !looks || all_claimed(view);
@@ -390,12 +393,12 @@ __device__ __forceinline__ bool receive(const DispatchJob& job, const StageSprea
     if (tells) {
         int64_t num_logged = 0;
         if constexpr (F::kAny) {
-            ok = count_logged(stage, far.nodes().num_nodes, num_logged);
+            ok = count_logged(stage, in, far.nodes().num_nodes, num_logged);
         }
         if (ok) tell_outputs(job, spread, in, true, num_logged);
     } else {
         ok = receiver.run(step, piece, ahead);
-        if constexpr (F::kAny) ok = ok && RailLogger<F>{job, tables, stage}.run(from, step);
+        if constexpr (F::kAny) ok = ok && RailLogger<F>{job, tables, stage, in}.run(from, step);
     }
     if (!ok) {
         in.leaves = true;
@@ -434,7 +437,7 @@ __global__ void __launch_bounds__(F::kWarps * 32, 1)
     bool ok = true;
     if (warp == F::kWarps - 2) claim_own<kHalf>(view, in);  // it loads nothing
     if constexpr (kHalf == Half::kReceive) {
-        if (warp == 0) ok = resume_half(view, job.begin, job.begun, in);
+        if (warp == 0) ok = resume_half(view, job.begin, far, job.begun, in);
         if (warp == 1) ok = !device::gave_up(view.watch);
         if (!__syncthreads_and(ok)) return;
     } else {
@@ -449,7 +452,13 @@ __global__ void __launch_bounds__(F::kWarps * 32, 1)
     if (in.leaves || warp != 0 || !last_block(view)) return;
     const Operation op{OpKind::kDispatch, in.seq};
     if constexpr (kHalf != Half::kSend) {
-        if (const uint64_t lost = take_lost(view, in)) forget_rows(job, spread, lost);
+        if (const uint64_t lost = take_lost(view, in)) {
+            forget_rows(job, spread, lost);
+            if constexpr (F::kAny) {
+                const StageView<F> stage{view, spread.record, tables.control(), op, in.slot, far};
+                forget_logged(job, stage, in, lost);
+            }
+        }
     }
     if (min(in.first_bad, in.size_bad) == kNoObjection) {
         return end_half<kHalf>(view, tables.control(), job.begun, far, op, in);

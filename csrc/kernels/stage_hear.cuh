@@ -73,7 +73,8 @@ struct CountsListener {
 
     // Those of all that heads were heard of; whom the call goes without, and who is masked meanwhile, brings
     // nothing. All threads, each for its columns. False: leave.
-    __device__ __forceinline__ bool take() const {
+    template <class F>
+    __device__ __forceinline__ bool take(const F& far) const {
         const Operation op{OpKind::kDispatch, in.seq};
         const uint64_t gone = in.masked | in.unheard;
         bool ok = true;
@@ -85,7 +86,8 @@ struct CountsListener {
                 bool here = gone == 0 || !device::has_rank(gone, src);
                 uint64_t word = 0;
                 if (here) {
-                    here = device::wait_packed_word(job.view.watch, op, src, word_of(src, c), word);
+                    here = device::wait_packed_word(watch_of(job.view, far), op, src,
+                                                    word_of(src, c), word);
                     ok = here || device::goes_on(job.view.watch);
                     if (!here) atomicOr(&in.unheard, 1ull << src);
                 }

@@ -5,7 +5,7 @@
 // that knows of all sources decides for the rank. Whose rows stop coming after that is lost: what has
 // come of it is taken back by the last block, which is alone.
 //
-// defines: without, settle_masked, lose, take_lost, forget_rows
+// defines: agree_on, settle_masked, lose, take_lost, forget_rows
 #pragma once
 
 #include <cstdint>
@@ -19,19 +19,15 @@
 
 namespace ep::kernels {
 
-// Whether this operation goes without a rank.
-__device__ __forceinline__ bool without(const Entering& in, int rank) {
-    return in.masked != 0 && device::has_rank(in.masked, rank);
-}
-
-// One warp. in.masked becomes what all blocks of this rank go without; true: what this block found, too.
-__device__ __noinline__ inline bool decide_masked(const RankView& view, Entering& in) {
-    const uint64_t found = in.masked | in.unheard;
-    const int lane = ptx::lane_id(), half = lane & 1;
+// One warp. What the first block that comes here has found, for all blocks. words(): [2] packed.
+template <class Words>
+__device__ __forceinline__ uint64_t agree_on(const Entering& in, uint64_t found, int lane,
+                                             Words words) {
+    const int half = lane & 1;
     uint32_t agreed = 0;
     if (lane < 2) {
         const uint64_t mine = device::pack(static_cast<uint32_t>(found >> 32 * half), in.seq);
-        uint64_t* word = view.state.without + half;
+        uint64_t* word = words() + half;
         uint64_t old = ptx::ld_relaxed_gpu(word);
         // What the block that decides has heard comes before what those that follow it hear.
         uint64_t seen = device::is_of(old, in.seq) ? old : mine;
@@ -40,8 +36,16 @@ __device__ __noinline__ inline bool decide_masked(const RankView& view, Entering
     }
     const uint64_t high = __shfl_sync(~0u, agreed, 1), low = __shfl_sync(~0u, agreed, 0);
     __syncwarp();
-    if (lane == 0) in.masked = high << 32 | low, in.unheard = 0;
-    return (high << 32 | low) == found;
+    return high << 32 | low;
+}
+
+// One warp. in.masked becomes what all blocks of this rank go without; true: what this block found, too.
+__device__ __noinline__ inline bool decide_masked(const RankView& view, Entering& in) {
+    const uint64_t found = in.masked | in.unheard;
+    const int lane = ptx::lane_id();
+    const uint64_t agreed = agree_on(in, found, lane, [&] { return view.state.without; });
+    if (lane == 0) in.masked = agreed, in.unheard = 0;
+    return agreed == found;
 }
 
 // After this block has heard all whom it goes on with. All threads; false: it has to hear once more, whom its

@@ -149,7 +149,11 @@ private:
 
     __device__ __forceinline__ bool take(const Piece& piece, Ahead& ahead) const {
         const int src = piece.src;
-        if (!stage.await_far(ptx::lane_id() == 0 ? src : -1)) return false;
+        if constexpr (F::kAny) {
+            if (stage.await_far(ptx::lane_id() == 0 ? src : -1) != 0) {
+                return lose(job.view, in, src);
+            }
+        }
         const std::byte* record = record_of(piece);
         const std::byte* lines_at = record + stage.piece_at(piece.p);
         if (!ahead.is_told) {
@@ -209,7 +213,7 @@ private:
     }
     __device__ __forceinline__ bool await(int src, const std::byte* from, int line,
                                           int lines) const {
-        return device::await_lines(job.view.watch, stage.op, src, from, line,
+        return device::await_lines(watch_of(job.view, stage.far), stage.op, src, from, line,
                                    min(line + kStep, lines));
     }
     __device__ __forceinline__ void get(const std::byte* piece, int line, int units,

@@ -144,7 +144,9 @@ struct PartReceiver {
                     continue;
                 }
                 if (turn > device::kLooks && !await_parts(t, p, units, work.part)) return false;
-                if (F::kAny && !await_node(work.part)) return false;
+                if constexpr (F::kAny) {
+                    if (!await_nodes(t, work.part)) return false;
+                }
                 work.added = add(t, p, units, work.part, work.sums);
             }
             const bool is_last = at.index + step >= end;
@@ -163,8 +165,14 @@ private:
     }
 
     // What other nodes have put for these slots is there. False: leave.
-    __device__ __forceinline__ bool await_node(const Part& part) const {
-        return stage.await_far(part.key == ~0u ? -1 : static_cast<int>(part.key / 32));
+    __device__ __forceinline__ bool await_nodes(int t, Part& part) {
+        const auto owner = [&] { return part.key == ~0u ? -1 : static_cast<int>(part.key / 32); };
+#pragma unroll 1
+        while (const uint32_t late = stage.await_far(owner())) {
+            if (!leave_out(__shfl_sync(~0u, owner(), __ffs(late) - 1))) return false;
+            part = part_of(t);
+        }
+        return true;
     }
 
     // False: some lines are not there yet, and the sums are none.
@@ -210,7 +218,10 @@ private:
              now = __reduce_min_sync(~0u, part.key > now ? part.key : ~0u)) {
             const int owner = owner_of(t, now);
             const std::byte* piece = from(t, p, now);
-            if (device::await_lines(job.view.watch, stage.op, owner, piece, 0, lines)) continue;
+            if (device::await_lines(watch_of(job.view, stage.far), stage.op, owner, piece, 0,
+                                    lines)) {
+                continue;
+            }
             if (!leave_out(owner)) return false;
             part = part_of(t);
         }

@@ -101,7 +101,8 @@ struct World {
     std::vector<bool> gone;  // ranks that make no calls, and whom nobody waits for
     std::chrono::steady_clock::time_point began;  // the first of the ranks
     Shape shape;
-    RailShape rail;  // of a cluster
+    RailShape rail;                                       // of a cluster
+    std::vector<std::shared_ptr<DeviceMemory>> segments;  // of its ranks
 
     explicit World(const Case& given)
         : c(given), replicas(given.experts / 2), ranks(given.ranks), gone(given.ranks) {
@@ -158,7 +159,6 @@ struct World {
         rail.chunk_bytes = (rail.chunk_bytes + 127) / 128 * 128;
         rail.notice_bytes = RailNoticeLayout(shape, c.nodes, c.channels).bytes();
         rail.direct = direct_shape_for(shape, rail.nodes, c.hidden);
-        std::vector<std::shared_ptr<DeviceMemory>> segments;
         for (int r = 0; r < c.ranks; ++r) {
             segments.push_back(DeviceMemory::create(0, RailLayout(rail).end));
         }

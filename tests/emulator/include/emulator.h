@@ -188,6 +188,12 @@ inline unsigned __reduce_min_sync(unsigned, unsigned v) {
     for (const uint64_t bits : all) least = std::min(least, static_cast<unsigned>(bits));
     return least;
 }
+inline unsigned __reduce_or_sync(unsigned, unsigned v) {
+    const auto& all = emulator::meet_warp(v, 9);
+    unsigned any = 0;
+    for (const uint64_t bits : all) any |= static_cast<unsigned>(bits);
+    return any;
+}
 inline int __reduce_add_sync(unsigned, int v) {
     const auto& all = emulator::meet_warp(emulator::to_bits(v), 7);
     int sum = 0;
