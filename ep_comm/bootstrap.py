@@ -396,6 +396,13 @@ class Exchange:
         """What a rank has published in a round, if anything."""
         return self._read(f"{self._number}/{name}/{rank}")
 
+    def leave_note(self, name: str) -> None:
+        """What any rank may find from now on, of whoever left it; it stays."""
+        self.group.store.set(f"{self._number}/{name}", b"note")
+
+    def has_note(self, name: str) -> bool:
+        return bool(self.group.store.check([f"{self._number}/{name}"]))
+
     def _read(self, key: str) -> bytes | None:
         """What is there now; None = nothing, or of a rank that gave up."""
         answer = self._stored(key)

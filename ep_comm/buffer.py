@@ -373,7 +373,7 @@ class Buffer:
             bias: [num_tokens, hidden] of x's dtype, or a pair of them (either None, summed in
                 float32), added first.
             out: [num_tokens, hidden] of x's dtype, no memory of x; written and returned. It may be
-                bias itself, but not on nvlink with masks, where sums may be made twice.
+                bias itself, but not on GPUs with masks, where sums may be made twice.
             wait_stats: int64 [num_ranks], contiguous; the nanoseconds for which each rank's rows
                 were waited for are added, see dispatch.
             wait, num_sms, tag: as in dispatch.

@@ -26,10 +26,10 @@ class EPConfig:
             E241 or E242 on all ranks. Rows that nothing was sent to are NaN or -1 instead of
             whatever lay there. Costs a pass over all rows on both sides. The same on all ranks
             (E221).
-        masking: cpu and nvlink backends, up to 64 ranks: slab calls go on without a rank that died,
-            left, or did not come in time, instead of ending the communicator; see
-            `Buffer.masked_ranks`. On GPUs other calls then ask the device first whether all ranks
-            are there. The same on all ranks (E221).
+        masking: cpu and nvlink backends, and hybrid in direct mode, up to 64 ranks: slab calls go
+            on without a rank that died, left, or did not come in time, instead of ending the
+            communicator; see `Buffer.masked_ranks`. On GPUs other calls then ask the device first
+            whether all ranks are there. The same on all ranks (E221).
         direct: hybrid backend: small batches go straight to their ranks on other nodes, where
             memory for that is within reason: slabs, and compact outputs of sync=False, of up to
             1024 tokens a rank on up to 64 ranks. False: all goes by rails, which takes less memory.

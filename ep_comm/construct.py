@@ -146,7 +146,7 @@ def _open_backend(
     name, reason = choose(hello.backend, spec.device.type, group, hellos, per_node)
     if config.paranoid and name != "cpu":
         raise make_error("E404", f"cannot use backend {name!r}: it has no paranoid mode", rank=me)
-    if config.masking and name not in ("cpu", "nvlink"):
+    if config.masking and name == "collective":
         raise make_error("E404", f"cannot use backend {name!r}: it has no masks", rank=me)
     generation = int.from_bytes(group_token(hellos)[:8], "little") >> 1
     shape = _shape(spec)
@@ -163,6 +163,8 @@ def _open_backend(
                 assert not isinstance(nodes, str)
                 return hybrid.open_backend(*same, *options, nodes), reason
         except EPError as error:  # on all ranks alike
+            if config.masking:  # what would come instead has none
+                raise
             name, reason = instead_of_gpu(hello.backend, group, error)
     if name == "collective":
         from ep_comm.backends.collective import CollectiveBackend

@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
 
 from ep_comm.bootstrap import Exchange
@@ -48,10 +49,12 @@ class Unmasking:
     Args:
         exchange: of the construction, whose rounds go on here.
         limit_s: how long a rank may take to come; None = for ever.
+        sees_all: whether every rank sees by itself that another is gone. If not, who sees it
+            leaves a note for the others.
     """
 
-    def __init__(self, exchange: Exchange, limit_s: float | None) -> None:
-        self._exchange, self._limit_s = exchange, limit_s
+    def __init__(self, exchange: Exchange, limit_s: float | None, *, sees_all: bool = True) -> None:
+        self._exchange, self._limit_s, self._sees_all = exchange, limit_s, sees_all
         self._rounds = 0
 
     def run(self, native: Maskable, synchronize: Callable[[], None]) -> None:
@@ -66,8 +69,16 @@ class Unmasking:
             exchange.deadline = time.monotonic() + self._limit_s
         synchronize()
         state = _STATE.pack(*native.masked_and_seq())
-        heard = exchange.gather_living(f"unmask{self._rounds}", state, native.is_gone)
+        is_gone = native.is_gone if self._sees_all else partial(self._is_gone, native)
+        heard = exchange.gather_living(f"unmask{self._rounds}", state, is_gone)
         gone = sum(1 << rank for rank in range(size) if rank not in heard)
         native.unmask(max(_STATE.unpack(said)[1] for said in heard.values()), gone)
-        exchange.gather_living(f"unmasked{self._rounds}", b"", native.is_gone)
+        exchange.gather_living(f"unmasked{self._rounds}", b"", is_gone)
         exchange.finish()
+
+    def _is_gone(self, native: Maskable, peer: int) -> bool:
+        note = f"gone{peer}"
+        if not native.is_gone(peer):
+            return self._exchange.has_note(note)
+        self._exchange.leave_note(note)
+        return True

@@ -16,7 +16,10 @@ from patience import LONGER_S
 from torch import Tensor
 
 from ep_comm import Buffer, EPConfig, reference
+from ep_comm.bootstrap import Exchange, resolve_group
 from ep_comm.errors import EPError, EPMasked
+from ep_comm.masks import Unmasking
+from ep_comm.testing import Cluster
 
 R, E, K, H, T = 4, 8, 3, 32, 6
 CAPACITY = R * T
@@ -35,7 +38,9 @@ def biases(step: int) -> list[Tensor]:
     return [torch.full((T - r, H), float(step % 7 - 3), dtype=torch.bfloat16) for r in range(R)]
 
 
-def expected(step: int, gone: tuple[int, ...]) -> tuple[list[Any], list[Tensor]]:
+def expected(
+    step: int, gone: tuple[int, ...], ranks_per_node: int | None = None
+) -> tuple[list[Any], list[Tensor]]:
     """Received and combined of every rank when these have no tokens and own no expert."""
     (x, idx, weights), bias = inputs(step), biases(step)
     owner = torch.arange(E) // (E // R)
@@ -47,9 +52,9 @@ def expected(step: int, gone: tuple[int, ...]) -> tuple[list[Any], list[Tensor]]
     want = reference.dispatch(
         x, idx, weights, num_experts=E, max_tokens=T, layout="slab", capacity=CAPACITY
     )
-    handles = [recv.handle for recv in want]
-    y = [recv.x for recv in want]
-    return want, list(reference.combine(y, handles, weighted=True, bias=bias))
+    handles, y = [recv.handle for recv in want], [recv.x for recv in want]
+    sums = reference.combine(y, handles, weighted=True, bias=bias, ranks_per_node=ranks_per_node)
+    return want, list(sums)
 
 
 def step_of(buffer: Buffer, step: int, begun: bool = False) -> tuple[Any, Tensor]:
@@ -70,8 +75,11 @@ def check_step(buffer: Buffer, step: int, gone: tuple[int, ...], begun: bool = F
     check_results(buffer, step, gone, *step_of(buffer, step, begun))
 
 
-def check_results(buffer: Buffer, step: int, gone: tuple[int, ...], recv: Any, out: Tensor) -> None:
-    want, sums = expected(step, gone)
+def check_results(
+    buffer: Buffer, step: int, gone: tuple[int, ...], recv: Any, out: Tensor,
+    ranks_per_node: int | None = None,
+) -> None:  # fmt: skip
+    want, sums = expected(step, gone, ranks_per_node)
     mine = want[buffer.rank]
     assert torch.equal(recv.num_tokens_per_expert.cpu(), mine.num_tokens_per_expert), step
     for e, n in enumerate(mine.num_tokens_per_expert.tolist()):
@@ -245,3 +253,54 @@ def test_a_late_rank_learns_that_the_others_went_on() -> None:
         assert four.result(1) == "E113"
         four.go(0, 2, 3)
         assert four.results() == [(1,), "E113", (1,), (1,)]
+
+
+# ---- unmasking where ranks do not see each other ----
+
+
+class Host:
+    """What a rank knows of masks, and of the others."""
+
+    def __init__(self, seq: int, sees_end_of: int | None) -> None:
+        self.seq, self.sees_end_of = seq, sees_end_of
+        self.unmasked: tuple[int, int] | None = None
+
+    def mask(self, rank: int) -> None: ...
+
+    def masked(self) -> int:
+        return 0b1000
+
+    def masked_and_seq(self) -> tuple[int, int]:
+        return 0b1000, self.seq
+
+    def unmask(self, seq: int, masked: int) -> None:
+        self.unmasked = (seq, masked)
+
+    def is_gone(self, peer: int) -> bool:
+        return peer == self.sees_end_of
+
+
+def unmask_three(witness: int | None, limit_s: float) -> tuple[list[Host], list[Any]]:
+    """Of ranks 0 to 2; rank 3 is gone, as only the witness sees."""
+    cluster = Cluster(2, 2)
+    hosts = [Host(10 + r, 3 if r == witness else None) for r in range(3)]
+
+    def run(rank: int) -> None:
+        exchange = Exchange(resolve_group(cluster.group(rank)), None)
+        if rank < 3:
+            Unmasking(exchange, limit_s, sees_all=False).run(hosts[rank], lambda: None)
+
+    return hosts, cluster.run_catching(run)
+
+
+def test_who_sees_the_end_of_a_rank_tells_all_others() -> None:
+    hosts, results = unmask_three(2, 60.0)
+    assert results == [None] * 4
+    assert [host.unmasked for host in hosts] == [(12, 0b1000)] * 3
+
+
+def test_nobody_unmasks_when_the_end_of_a_rank_is_seen_by_none() -> None:
+    hosts, results = unmask_three(None, 1.0)
+    assert [error.code for error in results[:3]] == ["E120"] * 3
+    assert all(error.peer == 3 for error in results[:3])
+    assert [host.unmasked for host in hosts] == [None] * 3

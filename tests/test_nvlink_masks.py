@@ -29,7 +29,10 @@ def cluster_of(make: Make, **clocks: float) -> Cluster:
     return cluster
 
 
-def go_on(cluster: Cluster, first: int, steps: int, gone: tuple[int, ...]) -> None:
+def go_on(
+    cluster: Cluster, first: int, steps: int, gone: tuple[int, ...],
+    ranks_per_node: int | None = None,
+) -> None:  # fmt: skip
     """Steps of the ranks left, each with all of them side by side; then they are checked."""
 
     def work(rank: int) -> Any:
@@ -40,7 +43,7 @@ def go_on(cluster: Cluster, first: int, steps: int, gone: tuple[int, ...]) -> No
 
     for rank, results in enumerate(on_streams(cluster, work)):
         for i, result in enumerate(results):
-            masks.check_results(cluster.buffers[rank], first + i, gone, *result)
+            masks.check_results(cluster.buffers[rank], first + i, gone, *result, ranks_per_node)
 
 
 def test_a_rank_masked_by_one_is_left_out_by_all(make_cluster: Make) -> None:  # noqa: F811

@@ -127,10 +127,15 @@ class HybridBackend(NvlinkBackend):
         self.plans = LongWay(self)
 
     def prepare_dispatch(self, call: DispatchCall) -> HybridDispatch:
-        return HybridDispatch(self, call)
+        work = HybridDispatch(self, call)
+        self.check_masks(self.rank.stages_dispatch(work.args))
+        return work
 
     def prepare_combine(self, call: CombineCall) -> HybridCombine:
-        return HybridCombine(self, call)
+        self.check_out(call)
+        work = HybridCombine(self, call)
+        self.check_masks(self.rank.stages_combine(work.args))
+        return work
 
     def peer_state(self, peer: int) -> PeerState:
         is_far = peer >= 0 and peer not in self.nodes.near(self.spec.rank)
@@ -175,10 +180,15 @@ def open_backend(
     """A backend that is ready on every rank, as `nvlink.open_backend`.
 
     Raises:
-        EPFabricError: E501, no NVSHMEM, or one that does not fit. Otherwise as there.
+        EPFabricError: E501, no NVSHMEM, or one that does not fit. EPEnvironmentError: E404, masks
+            without direct mode. Otherwise as there.
     """
     near, me = nodes.near(group.rank), group.rank
     rail_shape = rails.rail_shape(spec, shape, nodes, config.direct)
+    if config.masking and not rail_shape.is_direct:
+        why = "max_tokens, num_experts or hidden are too large for it" if config.direct else "off"
+        what = f"cannot use backend 'hybrid': it has masks in direct mode alone, which is {why}"
+        raise make_error("E404", what, rank=me)
 
     def make(memory: Memory, ranks_on_device: int) -> HybridBackend:
         sizes = exchange.gather("arena", str(memory.own.arena.bytes).encode())

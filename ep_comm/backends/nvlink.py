@@ -83,7 +83,8 @@ class NvlinkBackend:
         # Streams of one device share few hardware queues; ours goes first when SMs are short.
         self.aside: Any = torch.cuda.Stream(spec.device, priority=-1)  # type: ignore[no-untyped-call]
         self.masking = config.masking
-        self._unmasking = Unmasking(exchange, config.arrival_s)
+        # Nobody sees the end of a rank on another node.
+        self._unmasking = Unmasking(exchange, config.arrival_s, sees_all=rails is None)
         self.unfinished: list[Dispatch] = []  # begun, their sizes not read
         self.halves = Outstanding()
         self.plans = Plans(self)
@@ -113,21 +114,25 @@ class NvlinkBackend:
 
     def prepare_dispatch(self, call: DispatchCall) -> Dispatch:
         work = Dispatch(self, call)
-        self._check_masks(self.rank.stages_dispatch(work.args))
+        self.check_masks(self.rank.stages_dispatch(work.args))
         return work
 
     def prepare_combine(self, call: CombineCall) -> Combine:
-        out = call.out if self.masking else None  # sums start again without a rank that is lost
-        if out is not None and any(b is not None and overlap(out, b) for b in call.bias):
-            want = "memory of its own where ranks may be masked"
-            raise rejected("E202", "out", "memory of bias", want)
+        self.check_out(call)
         work = Combine(self, call)
-        self._check_masks(self.rank.stages_combine(work.args))
+        self.check_masks(self.rank.stages_combine(work.args))
         return work
 
     # ---- masks ----
 
-    def _check_masks(self, is_small: bool) -> None:
+    def check_out(self, call: CombineCall) -> None:
+        """E202 for sums in the memory of their bias: they start again when a rank is lost."""
+        out = call.out if self.masking else None
+        if out is not None and any(b is not None and overlap(out, b) for b in call.bias):
+            want = "memory of its own where ranks may be masked"
+            raise rejected("E202", "out", "memory of bias", want)
+
+    def check_masks(self, is_small: bool) -> None:
         """E311 for a call that cannot go on without a rank, while one is masked."""
         if self.may_repeat(is_small) or not (masked := self.rank.masked_and_seq()[0]):
             return
