@@ -98,8 +98,8 @@ struct Far {
         put_notices(rail, view, rails, in, threadIdx.x / 32, blockDim.x / 32);
     }
 
-    // Notices of other nodes, by the first `num_warps` warps of all blocks. False, or a notice that never
-    // comes to await_notices: leave.
+    // Notices of other nodes, by the first `num_warps` warps of all blocks; the last of them looks after those that
+    // other blocks ought to hear. False, or a notice that never comes to await_notices: leave.
     __device__ __noinline__ bool hear(const RankView& view, Operation op, const Entering& in,
                                       int num_warps) const {
         const int warp = threadIdx.x / 32, step = num_warps * static_cast<int>(gridDim.x);
@@ -113,7 +113,7 @@ struct Far {
             ok = hear_notice(rail, view, rails, *this, op, in.slot, p) ||
                  __all_sync(~0u, device::goes_on(watch));
         }
-        return ok;
+        return ok && (warp != num_warps - 1 || hear_rest(view, op, in));
     }
     // One thread.
     __device__ __noinline__ bool await(const RankView& view, Operation op, int slot, int p) const {
@@ -181,6 +181,25 @@ struct Far {
     }
 
 private:
+    // What no block has brought: those that ought to may not have started, and wait for SMs that we hold. One
+    // warp. False: leave.
+    __device__ __forceinline__ bool hear_rest(const RankView& view, Operation op,
+                                              const Entering& in) const {
+        bool ok = true;
+#pragma unroll 1
+        for (int i = 0; ok && i < shape().num_correspondents(); ++i) {
+            const int p = shape().correspondent(view.peers.rank, i);
+            bool is_brought = without(in, p);
+            const uint64_t* word = NoticeWords(view, in.slot, p).words;
+#pragma unroll 1
+            for (int turn = 0; turn < device::kLooks && !is_brought; ++turn) {
+                is_brought = __all_sync(~0u, device::is_of(ptx::ld_relaxed_sys(word), op.seq));
+            }
+            ok = is_brought || hear_notice(rail, view, rails, *this, op, in.slot, p) ||
+                 __all_sync(~0u, device::goes_on(watch));
+        }
+        return ok;
+    }
     __device__ __forceinline__ uint64_t* mask_word(MaskWord word) const {
         return rails.state.masks + static_cast<int>(word);
     }

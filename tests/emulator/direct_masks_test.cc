@@ -287,8 +287,9 @@ int main(int argc, char** argv) {
         const auto limit = [](Case& c) { c.limit_s = kRunsOut; };
         run_late(with(masked(2, 2), limit), {3});
         run_late(with(masked(4, 1), limit), {1});
-        // Two that one warp would wait for, one after the other.
-        run_late(with(masked(14, 1), [&](Case& c) { limit(c), c.num_sms = 1; }), {0, 11});
+        // Two that one warp would wait for, one after the other. So many take their time.
+        run_late(with(masked(14, 1), [&](Case& c) { c.limit_s = 3 * kRunsOut, c.num_sms = 1; }),
+                 {0, 11});
     });
     test("the clock of one rank runs out when another is about to come",
          [] { run_apart(with(masked(3, 1), [](Case& c) { c.limit_s = kRunsOut; })); });

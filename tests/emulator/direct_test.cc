@@ -196,6 +196,7 @@ int main(int argc, char** argv) {
             emulator::set_resident(2);
             for (const Case& base : {Case{}, slab()}) {
                 run_with(base, halves, [](Case& c) { c.num_sms = 7; });
+                run_direct(with(small(4, 1, base, halves), [](Case& c) { c.num_sms = 7; }));
             }
             emulator::set_resident(0);
         });
