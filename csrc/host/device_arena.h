@@ -47,15 +47,14 @@ public:
 
 private:
     friend class StreamHold;
-    // A stream that has used an extent.
+    // A stream that has used an extent, and a cudaEvent_t behind that; null: not recorded yet.
     struct User {
         Stream stream;
-        std::shared_ptr<void>
-            mark;  // cudaEvent_t behind its last work on it; null: not recorded yet
+        std::shared_ptr<void> mark;
     };
     struct Retired {
         int64_t offset;
-        std::vector<User> users;
+        std::vector<User> users;  // that may not have got there
     };
     class Marks;
     void retire(int64_t offset, const std::vector<Stream>& streams);

@@ -123,15 +123,19 @@ void DeviceArena::collect(Stream stream, bool capturing, bool waits) {
     std::vector<void*> waited;
     for (Retired& extent : found) {
         bool ready = true;
-        for (User& user : extent.users) {
-            if (user.stream == stream) continue;
-            if (capturing || is_capturing(user.stream)) {
-                ready = false;
-            } else if (!marks.are_reached(user)) {
-                ready = ready && waits;
-            }
-        }
+        // Who has got there is not asked again: it may have other work by then.
+        std::erase_if(extent.users, [&](User& user) {
+            if (user.stream == stream) return false;
+            const bool may_ask = !capturing && !is_capturing(user.stream);
+            if (may_ask && marks.are_reached(user)) return true;
+            ready = ready && may_ask && waits;
+            return false;
+        });
         if (!ready) {
+            // The same for our own work, should a grant on another stream find the extent.
+            std::erase_if(extent.users, [&](User& user) {
+                return user.stream == stream && !capturing && marks.are_reached(user);
+            });
             kept.push_back(std::move(extent));
             continue;
         }

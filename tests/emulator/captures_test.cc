@@ -157,6 +157,39 @@ void run_memory_of_another_stream() {
     cudaStreamDestroy(busy);
 }
 
+// Of two streams that have used memory one is done with it. What is queued there later is not waited for.
+void run_memory_of_two_streams() {
+    World w(alone());
+    DeviceArena& arena = *w.ranks[0].arena;
+    cudaStream_t busy = nullptr, done = nullptr, ours = w.ranks[0].stream;
+    cudaStreamCreateWithFlags(&busy, 0);
+    cudaStreamCreateWithFlags(&done, 0);
+    for (const cudaStream_t early : {done, ours}) {  // which is not there for the last grant
+        const cudaStream_t last = early == ours ? done : ours;
+        std::atomic<bool> goes_on = false, ends = false;
+        auto hold = arena.grant(1 << 20, early);
+        const int64_t at = hold->extent().offset;
+        hold->use_on(busy);
+        emulator::queue(busy, [&] { goes_on.wait(false); });
+        hold.reset();
+        expect(arena.grant(1 << 20, ours)->extent().offset != at, "memory that is in use");
+        emulator::queue(early, [&] { ends.wait(false); });
+        goes_on = true;
+        goes_on.notify_all();
+        cudaStreamSynchronize(busy);
+        expect_eq(arena.grant(1 << 20, last)->extent().offset, at);
+        expect(cudaStreamQuery(early) == cudaErrorNotReady, "has more to do");
+        (void)cudaGetLastError();
+        cudaStreamSynchronize(last);  // it waits for nothing
+        ends = true;
+        ends.notify_all();
+        cudaStreamSynchronize(early);
+        (void)arena.reclaim(ours);
+    }
+    cudaStreamDestroy(busy);
+    cudaStreamDestroy(done);
+}
+
 }  // namespace
 
 int main() {
@@ -165,6 +198,7 @@ int main() {
     test("ranks come and go beside a capture", run_ranks_beside_a_capture);
     test("a buffer is closed in its own capture", run_close_in_its_capture);
     test("memory that another stream has used", run_memory_of_another_stream);
+    test("memory that two streams have used", run_memory_of_two_streams);
     release_dropped();
     return finish();
 }
