@@ -145,9 +145,12 @@ def _open_backend(
     per_node = hello.ranks_per_node or None
     name, reason = choose(hello.backend, spec.device.type, group, hellos, per_node)
     if config.paranoid and name != "cpu":
-        raise make_error("E404", f"cannot use backend {name!r}: it has no paranoid mode", rank=me)
+        what = f"cannot use backend {name!r}: it has no paranoid mode"
+        fix = "pass backend='cpu', or EPConfig(paranoid=False)"
+        raise make_error("E404", what, rank=me, fix=fix)
     if config.masking and name == "collective":
-        raise make_error("E404", f"cannot use backend {name!r}: it has no masks", rank=me)
+        what, fix = f"cannot use backend {name!r}: it has no masks", "pass EPConfig(masking=False)"
+        raise make_error("E404", what, rank=me, fix=fix)
     generation = int.from_bytes(group_token(hellos)[:8], "little") >> 1
     shape = _shape(spec)
     if name in ("nvlink", "hybrid"):

@@ -186,9 +186,12 @@ def open_backend(
     near, me = nodes.near(group.rank), group.rank
     rail_shape = rails.rail_shape(spec, shape, nodes, config.direct)
     if config.masking and not rail_shape.is_direct:
-        why = "max_tokens, num_experts or hidden are too large for it" if config.direct else "off"
-        what = f"cannot use backend 'hybrid': it has masks in direct mode alone, which is {why}"
-        raise make_error("E404", what, rank=me)
+        why, fix = "which is off", "pass EPConfig(direct=True), or masking=False"
+        if config.direct:
+            why = "which max_tokens, num_experts or hidden are too large for"
+            fix = "lower max_tokens, or pass EPConfig(masking=False)"
+        what = f"cannot use backend 'hybrid': it has masks in direct mode alone, {why}"
+        raise make_error("E404", what, rank=me, fix=fix)
 
     def make(memory: Memory, ranks_on_device: int) -> HybridBackend:
         sizes = exchange.gather("arena", str(memory.own.arena.bytes).encode())
