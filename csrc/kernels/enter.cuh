@@ -369,10 +369,9 @@ __device__ __forceinline__ int first_head() {
 // A packed word that is not of operation `seq`.
 __device__ __forceinline__ uint64_t nothing_yet(uint64_t seq) { return device::pack(0, seq - 1); }
 
-// Before await_notices: adds how long each rank takes to enter; of another node's, how long after the rank
-// of ours that relays its notice. One warp.
-template <class F>
-__device__ __noinline__ void time_notices(const RankView& view, const F& far, const Entering& in,
+// One warp.
+template <class W>
+__device__ __forceinline__ void time_each(const RankView& view, const W& watch, const Entering& in,
                                           Operation op, int64_t* stats) {
     const int num_ranks = view.shape.num_ranks;
     const auto& near = view.peers;
@@ -384,9 +383,31 @@ __device__ __noinline__ void time_notices(const RankView& view, const F& far, co
                                 near.near_begin + p % (near.near_end - near.near_begin));
         const bool is_near = !near.relays || (p >= near.near_begin && p < near.near_end);
         const bool is_masked = in.masked != 0 && device::has_rank(in.masked, p);
-        device::time_waits(watch_of(view, far), op, {Site::kEntry, p, op.seq}, notice.words,
+        device::time_waits(watch, op, {Site::kEntry, p, op.seq}, notice.words,
                            is_near ? nullptr : relay.words, device::Word::kPacked,
                            first + lane < num_ranks && !is_masked ? stats + p : nullptr);
+    }
+}
+// Out of line, and without an object for NoFar: its address would cost the kernel registers that it has no
+// others for.
+__device__ __noinline__ inline void time_near(const RankView& view, const Entering& in,
+                                              Operation op, int64_t* stats) {
+    time_each(view, view.watch, in, op, stats);
+}
+template <class F>
+__device__ __noinline__ void time_all(const RankView& view, const F& far, const Entering& in,
+                                      Operation op, int64_t* stats) {
+    time_each(view, far, in, op, stats);
+}
+// Before await_notices: adds how long each rank takes to enter; of another node's, how long after the rank
+// of ours that relays its notice. One warp.
+template <class F>
+__device__ __forceinline__ void time_notices(const RankView& view, const F& far, const Entering& in,
+                                             Operation op, int64_t* stats) {
+    if constexpr (F::kAny) {
+        time_all(view, far, in, op, stats);
+    } else {
+        time_near(view, in, op, stats);
     }
 }
 
