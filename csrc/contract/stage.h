@@ -61,6 +61,46 @@ constexpr Record record_of(int64_t row_bytes, int64_t scale_bytes, int64_t unit,
     return r;
 }
 
+// Divides by a number that the host knows, by a multiplication: exact while dividend * divisor < 2^31.
+struct Divisor {
+    int32_t value = 1;
+    uint32_t inverse = uint32_t{1} << kShift;
+
+    Divisor() = default;
+    constexpr explicit Divisor(int64_t by)
+        : value(static_cast<int32_t>(by)),
+          inverse(static_cast<uint32_t>(divide_up(int64_t{1} << kShift, by))) {}
+    EP_HD constexpr int quotient(int n) const {
+        return static_cast<int>(uint64_t{static_cast<uint32_t>(n)} * inverse >> kShift);
+    }
+
+private:
+    static constexpr int kShift = 31;
+};
+
+// How warps go through the pieces of rows: each has a run of some of one row, then of another row. What is known of
+// a row is looked up once a run; with many short ones no warp has much more than others.
+struct Runs {
+    Divisor per_row;     // runs
+    int32_t pieces = 1;  // of a run; the last one of a row may be shorter
+
+    Runs() = default;
+    // For about so many rows. Of runs of the same length, or nearly: a short one costs as much as any other.
+    constexpr Runs(const Record& record, int64_t rows, int64_t warps) {
+        const int64_t each = rows * record.num_pieces / std::max<int64_t>(warps, 1);
+        const auto runs_of = [&](int64_t n) { return divide_up(record.num_pieces, n); };
+        int64_t most = std::clamp<int64_t>(each / 4, 1, record.num_pieces);
+        while (10 * (most * runs_of(most) - record.num_pieces) > record.num_pieces) --most;
+        pieces = static_cast<int32_t>(most);
+        per_row = Divisor(runs_of(most));
+    }
+    EP_HD constexpr int row_of(int run) const { return per_row.quotient(run); }
+    EP_HD constexpr int first_piece(int run) const {
+        return (run - row_of(run) * per_row.value) * pieces;
+    }
+};
+static_assert(std::is_trivially_copyable_v<Runs>);
+
 constexpr Record record_of(const DispatchArgs& a) {
     const int64_t block = a.quantize == Quantize::kNone ? 16 : a.scale_block;
     Record r = record_of(a.row_bytes(), a.scale_bytes,

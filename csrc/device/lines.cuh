@@ -19,7 +19,7 @@ namespace ep::device {
 
 // What one lane has of a line: a unit. In the last lane `b` is the number of the operation.
 struct Words {
-    uint64_t a = 0, b = 0;
+    uint64_t a, b;
 };
 
 __device__ __forceinline__ uint4 unit_of(const Words& w) {

@@ -71,36 +71,39 @@ __device__ __forceinline__ bool hear_alone(const RankView& view, Entering& in, b
 
 // An owner was lost when some of its rows had been added: now by one warp, without it.
 template <DType kDtype, class F>
-__device__ __noinline__ void add_again(const CombineJob& job, const Record& record,
+__device__ __noinline__ void add_again(const CombineJob& job, const CombineSpread& spread,
                                        std::byte* const* control, const F& far, Entering& in,
                                        uint64_t lost) {
-    const StageView<F> stage{job.view, record, control, {OpKind::kCombine, in.seq}, in.slot, far};
-    PartReceiver<kDtype, F> receiver{job, stage, in, in.masked | lost};
+    const Operation op{OpKind::kCombine, in.seq};
+    const StageView<F> stage{job.view, spread.record, control, op, in.slot, far};
+    if (ptx::lane_id() == 0) in.unheard |= lost;
+    __syncwarp();
+    PartReceiver<kDtype, F> receiver{job, spread, stage, in};
     const auto part = receiver.part_of(0);
-    const auto heard = [](auto&, int, bool& good) { return good = true; };
     // Nothing of the others is missing.
-    (void)receiver.run({0, record.num_pieces}, 1, part, heard, [] {});
+    (void)receiver.run({spread.added, 0}, 1, part, [] {});
 }
 
 // What blocks have yet to send that have not started. One warp. False: leave.
 template <DType kDtype, class F>
-__device__ __noinline__ bool send_rest(const CombineJob& job, const Record& record,
+__device__ __noinline__ bool send_rest(const CombineJob& job, const CombineSpread& spread,
                                        std::byte* const* control, const F& far,
                                        const Entering& in) {
     const auto blocks = static_cast<int>(gridDim.x);
     uint64_t masked = in.masked;
     if constexpr (F::kAny) masked = far.skipped();
+    const Operation op{OpKind::kCombine, in.seq};
     const PartSender<kDtype, F> sender{
-        job, {job.view, record, control, {OpKind::kCombine, in.seq}, in.slot, far}, masked};
+        job, spread, {job.view, spread.record, control, op, in.slot, far}, masked};
     bool ok = true;
 #pragma unroll 1
     for (int turn = 0; ok && (turn = take_turn(job.view)) >= 0;) {
 #pragma unroll 1
         for (int warp = 0; ok && warp < F::kCombineWarps; ++warp) {
-            const Pieces pieces{warp * blocks + turn, record.num_pieces};
-            const auto token = sender.look(pieces.item());
+            const Pieces pieces(spread.sent, warp * blocks + turn);
+            auto token = sender.look(pieces.item(spread.sent));
             typename PartSender<kDtype, F>::Ahead ahead;
-            sender.look(token, pieces.piece(), ahead);
+            sender.look(token, pieces.piece, ahead);
             ok = sender.run(pieces, F::kCombineWarps * blocks, token, ahead);
         }
     }
@@ -133,21 +136,25 @@ __device__ __forceinline__ void tell_rows(const CombineJob& job, const Record& r
 template <DType kDtype, Half kHalf, class F>
 __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
     stage_combine_kernel(const __grid_constant__ CombineJob job,
-                         const __grid_constant__ Record record, const __grid_constant__ F far) {
+                         const __grid_constant__ CombineSpread spread,
+                         const __grid_constant__ F far) {
     auto** control = reinterpret_cast<std::byte**>(ptx::dynamic_shared());  // [num_ranks] blocks
     __shared__ Uninitialized<Entering> entering;
     __shared__ Uninitialized<Releases> releases;
     Entering& in = entering.get();
     const RankView& view = job.view;
+    const Record& record = spread.record;
     const int warp = threadIdx.x / 32;
     ptx::griddepcontrol_launch_dependents();
     for (int p = threadIdx.x; p < view.shape.num_ranks; p += blockDim.x) {
         control[p] = view.peers.control[p];
     }
-    const Pieces pieces{static_cast<int>(warp * gridDim.x) + turn_of_block(), record.num_pieces};
+    const int first = static_cast<int>(warp * gridDim.x) + turn_of_block();
     const auto step = static_cast<int>(F::kCombineWarps * gridDim.x);
-    PartSender<kDtype, F> sender{job, {view, record, control, {OpKind::kCombine, 0}, 0, far}};
-    PartReceiver<kDtype, F> receiver{job, sender.stage, in, 0};
+    const Pieces sent(spread.sent, first), added(spread.added, first);
+    const Operation none{OpKind::kCombine, 0};
+    PartSender<kDtype, F> sender{job, spread, {view, record, control, none, 0, far}};
+    PartReceiver<kDtype, F> receiver{job, spread, sender.stage, in};
     const bool begins = warp == F::kCombineWarps - 1;
     bool ok = true;
     init_told(job.begin, in);
@@ -157,14 +164,14 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
     typename PartSender<kDtype, F>::Token token;
     typename PartSender<kDtype, F>::Ahead ahead;
     typename PartReceiver<kDtype, F>::Slot slot;
-    if constexpr (kHalf != Half::kReceive) token = sender.look(pieces.item());
-    if constexpr (kHalf != Half::kSend) slot = receiver.slot_of(pieces.item());
+    if constexpr (kHalf != Half::kReceive) token = sender.look(sent.item(spread.sent));
+    if constexpr (kHalf != Half::kSend) slot = receiver.slot_of(added.item(spread.added));
     if constexpr (kHalf == Half::kReceive) {
         if (begins) ok = resume_half(view, job.begin, far, job.begun, in);
     } else if (begins) {
         ok = begin_half(view, job.begin, far, releases.get(), in);
     } else {
-        sender.look(token, pieces.piece(), ahead);
+        sender.look(token, sent.piece, ahead);
     }
     if (warp == F::kCombineWarps - 2) {
         claim_own<kHalf>(view, in);
@@ -173,7 +180,7 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
     if (!__syncthreads_and(ok)) return;
     sender.stage.op.seq = receiver.stage.op.seq = in.seq;
     sender.stage.slot = receiver.stage.slot = in.slot;
-    sender.masked = receiver.masked = in.masked;
+    sender.masked = in.masked;
     const Operation op = sender.stage.op;
     if constexpr (kHalf != Half::kSend) receiver.find_owner(slot);
     if constexpr (kHalf != Half::kReceive) {
@@ -181,12 +188,12 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
             publish_head(view, control, job.begin, in);
             if constexpr (F::kAny) tell_rows(job, record, far, in);
         }
-        if (begins) sender.look(token, pieces.piece(), ahead);
-        ok = !in.sends || sender.run(pieces, step, token, ahead);
+        if (begins) sender.look(token, sent.piece, ahead);
+        ok = !in.sends || sender.run(sent, step, token, ahead);
         if constexpr (F::kAny) far.rail.flush();
     }
     if constexpr (kHalf != Half::kSend) {
-        const auto part = receiver.part_of(slot);
+        auto part = receiver.part_of(slot);
         if constexpr (F::kAny) (void)far.hear(view, op, in, F::kCombineWarps - 1);
         const bool times = publishes_stage() && warp == F::kCombineWarps - 1;
         if (times && job.args.wait_stats != nullptr) {
@@ -195,30 +202,27 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
         // Others of this block may wait for rows meanwhile.
         const bool looks = kHalf == Half::kBoth && begins;
         const bool all_sent = !looks || all_claimed(view);
-        Readers readers;
+        // Rows are still on their way when notices are there.
         bool is_good = false;
-        const auto hear = [&](typename PartReceiver<kDtype, F>::Work& work, int t, bool& good) {
-            if (!view.watch.can_mask) {
-                if (!hear_alone(view, in, good)) return false;
-            } else {
-                if (!hear_together(view, far, job.begin, in)) return false;
-                good = in.first_bad == kNoObjection;
-                receiver.masked = in.masked;
-                work.start_over(receiver.part_of(t));
+        if (!view.watch.can_mask) {
+            ok = ok && hear_alone(view, in, is_good);
+        } else {
+            ok = __syncthreads_and(ok) && hear_together(view, far, job.begin, in);
+            is_good = in.first_bad == kNoObjection;
+            part = receiver.part_of(added.item(spread.added));
+        }
+        if constexpr (kHalf == Half::kBoth) {
+            if (!__all_sync(~0u, all_sent) && is_good) {
+                ok = ok && send_rest<kDtype>(job, spread, control, far, in);
             }
-            is_good = good;
-            if constexpr (kHalf == Half::kBoth) {
-                if (!__all_sync(~0u, all_sent) && good) {
-                    if (!send_rest<kDtype>(job, record, control, far, in)) return false;
-                    work.start_over(work.part);
-                }
-            }
-            return true;
-        };
+        }
         const bool counts = Readers::are_for<F>(view);
-        ok = ok && receiver.run(pieces, step, part, hear, [&] {
-            if (counts) readers.count(view, in);
-        });
+        Readers readers;
+        if (ok && is_good) {
+            ok = receiver.run(added, step, part, [&] {
+                if (counts) readers.count(view, in);
+            });
+        }
         if (counts && is_good) {
             const bool is_end = ok && readers.are_all(view);
             if (is_end) end_half<kHalf>(view, control, job.begun, far, op, in);
@@ -228,7 +232,7 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
     if (!__syncthreads_and(ok) || threadIdx.x >= 32 || !last_block(view)) return;
     if constexpr (kHalf != Half::kSend) {
         if (const uint64_t lost = take_lost(view, in)) {
-            add_again<kDtype>(job, record, control, far, in, lost);
+            add_again<kDtype>(job, spread, control, far, in, lost);
         }
     }
     if (in.first_bad == kNoObjection) return end_half<kHalf>(view, control, job.begun, far, op, in);
@@ -241,7 +245,7 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
 }
 
 template <class F>
-using StageCombineKernel = void (*)(CombineJob, Record, F);
+using StageCombineKernel = void (*)(CombineJob, CombineSpread, F);
 
 // Every kernel that exists, in one place.
 template <Half kHalf, class F>
@@ -272,9 +276,10 @@ template <class F>
 int launch_staged_combine(const F& far, const CombineJob& job, Half half, int num_blocks,
                           Stream stream) {
     const int control_bytes = 8 * job.view.shape.num_ranks;
+    const CombineSpread spread(job.view, job.args, num_blocks * F::kCombineWarps);
     return launch_dependent(stage_combine_for<F>(job.args.dtype, half),
                             {num_blocks, F::kCombineWarps * 32, control_bytes}, job.view.overlaps,
-                            stream, job, record_of(job.args), far);
+                            stream, job, spread, far);
 }
 
 template <class F>

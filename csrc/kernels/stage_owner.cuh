@@ -19,18 +19,23 @@ namespace ep::kernels {
 template <DType kDtype, class F>
 struct PartSender {
     const CombineJob& job;
+    const CombineSpread& spread;
     StageView<F> stage;
     uint64_t masked = 0;  // ranks that nothing is sent to
 
     // A token that came here: its rows are held by the lanes of their slots.
     struct Token {
         int src = -1, t = -1, row = -1;
+        float weight = 1.0f;  // of the row
     };
-    __device__ __forceinline__ Token look(int64_t i) const {
+    // The item-th that is sent.
+    __device__ __forceinline__ Token look(int item) const {
         const CombineArgs& a = args();
         const int lane = ptx::lane_id();
         Token token;
-        if (i >= a.num_recv) return token;
+        if (item >= a.num_recv) return token;
+        const int64_t ahead = int64_t{item} + spread.first_sent;
+        const int64_t i = ahead < a.num_recv ? ahead : ahead - a.num_recv;
         const int2 from = *reinterpret_cast<const int2*>(a.recv_src + 2 * i);
         token.src = from.x, token.t = from.y;
         if (a.layout == RecvLayout::kCompact) {
@@ -41,25 +46,30 @@ struct PartSender {
         return token;
     }
 
-    // First rows of a piece, on their way.
+    // A token whose pieces are on their way: the first rows of one of them.
     struct Ahead {
+        int64_t at;  // of a lane: where in x its row's piece is; nvcc knows where x + at leads
         Words rows[kRowsAtOnce][kAtOnce];
     };
-    __device__ __forceinline__ void look(const Token& token, int p, Ahead& ahead) const {
-        const bool is_there = token.row >= 0 && token.row < args().num_rows;
-        load_rows(token, p, __ballot_sync(~0u, is_there), ahead);
+    // Piece p is loaded, and what rows weigh.
+    __device__ __forceinline__ void look(Token& token, int p, Ahead& ahead) const {
+        const CombineArgs& a = args();
+        const bool is_row = token.row >= 0 && token.row < a.num_rows;
+        ahead.at = token.row * a.row_bytes() + int64_t{p} * spread.record.piece_bytes;
+        load_rows(__ballot_sync(~0u, is_row), spread.units_of(p), ahead);
+        if (a.weighted && a.per_rank && is_row) token.weight = a.row_weights[token.row];
     }
 
     // From `token` on, the first of this warp, at which it has looked. False: leave.
     __device__ __forceinline__ bool run(Pieces at, int step, Token token, Ahead& ahead) const {
         bool ok = true;
 #pragma unroll 1
-        while (ok && at.item() < job.args.num_recv) {
-            const int piece = at.piece();
-            at.next(step);
-            const Token next = look(at.item());
-            ok = send(token, piece, ahead, [&] { look(next, at.piece(), ahead); });
-            token = next;
+        while (ok && at.item(spread.sent) < args().num_recv) {
+            Pieces next = at;
+            next.next(spread.sent, step);
+            Token following = look(next.item(spread.sent));
+            ok = send(token, at, ahead, [&] { look(following, next.piece, ahead); });
+            at = next, token = following;
         }
         return ok;
     }
@@ -69,10 +79,10 @@ private:
 
     // `then`, once all that `ahead` holds is used.
     template <class Then>
-    __device__ __forceinline__ bool send(const Token& token, int p, Ahead& ahead, Then then) const {
+    __device__ __forceinline__ bool send(const Token& token, const Pieces& at, Ahead& ahead,
+                                         Then then) const {
         const CombineArgs& a = args();
         const RankView& view = job.view;
-        const bool compact = a.layout == RecvLayout::kCompact;
         const int src = token.src, t = token.t, row = token.row;
         // Tensors of a handle, which anybody may have changed.
         const bool bad = src >= view.shape.num_ranks ||
@@ -85,104 +95,113 @@ private:
         }
         if (src < 0 || (masked != 0 && device::has_rank(masked, src))) {  // nobody's
             then();
-        } else if (compact || !a.per_rank) {
-            send_each(token, p, ahead, then);
+        } else if (a.layout == RecvLayout::kCompact || !a.per_rank) {
+            send_each(token, at, ahead, then);
         } else {
-            send_sum(token, p, ahead, then);
+            send_sum(token, at, ahead, then);
         }
         return true;
     }
 
-    __device__ const std::byte* piece_of(int row, int p) const {
-        return args().x + row * args().row_bytes() + int64_t{p} * stage.record.piece_bytes;
-    }
-    __device__ __forceinline__ int units_of(int p) const {
-        return stage.piece_bytes(p, args().row_bytes()) / kUnitBytes;
-    }
-
     // The next rows of `left`, held by the lanes of their slots.
-    __device__ __forceinline__ void load_rows(const Token& token, int p, uint32_t left,
-                                              Ahead& ahead) const {
-        const int units = units_of(p), first = first_unit(units);
+    __device__ __forceinline__ void load_rows(uint32_t left, int units, Ahead& ahead) const {
+        const int first = first_unit(units);
 #pragma unroll
         for (int r = 0; r < kRowsAtOnce && left != 0; ++r, left &= left - 1) {
-            const int row = __shfl_sync(~0u, token.row, __ffs(left) - 1);
-            load_units(piece_of(row, p), first, units, ahead.rows[r]);
+            const int64_t at = __shfl_sync(~0u, ahead.at, __ffs(left) - 1);
+            load_units(args().x + at, first, units, ahead.rows[r]);
         }
     }
 
-    // use(slot, units) for every row of a token.
-    template <class Use>
-    __device__ __forceinline__ void each_row(const Token& token, int p, uint32_t left, Ahead& ahead,
-                                             Use use) const {
+    // use(slot, units) for every row of a piece; then the next one is loaded, or what comes behind the last.
+    template <class Use, class Then>
+    __device__ __forceinline__ void each_row(uint32_t rows, int p, int end, Ahead& ahead, Use use,
+                                             Then then) const {
 #pragma unroll 1
-        while (left != 0) {
+        for (uint32_t left = rows; left != 0;) {
 #pragma unroll
             for (int r = 0; r < kRowsAtOnce && left != 0; ++r, left &= left - 1) {
                 use(__ffs(left) - 1, ahead.rows[r]);
             }
-            if (left != 0) load_rows(token, p, left, ahead);
+            if (left != 0) load_rows(left, spread.units_of(p), ahead);
+        }
+        if (p + 1 < end) {
+            ahead.at += spread.record.piece_bytes;
+            load_rows(rows, spread.units_of(p + 1), ahead);
+        } else {
+            then();
         }
     }
 
     template <class Then>
-    __device__ __forceinline__ void send_each(const Token& token, int p, Ahead& ahead,
+    __device__ __forceinline__ void send_each(const Token& token, const Pieces& at, Ahead& ahead,
                                               Then then) const {
         const CombineArgs& a = args();
         const RankView& view = job.view;
-        const int src = token.src, t = token.t, units = units_of(p);
+        const int src = token.src, t = token.t;
         const bool per_rank = a.layout == RecvLayout::kCompact;
         const uint32_t rows = __ballot_sync(~0u, token.row >= 0);
-        const auto place_of = [&](int slot) {
-            return per_rank ? int64_t{view.peers.rank} * view.shape.max_tokens + t
-                            : int64_t{t} * a.num_topk + slot;
-        };
-        const auto own_place_of = [&](int slot) { return place_out(src, t, per_rank ? 0 : slot); };
-        each_row(token, p, rows, ahead, [&](int slot, Words(&w)[kAtOnce]) {
-            std::byte* to = target(src, place_of(slot), own_place_of(slot));
-            put(to + stage.piece_at(p), units, w);
-        });
-        then();
-        if constexpr (F::kAny) {
+        const int64_t place = per_rank ? int64_t{view.peers.rank} * view.shape.max_tokens + t
+                                       : int64_t{t} * a.num_topk;
+        const int64_t own_place = place_out(src, t, 0);
+        const int64_t apart = per_rank ? 0 : spread.record.bytes();
+        std::byte* to = target(src, place, own_place) + stage.piece_at(at.piece);
+        const int end = at.end(spread.record, spread.sent);
 #pragma unroll 1
-            for (uint32_t left = rows; left != 0; left &= left - 1) {
-                const int slot = __ffs(left) - 1;
-                // A token counts the same at its source, however many rows it has here.
-                const bool is_last = (left & (left - 1)) == 0;
-                const int others = per_rank ? 0 : a.num_topk - __popc(rows);
-                send_off(src, place_of(slot), own_place_of(slot), p, units,
-                         is_last ? 1 + others : 1);
+        for (int p = at.piece; p < end; ++p) {
+            const int units = spread.units_of(p);
+            each_row(
+                rows, p, end, ahead,
+                [&](int slot, Words(&w)[kAtOnce]) { put(to + slot * apart, units, w); }, then);
+            to += spread.piece_stride();
+            if constexpr (F::kAny) {
+#pragma unroll 1
+                for (uint32_t left = rows; left != 0; left &= left - 1) {
+                    const int slot = per_rank ? 0 : __ffs(left) - 1;
+                    // A token counts the same at its source, however many rows it has here.
+                    const bool is_last = (left & (left - 1)) == 0;
+                    const int others = per_rank ? 0 : a.num_topk - __popc(rows);
+                    send_off(src, place + slot, own_place + slot, p, units,
+                             is_last ? 1 + others : 1);
+                }
             }
         }
     }
 
     template <class Then>
-    __device__ __forceinline__ void send_sum(const Token& token, int p, Ahead& ahead,
+    __device__ __forceinline__ void send_sum(const Token& token, const Pieces& at, Ahead& ahead,
                                              Then then) const {
         const CombineArgs& a = args();
         const RankView& view = job.view;
-        const int src = token.src, t = token.t, units = units_of(p);
-        float weight = 1.0f;
-        if (a.weighted && token.row >= 0) weight = a.row_weights[token.row];
+        const int src = token.src, t = token.t;
+        const float weight = token.weight;
+        const uint32_t rows = __ballot_sync(~0u, token.row >= 0);
         const int64_t place = int64_t{view.peers.rank} * view.shape.max_tokens + t;
         const int64_t own_place = place_out(src, t, 0);
-        LineSums<kDtype> sums;
-        sums.clear();
-        each_row(token, p, __ballot_sync(~0u, token.row >= 0), ahead,
-                 [&](int slot, Words(&w)[kAtOnce]) {
-                     const float factor = __shfl_sync(~0u, weight, slot);
-                     if (a.weighted) {
-                         sums.add(w, factor);
-                     } else {
-                         sums.add(w);
-                     }
-                 });
-        then();
-        Words out[kAtOnce];
+        std::byte* to = target(src, place, own_place) + stage.piece_at(at.piece);
+        const int end = at.end(spread.record, spread.sent);
+#pragma unroll 1
+        for (int p = at.piece; p < end; ++p) {
+            const int units = spread.units_of(p);
+            LineSums<kDtype> sums;
+            sums.clear();
+            each_row(
+                rows, p, end, ahead,
+                [&](int slot, Words(&w)[kAtOnce]) {
+                    if (a.weighted) {
+                        sums.add(w, __shfl_sync(~0u, weight, slot));
+                    } else {
+                        sums.add(w);
+                    }
+                },
+                then);
+            Words out[kAtOnce];
 #pragma unroll
-        for (int v = 0; v < kAtOnce; ++v) out[v] = device::words_of(sums.unit[v].rounded());
-        put(target(src, place, own_place) + stage.piece_at(p), units, out);
-        send_off(src, place, own_place, p, units, 1);
+            for (int v = 0; v < kAtOnce; ++v) out[v] = device::words_of(sums.unit[v].rounded());
+            put(to, units, out);
+            send_off(src, place, own_place, p, units, 1);
+            to += spread.piece_stride();
+        }
     }
 
     // ---- ranks of other nodes ----

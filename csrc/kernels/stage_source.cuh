@@ -57,9 +57,9 @@ struct NodeSums<kDtype, F> {
 template <DType kDtype, class F>
 struct PartReceiver {
     const CombineJob& job;
+    const CombineSpread& spread;
     StageView<F> stage;
     Entering& in;
-    uint64_t masked;  // owners whose rows are left out
 
     // What a lane knows of the slot that is its: in which order its row is added, if it is.
     struct Part {
@@ -92,7 +92,9 @@ struct PartReceiver {
     __device__ __forceinline__ Part part_of(const Slot& slot) const {
         const int lane = ptx::lane_id();
         int owner = slot.owner;
-        if (masked != 0 && owner >= 0 && device::has_rank(masked, owner)) owner = -1;
+        // Owners that this block has given up on are left out like those that are masked.
+        const uint64_t out = in.masked | in.unheard;
+        if (out != 0 && owner >= 0 && device::has_rank(out, owner)) owner = -1;
         const uint32_t same = __match_any_sync(~0u, owner);
         const bool adds = owner >= 0 && (!per_rank() || (same & ptx::lanemask_lt()) == 0);
         Part part;
@@ -106,56 +108,35 @@ struct PartReceiver {
         return part_of(slot);
     }
 
-    // A piece of a token, so far.
-    struct Work {
-        Part part;
-        bool added;  // all its lines have come, and these are their sums
-        LineSums<kDtype> sums;
-
-        __device__ __forceinline__ explicit Work(const Part& p) { start_over(p); }
-        __device__ __forceinline__ void start_over(const Part& p) {
-            part = p;
-            added = false;
-            sums.clear();
-        }
-    };
-
-    // From the token with this part on, the first of this warp. hear(work, t, good) before anything is written: the
-    // verdict, false = leave; what has come by then is added up already. read(): all lines have been loaded.
-    // False: leave.
-    template <class Hear, class Read>
-    __device__ __forceinline__ bool run(Pieces at, int step, Part part, Hear hear, Read read) {
-        const int end = static_cast<int>(args().num_tokens) * at.num_pieces;
-        Work work(part);
-        // Where what is heard decides what is awaited, or may have to wait for other nodes.
-        bool hears = F::kAny || job.view.watch.can_mask, heard = false;
+    // From the token with this part on, the first of this warp. read(): all lines have been loaded. False: leave.
+    template <class Read>
+    __device__ __forceinline__ bool run(Pieces at, int step, Part part, Read read) {
+        const auto num_tokens = static_cast<int>(args().num_tokens);
+        if (at.item(spread.added) >= num_tokens) read();
 #pragma unroll 1
-        while (true) {
-            const bool has_piece = at.index < end;
-            const int t = at.item(), p = at.piece();
-            const int units = stage.piece_bytes(p, args().row_bytes()) / kUnitBytes;
-#pragma unroll 1
-            for (int turn = 0; !heard || (has_piece && !work.added); ++turn) {
-                if (!heard && (hears || !has_piece || work.added || turn > device::kLooks)) {
-                    bool good;
-                    if (!hear(work, t, good)) return false;
-                    if (!good) return true;
-                    heard = true;
-                    continue;
-                }
-                if (turn > device::kLooks && !await_parts(t, p, units, work.part)) return false;
-                if constexpr (F::kAny) {
-                    if (!await_nodes(t, work.part)) return false;
-                }
-                work.added = add(t, p, units, work.part, work.sums);
+        while (at.item(spread.added) < num_tokens) {
+            const int t = at.item(spread.added), p = at.piece;
+            const int units = spread.units_of(p);
+            LineSums<kDtype> sums;
+            if constexpr (F::kAny) {
+                if (!await_nodes(t, part)) return false;
             }
-            const bool is_last = at.index + step >= end;
-            if (is_last) read();
-            if (has_piece) finish(work.sums, t, p, units);
-            if (is_last) return true;
-            at.next(step);
-            work.start_over(part_of(at.item()));
+#pragma unroll 1
+            for (int turn = 0; !add(t, p, units, part, sums); ++turn) {
+                if (turn >= device::kLooks && !await_parts(t, p, units, part)) return false;
+            }
+            const bool is_new = ++at.piece >= at.end(spread.record, spread.added);
+            if (is_new) at.next(spread.added, step);
+            if (at.item(spread.added) >= num_tokens) read();
+            Slot slot;
+            // Under way while the sums are stored.
+            if (is_new) slot = slot_of(at.item(spread.added));
+            finish(sums, t, p, units);
+            if (!is_new) continue;
+            find_owner(slot);
+            part = part_of(slot);
         }
+        return true;
     }
 
 private:
@@ -185,22 +166,28 @@ private:
         uint32_t ahead = __reduce_min_sync(~0u, part.key);
 #pragma unroll 1
         while (ahead != ~0u) {
-            uint32_t now[kRowsAtOnce];
+            int num_rows = 0;
+            uint32_t lanes = 0;  // whose rows these are, a byte each
             Words w[kRowsAtOnce][kAtOnce];
 #pragma unroll
             for (int r = 0; r < kRowsAtOnce; ++r) {
-                now[r] = ahead;
                 if (ahead == ~0u) continue;
                 get(from(t, p, ahead), units, w[r]);
+                lanes |= ahead % 32 << 8 * r, num_rows = r + 1;
                 ahead = __reduce_min_sync(~0u, part.key > ahead ? part.key : ~0u);
             }
 #pragma unroll
             for (int r = 0; r < kRowsAtOnce; ++r) {
-                if (now[r] == ~0u) break;
+                if (r >= num_rows) break;
                 all = all && there(units, w[r]);
-                LineSums<kDtype>& to = of_node.of(static_cast<int>(now[r] / 32));
+                const auto lane = static_cast<int>(lanes >> 8 * r & 0xff);
+                int owner = 0;
+                if constexpr (F::kAny) {
+                    owner = static_cast<int>(__shfl_sync(~0u, part.key, lane) / 32);
+                }
+                LineSums<kDtype>& to = of_node.of(owner);
                 if (a.weighted && !a.per_rank) {
-                    to.add(w[r], __shfl_sync(~0u, part.weight, now[r] % 32));
+                    to.add(w[r], __shfl_sync(~0u, part.weight, lane));
                 } else {
                     to.add(w[r]);
                 }
@@ -230,8 +217,9 @@ private:
 
     // The last block adds up everything again without this owner.
     __device__ __forceinline__ bool leave_out(int owner) {
-        masked |= uint64_t{1} << owner;
-        return lose(job.view, in, owner);
+        const bool ok = lose(job.view, in, owner);
+        __syncwarp();
+        return ok;
     }
     __device__ __forceinline__ int owner_of(int t, uint32_t key) const {
         const int64_t slot = int64_t{t} * args().num_topk + key % 32;

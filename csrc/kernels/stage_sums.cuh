@@ -1,11 +1,16 @@
 // What owners and sources of a small combine share: pieces of rows, and sums of lines in registers.
 //
-// defines: kAtOnce, kRowsAtOnce, Pieces, LineSums, load_units, first_unit
+// defines: kAtOnce, kRowsAtOnce, Pieces, CombineSpread, LineSums, load_units, first_unit
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstddef>
+#include <cstdint>
+#include <type_traits>
 
 #include "contract/config.h"
+#include "contract/gpu.h"
 #include "contract/stage.h"
 #include "device/lines.cuh"
 #include "device/reduce.cuh"
@@ -20,14 +25,60 @@ static_assert(kAtOnce * LineLane::kAtOnce == kSumLines);
 constexpr int kRowsAtOnce = 4;  // rows of a token that are on their way together
 constexpr int kUnitsApart = LineLane::kAtOnce * kLineUnits;
 
-// Of a warp: pieces of rows, one of `step` of the grid after the other; a piece of `item` after the other.
+// What a warp of a combine goes through: a run of pieces, then each `step`-th run after it.
 struct Pieces {
-    int index, num_pieces;
+    int run, piece;  // of its row
 
-    __device__ __forceinline__ int item() const { return index / num_pieces; }
-    __device__ __forceinline__ int piece() const { return index - item() * num_pieces; }
-    __device__ __forceinline__ void next(int step) { index += step; }
+    __device__ __forceinline__ Pieces(const Runs& runs, int first) { start(runs, first); }
+    __device__ __forceinline__ int item(const Runs& runs) const { return runs.row_of(run); }
+    // The run ends before this piece.
+    __device__ __forceinline__ int end(const Record& record, const Runs& runs) const {
+        return min(runs.first_piece(run) + runs.pieces, record.num_pieces);
+    }
+    __device__ __forceinline__ void next(const Runs& runs, int step) { start(runs, run + step); }
+
+private:
+    __device__ __forceinline__ void start(const Runs& runs, int which) {
+        run = which;
+        piece = runs.first_piece(run);
+    }
 };
+
+// What a combine spreads over its warps, of which there are `warps`.
+struct CombineSpread {
+    Record record;
+    int32_t units, last_units;  // of a piece of a row, and of its last one
+    Runs sent, added;
+    int32_t first_sent;  // the row that is sent first: those of other ranks before our own
+
+    CombineSpread(const RankView& view, const CombineArgs& a, int warps)
+        : record(record_of(a)),
+          units(record.piece_bytes / kUnitBytes),
+          last_units(static_cast<int32_t>(a.row_bytes() / kUnitBytes) -
+                     units * (record.num_pieces - 1)),
+          sent(record, rows_here(view.shape, a), warps),
+          added(record, a.num_tokens, warps) {
+        // Rows lie in ascending order of sources. Others may have other numbers of tokens: then the order is
+        // not the best one.
+        const int64_t ours = rows_here(view.shape, a) / view.shape.num_ranks;
+        const int64_t behind = ours * (view.peers.rank + 1);
+        first_sent = static_cast<int32_t>(behind < a.num_recv ? behind : 0);
+    }
+
+    EP_HD int units_of(int piece) const {
+        return piece + 1 == record.num_pieces ? last_units : units;
+    }
+    EP_HD int64_t piece_stride() const { return int64_t{record.piece_lines} * kLineBytes; }
+
+private:
+    // Tokens that come here, should every rank have as many as we, and choose experts evenly.
+    static int64_t rows_here(const Shape& s, const CombineArgs& a) {
+        const double misses = std::pow(1.0 - 1.0 / s.num_ranks, a.num_topk);
+        const auto come = static_cast<int64_t>(a.num_tokens * s.num_ranks * (1.0 - misses));
+        return std::min(come, int64_t{a.num_recv});
+    }
+};
+static_assert(std::is_trivially_copyable_v<CombineSpread>);
 
 // Sums of a warp: what its lanes have of eight lines.
 template <DType kDtype>

@@ -1,6 +1,8 @@
-// Small batches: a record holds its row, places lie in what a slot has for them, and that is bounded.
+// Small batches: a record holds its row, places lie in what a slot has for them, and that is bounded; how warps
+// divide pieces among themselves.
 #include "contract/stage.h"
 
+#include <algorithm>
 #include <vector>
 
 #include "check.h"
@@ -112,6 +114,39 @@ int main() {
             const int64_t places = int64_t{shape.num_ranks} * shape.max_tokens;
             expect(places * record_of(a).bytes() <= shape.stage_bytes, "the last place");
         });
+    });
+
+    test("runs cover every piece of every row once, and differ little", [] {
+        for_each([](const Shape& shape, int64_t hidden) {
+            const Record record = record_of(dispatch(shape, hidden, Quantize::kNone));
+            for (const int warps : {1, 128, 2112}) {
+                const int64_t rows = int64_t{shape.num_ranks} * shape.max_tokens;
+                const Runs runs(record, rows, warps);
+                const int per_row = runs.per_row.value;
+                expect(per_row * runs.pieces - record.num_pieces <= record.num_pieces / 10, "even");
+                expect((per_row - 1) * runs.pieces < record.num_pieces, "no run is empty");
+                // The first ones and the last ones: products only grow.
+                for (const int64_t row : {int64_t{0}, int64_t{1}, rows - 1, rows}) {
+                    for (int i = 0; i < per_row; ++i) {
+                        const auto run = static_cast<int>(row * per_row + i);
+                        expect_eq(runs.row_of(run), static_cast<int>(row));
+                        expect_eq(runs.first_piece(run), i * runs.pieces);
+                    }
+                }
+            }
+        });
+    });
+
+    test("a divisor is exact for all that is divided", [] {
+        for (int by = 1; by <= kMostStagedTokens; by = by * 5 / 4 + 1) {
+            const Divisor divisor(by);
+            const int64_t end = std::min(int64_t{1} << 31, (int64_t{1} << 31) / by);
+            for (int64_t n = 0; n < end; n += 1 + n / 3) {
+                expect_eq(divisor.quotient(static_cast<int>(n)), static_cast<int>(n / by));
+            }
+            const auto last = static_cast<int>(end - 1);
+            expect_eq(divisor.quotient(last), last / by);
+        }
     });
 
     test("a call too large for it goes the other way", [] {
