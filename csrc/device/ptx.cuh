@@ -383,6 +383,14 @@ __device__ __forceinline__ uint4 ld_shared_v4(const void* addr) {
     return v;
 }
 
+// st.global.v4.u32 [a], {b, c, d, e};                                  PTX ISA 2.0, sm_20
+// For addresses the compiler does not know to be global.
+__device__ __forceinline__ void st_global_v4(void* addr, const uint4& v) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(addr), "r"(v.x), "r"(v.y),
+                 "r"(v.z), "r"(v.w)
+                 : "memory");
+}
+
 // ---- Arithmetic: "Data Movement and Conversion Instructions: cvt" ----
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-cvt
 

@@ -58,28 +58,39 @@ __device__ __forceinline__ Span tokens_of_turn(const DispatchJob& job, const Sta
 
 // ---- the first half ----
 
+__device__ __forceinline__ std::byte* warp_memory(const StageSpread& spread, int warp) {
+    return ptx::dynamic_shared() + spread.pieces + warp * spread.buffers * spread.piece_bytes;
+}
+
 // What does not need the number of the operation comes before it is known. All threads; false: leave. `ok` becomes
 // false: this warp has given up since.
 template <class Config, class F>
 __device__ __forceinline__ bool send(const DispatchJob& job, const StageSpread& spread,
                                      const StageTables& tables, const F& far, Entering& in,
-                                     const device::Stage& memory, const Releases& releases,
-                                     bool& ok) {
+                                     uint64_t* loaded, const Releases& releases, bool& ok) {
     const RankView& view = job.view;
     const int warp = threadIdx.x / 32, pieces = spread.record.num_pieces;
     const bool publishes = publishes_stage();
     const Span own = tokens_of_turn(job, spread, turn_of_block());
-    Sender<F> sender{
-        job,    spread,
-        tables, {view, spread.record, tables.control(), {OpKind::kDispatch, 0}, 0, far},
-        memory, in};
+    Sender<F> sender{job,
+                     spread,
+                     tables,
+                     {view, spread.record, tables.control(), {OpKind::kDispatch, 0}, 0, far},
+                     warp_memory(spread, warp),
+                     loaded,
+                     in};
     // The first warp says what becomes of tokens, others send them.
     constexpr int kMovers = F::kWarps - 3;
     const int all = (own.end - own.begin) * pieces;
     int i = warp == 0 || warp >= F::kWarps - 2 ? all : warp - 1;
-    int t = own.begin + i / pieces, p = i % pieces;
+    int t, p;
+    const auto find = [&](int index, int& token, int& piece) {
+        const int row = spread.pieces_of_row.quotient(index);
+        token = own.begin + row, piece = index - row * pieces;
+    };
+    find(i, t, p);
     typename Sender<F>::Slot slot;
-    TokenCounter counter(job, spread, own.begin, publishes, F::kWarps - 2);
+    int64_t next_id = -1;
     ok = true;
 #pragma unroll 1
     for (bool is_first = true; is_first || i < all; is_first = false) {
@@ -88,12 +99,22 @@ __device__ __forceinline__ bool send(const DispatchJob& job, const StageSpread& 
         } else if (is_first && warp == F::kWarps - 2) {
             ok = !device::gave_up(view.watch);
         } else {
-            if (i < all) sender.load(t, p);
-            if (is_first) counter.look();
-            if (i < all || (warp == 0 && own.begin < own.end)) {
-                slot = sender.slot_of(warp == 0 ? own.begin : t);
+            if (i < all && (is_first || !sender.has_two())) sender.load(t, p, sender.turn);
+            const int next = i + kMovers;
+            int next_t, next_p;
+            find(next, next_t, next_p);
+            if (next < all && sender.has_two()) sender.load(next_t, next_p, sender.turn + 1);
+            if (is_first) {
+                TokenCounter counter(job, spread, own.begin, publishes, F::kWarps - 2);
+                counter.look();
+                if (i < all || (warp == 0 && own.begin < own.end)) {
+                    slot = sender.slot_of(warp == 0 ? own.begin : t);
+                }
+                counter.run();
+            } else {
+                slot = sender.slot_of(t, {next_id, 0.0f});  // who sends needs no weight
             }
-            if (is_first) counter.run();
+            if (next < all) next_id = sender.choice_of(next_t).id;
             if (i < all) ok = sender.template prepare<Config>(t, p);
         }
         if (is_first) {
@@ -116,10 +137,12 @@ __device__ __forceinline__ bool send(const DispatchJob& job, const StageSpread& 
         if (!ok || i >= all) break;
         sender.send(t, p, slot);
         i += kMovers;
-        t = own.begin + i / pieces, p = i % pieces;
+        find(i, t, p);
+        ++sender.turn;
         ptx::fence_proxy_async_shared();  // our accesses, before the load that follows
         __syncwarp();
     }
+    sender.abandon();
     if (publishes && job.args.logical_load != nullptr) count_load(job, tables.bad()[0] == 0);
     if constexpr (F::kAny) {
         if (!__syncthreads_and(ok)) return false;
@@ -137,12 +160,12 @@ __device__ __forceinline__ void send_rest(const DispatchJob& job, const StageSpr
     const StageTables tables{spread, view.shape};
     const int warp = threadIdx.x / 32, pieces = spread.record.num_pieces;
     const Operation op{OpKind::kDispatch, in.seq};
-    std::byte* piece = ptx::dynamic_shared() + spread.pieces + int64_t{warp} * spread.piece_bytes;
     const Sender<F> sender{job,
                            spread,
                            tables,
                            {view, spread.record, tables.control(), op, in.slot, far},
-                           {piece, nullptr},
+                           warp_memory(spread, warp),
+                           nullptr,
                            in};
     while (true) {
         if (warp == 0) {
@@ -304,7 +327,7 @@ __device__ __noinline__ bool catch_up(const DispatchJob& job, const StageSpread&
 template <class F>
 __device__ __forceinline__ bool hear_at_once(const DispatchJob& job, const StageTables& tables,
                                              Entering& in, const Receiver<F>& receiver,
-                                             const typename Receiver<F>::Piece& piece,
+                                             const typename Receiver<F>::Run& run,
                                              typename Receiver<F>::Ahead& ahead, bool all_sent,
                                              bool& ok) {
     FirstLook first{job, tables, in};
@@ -312,7 +335,7 @@ __device__ __forceinline__ bool hear_at_once(const DispatchJob& job, const Stage
         ok = __syncthreads_and(ok);
         return false;
     }
-    typename Receiver<F>::Peek peek{receiver, piece, ahead};
+    typename Receiver<F>::Peek peek{receiver, run, ahead};
     const bool all = first.run(peek);
     receiver.understand(ahead);
     const HeadListener listener{tables};
@@ -370,9 +393,9 @@ __device__ __forceinline__ bool receive(const DispatchJob& job, const StageSprea
     const int step = F::kWarps * static_cast<int>(gridDim.x) - 1;
     const StageView<F> stage{view, spread.record, tables.control(), op, in.slot, far};
     const Receiver<F> receiver{job, tables, stage, in};
-    typename Receiver<F>::Piece piece;
+    typename Receiver<F>::Run run;
     typename Receiver<F>::Ahead ahead;
-    receiver.start(from, piece, ahead);
+    receiver.start(from, run, ahead);
     if constexpr (F::kAny) (void)far.hear(view, op, in, F::kWarps - 1);
     const bool tells = tells_outputs<F>();
     if (tells && job.args.wait_stats != nullptr) {
@@ -380,11 +403,11 @@ __device__ __forceinline__ bool receive(const DispatchJob& job, const StageSprea
     }
     const bool looks = kHalf == Half::kBoth && warp == F::kWarps - 2;  // one warp for all
     const bool all_sent = !looks || all_claimed(view);
-    const bool has_all = hear_at_once(job, tables, in, receiver, piece, ahead, all_sent, ok);
+    const bool has_all = hear_at_once(job, tables, in, receiver, run, ahead, all_sent, ok);
     if (!ok) return false;
     if (!has_all || job.args.index_capacity >= 0) {
         if (!catch_up<Config, kHalf>(job, spread, far, in, has_all, all_sent)) return false;
-        receiver.start(from, piece, ahead);
+        receiver.start(from, run, ahead);
     }
     if (min(in.first_bad, in.size_bad) != kNoObjection) {
         take_nothing<F>(job, spread, in);
@@ -397,7 +420,7 @@ __device__ __forceinline__ bool receive(const DispatchJob& job, const StageSprea
         }
         if (ok) tell_outputs(job, spread, in, true, num_logged);
     } else {
-        ok = receiver.run(step, piece, ahead);
+        ok = receiver.run(step, run, ahead);
         if constexpr (F::kAny) ok = ok && RailLogger<F>{job, tables, stage, in}.run(from, step);
     }
     if (!ok) {
@@ -418,19 +441,17 @@ __global__ void __launch_bounds__(F::kWarps * 32, 1)
     stage_dispatch_kernel(const __grid_constant__ DispatchJob job,
                           const __grid_constant__ StageSpread spread,
                           const __grid_constant__ F far) {
-    __shared__ uint64_t loaded[F::kWarps];
+    __shared__ uint64_t loaded[F::kWarps][2];
     __shared__ Uninitialized<Entering> entering;
     __shared__ Uninitialized<Releases> releases;
     Entering& in = entering.get();
     const RankView& view = job.view;
     const StageTables tables{spread, view.shape};
     const int warp = threadIdx.x / 32;
-    const device::Stage memory{
-        ptx::dynamic_shared() + spread.pieces + int64_t{warp} * spread.piece_bytes, &loaded[warp]};
     ptx::griddepcontrol_launch_dependents();
     prepare(job, tables);
     init_told(job.begin, in);
-    if (ptx::lane_id() == 0) device::init_stage(memory);
+    if (ptx::lane_id() < 2) device::init_stage({nullptr, &loaded[warp][ptx::lane_id()]});
     if (warp == F::kWarps - 1) releases.get().look(view);
     __syncthreads();
     ptx::griddepcontrol_wait();
@@ -441,7 +462,7 @@ __global__ void __launch_bounds__(F::kWarps * 32, 1)
         if (warp == 1) ok = !device::gave_up(view.watch);
         if (!__syncthreads_and(ok)) return;
     } else {
-        if (!send<Config>(job, spread, tables, far, in, memory, releases.get(), ok)) return;
+        if (!send<Config>(job, spread, tables, far, in, loaded[warp], releases.get(), ok)) return;
     }
     if constexpr (kHalf == Half::kSend) {
         if (!ok) in.leaves = true;

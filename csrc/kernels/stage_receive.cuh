@@ -29,10 +29,12 @@ struct Receiver {
     StageView<F> stage;
     Entering& in;  // whom this block goes without
 
-    // A piece of what a source may have sent.
-    struct Piece {
-        int src, t, p;  // of its token t; from another node of the t-th that comes here
-        int row_units;  // of the row, and scales behind them
+    // A run of pieces of what a source may have sent.
+    struct Run {
+        int src, t;  // of its token t; from another node of the t-th that comes here
+        int index;   // among those of the token
+
+        __device__ __forceinline__ int first(const Runs& runs) const { return index * runs.pieces; }
     };
     // What its source told of a token; of a slot here its lane knows which expert it is for.
     struct Told {
@@ -40,36 +42,36 @@ struct Receiver {
         int local = -1, turn = -1;  // of the slot, if it comes here
         float weight = 0.0f;
     };
-    // What a warp has of its first piece before all have been heard.
+    // What a warp has of its first run before all have been heard.
     struct Ahead {
         device::Words meta, lines[kAtOnce];
         Told told;
         bool is_told = false;
     };
 
-    // The first piece of a warp, of which nothing is known.
-    __device__ __forceinline__ void start(int first, Piece& piece, Ahead& ahead) const {
-        const int pieces = stage.record.num_pieces, place = first / pieces;
-        const auto most = static_cast<int>(job.view.shape.max_tokens);
-        piece.src = place / most, piece.t = place - piece.src * most;
-        piece.p = first - place * pieces;
-        measure(piece);
-        ahead = {};
+    // The first run of a warp, of which nothing is known.
+    __device__ __forceinline__ void start(int first, Run& at, Ahead& ahead) const {
+        const Runs& runs = tables.spread.taken;
+        const Divisor& places = tables.spread.places_of_source;
+        const int place = runs.row_of(first);
+        at.src = places.quotient(place), at.t = place - at.src * places.value;
+        at.index = first - place * runs.per_row.value;
+        ahead.told = {}, ahead.is_told = false;
     }
 
     // A look at a piece that may have come, in two steps: loads, then what they brought.
     struct Peek {
         const Receiver& receiver;
-        const Piece& piece;
+        const Run& at;
         Ahead& ahead;
 
         __device__ __forceinline__ void load() {
-            if (!F::kAny && piece.src < receiver.job.view.shape.num_ranks && !ahead.is_told) {
-                receiver.load(receiver.record_of(piece), piece, ahead);
+            if (!F::kAny && at.src < receiver.job.view.shape.num_ranks && !ahead.is_told) {
+                receiver.load(receiver.record_of(at), at, ahead);
             }
         }
         __device__ __forceinline__ void look() {
-            if (!F::kAny && piece.src < receiver.job.view.shape.num_ranks && !ahead.is_told) {
+            if (!F::kAny && at.src < receiver.job.view.shape.num_ranks && !ahead.is_told) {
                 ahead.is_told = receiver.is_told(ahead);
             }
         }
@@ -79,21 +81,20 @@ struct Receiver {
         if (ahead.is_told) ahead.told = told_by(ahead.meta);
     }
 
-    // This piece, and each `step`-th after it, of all tokens that all ranks may have. False: leave.
-    __device__ __forceinline__ bool run(int step, Piece piece, Ahead& ahead) const {
-        const int pieces = stage.record.num_pieces;
+    // This run, and each `step`-th after it, of all tokens that all ranks may have. False: leave.
+    __device__ __forceinline__ bool run(int step, Run at, Ahead& ahead) const {
+        const Divisor& per_row = tables.spread.taken.per_row;
         const auto num_ranks = static_cast<int>(job.view.shape.num_ranks);
         const auto most = static_cast<int>(job.view.shape.max_tokens);
         bool ok = true;
 #pragma unroll 1
-        while (ok && piece.src < num_ranks) {
-            if (piece.t < places_of(piece.src) && !is_gone(piece.src)) ok = take(piece, ahead);
-            if (step >= num_ranks * most * pieces) break;
+        while (ok && at.src < num_ranks) {
+            if (at.t < places_of(at.src) && !is_gone(at.src)) ok = take(at, ahead);
+            if (step >= num_ranks * most * per_row.value) break;
             ahead.is_told = false;
-            const int next = piece.p + step, tokens = next / pieces;
-            piece.p = next - tokens * pieces;
-            for (piece.t += tokens; piece.t >= most; piece.t -= most) ++piece.src;
-            measure(piece);
+            const int next = at.index + step, tokens = per_row.quotient(next);
+            at.index = next - tokens * per_row.value;
+            for (at.t += tokens; at.t >= most; at.t -= most) ++at.src;
         }
         return ok;
     }
@@ -122,14 +123,15 @@ private:
         return tables.heard()[src].num_tokens;
     }
 
-    __device__ __forceinline__ void measure(Piece& piece) const {
-        piece.row_units = stage.piece_bytes(piece.p, args().row_bytes()) / kUnitBytes;
+    // Of piece p: units of the row, and with the scales behind them.
+    __device__ __forceinline__ int row_units_of(int p) const {
+        return tables.spread.row_units_of(p);
     }
-    __device__ __forceinline__ int units_of(const Piece& piece) const {
-        return piece.row_units + (stage.record.scale_bytes + kUnitBytes - 1) / kUnitBytes;
+    __device__ __forceinline__ int units_of(int p) const {
+        return row_units_of(p) + tables.spread.scale_units;
     }
-    __device__ __forceinline__ const std::byte* record_of(const Piece& piece) const {
-        return stage.arrival(piece.src, int64_t{piece.src} * job.view.shape.max_tokens + piece.t);
+    __device__ __forceinline__ const std::byte* record_of(const Run& at) const {
+        return stage.arrival(at.src, int64_t{at.src} * job.view.shape.max_tokens + at.t);
     }
     __device__ __forceinline__ bool tells() const {
         return device::LineLane().line < stage.record.meta_lines;
@@ -140,41 +142,47 @@ private:
         return __all_sync(~0u, !tells() || !device::LineLane().is_last() || is_ours(ahead.meta));
     }
     // Lanes of a line come here together, or get halves of two.
-    __device__ __forceinline__ void load(const std::byte* record, const Piece& piece,
+    __device__ __forceinline__ void load(const std::byte* record, const Run& at,
                                          Ahead& ahead) const {
         __syncwarp();
         if (tells()) ahead.meta = device::get_line(record + device::LineLane().offset(0));
-        get(record + stage.piece_at(piece.p), 0, units_of(piece), ahead.lines);
+        const int p = at.first(tables.spread.taken);
+        get(record + stage.piece_at(p), 0, units_of(p), ahead.lines);
     }
 
-    __device__ __forceinline__ bool take(const Piece& piece, Ahead& ahead) const {
-        const int src = piece.src;
+    __device__ __forceinline__ bool take(const Run& at, Ahead& ahead) const {
+        const int src = at.src;
         if constexpr (F::kAny) {
             if (stage.await_far(ptx::lane_id() == 0 ? src : -1) != 0) {
                 return lose(job.view, in, src);
             }
         }
-        const std::byte* record = record_of(piece);
-        const std::byte* lines_at = record + stage.piece_at(piece.p);
+        const std::byte* record = record_of(at);
         if (!ahead.is_told) {
-            load(record, piece, ahead);
+            load(record, at, ahead);
 #pragma unroll 1
             for (int turn = 0; !is_told(ahead); ++turn) {
                 if (turn >= device::kLooks && !await(src, record, 0, stage.record.meta_lines)) {
                     return lose(job.view, in, src);
                 }
-                load(record, piece, ahead);
+                load(record, at, ahead);
             }
             ahead.told = told_by(ahead.meta);
         }
         if (ahead.told.index < 0) return true;  // it does not come here
-        const Arrival to = place(piece, ahead.told);
+        const Arrival to = place(at, ahead.told);
         if (!in_bounds(src, to)) return false;
-        if (piece.p == 0) describe(src, to);
+        if (at.index == 0) describe(src, to);
         device::Words(&w)[kAtOnce] = ahead.lines;
-        const int units = units_of(piece), lines = (units + kLineUnits - 1) / kLineUnits;
+        const Runs& runs = tables.spread.taken;
+        int p = at.first(runs), line = 0;
+        const int end = min(p + runs.pieces, stage.record.num_pieces);
+        const std::byte* lines_at = record + stage.piece_at(p);
+        std::byte* out = x() + to.row * args().row_bytes() + int64_t{p} * stage.record.piece_bytes;
 #pragma unroll 1
-        for (int line = 0;;) {
+        while (true) {
+            const int row_units = row_units_of(p), units = units_of(p);
+            const int lines = (units + kLineUnits - 1) / kLineUnits;
 #pragma unroll 1
             for (int turn = 0; !there(line, units, w); ++turn) {
                 if (turn >= device::kLooks && !await(src, lines_at, line, lines)) {
@@ -182,13 +190,18 @@ private:
                 }
                 get(lines_at, line, units, w);
             }
-            put_row(piece, line, to, w);
-            if ((line + kStep) * kLineUnits > piece.row_units && units > piece.row_units) {
-                put_scales(piece, line, to, w);
+            put_row(row_units, line, rows_of(to), out, w);
+            if ((line + kStep) * kLineUnits > row_units && units > row_units) {
+                put_scales(p, row_units, line, to, w);
             }
             line += kStep;
-            if (line >= lines) return true;
-            get(lines_at, line, units, w);
+            if (line >= lines) {
+                line = 0;
+                if (++p >= end) return true;
+                lines_at += int64_t{stage.record.piece_lines} * kLineBytes;
+                out += stage.record.piece_bytes;
+            }
+            get(lines_at, line, units_of(p), w);
         }
     }
 
@@ -247,11 +260,11 @@ private:
         return r;
     }
     // From that, what all bring, and the place.
-    __device__ __forceinline__ Arrival place(const Piece& piece, const Told& told) const {
+    __device__ __forceinline__ Arrival place(const Run& at, const Told& told) const {
         const DispatchArgs& a = args();
-        const int me = job.view.peers.rank, src = piece.src;
-        Arrival r{piece.t, told.index, -1, told.local, told.weight};
-        if (stage.is_far(src)) r.token = told.index, r.index = piece.t;
+        const int me = job.view.peers.rank, src = at.src;
+        Arrival r{at.t, told.index, -1, told.local, told.weight};
+        if (stage.is_far(src)) r.token = told.index, r.index = at.t;
         if (told.local < 0) return r;
         const int64_t words = a.scale_bytes / 4;
         const int position = tables.first()[me] + told.local;
@@ -325,22 +338,21 @@ private:
         return compact() ? own & (0u - own) : own;
     }
 
-    // Lines of a piece to every row the token has here.
-    __device__ __forceinline__ void put_row(const Piece& piece, int line, const Arrival& to,
+    // Lines of a piece to every row the token has here; `out`: of a lane, where its row has the piece.
+    __device__ __forceinline__ void put_row(int row_units, int line, uint32_t rows, std::byte* out,
                                             const device::Words (&w)[kAtOnce]) const {
         const device::LineLane at;
-        const int64_t row_bytes = args().row_bytes();
-        const int first = at.is_last() ? piece.row_units : at.index(line);
-        std::byte* out = x() + int64_t{piece.p} * stage.record.piece_bytes + first * kUnitBytes;
+        const int first = at.is_last() ? row_units : at.index(line);
 #pragma unroll 1
-        for (uint32_t left = rows_of(to); left != 0; left &= left - 1) {
-            const int row = __shfl_sync(~0u, to.row, __ffs(left) - 1);
-            auto* units = reinterpret_cast<uint4*>(out + row * row_bytes);
+        for (uint32_t left = rows; left != 0; left &= left - 1) {
+            auto* units = reinterpret_cast<uint4*>(
+                              __shfl_sync(~0u, reinterpret_cast<uint64_t>(out), __ffs(left) - 1)) +
+                          first;
 #pragma unroll
             for (int v = 0; v < kAtOnce; ++v) {
                 constexpr int kApart = device::LineLane::kAtOnce * kLineUnits;
-                if (first + v * kApart < piece.row_units) {
-                    units[v * kApart] = device::unit_of(w[v]);
+                if (first + v * kApart < row_units) {
+                    ptx::st_global_v4(units + v * kApart, device::unit_of(w[v]));
                 }
             }
         }
@@ -352,15 +364,15 @@ private:
     }
 
     // Scales of a piece that lie in these lines to every row the token has here: each lane those of its unit.
-    __device__ __forceinline__ void put_scales(const Piece& piece, int line, const Arrival& to,
+    __device__ __forceinline__ void put_scales(int p, int row_units, int line, const Arrival& to,
                                                const device::Words (&w)[kAtOnce]) const {
         const device::LineLane at;
-        const int of_piece = stage.record.scale_bytes / 4, first = piece.p * of_piece;
+        const int of_piece = stage.record.scale_bytes / 4, first = p * of_piece;
         const int end = min(of_piece, static_cast<int>(args().scale_bytes / 4) - first);
         const int64_t apart = scales_apart();
 #pragma unroll
         for (int v = 0; v < kAtOnce; ++v) {
-            const int i = at.index(line + v * device::LineLane::kAtOnce) - piece.row_units;
+            const int i = at.index(line + v * device::LineLane::kAtOnce) - row_units;
             const int s = at.is_last() || i < 0 ? end : kUnitBytes / 4 * i;
             if (!__any_sync(~0u, s < end)) continue;
             const uint4 unit = device::unit_of(w[v]);

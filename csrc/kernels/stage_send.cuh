@@ -145,9 +145,12 @@ struct Sender {
     const StageSpread& spread;
     StageTables tables;
     StageView<F> stage;
-    device::Stage piece;  // in shared memory
+    // The warp's shared memory for pieces; they take turns.
+    std::byte* memory;
+    uint64_t* loaded;
     const Entering& in;
-    bool loading = false;
+    int turn = 0;          // of the piece that is worked at
+    uint32_t loading = 0;  // a bit for each buffer
 
     __device__ const DispatchArgs& args() const { return job.args; }
     __device__ std::byte* record_at(int p, int t) const {
@@ -159,18 +162,35 @@ struct Sender {
         return stage.piece_bytes(p, args().row_bytes()) / dtype_bytes(args().wire_dtype());
     }
 
-    // Piece p of token t, as it is.
-    __device__ void load(int t, int p) {
-        loading = true;
+    __device__ __forceinline__ bool has_two() const { return spread.buffers == 2; }
+    __device__ __forceinline__ int buffer_of(int n) const { return has_two() ? n & 1 : 0; }
+    __device__ __forceinline__ device::Stage stage_of(int n) const {
+        const int buffer = buffer_of(n);
+        const int before = has_two() ? n >> 1 : n;
+        return {memory + buffer * spread.piece_bytes, loaded + buffer, uint32_t(before) & 1};
+    }
+    __device__ __forceinline__ std::byte* data() const {
+        return memory + buffer_of(turn) * spread.piece_bytes;
+    }
+
+    // Piece p of token t, as it is, in turn n.
+    __device__ __forceinline__ void load(int t, int p, int n) {
+        loading |= 1u << buffer_of(n);
         if (ptx::lane_id() != 0) return;
         const int size = dtype_bytes(args().dtype);
         const int first = spread.record.piece_bytes / dtype_bytes(args().wire_dtype()) * p;
-        device::load_stage(piece, args().x + t * args().x_stride + int64_t{first} * size,
+        device::load_stage(stage_of(n), args().x + t * args().x_stride + int64_t{first} * size,
                            elements(p) * size);
     }
-    __device__ void abandon() {
-        if (loading) device::drain_stage(piece);
-        loading = false;
+    // What is loaded for nobody has to arrive all the same.
+    __device__ __forceinline__ void abandon() {
+#pragma unroll 1
+        for (int n = turn; loading != 0; ++n) {
+            const uint32_t bit = 1u << buffer_of(n);
+            device::Stage late = stage_of(n);
+            if ((loading & bit) != 0) device::drain_stage(late);
+            loading &= ~bit;
+        }
     }
 
     // What a lane knows of its slot of a token.
@@ -183,24 +203,38 @@ struct Sender {
             return chosen() ? staged_rank(expert.code) : -1;
         }
     };
-    __device__ __forceinline__ Slot slot_of(int t) const {
+    // What callers say of it. In two steps, so that loads are under way while other things are done.
+    struct Choice {
+        int64_t id = -1;
+        float weight = 0.0f;
+    };
+    __device__ __forceinline__ Choice choice_of(int t) const {
+        const DispatchArgs& a = args();
+        Choice choice;
+        if (static_cast<int>(ptx::lane_id()) >= a.num_topk) return choice;
+        const int64_t i = int64_t{t} * a.num_topk + ptx::lane_id();
+        choice.id = a.topk_idx[i];
+        if (a.topk_weights != nullptr) choice.weight = a.topk_weights[i];
+        return choice;
+    }
+    __device__ __forceinline__ Slot slot_of(int t, const Choice& choice) const {
         const DispatchArgs& a = args();
         Slot slot;
-        const int64_t i = int64_t{t} * a.num_topk + ptx::lane_id();
         if (static_cast<int>(ptx::lane_id()) >= a.num_topk) return slot;
-        const int64_t id = expert_of(job, t, a.topk_idx[i]);
-        if (a.topk_weights != nullptr) slot.weight = a.topk_weights[i];
-        if (a.routed_idx != nullptr) a.routed_idx[i] = id;
-        slot.expert = tables.expert(id);
+        const int64_t id = expert_of(job, t, choice.id);
+        if (a.routed_idx != nullptr) a.routed_idx[int64_t{t} * a.num_topk + ptx::lane_id()] = id;
+        slot.expert = tables.expert(id), slot.weight = choice.weight;
         return slot;
     }
+    __device__ __forceinline__ Slot slot_of(int t) const { return slot_of(t, choice_of(t)); }
 
     // Piece p of token t is made ready in shared memory; its load is under way. False: leave.
     template <class Config>
     __device__ __forceinline__ bool prepare(int t, int p) {
         const RankView& view = job.view;
-        loading = false;
-        if (!device::await_stage(view.watch, stage.op, piece, view.peers.rank)) return false;
+        device::Stage now = stage_of(turn);
+        if (!device::await_stage(view.watch, stage.op, now, view.peers.rank)) return false;
+        loading &= ~(1u << buffer_of(turn));
         complete<Config, 4>(t, p);
         return true;
     }
@@ -208,15 +242,15 @@ struct Sender {
     template <class Config, int kVectors>
     __device__ __forceinline__ void complete(int t, int p) const {
         const DispatchArgs& a = args();
-        std::byte* scales = piece.data + spread.scales_at;
+        std::byte* scales = data() + spread.scales_at;
         if constexpr (Config::kQuantizes) {
             const bool ue8m0 = a.quantize == Quantize::kFp8Ue8m0;
             if (a.scale_block == 128) {
                 constexpr int kMost = Config::kSource == DType::kF32 ? kVectors / 2 : kVectors;
-                device::quantize_blocks<Config::kSource, 128, kMost>(piece.data, scales,
-                                                                     elements(p), ue8m0);
+                device::quantize_blocks<Config::kSource, 128, kMost>(data(), scales, elements(p),
+                                                                     ue8m0);
             } else {
-                quantize_finely<Config::kSource>(piece.data, scales, elements(p), ue8m0);
+                quantize_finely<Config::kSource>(data(), scales, elements(p), ue8m0);
             }
         } else if (a.scale_bytes > 0) {
             load_scales(t, p, scales);
@@ -230,7 +264,7 @@ struct Sender {
         const int first = spread.record.piece_bytes / dtype_bytes(args().wire_dtype()) * p;
         const std::byte* from = args().x + t * args().x_stride + int64_t{first} * size;
         const auto* units = reinterpret_cast<const uint4*>(from);
-        auto* to = reinterpret_cast<uint4*>(piece.data);
+        auto* to = reinterpret_cast<uint4*>(data());
         __syncwarp();
         for (int i = ptx::lane_id(); i < elements(p) * size / kUnitBytes; i += 32) to[i] = units[i];
         __syncwarp();
@@ -250,7 +284,7 @@ struct Sender {
             if (one >> ptx::lane_id() & 1) to = outgoing(t) + stage.piece_at(p);
             leaders = (leaders & ~far) | one;
         }
-        put_lines(p, piece.data + spread.scales_at, to, leaders);
+        put_lines(p, data() + spread.scales_at, to, leaders);
     }
 
     // What becomes of the block's tokens, to every rank; each in turn, by one warp. `slot`: of the first.
@@ -261,6 +295,8 @@ struct Sender {
         const bool compact = a.layout == RecvLayout::kCompact;
 #pragma unroll 1
         for (int t = own.begin; t < own.end; ++t) {
+            Choice next;
+            if (t + 1 < own.end) next = choice_of(t + 1);
             const int dst = slot.dst(), position = slot.expert.position;
             const bool chosen = slot.chosen();
             const uint32_t same = __match_any_sync(~0u, dst);
@@ -291,7 +327,7 @@ struct Sender {
             if (lane < a.num_topk) {
                 a.send_row[int64_t{t} * a.num_topk + lane] = !chosen ? -1 : compact ? number : turn;
             }
-            if (t + 1 < own.end) slot = slot_of(t + 1);
+            if (t + 1 < own.end) slot = slot_of(t + 1, next);
         }
     }
 
@@ -354,10 +390,10 @@ private:
         for (int line = 0; line * kLineUnits < units; line += device::LineLane::kAtOnce) {
             const int i = at.index(line);
             const bool here = (line + at.line) * kLineUnits < units;
-            device::Words w;
+            device::Words w{};
             if (!at.is_last() && i < units) {
                 w = device::words_of(
-                    ptx::ld_shared_v4((i < row_units ? piece.data : behind) + i * kUnitBytes));
+                    ptx::ld_shared_v4((i < row_units ? data() : behind) + i * kUnitBytes));
             }
             if (at.is_last()) w.b = stage.op.seq;
             __syncwarp();

@@ -30,15 +30,27 @@ struct Expert {
 
 struct StageSpread {
     Record record;
+    // Of a piece of a row, of its last piece, and behind each.
+    int32_t row_units, last_row_units, scale_units;
+    Runs taken;  // by warps that receive
+    Divisor pieces_of_row, places_of_source;
     int32_t tokens_per_block;
     int32_t tokens_at_once, turns;  // of a warp that has a lane for every slot; see turn_of_lane
     // Byte offsets.
     int32_t arena, control, first, experts, before, all, heard, prefix, pieces, end;
-    int32_t piece_bytes;  // of shared memory, for a warp
+    int32_t piece_bytes;  // of shared memory
+    int32_t buffers;      // for so many pieces of a warp: the next one is loaded meanwhile
     int32_t scales_at;    // in it, behind the piece as it is loaded
 
     StageSpread(const Shape& s, const DispatchArgs& a, int num_blocks)
         : record(record_of(a)),
+          row_units(record.piece_bytes / kUnitBytes),
+          last_row_units(static_cast<int32_t>(a.row_bytes() / kUnitBytes) -
+                         row_units * (record.num_pieces - 1)),
+          scale_units(static_cast<int32_t>(divide_up(record.scale_bytes, kUnitBytes))),
+          taken(record, s.num_ranks * a.num_tokens, int64_t{num_blocks} * kStageWarps),
+          pieces_of_row(record.num_pieces),
+          places_of_source(std::max<int64_t>(s.max_tokens, 1)),
           tokens_per_block(static_cast<int32_t>(divide_up(a.num_tokens, num_blocks))),
           tokens_at_once(32 / std::max(a.num_topk, 1)),
           turns(static_cast<int32_t>(divide_up(1 << 16, std::max(a.num_topk, 1)))) {
@@ -62,7 +74,14 @@ struct StageSpread {
         scales_at = static_cast<int32_t>(divide_up(record.piece_bytes / wire * source, 16) * 16);
         piece_bytes =
             static_cast<int32_t>(divide_up(scales_at + record.scale_bytes + 8, 128) * 128);
-        end = at + kStageWarps * piece_bytes;
+        // With one token a block no warp has two pieces, and memory is for the kernels beside this one.
+        constexpr int kMostBytes = 192 * 1024;
+        const bool fit = at + 2 * kStageWarps * piece_bytes <= kMostBytes;
+        buffers = tokens_per_block * record.num_pieces > kStageWarps && fit ? 2 : 1;
+        end = at + buffers * kStageWarps * piece_bytes;
+    }
+    EP_HD int row_units_of(int piece) const {
+        return piece + 1 == record.num_pieces ? last_row_units : row_units;
     }
     // lane / num_topk
     EP_HD int turn_of_lane(int lane) const { return lane * turns >> 16; }

@@ -160,6 +160,8 @@ inline uint4 ld_shared_v4(const void* addr) {
     return v;
 }
 
+inline void st_global_v4(void* addr, const uint4& v) { std::memcpy(addr, &v, 16); }
+
 inline uint16_t cvt_rn_satfinite_e4m3x2(float upper, float lower) {
     return emulator::e4m3x2(upper, lower);
 }
