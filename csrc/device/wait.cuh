@@ -429,4 +429,25 @@ __device__ __noinline__ bool wait_own(const Watch& watch, Operation op, int from
     return true;
 }
 
+// The same by a warp whose registers are full: it calls nothing but what it leaves after.
+template <class Have>
+__device__ __forceinline__ bool wait_own_together(const Watch& watch, Operation op, int from,
+                                                  Have have) {
+    if (__all_sync(~0u, have())) return true;
+    const Awaited awaited{Site::kRows, from, 1};
+    const int64_t limit = limit_of(watch, awaited);
+    const uint64_t start = ptx::globaltimer();
+#pragma unroll 1
+    for (int turn = 1; !__all_sync(~0u, have()); ++turn) {
+        if (turn % kLookEvery != 0) continue;
+        const uint64_t waited = ptx::globaltimer() - start;
+        const bool over = gave_up(watch);
+        const bool late = limit >= 0 && waited > static_cast<uint64_t>(limit);
+        if (!__any_sync(~0u, over || late)) continue;
+        if (late && !over) give_up(watch, op, kStalled, awaited, 0, waited);
+        return false;
+    }
+    return true;
+}
+
 }  // namespace ep::device

@@ -32,6 +32,11 @@
 
 namespace ep::kernels {
 
+// Slices are wider than in pull.cu, so that rows of 14 KiB leave warps for a third group: who feeds takes longer
+// for a piece than adders do.
+constexpr int kWideSliceBytes = kMaxPieceBytes / 4;
+static_assert(kWideSliceBytes % (16 * 32) == 0, "whole units of all lanes");
+
 // How the shared memory and the warps of a block are divided.
 struct HybridGroups {
     int count, pullers;  // groups; those that work for other nodes come first
@@ -47,7 +52,7 @@ struct HybridGroups {
 struct GroupTables {
     uint64_t loaded[kMaxStages], used[kMaxStages];
     uint64_t met;  // where the adders meet, once a chunk is whole
-    uint32_t met_parity[kMaxPieceBytes / kSliceBytes];  // of each adder
+    uint32_t met_parity[kMaxPieceBytes / kWideSliceBytes];  // of each adder
     StageRing ring;
     uint64_t seq;  // of the operation, for who feeds
     Uninitialized<Fed> fed;
@@ -66,6 +71,9 @@ struct HybridCombine {
 };
 
 // ---- the warps that add ----
+
+template <DType kDtype>
+using Wide = Sums<kDtype, kWideSliceBytes>;
 
 // What calls functions of a rail is out of line and has no object of an adder by reference, so that adders keep
 // theirs in registers.
@@ -108,52 +116,71 @@ struct Adder {
     int first;  // byte of its slice in a piece
     Lap lap{};
 
-    // Sum after sum, until the feeder says stop. False: leave.
+    // Sum after sum, until the feeder says stop. While a sum is in registers nothing is called that comes back.
+    // False: leave.
     __device__ __forceinline__ bool run() {
-        Sums<kDtype> sums;
+        Wide<kDtype> sums;
         sums.first = first + 16 * static_cast<int>(ptx::lane_id());
 #pragma unroll 1
         while (true) {
-            if (!await_piece()) return false;
-            const int32_t flags = group.pieces[lap.stage].flags;
-            if (flags & Piece::kStop) return true;
-            if (!(flags & Piece::kForRail)) credit(group.handovers[lap.stage].get());
-            const Piece piece = group.pieces[lap.stage];
+            if (!await_sum()) return false;
+            Piece piece = group.pieces[lap.stage];
+            if (piece.flags & Piece::kStop) return true;
             const bool for_rail = (piece.flags & Piece::kForRail) != 0;
-            if (piece.flags & Piece::kFirst) {
-                if (for_rail) {
-                    sums.clear();
-                } else {
-                    sums.start(h.job.args, piece);
-                }
+            if (for_rail) {
+                sums.clear();
+            } else {
+                sums.start(h.job.args, piece);
             }
-            if (piece.flags & Piece::kRow) add(sums, piece);
-            const bool is_last = (piece.flags & Piece::kLast) != 0;
-            Handover whole;
-            if (is_last && for_rail) whole = group.handovers[lap.stage].get();
-            __syncwarp();  // all have read; the fence that follows is the feeder's
-            if (ptx::lane_id() == 0) ptx::mbarrier_arrive(group.used + lap.stage);
-            lap.next(group.ring.num_stages);
-            if (!is_last) continue;
+            Handover chunk;  // of a rail's last piece; of a token's n-th, which lane n keeps
+#pragma unroll 1
+            for (int n = 0;; ++n) {
+                if (piece.flags & Piece::kRow) add(sums, piece);
+                const bool is_last = (piece.flags & Piece::kLast) != 0;
+                if (for_rail ? is_last : n == static_cast<int>(ptx::lane_id())) {
+                    chunk = group.handovers[lap.stage].get();
+                }
+                __syncwarp();  // all have read; the fence that follows is the feeder's
+                if (ptx::lane_id() == 0) ptx::mbarrier_arrive(group.used + lap.stage);
+                lap.next(group.ring.num_stages);
+                if (is_last) break;
+                if (!await_more()) return false;
+                piece.flags = group.pieces[lap.stage].flags;
+                piece.weight = group.pieces[lap.stage].weight;
+            }
             sums.finish(for_rail ? address_of(piece) : h.job.args.out + piece.at, piece.bytes);
-            if (whole.node >= 0 && !hand_over(whole)) return false;
+            if (!for_rail) {
+                credit(chunk);
+            } else if (chunk.node >= 0 && !hand_over(chunk)) {
+                return false;
+            }
         }
     }
 
 private:
     __device__ const RankView& view() const { return h.job.view; }
-    __device__ int number() const { return first / kSliceBytes; }  // of the adders of the group
+    __device__ int number() const { return first / kWideSliceBytes; }  // of the adders of the group
     __device__ Operation op() const { return {OpKind::kCombine, seq}; }
 
-    // A piece may be long in coming: what was put but held back goes out before. All lanes come to the same.
-    __device__ __forceinline__ bool await_piece() const {
+    // The first piece of a sum. It may be long in coming, and a token's others may depend on what our peers
+    // have from us: what was put but held back goes out before. All lanes come to the same.
+    __device__ __forceinline__ bool await_sum() const {
         uint64_t* loaded = group.loaded + lap.stage;
-        if (__all_sync(~0u, ptx::mbarrier_try_wait_parity(loaded, lap.parity))) return true;
+        const bool here = __all_sync(~0u, ptx::mbarrier_try_wait_parity(loaded, lap.parity));
+        if (here && (group.pieces[lap.stage].flags & Piece::kForRail) != 0) return true;
         h.rail.flush();
-        return __all_sync(~0u, await_barrier(view(), op(), loaded, lap.parity));
+        return here || __all_sync(~0u, await_barrier(view(), op(), loaded, lap.parity));
+    }
+    // Its others are under way, or will be once there are stages for them.
+    __device__ __forceinline__ bool await_more() const {
+        uint64_t* loaded = group.loaded + lap.stage;
+        const uint32_t parity = lap.parity;
+        return device::wait_own_together(view().watch, op(), view().peers.rank, [loaded, parity] {
+            return ptx::mbarrier_try_wait_parity(loaded, parity);
+        });
     }
 
-    __device__ __forceinline__ void add(Sums<kDtype>& sums, const Piece& piece) const {
+    __device__ __forceinline__ void add(Wide<kDtype>& sums, const Piece& piece) const {
         const std::byte* data = group.ring.data + lap.stage * group.ring.piece_bytes;
         const float weight = piece.weight;
         if (h.job.args.source_weighs()) {
@@ -170,9 +197,13 @@ private:
                static_cast<uint32_t>(number());
     }
 
+    // Each lane the chunk it keeps. Nobody waits for credits of a sum that is not complete: the feeder puts
+    // none of a token's pieces before all its chunks have come.
     __device__ __forceinline__ void credit(const Handover& chunk) const {
-        if (chunk.node < 0 || !is_turn(chunk) || ptx::lane_id() != 0) return;
-        credit_piece(h, chunk.node, chunk.amount, chunk.count);
+        if (chunk.node >= 0 && is_turn(chunk)) {
+            credit_piece(h, chunk.node, chunk.amount, chunk.count);
+        }
+        __syncwarp();
     }
 
     // A chunk is whole once every adder has written its slices: then one of them hands it over.
@@ -268,7 +299,7 @@ __device__ __forceinline__ bool work(const HybridCombine<R>& h, GroupTables* tab
     const int warp = threadIdx.x / 32, group = warp / (groups.adders + 1);
     const int adder = warp % (groups.adders + 1) - 1;  // -1: feeds
     GroupTables& own = tables[group];
-    if (adder >= 0) return Adder<kDtype, R>{h, seq, own, adder * kSliceBytes}.run();
+    if (adder >= 0) return Adder<kDtype, R>{h, seq, own, adder * kWideSliceBytes}.run();
     if (ptx::lane_id() == 0) own.seq = seq, own.fed.get() = {};
     __syncwarp();
     if (group < groups.pullers && !feed_sums(h, own, group)) return false;
@@ -350,25 +381,31 @@ HybridCombineKernel<R> hybrid_combine_for(DType dtype) {
 
 // ---- how wide ----
 
-// `smem_bytes`: of a block, dynamic.
-inline HybridGroups divide_groups(const CombineArgs& a, int num_ranks, int tables_end,
-                                  int smem_bytes) {
-    // Rows in equal pieces; as many groups as there are warps for, half of them for other nodes.
+// Rows in equal pieces; as many groups as there are warps for, half of them for other nodes.
+inline HybridGroups divide_warps(const CombineArgs& a) {
     const int64_t row_bytes = std::max<int64_t>(a.row_bytes(), 16);
     const int64_t pieces = (row_bytes + kMaxPieceBytes - 1) / kMaxPieceBytes;
     const auto piece = static_cast<int>((row_bytes / 16 + pieces - 1) / pieces * 16);
     HybridGroups g{};
-    g.adders = (piece + kSliceBytes - 1) / kSliceBytes;
+    g.adders = (piece + kWideSliceBytes - 1) / kWideSliceBytes;
     g.count = std::min(kMaxGroups, kMaxPullWarps / (g.adders + 1));
     g.pullers = g.count / 2;
     g.piece_bytes = (piece + 127) / 128 * 128;
+    return g;
+}
+
+// `smem_bytes`: of a block, dynamic.
+inline HybridGroups divide_groups(const CombineArgs& a, int num_ranks, int tables_end,
+                                  int smem_bytes) {
+    HybridGroups g = divide_warps(a);
     g.sources = tables_end;
     g.rings = (tables_end + static_cast<int>(sizeof(Source)) * num_ranks + 127) / 128 * 128;
     const int room = smem_bytes - g.rings;
     g.num_stages = std::clamp(room / (g.count * g.piece_bytes), 1, kMaxStages);
     return g;
 }
-static_assert(kMaxPullWarps / (kMaxPieceBytes / kSliceBytes + 1) >= 2, "a group for each purpose");
+static_assert(kMaxPullWarps / (kMaxPieceBytes / kWideSliceBytes + 1) >= 2,
+              "a group for each purpose");
 
 // plan: num_blocks; num_stages of a group at most, 0 = as many as there is room for.
 template <device::Rail R>
@@ -378,8 +415,8 @@ int launch_hybrid_combine(const R& rail, const CombineJob& job, RailView rails,
     const int blocks = std::clamp(plan.num_blocks, 1, rails.shape.num_channels);
     rails.num_blocks = blocks;
     rails.tokens_per_block = static_cast<int>((a.num_tokens + blocks - 1) / blocks);
-    // Tables are sized for the pullers there may be at most.
-    const auto begin = static_cast<int>(sizeof(GroupTables)) * kMaxGroups;
+    // Tables of rails are sized for the pullers there may be at most.
+    const int begin = static_cast<int>(sizeof(GroupTables)) * divide_warps(a).count;
     const RailSpread spread(rails.shape, begin, blocks, kMaxGroups / 2);
     HybridGroups groups = divide_groups(a, job.view.shape.num_ranks, spread.end, smem_bytes);
     if (plan.num_stages > 0) groups.num_stages = std::min(groups.num_stages, plan.num_stages);

@@ -131,19 +131,20 @@ private:
 };
 
 // A slice of the result in the registers of a warp.
-template <DType kDtype>
+template <DType kDtype, int kBytes = kSliceBytes>
 struct Sums {
-    static constexpr int kUnits = kSliceBytes / (16 * 32);
+    static constexpr int kUnits = kBytes / (16 * 32);
     device::Unit<kDtype> unit[kUnits];
     int first;  // byte of this lane's first unit in a piece
 
-    // f(unit, byte offset in the piece) for the units of this lane that lie in it.
+    // f(unit, bytes behind the first one) for the units of this lane that lie in the piece. What differs between
+    // units is constant, so that no registers hold it.
     template <class F>
     __device__ __forceinline__ void each(int bytes, F f) {
+        const int left = bytes - first;
 #pragma unroll
         for (int u = 0; u < kUnits; ++u) {
-            const int at = first + 16 * 32 * u;
-            if (at < bytes) f(u, at);
+            if (16 * 32 * u < left) f(u, 16 * 32 * u);
         }
     }
 
@@ -156,10 +157,11 @@ struct Sums {
         clear();
         const std::byte* bias = a.bias0 != nullptr ? a.bias0 : a.bias1;
         if (bias == nullptr) return;
+        const int64_t begin = piece.at + first;
         each(piece.bytes, [&](int u, int at) {
-            unit[u].set(*reinterpret_cast<const uint4*>(bias + piece.at + at));
+            unit[u].set(*reinterpret_cast<const uint4*>(bias + begin + at));
             if (a.bias0 == nullptr || a.bias1 == nullptr) return;
-            unit[u].add(*reinterpret_cast<const uint4*>(a.bias1 + piece.at + at));
+            unit[u].add(*reinterpret_cast<const uint4*>(a.bias1 + begin + at));
         });
     }
 
@@ -167,10 +169,12 @@ struct Sums {
     template <class Add>
     __device__ __forceinline__ void add(const std::byte* data, int bytes, Add add_to) {
         uint4 bits[kUnits];
+        data += first;
         each(bytes, [&](int u, int at) { bits[u] = ptx::ld_shared_v4(data + at); });
         each(bytes, [&](int u, int) { add_to(unit[u], bits[u]); });
     }
     __device__ __forceinline__ void finish(std::byte* out, int bytes) {
+        out += first;
         each(bytes,
              [&](int u, int at) { *reinterpret_cast<uint4*>(out + at) = unit[u].rounded(); });
     }
