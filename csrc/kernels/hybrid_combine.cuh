@@ -70,6 +70,18 @@ struct HybridCombine {
     R rail;
 };
 
+// The kernel's parameter, in static memory of a block, and the tables of groups. Functions out of line find them
+// by themselves: through a reference they would not know that it is shared memory, and take more registers
+// and twice the instructions to read it.
+template <device::Rail R>
+__device__ __forceinline__ Uninitialized<HybridCombine<R>>& parameter() {
+    __shared__ Uninitialized<HybridCombine<R>> copy;
+    return copy;
+}
+__device__ __forceinline__ GroupTables& tables_of(int group) {
+    return reinterpret_cast<GroupTables*>(ptx::dynamic_shared())[group];
+}
+
 // ---- the warps that add ----
 
 template <DType kDtype>
@@ -274,7 +286,9 @@ __device__ __forceinline__ RingWalk<R> walk_of(const HybridCombine<R>& h, uint64
 
 // The roles of a warp, out of line: with registers of their own.
 template <device::Rail R>
-__device__ __noinline__ bool feed_sums(const HybridCombine<R>& h, GroupTables& tables, int group) {
+__device__ __noinline__ bool feed_sums(int group) {
+    const HybridCombine<R>& h = parameter<R>().get();
+    GroupTables& tables = tables_of(group);
     const RingWalk<R> walk = walk_of(h, tables.seq, group);
     const Planner planner(h.job, tables.seq, sources_of(h));
     const StageRing ring = ring_of(h, tables, group);
@@ -282,8 +296,9 @@ __device__ __noinline__ bool feed_sums(const HybridCombine<R>& h, GroupTables& t
 }
 
 template <device::Rail R>
-__device__ __noinline__ bool feed_tokens(const HybridCombine<R>& h, GroupTables& tables, int group,
-                                         int* next) {
+__device__ __noinline__ bool feed_tokens(int group, int* next) {
+    const HybridCombine<R>& h = parameter<R>().get();
+    GroupTables& tables = tables_of(group);
     const RingWalk<R> walk = walk_of(h, tables.seq, group);
     const Planner planner(h.job, tables.seq, sources_of(h));
     const StageRing ring = ring_of(h, tables, group);
@@ -293,31 +308,29 @@ __device__ __noinline__ bool feed_tokens(const HybridCombine<R>& h, GroupTables&
 
 // What each warp does once the call is known to be good. False: leave.
 template <DType kDtype, device::Rail R>
-__device__ __forceinline__ bool work(const HybridCombine<R>& h, GroupTables* tables,
-                                     const uint64_t& seq, int* next_token) {
+__device__ __forceinline__ bool work(const HybridCombine<R>& h, const uint64_t& seq,
+                                     int* next_token) {
     const HybridGroups& groups = h.groups;
     const int warp = threadIdx.x / 32, group = warp / (groups.adders + 1);
     const int adder = warp % (groups.adders + 1) - 1;  // -1: feeds
-    GroupTables& own = tables[group];
+    GroupTables& own = tables_of(group);
     if (adder >= 0) return Adder<kDtype, R>{h, seq, own, adder * kWideSliceBytes}.run();
     if (ptx::lane_id() == 0) own.seq = seq, own.fed.get() = {};
     __syncwarp();
-    if (group < groups.pullers && !feed_sums(h, own, group)) return false;
-    return feed_tokens(h, own, group, next_token);
+    if (group < groups.pullers && !feed_sums<R>(group)) return false;
+    return feed_tokens<R>(group, next_token);
 }
 
 template <DType kDtype, device::Rail R>
 __global__ void __launch_bounds__(kMaxPullWarps * 32, 1)
     hybrid_combine_kernel(const __grid_constant__ HybridCombine<R> given) {
-    __shared__ Uninitialized<HybridCombine<R>> copy;
     __shared__ Uninitialized<Entering> entering;
     __shared__ int next_token;  // of the block's, for groups that add up tokens
-    const HybridCombine<R>& h = in_shared(given, copy);
+    const HybridCombine<R>& h = in_shared(given, parameter<R>());
     Entering& in = entering.get();
     const CombineJob& job = h.job;
     const RankView& view = job.view;
     const HybridGroups& groups = h.groups;
-    auto* tables = reinterpret_cast<GroupTables*>(ptx::dynamic_shared());  // of each group
     const int warp = threadIdx.x / 32;
     const bool publishes = blockIdx.x == 0;
     init_told(given.job.begin, in);
@@ -327,7 +340,7 @@ __global__ void __launch_bounds__(kMaxPullWarps * 32, 1)
         if (publishes) open_outbox(h.rail, h.rails, in);
     }
     if (warp < groups.count && static_cast<int>(ptx::lane_id()) < groups.num_stages) {
-        GroupTables& t = tables[warp];
+        GroupTables& t = tables_of(warp);
         if (ptx::lane_id() == 0) {
             t.ring = ring_of(h, t, warp);
             ptx::mbarrier_init(&t.met, groups.adders);
@@ -356,7 +369,7 @@ __global__ void __launch_bounds__(kMaxPullWarps * 32, 1)
                         h.rails.state.taken);
     }
     if (!ok) return;
-    if (in.first_bad == kNoObjection) ok = work<kDtype>(h, tables, in.seq, &next_token);
+    if (in.first_bad == kNoObjection) ok = work<kDtype>(h, in.seq, &next_token);
     h.rail.flush();
     if (!__syncthreads_and(ok) || warp != 0) return;
     if (ptx::lane_id() == 0) count_block(view);
