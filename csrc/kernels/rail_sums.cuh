@@ -73,9 +73,7 @@ private:
         const int j = walk_.chunk_of(q), total = walk_.records_of(ring);
         const uint64_t count = walk_.count_of(q);
         const int records = chunks.in_chunk(j, total), piece = j % chunks.pieces;
-        const int64_t first =
-            walk_.tables().base[walk_.index_of(ring)] +
-            (chunks.pieces == 1 ? int64_t{j} * chunks.records : j / chunks.pieces);
+        const int base = walk_.tables().base[walk_.index_of(ring)], first = base + record_of(j);
         const auto chunk = reinterpret_cast<int64_t>(device::rail_stage(
             walk_.rail, walk_.tables().mapped[ring.node],
             layout().recv_chunk(ring.node, walk_.my_node(), ring.channel, count),
@@ -88,7 +86,12 @@ private:
 #pragma unroll 1
         for (int r0 = 0; r0 < records; r0 += planner_.per_turn) {
             const int mine = r0 + planner_.token;
-            const Plan plan = plan_logged(first + mine, mine < records, piece == 0,
+            const Logged slots = ahead_from_ == first + r0 ? ahead_ : read_log(first + r0);
+            ahead_from_ = r0 + planner_.per_turn < records
+                              ? first + r0 + planner_.per_turn
+                              : base + record_of(j + walk_.spread.num_walkers);
+            ahead_ = read_log(ahead_from_);
+            const Plan plan = plan_logged(slots, first + mine, mine < records, piece == 0,
                                           chunk + mine * chunks.record_bytes());
             if (!plan.ok) return false;
 #pragma unroll 1
@@ -104,22 +107,47 @@ private:
         return true;
     }
 
+    // What a lane knows of its slot of a logged record, read ahead: while rows before it are fed, most likely
+    // those of the same ring.
+    struct Logged {
+        int32_t expert = -1, row = -1;
+        float weight = 1.0f;
+    };
+    // Of records from `first` on.
+    __device__ Logged read_log(int first) const {
+        const RailView& rails = walk_.rails;
+        const RailLog log{num_topk_, rails.log_has_weights};
+        const int64_t index = int64_t{first} + planner_.token;
+        Logged s;
+        if (planner_.token < planner_.per_turn && index < rails.num_logged) {
+            const int32_t* kept = rails.log + index * log.words();
+            s.expert = kept[log.expert(planner_.slot)];
+            s.row = kept[log.row(planner_.slot)];
+            if (args().source_weighs()) s.weight = __int_as_float(kept[log.weight(planner_.slot)]);
+        }
+        return s;
+    }
+    // Where chunk j of a ring begins among its records.
+    __device__ int record_of(int j) const {
+        const RailChunks& chunks = walk_.chunks;
+        return chunks.pieces == 1 ? j * chunks.records : j / chunks.pieces;
+    }
+
     // The rows of the token that left record `index` here, by the lanes of its slots; and the weights that
     // go back with it, to the address `record`.
-    __device__ Plan plan_logged(int64_t index, bool wanted, bool with_weights,
+    __device__ Plan plan_logged(const Logged& slot, int64_t index, bool wanted, bool with_weights,
                                 int64_t record) const {
         const CombineArgs& a = args();
         const RankView& view = planner_.job.view;
-        const RailLog log{a.num_topk, walk_.rails.log_has_weights};
         bool bad = wanted && index >= walk_.rails.num_logged;
         int owner = -1, row = -1;
         float weight = 1.0f;
         if (wanted && !bad && planner_.token < planner_.per_turn) {
-            const int32_t* kept = walk_.rails.log + index * log.words();
-            const int32_t expert = kept[log.expert(planner_.slot)];
-            row = kept[log.row(planner_.slot)];
-            if (a.source_weighs()) weight = __int_as_float(kept[log.weight(planner_.slot)]);
-            if (expert >= 0) owner = walk_.nodes().rank(walk_.my_node(), rank_of_expert(expert));
+            row = slot.row;
+            weight = slot.weight;
+            if (slot.expert >= 0) {
+                owner = walk_.nodes().rank(walk_.my_node(), rank_of_expert(slot.expert));
+            }
             bad = owner >= view.peers.near_end || (owner >= 0 && row < 0);
         }
         if (bad) {  // a tensor of the handle was changed since
@@ -171,6 +199,8 @@ private:
     const int piece_bytes_, num_topk_;
     Handover* handovers_;
     RingFeeder ring_;
+    Logged ahead_;
+    int ahead_from_ = -1;  // the first record of these
 };
 
 }  // namespace ep::kernels
