@@ -1,4 +1,4 @@
-"""Kernel times of the nvlink backend with all ranks on one GPU.
+"""Kernel times of the nvlink backend with all ranks on one GPU, and across nodes that it pretends.
 
 What one GPU can tell: how long each kernel takes when the link is no limit. Nothing here is a wire
 speed. Every kernel of the call is listed; notify includes the exchange between the ranks, which is
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
 import sys
 from collections import defaultdict
@@ -32,9 +33,9 @@ Work = Callable[[int], Any]
 class Bench:
     """A cluster, its inputs, and rounds in which every rank does the same."""
 
-    def __init__(self, tokens: int) -> None:
+    def __init__(self, tokens: int, num_nodes: int = 1) -> None:
         self.tokens = tokens
-        self.cluster = Cluster(1, NUM_RANKS, device="cuda")
+        self.cluster = Cluster(num_nodes, NUM_RANKS // num_nodes, device="cuda")
         self.buffers = self.cluster.make_buffers(
             num_experts=NUM_EXPERTS,
             num_topk=NUM_TOPK,
@@ -87,9 +88,9 @@ class Bench:
                 self.round(work)
         kernels = defaultdict(list)
         for event in seen.events():
-            name = event.name.replace("ep::kernels::(anonymous namespace)::", "")
+            name = event.name.replace("(anonymous namespace)::", "").replace("ep::kernels::", "", 1)
             if event.name != name:
-                kernels[name.removeprefix("void ").partition("(ep::")[0]].append(event.device_time)
+                kernels[re.split(r"[<(]", name.removeprefix("void "))[0]].append(event.device_time)
         for name, times in kernels.items():
             line = {
                 "case": case,
@@ -133,16 +134,55 @@ def many_tokens() -> None:
     bench.close()
 
 
-def few_tokens() -> None:
-    bench = Bench(128)
-    recv = bench.round(bench.dispatch(sync=False))
-    y = [b.empty(r.x.shape, r.x.dtype) for b, r in zip(bench.buffers, recv, strict=True)]
-    bench.measure("dispatch bf16 static", bench.dispatch(sync=False, num_sms=32), 32)
-    combine = lambda r: bench.buffers[r].combine(y[r], recv[r].handle, num_sms=32)  # noqa: E731
-    bench.measure("combine bf16 from the arena", combine, 32)
+def few_tokens(tokens: int) -> None:
+    bench = Bench(tokens)
+    for sms in (8, 16, 32, 64):
+        small_calls(bench, sms)
     bench.close()
+
+
+def small_calls(bench: Bench, sms: int) -> None:
+    room = NUM_RANKS * bench.tokens * NUM_TOPK * 4 // NUM_EXPERTS + 16  # as bench/nvlink_latency.py
+    compact = bench.dispatch(sync=False, num_sms=sms)
+    slab = bench.dispatch(sync=False, num_sms=sms, layout="slab", capacity=room, quantize="fp8")
+    rows, slabs = bench.round(compact), bench.round(slab)
+    y = [b.empty(r.x.shape, r.x.dtype) for b, r in zip(bench.buffers, rows, strict=True)]
+    z = [torch.zeros(r.x.shape, dtype=torch.bfloat16, device="cuda") for r in slabs]
+    weights = [r.topk_weights for r in slabs]
+
+    def combine(r: int) -> Any:
+        return bench.buffers[r].combine(y[r], rows[r].handle, num_sms=sms)
+
+    def slabs_back(r: int, **options: Any) -> Any:
+        return bench.buffers[r].combine(z[r], slabs[r].handle, num_sms=sms, **options)
+
+    bench.measure("dispatch bf16 static", compact, sms)
+    bench.measure("combine bf16 from the arena", combine, sms)
+    bench.measure("dispatch bf16 to fp8 slabs", slab, sms)
+    per_rank = lambda r: slabs_back(r, per_rank=True, row_weights=weights[r])  # noqa: E731
+    bench.measure("combine of slabs per rank", per_rank, sms)
+    unreduced = lambda r: slabs_back(r, weighted=True, order="topk")  # noqa: E731
+    bench.measure("combine of slabs, unreduced", unreduced, sms)
+
+
+def across_nodes() -> None:
+    bench = Bench(4096, num_nodes=NUM_RANKS)
+    for sms in (8, 12, 20):
+        calls_across_nodes(bench, sms)
+    bench.close()
+
+
+def calls_across_nodes(bench: Bench, sms: int) -> None:
+    dispatch = bench.dispatch(num_sms=sms)
+    recv = bench.round(dispatch)
+    y = [b.empty(r.x.shape, r.x.dtype) for b, r in zip(bench.buffers, recv, strict=True)]
+    bench.measure("dispatch bf16 across nodes", dispatch, sms)
+    combine = lambda r: bench.buffers[r].combine(y[r], recv[r].handle, num_sms=sms)  # noqa: E731
+    bench.measure("combine bf16 across nodes", combine, sms)
 
 
 if __name__ == "__main__":
     many_tokens()
-    few_tokens()
+    few_tokens(32)
+    few_tokens(128)
+    across_nodes()
