@@ -88,9 +88,10 @@ class Bench:
                 self.round(work)
         kernels = defaultdict(list)
         for event in seen.events():
-            name = event.name.replace("(anonymous namespace)::", "").replace("ep::kernels::", "", 1)
-            if event.name != name:
-                kernels[re.split(r"[<(]", name.removeprefix("void "))[0]].append(event.device_time)
+            name = event.name.replace("(anonymous namespace)::", "").removeprefix("void ")
+            if name.startswith("ep::kernels::"):
+                kernel = re.split(r"[<(]", name.removeprefix("ep::kernels::"))[0]
+                kernels[kernel].append(event.device_time)
         for name, times in kernels.items():
             line = {
                 "case": case,
