@@ -9,6 +9,7 @@
 #include "device/ptx.cuh"
 #include "device/wait.cuh"
 #include "kernels/enter.cuh"
+#include "kernels/notices.cuh"
 
 namespace ep::kernels {
 

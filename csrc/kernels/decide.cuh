@@ -13,6 +13,8 @@
 #include "device/ptx.cuh"
 #include "kernels/count.cuh"
 #include "kernels/enter.cuh"
+#include "kernels/leave.cuh"
+#include "kernels/notices.cuh"
 #include "kernels/place.cuh"
 #include "kernels/tables.cuh"
 

@@ -19,6 +19,7 @@
 #include "device/ptx.cuh"
 #include "device/rail.cuh"
 #include "kernels/enter.cuh"
+#include "kernels/notices.cuh"
 #include "kernels/rail_notice.cuh"
 #include "kernels/stage.cuh"
 #include "kernels/stage_masks.cuh"

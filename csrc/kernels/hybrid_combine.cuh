@@ -21,6 +21,8 @@
 #include "kernels/contribution.cuh"
 #include "kernels/enter.cuh"
 #include "kernels/launch.cuh"
+#include "kernels/leave.cuh"
+#include "kernels/notices.cuh"
 #include "kernels/outputs.cuh"
 #include "kernels/rail_kernels.h"
 #include "kernels/rail_notice.cuh"

@@ -13,6 +13,7 @@
 #include "kernels/direct.cuh"
 #include "kernels/enter.cuh"
 #include "kernels/launch.cuh"
+#include "kernels/leave.cuh"
 #include "kernels/rail_notice.cuh"
 
 namespace ep::kernels {

@@ -6,6 +6,7 @@
 #include "device/wait.cuh"
 #include "kernels/enter.cuh"
 #include "kernels/launch.cuh"
+#include "kernels/leave.cuh"
 
 namespace ep::kernels {
 namespace {

@@ -8,6 +8,7 @@
 #include "contract/gpu.h"
 #include "device/ptx.cuh"
 #include "kernels/enter.cuh"
+#include "kernels/notices.cuh"
 
 namespace ep::kernels {
 

@@ -10,6 +10,8 @@
 #include "device/wait.cuh"
 #include "kernels/contribution.cuh"
 #include "kernels/enter.cuh"
+#include "kernels/leave.cuh"
+#include "kernels/notices.cuh"
 
 namespace ep::kernels {
 

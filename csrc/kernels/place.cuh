@@ -13,6 +13,7 @@
 #include "device/ptx.cuh"
 #include "device/wait.cuh"
 #include "kernels/enter.cuh"
+#include "kernels/notices.cuh"
 #include "kernels/tables.cuh"
 
 namespace ep::kernels {

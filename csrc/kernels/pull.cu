@@ -14,6 +14,8 @@
 #include "kernels/contribution.cuh"
 #include "kernels/enter.cuh"
 #include "kernels/launch.cuh"
+#include "kernels/leave.cuh"
+#include "kernels/notices.cuh"
 #include "kernels/outputs.cuh"
 #include "kernels/stage_ring.cuh"
 #include "kernels/tuned.h"

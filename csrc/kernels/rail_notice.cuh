@@ -17,6 +17,7 @@
 #include "device/ptx.cuh"
 #include "device/rail.cuh"
 #include "kernels/enter.cuh"
+#include "kernels/notices.cuh"
 #include "kernels/rail_tables.cuh"
 
 namespace ep::kernels {

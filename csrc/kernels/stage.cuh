@@ -22,6 +22,7 @@
 #include "device/ptx.cuh"
 #include "device/wait.cuh"
 #include "kernels/enter.cuh"
+#include "kernels/leave.cuh"
 
 namespace ep::kernels {
 

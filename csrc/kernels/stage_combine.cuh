@@ -20,6 +20,8 @@
 #include "device/wait.cuh"
 #include "kernels/enter.cuh"
 #include "kernels/launch.cuh"
+#include "kernels/leave.cuh"
+#include "kernels/notices.cuh"
 #include "kernels/stage.cuh"
 #include "kernels/stage_masks.cuh"
 #include "kernels/stage_owner.cuh"

@@ -11,6 +11,7 @@
 #include "device/ptx.cuh"
 #include "device/wait.cuh"
 #include "kernels/enter.cuh"
+#include "kernels/notices.cuh"
 #include "kernels/stage_masks.cuh"
 #include "kernels/stage_tables.cuh"
 
