@@ -728,12 +728,16 @@ class Rails:
         role.steps += self.finish(r, seq)
 
     def add_token(self, role: Role, r: int, c: int, t: int, seq: int, extent: int) -> list[Step]:
-        s, steps = self.shape, []
+        """All its chunks are there before one is read, and are credited once all are added."""
+        s = self.shape
         ranks = s.tokens(r, c)[t]
+        arrivals: list[Step] = []
+        adds: list[Step] = []
+        credits: list[Step] = []
         for node in range(s.num_nodes):
             here = [p for p in s.on_node(node) if p in ranks]
             if node == s.node(r):
-                steps.append(
+                adds.append(
                     self.do(
                         f"adds rows of token {t}",
                         lambda v, here=here: self.pull(v, role, r, c, t, here, seq, extent),
@@ -742,8 +746,11 @@ class Rails:
                 )
             elif here:
                 tag = ("sum", seq, s.across(r, node), c, t)
-                steps += self.take(role, (r, node, c), tag)
-        return steps
+                arrival, *reads, credit = self.take(role, (r, node, c), tag)
+                arrivals.append(arrival)
+                adds += reads
+                credits.append(credit)
+        return arrivals + adds + credits
 
     # ---- at the end
 
