@@ -196,6 +196,7 @@ def check_received(got: Received, want: Received, *, computed: bool) -> None:
 STATIC = {"sync": False}
 GROUPED = {"layout": "grouped", "alignment": 4}
 SLAB = {"layout": "slab"}
+RUNS: dict[str, Any] = {"num_ranks": 2, "tokens": (MAX_TOKENS, 17), "hidden": 3584, "num_sms": 1}
 CASES = {
     "one-rank": Case(num_ranks=1, tokens=(33,)),
     "ep2": Case(num_ranks=2),
@@ -248,6 +249,12 @@ CASES = {
         dtype=torch.float16, hidden=1024, options={"quantize": "fp8_ue8m0", **GROUPED}
     ),
     "quantize-slab": Case(options={"quantize": "fp8", **SLAB}),
+    # So many pieces that a warp of a small batch takes several of a row, and loads ahead.
+    "runs-static": Case(**RUNS, options=STATIC),
+    "runs-static-fp32": Case(**RUNS, dtype=torch.float32, options=STATIC),
+    "runs-slab": Case(**RUNS, options=SLAB),
+    "runs-slab-scales": Case(**RUNS, dtype=torch.float8_e4m3fn, scales=torch.float32, options=SLAB),
+    "runs-quantize-slab": Case(**RUNS, options={"quantize": "fp8", **SLAB}),
 }
 
 
@@ -362,13 +369,15 @@ def check_combine(
 @pytest.mark.parametrize("max_tokens", [40, 1100], ids=["small-batches", "pulled"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("options", [GROUPED, {**SLAB, "capacity": 50}], ids=["grouped", "slab"])
+@pytest.mark.parametrize("shape", [{"hidden": 1032}, RUNS], ids=["short-rows", "runs"])
 def test_sums_by_owners_agree_with_the_reference(
     make_cluster: Callable[..., Cluster],
+    shape: dict[str, Any],
     options: dict[str, Any],
     dtype: torch.dtype,
     max_tokens: int,
 ) -> None:
-    case = Case(num_topk=6, dtype=dtype, hidden=1032, options=options)
+    case = Case(**shape, num_topk=6, dtype=dtype, options=options)
     inputs = case.inputs()
     want = want_dispatch(case, inputs)
     cluster = make_cluster(case.num_ranks, **{**case.buffer_options(), "max_tokens": max_tokens})
