@@ -18,31 +18,38 @@ Arena::Arena(int64_t capacity, std::shared_ptr<void> memory)
     if (capacity > 0) free_[0] = capacity;
 }
 
-std::optional<Extent> Arena::grant(int64_t bytes) {
+std::optional<Extent> Arena::grant(int64_t bytes, const std::vector<Extent>& but) {
     const int64_t rounded = round_to_extent(bytes);
     std::lock_guard lock(mutex_);
-    for (auto it = free_.begin(); it != free_.end(); ++it) {
-        if (it->second < rounded) continue;
-        const Extent extent{it->first, rounded};
-        const int64_t rest = it->second - rounded;
-        free_.erase(it);
-        if (rest > 0) free_[extent.offset + rounded] = rest;
-        used_[extent.offset] = rounded;
+    auto left_out = but.begin();
+    for (const auto& [offset, size] : free_) {
+        const int64_t begin = offset, end = offset + size;
+        int64_t at = begin;
+        for (; left_out != but.end() && left_out->offset < end; ++left_out) {
+            if (left_out->offset - at >= rounded) break;
+            at = std::max(at, left_out->offset + left_out->bytes);
+        }
+        if (end - at < rounded) continue;
+        free_.erase(begin);
+        if (at > begin) free_[begin] = at - begin;
+        if (at + rounded < end) free_[at + rounded] = end - at - rounded;
+        used_[at] = rounded;
         in_use_ += rounded;
         peak_ = std::max(peak_, in_use_);
-        return extent;
+        return Extent{at, rounded};
     }
     return std::nullopt;
 }
 
-void Arena::give_back(int64_t offset) {
+Extent Arena::give_back(int64_t offset) {
     std::lock_guard lock(mutex_);
     const auto used = used_.find(offset);
-    if (used == used_.end()) return;
+    if (used == used_.end()) return {};
     const int64_t bytes = used->second;
     in_use_ -= bytes;
     used_.erase(used);
     put_free(offset, bytes);
+    return {offset, bytes};
 }
 
 void Arena::trim(int64_t offset, int64_t bytes) {

@@ -28,9 +28,11 @@ public:
     // `memory` is what the extents lie in; it lives as long as the arena and every extent held.
     explicit Arena(int64_t capacity, std::shared_ptr<void> memory = nullptr);
 
-    // The lowest extent of at least `bytes`, or nothing when no free range is long enough.
-    std::optional<Extent> grant(int64_t bytes);
-    void give_back(int64_t offset);
+    // The lowest extent of at least `bytes`, or nothing when no free range is long enough. Nothing of `but`,
+    // which is in ascending order.
+    std::optional<Extent> grant(int64_t bytes, const std::vector<Extent>& but = {});
+    // What that was; empty: nobody had it.
+    Extent give_back(int64_t offset);
     // Shortens a granted extent to what it turned out to need.
     void trim(int64_t offset, int64_t bytes);
     // The granted extent that holds [offset, offset + bytes), if there is one.

@@ -2,8 +2,10 @@
 //
 // A dying tensor only puts its extent on a list, from any thread, also during a capture or a garbage
 // collection. The next grant marks how far other streams have come that were declared for it, and takes it
-// back once they have got there. No stream waits for another as long as there is memory besides: what is
-// queued on that one may wait for what is queued on this one, here or at a peer.
+// back once they have got there. Work on its own stream runs behind what is queued there, so that one gets
+// the memory at once; another stream gets it only when that is over. No stream waits for another as long as
+// there is memory besides: what is queued on that one may wait for what is queued on this one, here or at a
+// peer.
 #pragma once
 
 #include <cstddef>
@@ -56,14 +58,24 @@ private:
         int64_t offset;
         std::vector<User> users;  // that may not have got there
     };
+    // Free memory for work on one stream; for other streams once that has got there.
+    struct Early {
+        Extent range;
+        User user;
+    };
     class Marks;
     void retire(int64_t offset, const std::vector<Stream>& streams);
-    void collect(Stream stream, bool capturing, bool waits);
+    void collect(Stream stream, bool capturing, bool waits, Marks& marks);
+    void take_over(Stream stream, bool capturing, Marks& marks);
+    std::optional<Extent> grant_now(int64_t bytes, Stream stream, bool capturing, Marks& marks);
+    void give_back_early(const Extent& range, const User& user);
 
     std::shared_ptr<DeviceMemory> memory_;
     Arena extents_;
     std::mutex mutex_;
     std::vector<Retired> retired_;
+    std::mutex granting_;
+    std::vector<Early> early_;  // ranges do not overlap
 };
 
 // An extent held by tensors; the last one to die retires it.

@@ -15,49 +15,7 @@ DeviceArena::DeviceArena(std::shared_ptr<DeviceMemory> memory)
 
 DeviceArena::~DeviceArena() = default;
 
-std::shared_ptr<StreamHold> DeviceArena::grant(int64_t bytes, Stream stream) {
-    return grant(bytes, stream, is_capturing(stream));
-}
-
-std::shared_ptr<StreamHold> DeviceArena::grant(int64_t bytes, Stream stream, bool capturing) {
-    release_dropped(this);
-    collect(stream, capturing, false);
-    auto extent = extents_.grant(bytes);
-    if (!extent) {
-        collect(stream, capturing, true);
-        extent = extents_.grant(bytes);
-    }
-    if (!extent) return nullptr;
-    auto hold = std::make_shared<StreamHold>(shared_from_this(), *extent, stream);
-    if (capturing) keep_in_graph(stream, hold, this);
-    return hold;
-}
-
-int64_t DeviceArena::reclaim(Stream stream) {
-    release_dropped(this);
-    collect(stream, is_capturing(stream), true);
-    return extents_.stats().largest_free;
-}
-
-void DeviceArena::trim(const StreamHold& hold, int64_t bytes) {
-    extents_.trim(hold.extent().offset, bytes);
-}
-
-int64_t DeviceArena::offset_of(uintptr_t address, int64_t bytes) const {
-    const auto base = reinterpret_cast<uintptr_t>(memory_->data());
-    if (address < base || address + bytes > base + memory_->bytes()) return -1;
-    const auto offset = static_cast<int64_t>(address - base);
-    return extents_.find(offset, bytes) ? offset : -1;
-}
-
-void DeviceArena::retire(int64_t offset, const std::vector<Stream>& streams) {
-    Retired extent{offset, {}};
-    for (Stream stream : streams) extent.users.push_back({stream, nullptr});
-    std::lock_guard lock(mutex_);
-    retired_.push_back(std::move(extent));
-}
-
-// What one call of collect asks streams, each once.
+// What a grant asks streams, each once.
 class DeviceArena::Marks {
 public:
     explicit Marks(int device) : device_(device) {}
@@ -77,6 +35,14 @@ public:
         }
         seen_.emplace_back(event, is_ready(cudaEventQuery(event)));
         return seen_.back().second;
+    }
+
+    // The stream runs behind what this one, which has been asked, has not reached.
+    void let_wait(Stream stream, const User& user) {
+        void* mark = user.mark.get();
+        if (std::find(waited_.begin(), waited_.end(), mark) != waited_.end()) return;
+        EP_CUDA(cudaStreamWaitEvent(stream, static_cast<cudaEvent_t>(mark), 0));
+        waited_.push_back(mark);
     }
 
 private:
@@ -108,19 +74,113 @@ private:
     const BesideCaptures beside_;
     std::vector<Found> found_;
     std::vector<std::pair<cudaEvent_t, bool>> seen_;
+    std::vector<void*> waited_;
 };
+
+std::shared_ptr<StreamHold> DeviceArena::grant(int64_t bytes, Stream stream) {
+    return grant(bytes, stream, is_capturing(stream));
+}
+
+std::shared_ptr<StreamHold> DeviceArena::grant(int64_t bytes, Stream stream, bool capturing) {
+    release_dropped(this);
+    std::unique_lock lock(granting_);
+    Marks marks(device());
+    collect(stream, capturing, false, marks);
+    auto extent = grant_now(bytes, stream, capturing, marks);
+    if (!extent) {
+        collect(stream, capturing, true, marks);
+        take_over(stream, capturing, marks);
+        extent = grant_now(bytes, stream, capturing, marks);
+    }
+    lock.unlock();
+    if (!extent) return nullptr;
+    auto hold = std::make_shared<StreamHold>(shared_from_this(), *extent, stream);
+    if (capturing) keep_in_graph(stream, hold, this);
+    return hold;
+}
+
+int64_t DeviceArena::reclaim(Stream stream) {
+    release_dropped(this);
+    const std::lock_guard lock(granting_);
+    Marks marks(device());
+    const bool capturing = is_capturing(stream);
+    collect(stream, capturing, true, marks);
+    take_over(stream, capturing, marks);
+    return extents_.stats().largest_free;
+}
+
+void DeviceArena::trim(const StreamHold& hold, int64_t bytes) {
+    extents_.trim(hold.extent().offset, bytes);
+}
+
+int64_t DeviceArena::offset_of(uintptr_t address, int64_t bytes) const {
+    const auto base = reinterpret_cast<uintptr_t>(memory_->data());
+    if (address < base || address + bytes > base + memory_->bytes()) return -1;
+    const auto offset = static_cast<int64_t>(address - base);
+    return extents_.find(offset, bytes) ? offset : -1;
+}
+
+void DeviceArena::retire(int64_t offset, const std::vector<Stream>& streams) {
+    Retired extent{offset, {}};
+    for (Stream stream : streams) extent.users.push_back({stream, nullptr});
+    std::lock_guard lock(mutex_);
+    retired_.push_back(std::move(extent));
+}
+
+// Free memory that work on `stream` may use.
+std::optional<Extent> DeviceArena::grant_now(int64_t bytes, Stream stream, bool capturing,
+                                             Marks& marks) {
+    std::vector<Extent> others;
+    std::erase_if(early_, [&](Early& early) {
+        if (early.user.stream == stream) return false;
+        const bool may_ask = !capturing && !is_capturing(early.user.stream);
+        if (may_ask && marks.are_reached(early.user)) return true;
+        others.push_back(early.range);
+        return false;
+    });
+    std::sort(others.begin(), others.end(),
+              [](const Extent& a, const Extent& b) { return a.offset < b.offset; });
+    const auto extent = extents_.grant(bytes, others);
+    if (!extent) return extent;
+    // It is nobody's any more; what is left of a range, on either side, stays as it is.
+    const int64_t begin = extent->offset, end = begin + extent->bytes;
+    std::vector<Early> left;
+    std::erase_if(early_, [&](const Early& early) {
+        const int64_t first = early.range.offset, last = first + early.range.bytes;
+        if (last <= begin || first >= end) return false;
+        if (first < begin) left.push_back({{first, begin - first}, early.user});
+        if (last > end) left.push_back({{end, last - end}, early.user});
+        return true;
+    });
+    std::move(left.begin(), left.end(), std::back_inserter(early_));
+    return extent;
+}
+
+// Ranges that touch become one as long as nobody has asked for them.
+void DeviceArena::give_back_early(const Extent& range, const User& user) {
+    Early now{range, user};
+    std::erase_if(early_, [&](const Early& other) {
+        const Extent& a = other.range;
+        Extent& b = now.range;
+        const bool touches = a.offset + a.bytes == b.offset || b.offset + b.bytes == a.offset;
+        if (!touches || other.user.stream != user.stream || other.user.mark != user.mark) {
+            return false;
+        }
+        b = {std::min(a.offset, b.offset), a.bytes + b.bytes};
+        return true;
+    });
+    early_.push_back(std::move(now));
+}
 
 // `waits`: the stream waits for the others. A capture takes nothing back that another stream has used: its
 // graph cannot wait for work that was queued outside of it.
-void DeviceArena::collect(Stream stream, bool capturing, bool waits) {
+void DeviceArena::collect(Stream stream, bool capturing, bool waits, Marks& marks) {
     std::vector<Retired> found, kept;
     {
         std::lock_guard lock(mutex_);
         found.swap(retired_);
     }
     if (found.empty()) return;
-    Marks marks(device());
-    std::vector<void*> waited;
     for (Retired& extent : found) {
         bool ready = true;
         // Who has got there is not asked again: it may have other work by then.
@@ -139,19 +199,32 @@ void DeviceArena::collect(Stream stream, bool capturing, bool waits) {
             kept.push_back(std::move(extent));
             continue;
         }
+        const Extent range = extents_.give_back(extent.offset);
+        if (extent.users.empty()) continue;
+        User own{stream, nullptr};
         for (const User& user : extent.users) {
-            void* mark = user.stream == stream ? nullptr : user.mark.get();
-            if (mark == nullptr || std::find(waited.begin(), waited.end(), mark) != waited.end()) {
-                continue;
-            }
-            EP_CUDA(cudaStreamWaitEvent(stream, static_cast<cudaEvent_t>(mark), 0));
-            waited.push_back(mark);
+            if (user.stream != stream) marks.let_wait(stream, user);
         }
-        extents_.give_back(extent.offset);
+        if (extent.users.size() == 1 && extent.users[0].stream == stream) own = extent.users[0];
+        give_back_early(range, own);
     }
     if (kept.empty()) return;
     std::lock_guard lock(mutex_);
     std::move(kept.begin(), kept.end(), std::back_inserter(retired_));
+}
+
+// What is free for other streams becomes free for this one, which waits for them.
+void DeviceArena::take_over(Stream stream, bool capturing, Marks& marks) {
+    std::vector<Extent> ranges;
+    std::erase_if(early_, [&](Early& early) {
+        if (early.user.stream == stream) return false;
+        if (capturing || is_capturing(early.user.stream)) return false;
+        if (marks.are_reached(early.user)) return true;
+        marks.let_wait(stream, early.user);
+        ranges.push_back(early.range);
+        return true;
+    });
+    for (const Extent& range : ranges) give_back_early(range, {stream, nullptr});
 }
 
 void StreamHold::use_on(Stream stream) {

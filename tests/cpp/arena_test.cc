@@ -35,6 +35,25 @@ int main() {
         ep::expect_eq(arena.stats().largest_free, 2 * kPage);
     });
 
+    ep::test("ranges that are left out stay free", [] {
+        ep::Arena arena(10 * kPage);
+        const auto held = arena.grant(2 * kPage);
+        const std::vector<ep::Extent> but{{0, kPage}, {3 * kPage, kPage}, {6 * kPage, 2 * kPage}};
+        ep::expect_eq(arena.grant(kPage, but)->offset, 2 * kPage);
+        ep::expect_eq(arena.grant(2 * kPage, but)->offset, 4 * kPage);
+        ep::expect(!arena.grant(3 * kPage, but), "granted what was left out");
+        ep::expect_eq(arena.grant(2 * kPage, but)->offset, 8 * kPage);
+        ep::expect(!arena.grant(kPage, but), "granted what was left out");
+        ep::expect_eq(arena.give_back(held->offset).bytes, 2 * kPage);
+        ep::expect_eq(arena.give_back(held->offset).bytes, 0);
+        ep::expect_eq(arena.grant(kPage, but)->offset, kPage);
+        ep::expect_eq(arena.grant(kPage)->offset, 0);
+        ep::expect_eq(arena.stats().largest_free, 2 * kPage);
+        ep::expect_eq(arena.grant(2 * kPage)->offset, 6 * kPage);
+        ep::expect_eq(arena.grant(kPage)->offset, 3 * kPage);
+        ep::expect_eq(arena.stats().largest_free, 0);
+    });
+
     ep::test("an extent given back twice or never granted is ignored", [] {
         ep::Arena arena(4 * kPage);
         const auto extent = arena.grant(kPage);

@@ -190,6 +190,62 @@ void run_memory_of_two_streams() {
     cudaStreamDestroy(done);
 }
 
+// What a stream takes back while it has work is for that stream alone, also what its grant leaves of it.
+void run_memory_that_comes_back_early() {
+    World w(alone());
+    DeviceArena& arena = *w.ranks[0].arena;
+    cudaStream_t busy = nullptr, ours = w.ranks[0].stream;
+    cudaStreamCreateWithFlags(&busy, 0);
+    constexpr int64_t kBytes = 1 << 20;
+    const auto overlap = [](const StreamHold& hold, const Extent& b) {
+        const Extent& a = hold.extent();
+        return a.offset < b.offset + b.bytes && b.offset < a.offset + a.bytes;
+    };
+    for (const int64_t bytes : {int64_t{0}, kBytes / 2}) {  // that the stream asks for itself
+        std::atomic<bool> goes_on = false;
+        auto theirs = arena.grant(kBytes, busy);
+        const Extent range = theirs->extent();
+        emulator::queue(busy, [&] { goes_on.wait(false); });
+        theirs.reset();
+        theirs = arena.grant(bytes, busy);
+        expect_eq(theirs->extent().offset, range.offset);
+        auto other = arena.grant(kBytes / 4, ours);
+        expect(!overlap(*other, range), "memory that another stream may still use");
+        auto again = arena.grant(kBytes / 4, busy);
+        expect(overlap(*again, range), "what is left is for that stream");
+        cudaStreamSynchronize(ours);  // it waits for nothing
+        const int64_t longest = arena.stats().largest_free;
+        auto rest = arena.grant(longest - kBytes / 2, ours);
+        expect(!overlap(*rest, range), "memory that another stream may still use");
+        auto needed = arena.grant(kBytes / 8, ours);
+        if (!overlap(*needed, range)) needed = arena.grant(arena.stats().largest_free, ours);
+        other.reset(), rest.reset();
+        goes_on = true;
+        goes_on.notify_all();
+        cudaStreamSynchronize(ours);
+        cudaStreamSynchronize(busy);
+        theirs.reset(), again.reset(), needed.reset();
+        (void)arena.reclaim(ours);
+        expect_eq(arena.in_use(), int64_t{0});
+        expect_eq(arena.grant(kBytes, ours)->extent().offset, int64_t{0});
+    }
+    // Where there is no other, who gets it waits.
+    std::atomic<bool> goes_on = false;
+    auto all = arena.grant(arena.capacity(), busy);
+    emulator::queue(busy, [&] { goes_on.wait(false); });
+    all.reset();
+    all = arena.grant(0, busy);
+    auto needed = arena.grant(kBytes, ours);
+    expect(needed != nullptr, "memory behind the other stream");
+    expect(cudaStreamQuery(ours) == cudaErrorNotReady, "waits for who may use it");
+    (void)cudaGetLastError();
+    goes_on = true;
+    goes_on.notify_all();
+    cudaStreamSynchronize(ours);
+    cudaStreamSynchronize(busy);
+    cudaStreamDestroy(busy);
+}
+
 }  // namespace
 
 int main() {
@@ -198,6 +254,7 @@ int main() {
     test("ranks come and go beside a capture", run_ranks_beside_a_capture);
     test("a buffer is closed in its own capture", run_close_in_its_capture);
     test("memory that another stream has used", run_memory_of_another_stream);
+    test("memory that comes back early", run_memory_that_comes_back_early);
     test("memory that two streams have used", run_memory_of_two_streams);
     release_dropped();
     return finish();
