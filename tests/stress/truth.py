@@ -28,7 +28,7 @@ class Side:
     buffer: Buffer
     device: torch.device
     stream: Any = None
-    wrong: list[tuple[str, Tensor]] = field(default_factory=list)
+    looked_at: list[tuple[str, Tensor, Tensor, Tensor]] = field(default_factory=list)
     graph: Any = None
 
     def __post_init__(self) -> None:
@@ -70,17 +70,31 @@ class Side:
     def same(self, what: str, got: Tensor, want: Tensor) -> None:
         if got.shape != want.shape:
             raise Mismatch(f"{what}: {list(got.shape)}, want {list(want.shape)}")
-        self.wrong.append((what, (got != want).sum().to(self.device)))
+        self.looked_at.append((what, got, want, (got != want).sum().to(self.device)))
 
     def look(self) -> None:
         """Raise what any comparison since the last look has found."""
-        found, self.wrong = self.wrong, []
-        if not found:
+        looked_at, self.looked_at = self.looked_at, []
+        if not looked_at:
             return
-        counts = torch.stack([count for _, count in found]).tolist()
-        bad = [f"{what}: {n} differ" for (what, _), n in zip(found, counts, strict=True) if n]
+        counts = torch.stack([count for *_, count in looked_at]).tolist()
+        bad = [
+            f"{what}: {difference(got, want)}"
+            for (what, got, want, _), n in zip(looked_at, counts, strict=True)
+            if n
+        ]
         if bad:
             raise Mismatch("; ".join(bad[:4]))
+
+
+def difference(got: Tensor, want: Tensor) -> str:
+    """How many values differ, in which rows, and those of the first."""
+    bad = (got != want).reshape(len(got), -1) if got.ndim else (got != want).reshape(1, 1)
+    rows = bad.any(1).nonzero().flatten().tolist()
+    few = ", ".join(map(str, rows[:6])) + (", ..." if len(rows) > 6 else "")
+    first = [t.reshape(len(bad), -1)[rows[0]][bad[rows[0]]][:4].tolist() for t in (got, want)]
+    text = f"{int(bad.sum())} of {bad.numel()} differ, in {len(rows)} of {len(bad)} rows"
+    return f"{text} ({few}): {first[0]}, want {first[1]}"
 
 
 class Truth:
