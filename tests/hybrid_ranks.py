@@ -6,6 +6,7 @@ ranks may share (under MPS, or each waits for the others' turns):
 
     torchrun --nproc-per-node 2 tests/hybrid_ranks.py --ranks-per-node 1
     torchrun --nproc-per-node 8 tests/hybrid_ranks.py --ranks-per-node 4   # under MPS
+    torchrun --nproc-per-node 4 tests/hybrid_ranks.py --masks              # four ranks, under MPS
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import test_masks as masks
 import torch
 import torch.distributed as dist
 from compare import same_values
@@ -89,20 +91,49 @@ class Rank:
         same_values(out.cpu(), sums[self.rank], "combine")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--ranks-per-node", type=int, default=None)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--num-sms", type=int, default=8)
-    asked = parser.parse_args()
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    dist.init_process_group("gloo")
-    me = Rank(asked.ranks_per_node, asked.num_sms)
+def check_masks(ranks_per_node: int | None, num_sms: int) -> None:
+    """One rank masks another, all go on without it, and with it once it is unmasked."""
+    rank, lost = dist.get_rank(), 1
+    config = EPConfig(masking=True, arrival_s=60.0, progress_s=20.0)
+    buffer = Buffer(
+        dist.group.WORLD, backend="hybrid", ranks_per_node=ranks_per_node, config=config,
+        num_sms=num_sms, arena_bytes=64 << 20, **masks.SHAPE,
+    )  # fmt: skip
+    per_node = buffer.stats()["rails"]["ranks_per_node"]
+
+    def go_on(first: int, steps: int, gone: tuple[int, ...]) -> None:
+        for i in range(steps):
+            results = masks.step_of(buffer, first + i, begun=i % 2 == 1)
+            masks.check_results(buffer, first + i, gone, *results, per_node)
+
+    for number in range(2):
+        go_on(20 * number, 4, ())
+        dist.barrier()
+        if rank == 3:
+            buffer.mask(lost)
+        dist.barrier()
+        if rank != lost:
+            go_on(20 * number + 4, 8, (lost,))
+        buffer.unmask()
+        assert buffer.masked_ranks == ()
+    go_on(50, 4, ())
+    if rank == 0:
+        buffer.mask(lost)
+    dist.barrier()
+    if rank == lost:  # it hears so from its next call, and has failed then
+        code = masks.code_of(lambda: masks.step_of(buffer, 0))
+        assert code == "E113", code
+    else:
+        go_on(60, 4, (lost,))
+    buffer.close()
+
+
+def check_calls(me: Rank, rounds: int) -> None:
     buffer = me.buffer(me.case())
     if me.rank == 0:
         print(buffer, buffer.stats()["rails"], flush=True)
     for name, options in CALLS.items():
-        for seed in range(asked.rounds):
+        for seed in range(rounds):
             me.check(buffer, me.case(options=options, seed=seed))
         dist.barrier()
         if me.rank == 0:
@@ -124,12 +155,27 @@ def main() -> None:
     fourth = me.buffer(wide)
     me.check(fourth, wide)
     fourth.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--ranks-per-node", type=int, default=None)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--num-sms", type=int, default=8)
+    parser.add_argument("--masks", action="store_true")
+    asked = parser.parse_args()
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    dist.init_process_group("gloo")
+    if asked.masks:
+        check_masks(asked.ranks_per_node, asked.num_sms)
+    else:
+        check_calls(Rank(asked.ranks_per_node, asked.num_sms), asked.rounds)
     dist.barrier()
     from ep_comm.backends import nvshmem
 
     nvshmem.finalize()
     dist.destroy_process_group()
-    if me.rank == 0:
+    if int(os.environ["RANK"]) == 0:
         print("ok finalized", flush=True)
 
 
