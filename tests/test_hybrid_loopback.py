@@ -18,9 +18,11 @@ from patience import LONGER_S, PATIENT
 from test_nvlink_loopback import (
     CASES,
     GROUPED,
+    NO_MEMORY,
     SLAB,
     STATIC,
     Case,
+    check_call_without_memory,
     check_case,
     check_received,
     code_of,
@@ -449,6 +451,15 @@ def test_bad_ids_fail_on_every_rank_and_the_next_call_works(make_cluster: MakeCl
     )
     for rank in range(4):
         check_received(got[rank], want[rank], computed=False)
+
+
+@pytest.mark.parametrize("nodes", [(2, 1), (2, 2)])
+@pytest.mark.parametrize("name", NO_MEMORY)
+def test_static_call_that_finds_no_memory_gives_its_shapes_and_a_status(
+    make_cluster: MakeCluster, nodes: tuple[int, int], name: str
+) -> None:
+    case = Case(num_ranks=nodes[0] * nodes[1], options=NO_MEMORY[name])
+    check_call_without_memory(make_cluster(*nodes, case), case)
 
 
 def test_what_kernels_of_nodes_cannot_do_is_refused(make_cluster: MakeCluster) -> None:

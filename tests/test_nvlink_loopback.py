@@ -666,6 +666,59 @@ def test_static_overflow_shows_in_status_and_is_raised_by_check(
     assert [code_of(e) for e in errors] == ["E230"] * 2
 
 
+NO_MEMORY: dict[str, dict[str, Any]] = {
+    "compact": {**STATIC, "origins": True},
+    "grouped": {**GROUPED, **STATIC},
+    "slab": {**SLAB, **STATIC},
+    "slab-fp8": {**SLAB, **STATIC, "quantize": "fp8"},
+    "compact-fp8": {**STATIC, "quantize": "fp8"},
+}
+
+
+def check_call_without_memory(cluster: Cluster, case: Case) -> None:
+    """Of static shapes: they are there, nothing is in them, and the next call works."""
+    inputs = case.inputs()
+    x, idx, weights = (on_gpu(t) for t in (inputs.x, inputs.topk_idx, inputs.topk_weights))
+    assert x is not None
+    assert idx is not None
+    assert weights is not None
+    call = lambda r: cluster.buffers[r].dispatch(  # noqa: E731
+        x[r], idx[r], weights[r], **case.options
+    )
+    fine = on_streams(cluster, call)
+    rest = []
+    while free := cluster.buffers[0].stats()["arena"]["largest_free"]:
+        rest.append(cluster.buffers[0].empty((free,), torch.uint8))
+    got = on_streams(cluster, call)
+    for rank, recv in enumerate(got):
+        assert recv.status.tolist() == [231]
+        for f in dataclasses.fields(Received):
+            now, before = getattr(recv, f.name), getattr(fine[rank], f.name)
+            if isinstance(before, Tensor):
+                assert (now.shape, now.stride()) == (before.shape, before.stride()), f.name
+        assert recv.num_tokens_per_expert.tolist() == [0] * len(recv.num_tokens_per_expert)
+        assert int(recv.num_recv) == 0
+        assert bool((recv.topk_idx == -1).all())
+    y = [recv.x.bfloat16() for recv in got]
+    out = on_streams(cluster, lambda r: cluster.buffers[r].combine(y[r], got[r].handle))
+    for sums in out:
+        assert not sums.any()
+    del rest
+    errors = run_catching(cluster, lambda r: cluster.buffers[r].check())
+    assert [code_of(e) for e in errors] == ["E231"] * len(errors)
+    want = want_dispatch(case, inputs)
+    for rank, recv in enumerate(on_streams(cluster, call)):
+        check_received(recv, want[rank], computed="quantize" in case.options)
+
+
+@pytest.mark.parametrize("name", NO_MEMORY)
+def test_static_call_that_finds_no_memory_gives_its_shapes_and_a_status(
+    make_cluster: Callable[..., Cluster], name: str
+) -> None:
+    case = Case(num_ranks=2, options=NO_MEMORY[name])
+    check_call_without_memory(make_cluster(2, **case.buffer_options()), case)
+
+
 def test_combine_that_finds_no_memory_says_how_much_it_needs(
     make_cluster: Callable[..., Cluster],
 ) -> None:

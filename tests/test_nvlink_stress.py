@@ -161,6 +161,15 @@ def test_ranks_that_share_a_gpu(num_ranks: int) -> None:
     print(stress_threads(Plan(400, seed=num_ranks, seconds=20.0, limit_s=100.0), num_ranks))
 
 
+@pytest.mark.gpu
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_ranks_that_capture_no_graphs(num_ranks: int) -> None:
+    """What the emulator can play, too."""
+    plan = Plan(400, seed=4 * num_ranks, seconds=10.0, limit_s=100.0, captures=False)
+    print(stress_threads(plan, num_ranks))
+
+
 @pytest.mark.gpus(2)
 @pytest.mark.timeout(240)
 def test_two_gpus() -> None:

@@ -213,6 +213,7 @@ void bind_flight(py::module_& m) {
             "tensor",
             [](const Flight& f, Out out, std::vector<int64_t> shape, std::pair<int, int> type,
                int64_t skip, std::vector<int64_t> strides) {
+                if (!f[out]) throw py::value_error("this dispatch was granted no such memory");
                 return as_tensor(f[out].hold, f[out].data() + skip, std::move(shape), as_type(type),
                                  std::move(strides));
             },

@@ -412,6 +412,7 @@ struct StagePadder {
         for (int64_t i = first * 32 + lane; i < slots; i += step * 32) {
             out.recv_row[int64_t{recv} * a.num_topk + i] = -1;
         }
+        if (out.max_rows == 0) return;  // there was no memory for them
 #pragma unroll 1
         for (int64_t e = first; e < num_local; e += step) {
             const int used = good ? tables.total(first_expert + static_cast<int>(e)) : 0;

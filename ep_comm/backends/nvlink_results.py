@@ -66,11 +66,24 @@ class Piece(NamedTuple):
     def of(self, flight: _core.Flight, device: torch.device) -> Tensor:
         if 0 in self.shape:
             return torch.empty(self.shape, dtype=self.dtype, device=device)
+        if not flight.has(self.out):
+            return self._of_nothing(device)
         type_ = _DLPACK.get(self.dtype)
         if type_ is not None:
             return flight.tensor(self.out, self.shape, type_, self.skip_bytes, self.strides)
         byte_shape = calls.byte_shape(self.shape, self.dtype)
         return flight.tensor(self.out, byte_shape, _BYTES, self.skip_bytes).view(self.dtype)
+
+    def _of_nothing(self, device: torch.device) -> Tensor:
+        """Of a static call that found no memory: it has failed, and nothing has come."""
+        if self.out in (_core.Out.X, _core.Out.SCALES):
+            if self.strides:
+                return torch.empty_strided(
+                    self.shape, self.strides, dtype=self.dtype, device=device
+                )
+            return torch.empty(self.shape, dtype=self.dtype, device=device)
+        fill = 0 if self.out == _core.Out.WEIGHTS else -1
+        return torch.full(self.shape, fill, dtype=self.dtype, device=device)
 
 
 def pieces_of(

@@ -18,7 +18,7 @@ from ep_comm import Buffer, EPConfig
 from ep_comm.errors import EPError
 
 from .draw import WORLDS, World
-from .rounds import KINDS, ONLY_GPU, Nothing, Round
+from .rounds import KINDS, ONLY_GPU, Nothing, Replay, Round
 from .truth import Mismatch, Side
 
 
@@ -35,9 +35,11 @@ class Plan:
     seconds: float | None = None  # ends well after so many, however far it is
     limit_s: float = 240.0  # ends badly
     every_s: float = 5.0  # a line about how far it is
+    captures: bool = True  # on a GPU
 
     def kinds(self) -> dict[type[Round], int]:
-        return {k: n for k, n in KINDS.items() if self.device == "cuda" or k not in ONLY_GPU}
+        lacks = set(ONLY_GPU) if self.device == "cpu" else set() if self.captures else {Replay}
+        return {k: n for k, n in KINDS.items() if k not in lacks}
 
 
 def config() -> EPConfig:
