@@ -17,9 +17,10 @@ bool rows_follow(const int64_t* topk_idx, const int32_t* send_row, int64_t num_t
                 if (row != -1) return false;
                 continue;
             }
-            if (expert < 0 || expert >= experts.num_experts() || row < -1) return false;
+            if (row < -1) return false;
             ++(row < 0 ? unplaced : placed);
-            if (row < 0) continue;
+            if (row < 0) continue;  // also of an id for which a static dispatch has failed
+            if (expert < 0 || expert >= experts.num_experts()) return false;
             const int group = compact ? experts.owner(expert) : experts.position(expert);
             const bool again = compact && last_token[group] == t;  // one row for all its slots
             const int64_t want = again ? next[group] - 1 : next[group];
