@@ -233,6 +233,7 @@ class Refused(Round):
         "layouts differ": "E220",
         "a bad id, static": "E213",
         "no memory": "E231",
+        "no memory, static": "E231",
     }
 
     def plan(self, program: random.Random) -> None:
@@ -240,10 +241,14 @@ class Refused(Round):
         self.kind = program.choice([k for k in self.CODES if ranks > 1 or k != "layouts differ"])
         self.culprit = program.randrange(ranks)
         tokens = [program.randint(2, world.tokens) for _ in range(ranks)]
-        self.drawn = self.draw(program, tokens=tokens, layout="compact", sync=True, output="auto")
+        fixed: dict[str, Any] = {"layout": "compact", "sync": True, "output": "auto"}
+        if self.kind == "no memory, static":
+            fixed |= {"layout": program.choice(["compact", "grouped", "slab"]), "sync": False}
+        self.drawn = self.draw(program, tokens=tokens, **fixed)
         self.drawn.ids[:, :2] = 0  # somebody comes to rank 0 in any case
         self.drawn.options.pop("row_index", None)
-        self.drawn.options.pop("alignment", None)
+        if self.drawn.layout == "compact":
+            self.drawn.options.pop("alignment", None)
 
     def prepare(self) -> None:
         self.given = self.side.inputs(self.drawn, self.number)
@@ -256,13 +261,15 @@ class Refused(Round):
             self.options["capacity"] = 1
         if self.kind == "layouts differ" and ours:
             self.options["layout"] = "grouped"
-        if self.kind == "a bad id, static":
+        if "static" in self.kind:
             self.options["sync"] = False
-        self.held = self.all_memory() if self.kind == "no memory" and ours else []
+        self.held = self.all_memory() if "no memory" in self.kind and ours else []
 
     def all_memory(self) -> list[Tensor]:
         """Every free piece of the arena."""
         buffer = self.side.buffer
+        if self.side.device.type == "cuda":  # nothing comes back later
+            torch.cuda.synchronize(self.side.device)
         held = [buffer.empty((1,), torch.uint8)]  # a grant takes back what has died
         while free := buffer.stats()["arena"]["largest_free"]:
             held.append(buffer.empty((free,), torch.uint8))
@@ -273,6 +280,8 @@ class Refused(Round):
         try:
             received = self.side.buffer.dispatch(**self.given, **self.options)
             self.status = received.status
+            if received.x.dtype.itemsize > 1:
+                self.side.buffer.combine(received.x, received.handle)
             self.side.buffer.check()
         except EPError as error:
             self.code = error.code
@@ -282,8 +291,9 @@ class Refused(Round):
         want = self.CODES[self.kind]
         if self.code != want:
             raise Mismatch(f"{self.kind} of rank {self.culprit}: got {self.code}, want {want}")
-        if self.kind == "a bad id, static":
-            self.side.same("status", self.status, torch.full_like(self.status, 213))
+        if "static" in self.kind:
+            code = torch.full_like(self.status, int(want[1:]))
+            self.side.same("status", self.status, code)
 
 
 class Oracle(Round):
