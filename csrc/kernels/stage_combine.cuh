@@ -83,7 +83,7 @@ __device__ __noinline__ void add_again(const CombineJob& job, const CombineSprea
     PartReceiver<kDtype, F> receiver{job, spread, stage, in};
     const auto part = receiver.part_of(0);
     // Nothing of the others is missing.
-    (void)receiver.run({spread.added, 0}, 1, part, [] {});
+    (void)receiver.run({spread.record, spread.added, 0}, 1, part, [] {});
 }
 
 // What blocks have yet to send that have not started. One warp. False: leave.
@@ -102,8 +102,8 @@ __device__ __noinline__ bool send_rest(const CombineJob& job, const CombineSprea
     for (int turn = 0; ok && (turn = take_turn(job.view)) >= 0;) {
 #pragma unroll 1
         for (int warp = 0; ok && warp < F::kCombineWarps; ++warp) {
-            const Pieces pieces(spread.sent, warp * blocks + turn);
-            auto token = sender.look(pieces.item(spread.sent));
+            const Pieces pieces(spread.record, spread.sent, warp * blocks + turn);
+            auto token = sender.look(pieces.item);
             typename PartSender<kDtype, F>::Ahead ahead;
             sender.look(token, pieces.piece, ahead);
             ok = sender.run(pieces, F::kCombineWarps * blocks, token, ahead);
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
     }
     const int first = static_cast<int>(warp * gridDim.x) + turn_of_block();
     const auto step = static_cast<int>(F::kCombineWarps * gridDim.x);
-    const Pieces sent(spread.sent, first), added(spread.added, first);
+    const Pieces sent(record, spread.sent, first), added(record, spread.added, first);
     const Operation none{OpKind::kCombine, 0};
     PartSender<kDtype, F> sender{job, spread, {view, record, control, none, 0, far}};
     PartReceiver<kDtype, F> receiver{job, spread, sender.stage, in};
@@ -166,8 +166,8 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
     typename PartSender<kDtype, F>::Token token;
     typename PartSender<kDtype, F>::Ahead ahead;
     typename PartReceiver<kDtype, F>::Slot slot;
-    if constexpr (kHalf != Half::kReceive) token = sender.look(sent.item(spread.sent));
-    if constexpr (kHalf != Half::kSend) slot = receiver.slot_of(added.item(spread.added));
+    if constexpr (kHalf != Half::kReceive) token = sender.look(sent.item);
+    if constexpr (kHalf != Half::kSend) slot = receiver.slot_of(added.item);
     if constexpr (kHalf == Half::kReceive) {
         if (begins) ok = resume_half(view, job.begin, far, job.begun, in);
     } else if (begins) {
@@ -176,8 +176,9 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
         sender.look(token, sent.piece, ahead);
     }
     if (warp == F::kCombineWarps - 2) {
+        const bool left = device::gave_up(view.watch);  // on its way while the turn is claimed
         claim_own<kHalf>(view, in);
-        ok = !device::gave_up(view.watch);
+        ok = !left;
     }
     if (!__syncthreads_and(ok)) return;
     sender.stage.op.seq = receiver.stage.op.seq = in.seq;
@@ -211,7 +212,7 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
         } else {
             ok = __syncthreads_and(ok) && hear_together(view, far, job.begin, in);
             is_good = in.first_bad == kNoObjection;
-            part = receiver.part_of(added.item(spread.added));
+            part = receiver.part_of(added.item);
         }
         if constexpr (kHalf == Half::kBoth) {
             if (!__all_sync(~0u, all_sent) && is_good) {

@@ -23,10 +23,9 @@ struct PartSender {
     StageView<F> stage;
     uint64_t masked = 0;  // ranks that nothing is sent to
 
-    // A token that came here: its rows are held by the lanes of their slots.
+    // A token that came here: the lanes of its slots hold their rows.
     struct Token {
         int src = -1, t = -1, row = -1;
-        float weight = 1.0f;  // of the row
     };
     // The item-th that is sent.
     __device__ __forceinline__ Token look(int item) const {
@@ -46,28 +45,42 @@ struct PartSender {
         return token;
     }
 
-    // A token whose pieces are on their way: the first rows of one of them.
+    // A token whose pieces are on their way: the first rows of one of them. Lane n knows of its n-th row.
     struct Ahead {
-        int64_t at;  // of a lane: where in x its row's piece is; nvcc knows where x + at leads
+        int count;     // rows it has here
+        int slot;      // that the row is of
+        int64_t at;    // where in x the row's piece is; nvcc knows where x + at leads
+        float weight;  // of the row
+        bool is_bad;   // it has others, that do not exist
         Words rows[kRowsAtOnce][kAtOnce];
     };
     // Piece p is loaded, and what rows weigh.
-    __device__ __forceinline__ void look(Token& token, int p, Ahead& ahead) const {
+    __device__ __forceinline__ void look(const Token& token, int p, Ahead& ahead) const {
         const CombineArgs& a = args();
-        const bool is_row = token.row >= 0 && token.row < a.num_rows;
-        ahead.at = token.row * a.row_bytes() + int64_t{p} * spread.record.piece_bytes;
-        load_rows(__ballot_sync(~0u, is_row), spread.units_of(p), ahead);
-        if (a.weighted && a.per_rank && is_row) token.weight = a.row_weights[token.row];
+        const int lane = ptx::lane_id();
+        uint32_t left = __ballot_sync(~0u, token.row >= 0);
+        ahead.is_bad = __any_sync(~0u, token.row >= a.num_rows);
+        ahead.count = ahead.is_bad ? 0 : __popc(left);
+        ahead.slot = 0;
+#pragma unroll 2
+        for (int n = 0; n < ahead.count; ++n, left &= left - 1) {
+            if (lane == n) ahead.slot = __ffs(left) - 1;
+        }
+        const int row = __shfl_sync(~0u, token.row, ahead.slot);
+        ahead.at = row * a.row_bytes() + int64_t{p} * spread.record.piece_bytes;
+        load_rows(0, spread.units_of(p), ahead);
+        ahead.weight = 1.0f;
+        if (a.weighted && a.per_rank && lane < ahead.count) ahead.weight = a.row_weights[row];
     }
 
     // From `token` on, the first of this warp, at which it has looked. False: leave.
     __device__ __forceinline__ bool run(Pieces at, int step, Token token, Ahead& ahead) const {
         bool ok = true;
 #pragma unroll 1
-        while (ok && at.item(spread.sent) < args().num_recv) {
+        while (ok && at.item < args().num_recv) {
             Pieces next = at;
-            next.next(spread.sent, step);
-            Token following = look(next.item(spread.sent));
+            next.next(spread.record, spread.sent, step);
+            const Token following = look(next.item);
             ok = send(token, at, ahead, [&] { look(following, next.piece, ahead); });
             at = next, token = following;
         }
@@ -83,14 +96,14 @@ private:
                                          Then then) const {
         const CombineArgs& a = args();
         const RankView& view = job.view;
-        const int src = token.src, t = token.t, row = token.row;
+        const int src = token.src, t = token.t;
         // Tensors of a handle, which anybody may have changed.
-        const bool bad = src >= view.shape.num_ranks ||
-                         (src >= 0 && (t < 0 || t >= view.shape.max_tokens || row >= a.num_rows));
+        const bool bad = ahead.is_bad || src >= view.shape.num_ranks ||
+                         (src >= 0 && (t < 0 || t >= view.shape.max_tokens));
         if (__any_sync(~0u, bad)) {
             device::give_up(view.watch, stage.op, kMiscount,
-                            {Site::kPulled, view.peers.rank, uint64_t(a.num_rows)}, uint64_t(row),
-                            0);
+                            {Site::kPulled, view.peers.rank, uint64_t(a.num_rows)},
+                            uint64_t(token.row), 0);
             return false;
         }
         if (src < 0 || (masked != 0 && device::has_rank(masked, src))) {  // nobody's
@@ -103,31 +116,36 @@ private:
         return true;
     }
 
-    // The next rows of `left`, held by the lanes of their slots.
-    __device__ __forceinline__ void load_rows(uint32_t left, int units, Ahead& ahead) const {
-        const int first = first_unit(units);
+    // The rows from the first-th on.
+    __device__ __forceinline__ void load_rows(int first, int units, Ahead& ahead) const {
+        const int unit = first_unit(units);
 #pragma unroll
-        for (int r = 0; r < kRowsAtOnce && left != 0; ++r, left &= left - 1) {
-            const int64_t at = __shfl_sync(~0u, ahead.at, __ffs(left) - 1);
-            load_units(args().x + at, first, units, ahead.rows[r]);
+        for (int r = 0; r < kRowsAtOnce; ++r) {
+            if (first + r >= ahead.count) break;
+            const int64_t at = __shfl_sync(~0u, ahead.at, first + r);
+            load_units(args().x + at, unit, units, ahead.rows[r]);
         }
     }
 
-    // use(slot, units) for every row of a piece; then the next one is loaded, or what comes behind the last.
+    // use(n, units) for every row of a piece; then the next one is loaded, should there be more pieces, or what
+    // comes behind the last.
     template <class Use, class Then>
-    __device__ __forceinline__ void each_row(uint32_t rows, int p, int end, Ahead& ahead, Use use,
+    __device__ __forceinline__ void each_row(int p, bool has_more, Ahead& ahead, Use use,
                                              Then then) const {
 #pragma unroll 1
-        for (uint32_t left = rows; left != 0;) {
+        for (int first = 0; first < ahead.count; first += kRowsAtOnce) {
 #pragma unroll
-            for (int r = 0; r < kRowsAtOnce && left != 0; ++r, left &= left - 1) {
-                use(__ffs(left) - 1, ahead.rows[r]);
+            for (int r = 0; r < kRowsAtOnce; ++r) {
+                if (first + r >= ahead.count) break;
+                use(first + r, ahead.rows[r]);
             }
-            if (left != 0) load_rows(left, spread.units_of(p), ahead);
+            if (first + kRowsAtOnce < ahead.count) {
+                load_rows(first + kRowsAtOnce, spread.units_of(p), ahead);
+            }
         }
-        if (p + 1 < end) {
+        if (has_more) {
             ahead.at += spread.record.piece_bytes;
-            load_rows(rows, spread.units_of(p + 1), ahead);
+            load_rows(0, spread.units_of(p + 1), ahead);
         } else {
             then();
         }
@@ -140,29 +158,31 @@ private:
         const RankView& view = job.view;
         const int src = token.src, t = token.t;
         const bool per_rank = a.layout == RecvLayout::kCompact;
-        const uint32_t rows = __ballot_sync(~0u, token.row >= 0);
+        const int count = ahead.count, slot = ahead.slot;
         const int64_t place = per_rank ? int64_t{view.peers.rank} * view.shape.max_tokens + t
                                        : int64_t{t} * a.num_topk;
         const int64_t own_place = place_out(src, t, 0);
         const int64_t apart = per_rank ? 0 : spread.record.bytes();
         std::byte* to = target(src, place, own_place) + stage.piece_at(at.piece);
-        const int end = at.end(spread.record, spread.sent);
+        int p = at.piece;
 #pragma unroll 1
-        for (int p = at.piece; p < end; ++p) {
+        for (int left = at.left; left > 0; --left, ++p) {
             const int units = spread.units_of(p);
             each_row(
-                rows, p, end, ahead,
-                [&](int slot, Words(&w)[kAtOnce]) { put(to + slot * apart, units, w); }, then);
+                p, left > 1, ahead,
+                [&](int n, Words(&w)[kAtOnce]) {
+                    put(to + __shfl_sync(~0u, slot, n) * apart, units, w);
+                },
+                then);
             to += spread.piece_stride();
             if constexpr (F::kAny) {
 #pragma unroll 1
-                for (uint32_t left = rows; left != 0; left &= left - 1) {
-                    const int slot = per_rank ? 0 : __ffs(left) - 1;
+                for (int n = 0; n < count; ++n) {
+                    const int of = per_rank ? 0 : __shfl_sync(~0u, slot, n);
                     // A token counts the same at its source, however many rows it has here.
-                    const bool is_last = (left & (left - 1)) == 0;
-                    const int others = per_rank ? 0 : a.num_topk - __popc(rows);
-                    send_off(src, place + slot, own_place + slot, p, units,
-                             is_last ? 1 + others : 1);
+                    const int others = per_rank ? 0 : a.num_topk - count;
+                    send_off(src, place + of, own_place + of, p, units,
+                             n + 1 == count ? 1 + others : 1);
                 }
             }
         }
@@ -174,22 +194,21 @@ private:
         const CombineArgs& a = args();
         const RankView& view = job.view;
         const int src = token.src, t = token.t;
-        const float weight = token.weight;
-        const uint32_t rows = __ballot_sync(~0u, token.row >= 0);
+        const float weight = ahead.weight;
         const int64_t place = int64_t{view.peers.rank} * view.shape.max_tokens + t;
         const int64_t own_place = place_out(src, t, 0);
         std::byte* to = target(src, place, own_place) + stage.piece_at(at.piece);
-        const int end = at.end(spread.record, spread.sent);
+        int p = at.piece;
 #pragma unroll 1
-        for (int p = at.piece; p < end; ++p) {
+        for (int left = at.left; left > 0; --left, ++p) {
             const int units = spread.units_of(p);
             LineSums<kDtype> sums;
             sums.clear();
             each_row(
-                rows, p, end, ahead,
-                [&](int slot, Words(&w)[kAtOnce]) {
+                p, left > 1, ahead,
+                [&](int n, Words(&w)[kAtOnce]) {
                     if (a.weighted) {
-                        sums.add(w, __shfl_sync(~0u, weight, slot));
+                        sums.add(w, __shfl_sync(~0u, weight, n));
                     } else {
                         sums.add(w);
                     }

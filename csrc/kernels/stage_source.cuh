@@ -112,10 +112,10 @@ struct PartReceiver {
     template <class Read>
     __device__ __forceinline__ bool run(Pieces at, int step, Part part, Read read) {
         const auto num_tokens = static_cast<int>(args().num_tokens);
-        if (at.item(spread.added) >= num_tokens) read();
+        if (at.item >= num_tokens) read();
 #pragma unroll 1
-        while (at.item(spread.added) < num_tokens) {
-            const int t = at.item(spread.added), p = at.piece;
+        while (at.item < num_tokens) {
+            const int t = at.item, p = at.piece;
             const int units = spread.units_of(p);
             LineSums<kDtype> sums;
             if constexpr (F::kAny) {
@@ -125,12 +125,13 @@ struct PartReceiver {
             for (int turn = 0; !add(t, p, units, part, sums); ++turn) {
                 if (turn >= device::kLooks && !await_parts(t, p, units, part)) return false;
             }
-            const bool is_new = ++at.piece >= at.end(spread.record, spread.added);
-            if (is_new) at.next(spread.added, step);
-            if (at.item(spread.added) >= num_tokens) read();
+            ++at.piece;
+            const bool is_new = --at.left == 0;
+            if (is_new) at.next(spread.record, spread.added, step);
+            if (at.item >= num_tokens) read();
             Slot slot;
             // Under way while the sums are stored.
-            if (is_new) slot = slot_of(at.item(spread.added));
+            if (is_new) slot = slot_of(at.item);
             finish(sums, t, p, units);
             if (!is_new) continue;
             find_owner(slot);

@@ -27,20 +27,22 @@ constexpr int kUnitsApart = LineLane::kAtOnce * kLineUnits;
 
 // What a warp of a combine goes through: a run of pieces, then each `step`-th run after it.
 struct Pieces {
-    int run, piece;  // of its row
+    int run;
+    int item, piece, left;  // of a row this piece, and so many that are left of the run
 
-    __device__ __forceinline__ Pieces(const Runs& runs, int first) { start(runs, first); }
-    __device__ __forceinline__ int item(const Runs& runs) const { return runs.row_of(run); }
-    // The run ends before this piece.
-    __device__ __forceinline__ int end(const Record& record, const Runs& runs) const {
-        return min(runs.first_piece(run) + runs.pieces, record.num_pieces);
+    __device__ __forceinline__ Pieces(const Record& record, const Runs& runs, int first) {
+        start(record, runs, first);
     }
-    __device__ __forceinline__ void next(const Runs& runs, int step) { start(runs, run + step); }
+    __device__ __forceinline__ void next(const Record& record, const Runs& runs, int step) {
+        start(record, runs, run + step);
+    }
 
 private:
-    __device__ __forceinline__ void start(const Runs& runs, int which) {
+    __device__ __forceinline__ void start(const Record& record, const Runs& runs, int which) {
         run = which;
+        item = runs.row_of(run);
         piece = runs.first_piece(run);
+        left = min(runs.pieces, record.num_pieces - piece);
     }
 };
 
