@@ -101,10 +101,12 @@ struct Runs {
 };
 static_assert(std::is_trivially_copyable_v<Runs>);
 
+inline constexpr int kRowLines = 12;  // of a piece of a dispatch: what a warp has in flight
+
 constexpr Record record_of(const DispatchArgs& a) {
     const int64_t block = a.quantize == Quantize::kNone ? 16 : a.scale_block;
     Record r = record_of(a.row_bytes(), a.scale_bytes,
-                         a.quantize == Quantize::kFp8Ue8m0 ? 4 * block : block, 12);
+                         a.quantize == Quantize::kFp8Ue8m0 ? 4 * block : block, kRowLines);
     // The row's number, then expert and turn of every slot, and weights of two slots a word.
     const int64_t words = 1 + a.num_topk + (a.with_weights ? divide_up(a.num_topk, 2) : 0);
     r.meta_lines = static_cast<int32_t>(divide_up(words, kLineWords));
@@ -138,7 +140,7 @@ constexpr bool fits_stage(const Shape& s) {
 constexpr bool is_staged(const Shape& s, const DispatchArgs& a) {
     const bool has_shape =
         a.layout == RecvLayout::kSlab || (a.layout == RecvLayout::kCompact && a.is_static);
-    return fits_stage(s) && has_shape && !a.cached &&
+    return fits_stage(s) && has_shape && !a.cached && record_of(a).piece_lines <= kRowLines &&
            s.num_ranks * s.max_tokens * record_of(a).bytes() <= s.stage_bytes;
 }
 constexpr bool is_staged(const Shape& s, const CombineArgs& a) {

@@ -37,7 +37,7 @@ struct LineLane {
     int line, unit;
 
     __device__ __forceinline__ LineLane()
-        : line(static_cast<int>(ptx::lane_id()) / 8), unit(static_cast<int>(ptx::lane_id()) % 8) {}
+        : line(static_cast<int>(ptx::lane_id() / 8)), unit(static_cast<int>(ptx::lane_id() % 8)) {}
     __device__ __forceinline__ bool is_last() const { return unit == 7; }
     // The number of its unit among those of all lines, should it have one.
     __device__ __forceinline__ int index(int first_line) const {

@@ -383,12 +383,16 @@ __device__ __forceinline__ uint4 ld_shared_v4(const void* addr) {
     return v;
 }
 
-// st.global.v4.u32 [a], {b, c, d, e};                                  PTX ISA 2.0, sm_20
+// st.global.v2.u64 [a], {b, c};                                        PTX ISA 2.0, sm_20
 // For addresses the compiler does not know to be global.
-__device__ __forceinline__ void st_global_v4(void* addr, const uint4& v) {
-    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(addr), "r"(v.x), "r"(v.y),
-                 "r"(v.z), "r"(v.w)
-                 : "memory");
+__device__ __forceinline__ void st_global_v2(void* addr, uint64_t b, uint64_t c) {
+    asm volatile("st.global.v2.u64 [%0], {%1, %2};" ::"l"(addr), "l"(b), "l"(c) : "memory");
+}
+
+// st.global.u32 [a], b;                                                PTX ISA 1.0, sm_10
+// The same.
+__device__ __forceinline__ void st_global(uint32_t* addr, uint32_t b) {
+    asm volatile("st.global.u32 [%0], %1;" ::"l"(addr), "r"(b) : "memory");
 }
 
 // ---- Arithmetic: "Data Movement and Conversion Instructions: cvt" ----

@@ -135,37 +135,54 @@ struct Gathered {
     }
 };
 
-// kMost: vectors of a lane in a step. `row` holds `hidden` elements, afterwards as many bytes; `scales` one word, or one byte, a block.
-template <DType kSource, int kBlock, int kMost = 8>
-__device__ __forceinline__ void quantize_blocks(std::byte* row, std::byte* scales, int hidden,
-                                                bool ue8m0) {
+// Elements of a vector of a warp.
+template <DType kSource>
+constexpr int kVectorWidth = 32 * Vector<kSource>::kElements;
+
+// The blocks from `column` on that kAtOnce vectors of the warp hold. See quantize_blocks.
+template <DType kSource, int kBlock, int kAtOnce>
+__device__ __forceinline__ void quantize_step(std::byte* row, std::byte* scales, int column,
+                                              int hidden, bool ue8m0) {
     using Source = Vector<kSource>;
     constexpr int kLanes = kBlock / Source::kElements;  // of a block
-    constexpr int kAtOnce = kLanes < kMost ? kLanes : kMost, kGroups = 32 / kLanes;
-    constexpr int kWidth = 32 * Source::kElements;  // elements of a vector of the warp
+    constexpr int kGroups = 32 / kLanes, kWidth = kVectorWidth<kSource>;
     const int lane = ptx::lane_id(), group = lane / kLanes;
+    Source source[kAtOnce];
+    uint32_t most[kAtOnce];
+#pragma unroll
+    for (int v = 0; v < kAtOnce; ++v) {
+        const int mine = column + v * kWidth + Source::kElements * lane;
+        if (mine < hidden) source[v].load(row + mine * dtype_bytes(kSource));
+        most[v] = source[v].most();
+    }
+    using Maxima = Gathered<kAtOnce, kLanes>;
+    const uint32_t own = Maxima::run(most);
+    const int value = Maxima::value_of(lane % kLanes);
+    const int block = column / kBlock + value * kGroups + group;
+    const bool writes = lane % kLanes < kAtOnce && block * kBlock < hidden;
+    const float multiplier = scale_block(Source::magnitude(own), ue8m0, scales, block, writes);
+    __syncwarp();  // everybody has read this step
+#pragma unroll
+    for (int v = 0; v < kAtOnce; ++v) {
+        const int mine = column + v * kWidth + Source::kElements * lane;
+        const float theirs = __shfl_sync(~0u, multiplier, group * kLanes + Maxima::owner(v));
+        if (mine < hidden) source[v].store(row + mine, theirs);
+    }
+}
+
+// kMost: vectors of a lane in a step; kEndsSmall: a last step of one vector is one of its own. `row` holds `hidden`
+// elements, afterwards as many bytes; `scales` one word, or one byte, a block.
+template <DType kSource, int kBlock, int kMost = 8, bool kEndsSmall = false>
+__device__ __forceinline__ void quantize_blocks(std::byte* row, std::byte* scales, int hidden,
+                                                bool ue8m0) {
+    constexpr int kLanes = kBlock / Vector<kSource>::kElements;
+    constexpr int kAtOnce = kLanes < kMost ? kLanes : kMost, kWidth = kVectorWidth<kSource>;
 #pragma unroll 1
     for (int column = 0; column < hidden; column += kAtOnce * kWidth) {
-        Source source[kAtOnce];
-        uint32_t most[kAtOnce];
-#pragma unroll
-        for (int v = 0; v < kAtOnce; ++v) {
-            const int mine = column + v * kWidth + Source::kElements * lane;
-            if (mine < hidden) source[v].load(row + mine * dtype_bytes(kSource));
-            most[v] = source[v].most();
-        }
-        using Maxima = Gathered<kAtOnce, kLanes>;
-        const uint32_t own = Maxima::run(most);
-        const int value = Maxima::value_of(lane % kLanes);
-        const int block = column / kBlock + value * kGroups + group;
-        const bool writes = lane % kLanes < kAtOnce && block * kBlock < hidden;
-        const float multiplier = scale_block(Source::magnitude(own), ue8m0, scales, block, writes);
-        __syncwarp();  // everybody has read this step
-#pragma unroll
-        for (int v = 0; v < kAtOnce; ++v) {
-            const int mine = column + v * kWidth + Source::kElements * lane;
-            const float theirs = __shfl_sync(~0u, multiplier, group * kLanes + Maxima::owner(v));
-            if (mine < hidden) source[v].store(row + mine, theirs);
+        if (kEndsSmall && hidden - column <= kWidth) {
+            quantize_step<kSource, kBlock, 1>(row, scales, column, hidden, ue8m0);
+        } else {
+            quantize_step<kSource, kBlock, kAtOnce>(row, scales, column, hidden, ue8m0);
         }
     }
     __syncwarp();

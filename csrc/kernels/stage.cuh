@@ -71,11 +71,6 @@ struct StageView {
     __device__ __forceinline__ int64_t piece_at(int piece) const {
         return int64_t{kLineBytes} * (record.meta_lines + piece * record.piece_lines);
     }
-    // Bytes of a row that a piece has.
-    __device__ __forceinline__ int piece_bytes(int piece, int64_t row_bytes) const {
-        return static_cast<int>(
-            min(int64_t{record.piece_bytes}, row_bytes - int64_t{piece} * record.piece_bytes));
-    }
 };
 
 // One thread. Whether a turn of this operation is ours to send: nobody has it.

@@ -21,8 +21,8 @@ namespace ep::kernels {
 // Of a warp, which takes pieces of tokens of any source.
 template <class F>
 struct Receiver {
-    static constexpr int kAtOnce = 3;  // times four lines that a warp has in flight
-    static constexpr int kStep = kAtOnce * device::LineLane::kAtOnce;
+    static constexpr int kAtOnce = 3;  // times four lines that a warp has in flight: a piece
+    static_assert(kAtOnce * device::LineLane::kAtOnce == kRowLines);
 
     const DispatchJob& job;
     StageTables tables;
@@ -105,7 +105,12 @@ private:
         int token, index;  // of its source; among those that come here
         int row = -1, local;
         float weight;
-        int64_t scales = 0;  // where its scales begin, in words
+        uint32_t scales = 0;  // where its scales begin, in words
+    };
+    // Of the rows that a token has here the one with the number of the lane.
+    struct Targets {
+        int count, row;
+        uint32_t scales;
     };
 
     __device__ const DispatchArgs& args() const { return job.args; }
@@ -147,7 +152,7 @@ private:
         __syncwarp();
         if (tells()) ahead.meta = device::get_line(record + device::LineLane().offset(0));
         const int p = at.first(tables.spread.taken);
-        get(record + stage.piece_at(p), 0, units_of(p), ahead.lines);
+        get(record + stage.piece_at(p), units_of(p), ahead.lines);
     }
 
     __device__ __forceinline__ bool take(const Run& at, Ahead& ahead) const {
@@ -162,7 +167,7 @@ private:
             load(record, at, ahead);
 #pragma unroll 1
             for (int turn = 0; !is_told(ahead); ++turn) {
-                if (turn >= device::kLooks && !await(src, record, 0, stage.record.meta_lines)) {
+                if (turn >= device::kLooks && !await(src, record, stage.record.meta_lines)) {
                     return lose(job.view, in, src);
                 }
                 load(record, at, ahead);
@@ -173,35 +178,31 @@ private:
         const Arrival to = place(at, ahead.told);
         if (!in_bounds(src, to)) return false;
         if (at.index == 0) describe(src, to);
+        const Targets rows = targets_of(to);
         device::Words(&w)[kAtOnce] = ahead.lines;
         const Runs& runs = tables.spread.taken;
-        int p = at.first(runs), line = 0;
+        int p = at.first(runs);
         const int end = min(p + runs.pieces, stage.record.num_pieces);
-        const std::byte* lines_at = record + stage.piece_at(p);
-        std::byte* out = x() + to.row * args().row_bytes() + int64_t{p} * stage.record.piece_bytes;
+        const std::byte* lines = record + stage.piece_at(p);
+        // Where a lane's first unit goes in the first row.
+        std::byte* out =
+            x() + int64_t{p} * stage.record.piece_bytes + kUnitBytes * device::LineLane().index(0);
 #pragma unroll 1
         while (true) {
-            const int row_units = row_units_of(p), units = units_of(p);
-            const int lines = (units + kLineUnits - 1) / kLineUnits;
+            const int row_units = row_units_of(p), units = row_units + tables.spread.scale_units;
 #pragma unroll 1
-            for (int turn = 0; !there(line, units, w); ++turn) {
-                if (turn >= device::kLooks && !await(src, lines_at, line, lines)) {
+            for (int turn = 0; !there(units, w); ++turn) {
+                if (turn >= device::kLooks && !await(src, lines, lines_of(units))) {
                     return lose(job.view, in, src);
                 }
-                get(lines_at, line, units, w);
+                get(lines, units, w);
             }
-            put_row(row_units, line, rows_of(to), out, w);
-            if ((line + kStep) * kLineUnits > row_units && units > row_units) {
-                put_scales(p, row_units, line, to, w);
-            }
-            line += kStep;
-            if (line >= lines) {
-                line = 0;
-                if (++p >= end) return true;
-                lines_at += int64_t{stage.record.piece_lines} * kLineBytes;
-                out += stage.record.piece_bytes;
-            }
-            get(lines_at, line, units_of(p), w);
+            put_rows(row_units, rows, out, w);
+            if (units > row_units) put_scales(p, row_units, rows, w);
+            if (++p >= end) return true;
+            lines += int64_t{stage.record.piece_lines} * kLineBytes;
+            out += stage.record.piece_bytes;
+            get(lines, units_of(p), w);
         }
     }
 
@@ -213,28 +214,28 @@ private:
     __device__ __forceinline__ bool is_ours(const device::Words& w) const {
         return w.b == stage.op.seq;
     }
-    __device__ __forceinline__ bool there(int line, int units,
-                                          const device::Words (&w)[kAtOnce]) const {
+    __device__ __forceinline__ bool there(int units, const device::Words (&w)[kAtOnce]) const {
         const device::LineLane at;
         bool all = true;
 #pragma unroll
         for (int v = 0; v < kAtOnce; ++v) {
-            const int l = line + v * device::LineLane::kAtOnce + at.line;
+            const int l = v * device::LineLane::kAtOnce + at.line;
             all = all && (l * kLineUnits >= units || !at.is_last() || is_ours(w[v]));
         }
         return __all_sync(~0u, all);
     }
-    __device__ __forceinline__ bool await(int src, const std::byte* from, int line,
-                                          int lines) const {
-        return device::await_lines(watch_of(job.view, stage.far), stage.op, src, from, line,
-                                   min(line + kStep, lines));
+    __device__ __forceinline__ static int lines_of(int units) {
+        return (units + kLineUnits - 1) / kLineUnits;
     }
-    __device__ __forceinline__ void get(const std::byte* piece, int line, int units,
+    __device__ __forceinline__ bool await(int src, const std::byte* from, int lines) const {
+        return device::await_lines(watch_of(job.view, stage.far), stage.op, src, from, 0, lines);
+    }
+    __device__ __forceinline__ void get(const std::byte* piece, int units,
                                         device::Words (&w)[kAtOnce]) const {
         const device::LineLane at;
 #pragma unroll
         for (int v = 0; v < kAtOnce; ++v) {
-            const int l = line + v * device::LineLane::kAtOnce;
+            const int l = v * device::LineLane::kAtOnce;
             if ((l + at.line) * kLineUnits < units) w[v] = device::get_line(piece + at.offset(l));
         }
     }
@@ -266,16 +267,16 @@ private:
         Arrival r{at.t, told.index, -1, told.local, told.weight};
         if (stage.is_far(src)) r.token = told.index, r.index = at.t;
         if (told.local < 0) return r;
-        const int64_t words = a.scale_bytes / 4;
+        const auto words = static_cast<uint32_t>(a.scale_bytes / 4);
         const int position = tables.first()[me] + told.local;
         if (compact()) {
             r.row = tables.rows(src, me) + r.index;
-            r.scales = r.row * words;
+            r.scales = static_cast<uint32_t>(r.row) * words;
         } else if (position < tables.first()[me + 1]) {
             const int row = tables.selections(src, position) + told.turn;
             const bool fits = told.turn >= 0 && row < a.capacity;
             r.row = fits ? static_cast<int>(told.local * a.capacity) + row : -2;
-            r.scales = told.local * words * scales_apart() + row;
+            r.scales = told.local * words * static_cast<uint32_t>(scales_apart()) + row;
         } else {
             r.row = -2;
         }
@@ -333,28 +334,43 @@ private:
     }
 
     // Compact: all slots of a token have one row.
-    __device__ __forceinline__ uint32_t rows_of(const Arrival& to) const {
-        const uint32_t own = __ballot_sync(~0u, to.row >= 0);
-        return compact() ? own & (0u - own) : own;
+    __device__ __forceinline__ Targets targets_of(const Arrival& to) const {
+        uint32_t left = __ballot_sync(~0u, to.row >= 0);
+        if (compact()) left &= 0u - left;
+        Targets r{__popc(left), 0, 0};
+        int slot = 0;
+#pragma unroll 1
+        for (int n = 0; left != 0; ++n) {
+            const int last = 31 - __clz(static_cast<int>(left));
+            if (static_cast<int>(ptx::lane_id()) == n) slot = last;
+            left ^= 1u << last;
+        }
+        r.row = __shfl_sync(~0u, to.row, slot);
+        r.scales = __shfl_sync(~0u, to.scales, slot);
+        return r;
     }
 
-    // Lines of a piece to every row the token has here; `out`: of a lane, where its row has the piece.
-    __device__ __forceinline__ void put_row(int row_units, int line, uint32_t rows, std::byte* out,
-                                            const device::Words (&w)[kAtOnce]) const {
+    // A piece to every row; `out`: where a lane's first unit goes in row 0.
+    __device__ __forceinline__ void put_rows(int row_units, const Targets& to, std::byte* out,
+                                             const device::Words (&w)[kAtOnce]) const {
         const device::LineLane at;
-        const int first = at.is_last() ? row_units : at.index(line);
-#pragma unroll 1
-        for (uint32_t left = rows; left != 0; left &= left - 1) {
-            auto* units = reinterpret_cast<uint4*>(
-                              __shfl_sync(~0u, reinterpret_cast<uint64_t>(out), __ffs(left) - 1)) +
-                          first;
+        const int first = at.is_last() ? row_units : at.index(0);
+        const auto row_bytes = static_cast<int>(args().row_bytes());
+        constexpr int kApart = device::LineLane::kAtOnce * kLineUnits;
+        const auto put = [&](int row) {
+            std::byte* units = out + int64_t{row} * row_bytes;
 #pragma unroll
             for (int v = 0; v < kAtOnce; ++v) {
-                constexpr int kApart = device::LineLane::kAtOnce * kLineUnits;
                 if (first + v * kApart < row_units) {
-                    ptx::st_global_v4(units + v * kApart, device::unit_of(w[v]));
+                    ptx::st_global_v2(units + v * kApart * kUnitBytes, w[v].a, w[v].b);
                 }
             }
+        };
+#pragma unroll 1
+        for (int n = 0; n < to.count; n += 2) {
+            const int one = __shfl_sync(~0u, to.row, n), other = __shfl_sync(~0u, to.row, n + 1);
+            put(one);
+            if (n + 1 < to.count) put(other);
         }
     }
 
@@ -363,27 +379,40 @@ private:
         return compact() ? 1 : (args().capacity + 3) / 4 * 4;
     }
 
-    // Scales of a piece that lie in these lines to every row the token has here: each lane those of its unit.
-    __device__ __forceinline__ void put_scales(int p, int row_units, int line, const Arrival& to,
+    // Scales of a piece to every row: a lane takes a word of them, out of the unit that has it.
+    __device__ __forceinline__ void put_scales(int p, int row_units, const Targets& to,
                                                const device::Words (&w)[kAtOnce]) const {
-        const device::LineLane at;
-        const int of_piece = stage.record.scale_bytes / 4, first = p * of_piece;
-        const int end = min(of_piece, static_cast<int>(args().scale_bytes / 4) - first);
-        const int64_t apart = scales_apart();
-#pragma unroll
-        for (int v = 0; v < kAtOnce; ++v) {
-            const int i = at.index(line + v * device::LineLane::kAtOnce) - row_units;
-            const int s = at.is_last() || i < 0 ? end : kUnitBytes / 4 * i;
-            if (!__any_sync(~0u, s < end)) continue;
-            const uint4 unit = device::unit_of(w[v]);
-            auto* out = reinterpret_cast<uint32_t*>(job.out.scales) + (first + s) * apart;
+        constexpr int kWords = kUnitBytes / 4, kLinesAtOnce = device::LineLane::kAtOnce;
+        const int of_piece = stage.record.scale_bytes / 4, before = p * of_piece;
+        const int end = min(of_piece, static_cast<int>(args().scale_bytes / 4) - before);
+        const int lane = ptx::lane_id();
+        auto* scales = reinterpret_cast<uint32_t*>(job.out.scales);
 #pragma unroll 1
-            for (uint32_t left = rows_of(to); left != 0; left &= left - 1) {
-                uint32_t* row = out + __shfl_sync(~0u, to.scales, __ffs(left) - 1);
-                if (s < end) row[0] = unit.x;
-                if (s + 1 < end) row[apart] = unit.y;
-                if (s + 2 < end) row[2 * apart] = unit.z;
-                if (s + 3 < end) row[3 * apart] = unit.w;
+        for (int s = lane; s - lane < end; s += 32) {
+            const int unit = row_units + s / kWords, line = unit / kLineUnits;
+            const int step = line / kLinesAtOnce;
+            const int from = 8 * (line - step * kLinesAtOnce) + unit - line * kLineUnits;
+            const bool is_here = s < end;
+            uint32_t word = 0;
+#pragma unroll
+            for (int v = 0; v < kAtOnce; ++v) {
+                const bool in_step = is_here && step == v;
+                if (!__any_sync(~0u, in_step)) continue;
+                const uint4 theirs = device::unit_of(w[v]);
+                const uint32_t x = __shfl_sync(~0u, theirs.x, from);
+                const uint32_t y = __shfl_sync(~0u, theirs.y, from);
+                const uint32_t z = __shfl_sync(~0u, theirs.z, from);
+                const uint32_t last = __shfl_sync(~0u, theirs.w, from);
+                const uint32_t low = s % 2 != 0 ? y : x, high = s % 2 != 0 ? last : z;
+                if (in_step) word = s % kWords >= 2 ? high : low;
+            }
+            uint32_t* out = scales + (before + s) * scales_apart();
+#pragma unroll 1
+            for (int n = 0; n < to.count; n += 2) {
+                const uint32_t one = __shfl_sync(~0u, to.scales, n);
+                const uint32_t other = __shfl_sync(~0u, to.scales, n + 1);
+                if (is_here) ptx::st_global(out + one, word);
+                if (is_here && n + 1 < to.count) ptx::st_global(out + other, word);
             }
         }
     }

@@ -157,9 +157,12 @@ struct Sender {
         const RankView& view = job.view;
         return stage.place(p, int64_t{view.peers.rank} * view.shape.max_tokens + t);
     }
-    // Elements of a piece.
-    __device__ int elements(int p) const {
-        return stage.piece_bytes(p, args().row_bytes()) / dtype_bytes(args().wire_dtype());
+    // Piece p of token t, as it is given.
+    __device__ __forceinline__ const std::byte* source(int t, int p) const {
+        return args().x + t * args().x_stride + int64_t{p} * spread.source_bytes;
+    }
+    __device__ __forceinline__ int source_bytes(int p) const {
+        return spread.elements_of(p) * dtype_bytes(args().dtype);
     }
 
     __device__ __forceinline__ bool has_two() const { return spread.buffers == 2; }
@@ -177,10 +180,7 @@ struct Sender {
     __device__ __forceinline__ void load(int t, int p, int n) {
         loading |= 1u << buffer_of(n);
         if (ptx::lane_id() != 0) return;
-        const int size = dtype_bytes(args().dtype);
-        const int first = spread.record.piece_bytes / dtype_bytes(args().wire_dtype()) * p;
-        device::load_stage(stage_of(n), args().x + t * args().x_stride + int64_t{first} * size,
-                           elements(p) * size);
+        device::load_stage(stage_of(n), source(t, p), source_bytes(p));
     }
     // What is loaded for nobody has to arrive all the same.
     __device__ __forceinline__ void abandon() {
@@ -247,10 +247,10 @@ struct Sender {
             const bool ue8m0 = a.quantize == Quantize::kFp8Ue8m0;
             if (a.scale_block == 128) {
                 constexpr int kMost = Config::kSource == DType::kF32 ? kVectors / 2 : kVectors;
-                device::quantize_blocks<Config::kSource, 128, kMost>(data(), scales, elements(p),
-                                                                     ue8m0);
+                device::quantize_blocks<Config::kSource, 128, kMost, true>(
+                    data(), scales, spread.elements_of(p), ue8m0);
             } else {
-                quantize_finely<Config::kSource>(data(), scales, elements(p), ue8m0);
+                quantize_finely<Config::kSource>(data(), scales, spread.elements_of(p), ue8m0);
             }
         } else if (a.scale_bytes > 0) {
             load_scales(t, p, scales);
@@ -260,13 +260,10 @@ struct Sender {
     // The same, where it does not matter how long it takes.
     template <class Config>
     __device__ void prepare_slowly(int t, int p) const {
-        const int size = dtype_bytes(args().dtype);
-        const int first = spread.record.piece_bytes / dtype_bytes(args().wire_dtype()) * p;
-        const std::byte* from = args().x + t * args().x_stride + int64_t{first} * size;
-        const auto* units = reinterpret_cast<const uint4*>(from);
+        const auto* units = reinterpret_cast<const uint4*>(source(t, p));
         auto* to = reinterpret_cast<uint4*>(data());
         __syncwarp();
-        for (int i = ptx::lane_id(); i < elements(p) * size / kUnitBytes; i += 32) to[i] = units[i];
+        for (int i = ptx::lane_id(); i < source_bytes(p) / kUnitBytes; i += 32) to[i] = units[i];
         __syncwarp();
         complete<Config, 2>(t, p);
     }
@@ -383,8 +380,8 @@ private:
     __device__ __forceinline__ void put_lines(int p, const std::byte* scales, std::byte* to,
                                               uint32_t leaders) const {
         const device::LineLane at;
-        const int row_units = stage.piece_bytes(p, args().row_bytes()) / kUnitBytes;
-        const int units = row_units + (spread.record.scale_bytes + kUnitBytes - 1) / kUnitBytes;
+        const int row_units = spread.row_units_of(p);
+        const int units = row_units + spread.scale_units;
         const std::byte* behind = scales - row_units * kUnitBytes;
 #pragma unroll 1
         for (int line = 0; line * kLineUnits < units; line += device::LineLane::kAtOnce) {

@@ -32,6 +32,8 @@ struct StageSpread {
     Record record;
     // Of a piece of a row, of its last piece, and behind each.
     int32_t row_units, last_row_units, scale_units;
+    // Of a piece: elements, and bytes as they are given; elements of the last one.
+    int32_t elements, source_bytes, last_elements;
     Runs taken;  // by warps that receive
     Divisor pieces_of_row, places_of_source;
     int32_t tokens_per_block;
@@ -48,6 +50,9 @@ struct StageSpread {
           last_row_units(static_cast<int32_t>(a.row_bytes() / kUnitBytes) -
                          row_units * (record.num_pieces - 1)),
           scale_units(static_cast<int32_t>(divide_up(record.scale_bytes, kUnitBytes))),
+          elements(record.piece_bytes / dtype_bytes(a.wire_dtype())),
+          source_bytes(elements * dtype_bytes(a.dtype)),
+          last_elements(static_cast<int32_t>(a.hidden) - elements * (record.num_pieces - 1)),
           taken(record, s.num_ranks * a.num_tokens, int64_t{num_blocks} * kStageWarps),
           pieces_of_row(record.num_pieces),
           places_of_source(std::max<int64_t>(s.max_tokens, 1)),
@@ -70,8 +75,7 @@ struct StageSpread {
         heard = take(s.num_ranks * int64_t{sizeof(Heard)});
         prefix = take(4 * (s.num_ranks + 1) * columns);
         pieces = at;
-        const int wire = dtype_bytes(a.wire_dtype()), source = dtype_bytes(a.dtype);
-        scales_at = static_cast<int32_t>(divide_up(record.piece_bytes / wire * source, 16) * 16);
+        scales_at = static_cast<int32_t>(divide_up(source_bytes, 16) * 16);
         piece_bytes =
             static_cast<int32_t>(divide_up(scales_at + record.scale_bytes + 8, 128) * 128);
         // With one token a block no warp has two pieces, and memory is for the kernels beside this one.
@@ -82,6 +86,9 @@ struct StageSpread {
     }
     EP_HD int row_units_of(int piece) const {
         return piece + 1 == record.num_pieces ? last_row_units : row_units;
+    }
+    EP_HD int elements_of(int piece) const {
+        return piece + 1 == record.num_pieces ? last_elements : elements;
     }
     // lane / num_topk
     EP_HD int turn_of_lane(int lane) const { return lane * turns >> 16; }

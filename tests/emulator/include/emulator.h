@@ -124,6 +124,7 @@ T __ldg(const T* p) {
     return *p;
 }
 inline int __popc(unsigned v) { return std::popcount(v); }
+inline int __clz(int v) { return std::countl_zero(static_cast<unsigned>(v)); }
 inline int __ffs(unsigned v) { return v == 0 ? 0 : std::countr_zero(v) + 1; }
 inline int __ffsll(long long v) {
     return v == 0 ? 0 : std::countr_zero(static_cast<unsigned long long>(v)) + 1;

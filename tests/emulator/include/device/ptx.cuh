@@ -160,7 +160,10 @@ inline uint4 ld_shared_v4(const void* addr) {
     return v;
 }
 
-inline void st_global_v4(void* addr, const uint4& v) { std::memcpy(addr, &v, 16); }
+inline void st_global_v2(void* addr, uint64_t b, uint64_t c) {
+    std::memcpy(addr, &b, 8), std::memcpy(static_cast<std::byte*>(addr) + 8, &c, 8);
+}
+inline void st_global(uint32_t* addr, uint32_t b) { *addr = b; }
 
 inline uint16_t cvt_rn_satfinite_e4m3x2(float upper, float lower) {
     return emulator::e4m3x2(upper, lower);
