@@ -51,12 +51,15 @@ struct StageView {
     __device__ __forceinline__ std::byte* place(int p, int64_t index) const {
         return control[p] + view.layout.stage(slot) + index * record.bytes();
     }
-    // Where the record of rank p with this index has come, or will.
+    // Where the record of rank p with this index has come, or will; or what stands `bytes` behind the first one.
     __device__ __forceinline__ const std::byte* arrival(int p, int64_t index) const {
+        return arrival_at(p, index * record.bytes());
+    }
+    __device__ __forceinline__ const std::byte* arrival_at(int p, int64_t bytes) const {
         if constexpr (F::kAny) {
-            if (is_far(p)) return far.came(slot, index * record.bytes());
+            if (is_far(p)) return far.came(slot, bytes);
         }
-        return place(view.peers.rank, index);
+        return view.peers.own + view.layout.stage(slot) + bytes;
     }
     // Lanes name ranks, or -1: what those of other nodes have put is there. One warp. Not 0: lanes whose ranks'
     // is not; leave, or go on without them.

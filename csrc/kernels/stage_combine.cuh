@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
         if constexpr (F::kAny) far.rail.flush();
     }
     if constexpr (kHalf != Half::kSend) {
-        auto part = receiver.part_of(slot);
+        auto part = receiver.part_of(added.item, slot);
         if constexpr (F::kAny) (void)far.hear(view, op, in, F::kCombineWarps - 1);
         const bool times = publishes_stage() && warp == F::kCombineWarps - 1;
         if (times && job.args.wait_stats != nullptr) {

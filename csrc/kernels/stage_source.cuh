@@ -56,18 +56,22 @@ struct NodeSums<kDtype, F> {
 
 template <DType kDtype, class F>
 struct PartReceiver {
+    static constexpr int kAddedAtOnce = 3;  // rows that are on their way together
+
     const CombineJob& job;
     const CombineSpread& spread;
     StageView<F> stage;
     Entering& in;
 
-    // What a lane knows of the slot that is its: in which order its row is added, if it is.
+    // What is added up for a token, in order: lane n knows of the n-th row that has come, or will.
     struct Part {
-        uint32_t key = ~0u;
+        int count = 0;
+        int owner = 0;
+        uint32_t at = 0;  // its record, in bytes: a slot has fewer than 2^32
         float weight = 1.0f;
     };
 
-    // What is told of it.
+    // What a lane is told of its slot.
     struct Slot {
         int64_t id = -1;
         int row = -1, owner = -1;
@@ -89,7 +93,7 @@ struct PartReceiver {
         const bool here = slot.row >= 0 && slot.id >= 0 && slot.id < job.view.shape.num_experts;
         if (here) slot.owner = __ldg(job.view.state.owner + slot.id);
     }
-    __device__ __forceinline__ Part part_of(const Slot& slot) const {
+    __device__ __forceinline__ Part part_of(int64_t t, const Slot& slot) const {
         const int lane = ptx::lane_id();
         int owner = slot.owner;
         // Owners that this block has given up on are left out like those that are masked.
@@ -97,45 +101,65 @@ struct PartReceiver {
         if (out != 0 && owner >= 0 && device::has_rank(out, owner)) owner = -1;
         const uint32_t same = __match_any_sync(~0u, owner);
         const bool adds = owner >= 0 && (!per_rank() || (same & ptx::lanemask_lt()) == 0);
+        const bool by_slot = args().topk_order && !per_rank();
+        const uint32_t key = !adds ? ~0u : by_slot ? lane : owner * 32 + lane;
         Part part;
-        part.weight = slot.weight;
-        if (adds) part.key = args().topk_order && !per_rank() ? lane : owner * 32 + lane;
+        int from = 0;  // the lane that holds it now
+#pragma unroll 1
+        for (uint32_t next = __reduce_min_sync(~0u, key); next != ~0u;
+             next = __reduce_min_sync(~0u, key > next ? key : ~0u)) {
+            if (lane == part.count++) from = static_cast<int>(next % 32);
+        }
+        part.owner = __shfl_sync(~0u, owner, from);
+        part.weight = __shfl_sync(~0u, slot.weight, from);
+        const int64_t place = per_rank() ? int64_t{part.owner} * job.view.shape.max_tokens + t
+                                         : t * args().num_topk + from;
+        part.at = static_cast<uint32_t>(place * stage.record.bytes());
         return part;
     }
     __device__ __forceinline__ Part part_of(int64_t t) const {
         Slot slot = slot_of(t);
         find_owner(slot);
-        return part_of(slot);
+        return part_of(t, slot);
     }
 
     // From the token with this part on, the first of this warp. read(): all lines have been loaded. False: leave.
     template <class Read>
     __device__ __forceinline__ bool run(Pieces at, int step, Part part, Read read) {
-        const auto num_tokens = static_cast<int>(args().num_tokens);
+        const CombineArgs& a = args();
+        const auto num_tokens = static_cast<int>(a.num_tokens);
         if (at.item >= num_tokens) read();
 #pragma unroll 1
         while (at.item < num_tokens) {
-            const int t = at.item, p = at.piece;
-            const int units = spread.units_of(p);
-            LineSums<kDtype> sums;
+            int p = at.piece, left = at.left;
+            auto place = static_cast<int>(at.item * a.row_bytes() + p * stage.record.piece_bytes);
             if constexpr (F::kAny) {
-                if (!await_nodes(t, part)) return false;
+                if (!await_nodes(at.item, part)) return false;
             }
-#pragma unroll 1
-            for (int turn = 0; !add(t, p, units, part, sums); ++turn) {
-                if (turn >= device::kLooks && !await_parts(t, p, units, part)) return false;
-            }
-            ++at.piece;
-            const bool is_new = --at.left == 0;
-            if (is_new) at.next(spread.record, spread.added, step);
-            if (at.item >= num_tokens) read();
             Slot slot;
-            // Under way while the sums are stored.
-            if (is_new) slot = slot_of(at.item);
-            finish(sums, t, p, units);
-            if (!is_new) continue;
+#pragma unroll 1
+            while (true) {
+                const int units = spread.units_of(p);
+                LineSums<kDtype> sums;
+#pragma unroll 1
+                for (int turn = 0; !add(place, p, units, part, sums); ++turn) {
+                    if (turn >= device::kLooks && !await_parts(at.item, p, units, part)) {
+                        return false;
+                    }
+                }
+                const bool is_last = --left == 0;
+                if (is_last) {
+                    at.next(spread.record, spread.added, step);
+                    if (at.item >= num_tokens) read();
+                    slot = slot_of(at.item);  // under way while the sums are stored
+                }
+                finish(sums, place, units);
+                if (is_last) break;
+                ++p;
+                place += stage.record.piece_bytes;
+            }
             find_owner(slot);
-            part = part_of(slot);
+            part = part_of(at.item, slot);
         }
         return true;
     }
@@ -148,7 +172,9 @@ private:
 
     // What other nodes have put for these slots is there. False: leave.
     __device__ __forceinline__ bool await_nodes(int t, Part& part) {
-        const auto owner = [&] { return part.key == ~0u ? -1 : static_cast<int>(part.key / 32); };
+        const auto owner = [&] {
+            return static_cast<int>(ptx::lane_id()) < part.count ? part.owner : -1;
+        };
 #pragma unroll 1
         while (const uint32_t late = stage.await_far(owner())) {
             if (!leave_out(__shfl_sync(~0u, owner(), __ffs(late) - 1))) return false;
@@ -157,38 +183,37 @@ private:
         return true;
     }
 
-    // False: some lines are not there yet, and the sums are none.
-    __device__ __forceinline__ bool add(int t, int p, int units, const Part& part,
+    // Piece p of the n-th row.
+    __device__ __forceinline__ const std::byte* from(const Part& part, int n, int p) const {
+        int owner = 0;
+        if constexpr (F::kAny) owner = __shfl_sync(~0u, part.owner, n);
+        return stage.arrival_at(owner, __shfl_sync(~0u, part.at, n) + stage.piece_at(p));
+    }
+
+    // `place`: of the piece, in rows of sums. False: some lines are not there yet, and the sums are none.
+    __device__ __forceinline__ bool add(int place, int p, int units, const Part& part,
                                         LineSums<kDtype>& sums) const {
         const CombineArgs& a = args();
         NodeSums<kDtype, F> of_node{sums, stage};
-        start(sums, t, p, units);
+        start(sums, place, units);
         bool all = true;
-        uint32_t ahead = __reduce_min_sync(~0u, part.key);
 #pragma unroll 1
-        while (ahead != ~0u) {
-            int num_rows = 0;
-            uint32_t lanes = 0;  // whose rows these are, a byte each
-            Words w[kRowsAtOnce][kAtOnce];
+        for (int first = 0; first < part.count; first += kAddedAtOnce) {
+            Words w[kAddedAtOnce][kAtOnce];
 #pragma unroll
-            for (int r = 0; r < kRowsAtOnce; ++r) {
-                if (ahead == ~0u) continue;
-                get(from(t, p, ahead), units, w[r]);
-                lanes |= ahead % 32 << 8 * r, num_rows = r + 1;
-                ahead = __reduce_min_sync(~0u, part.key > ahead ? part.key : ~0u);
+            for (int r = 0; r < kAddedAtOnce; ++r) {
+                if (first + r >= part.count) break;
+                get(from(part, first + r, p), units, w[r]);
             }
 #pragma unroll
-            for (int r = 0; r < kRowsAtOnce; ++r) {
-                if (r >= num_rows) break;
+            for (int r = 0; r < kAddedAtOnce; ++r) {
+                if (first + r >= part.count) break;
                 all = all && there(units, w[r]);
-                const auto lane = static_cast<int>(lanes >> 8 * r & 0xff);
                 int owner = 0;
-                if constexpr (F::kAny) {
-                    owner = static_cast<int>(__shfl_sync(~0u, part.key, lane) / 32);
-                }
+                if constexpr (F::kAny) owner = __shfl_sync(~0u, part.owner, first + r);
                 LineSums<kDtype>& to = of_node.of(owner);
                 if (a.weighted && !a.per_rank) {
-                    to.add(w[r], __shfl_sync(~0u, part.weight, lane));
+                    to.add(w[r], __shfl_sync(~0u, part.weight, first + r));
                 } else {
                     to.add(w[r]);
                 }
@@ -201,17 +226,16 @@ private:
     // Until all of them are there. False: leave.
     __device__ __forceinline__ bool await_parts(int t, int p, int units, Part& part) {
         const int lines = (units + kLineUnits - 1) / kLineUnits;
+        part = part_of(t);  // in a node nobody else asks for owners
 #pragma unroll 1
-        for (uint32_t now = __reduce_min_sync(~0u, part.key); now != ~0u;
-             now = __reduce_min_sync(~0u, part.key > now ? part.key : ~0u)) {
-            const int owner = owner_of(t, now);
-            const std::byte* piece = from(t, p, now);
-            if (device::await_lines(watch_of(job.view, stage.far), stage.op, owner, piece, 0,
-                                    lines)) {
+        for (int n = 0; n < part.count; ++n) {
+            const int owner = __shfl_sync(~0u, part.owner, n);
+            if (device::await_lines(watch_of(job.view, stage.far), stage.op, owner,
+                                    from(part, n, p), 0, lines)) {
                 continue;
             }
             if (!leave_out(owner)) return false;
-            part = part_of(t);
+            part = part_of(t), n = -1;
         }
         return true;
     }
@@ -222,17 +246,6 @@ private:
         __syncwarp();
         return ok;
     }
-    __device__ __forceinline__ int owner_of(int t, uint32_t key) const {
-        const int64_t slot = int64_t{t} * args().num_topk + key % 32;
-        return __ldg(job.view.state.owner + args().topk_idx[slot]);
-    }
-    __device__ __forceinline__ const std::byte* from(int t, int p, uint32_t key) const {
-        const RankView& view = job.view;
-        const int64_t place = per_rank() ? int64_t{key / 32} * view.shape.max_tokens + t
-                                         : int64_t{t} * args().num_topk + key % 32;
-        return stage.arrival(static_cast<int>(key / 32), place) + stage.piece_at(p);
-    }
-
     __device__ __forceinline__ void get(const std::byte* piece, int units,
                                         Words (&w)[kAtOnce]) const {
         const LineLane at;
@@ -253,26 +266,24 @@ private:
         return __all_sync(~0u, all);
     }
 
-    __device__ __forceinline__ void start(LineSums<kDtype>& sums, int t, int p, int units) const {
+    __device__ __forceinline__ void start(LineSums<kDtype>& sums, int place, int units) const {
         const CombineArgs& a = args();
         const int first = first_unit(units);
         sums.clear();
         if (a.bias0 == nullptr && a.bias1 == nullptr) return;
-        const int64_t at = t * a.row_bytes() + int64_t{p} * stage.record.piece_bytes;
         Words w[kAtOnce];
-        load_units((a.bias0 != nullptr ? a.bias0 : a.bias1) + at, first, units, w);
+        load_units((a.bias0 != nullptr ? a.bias0 : a.bias1) + place, first, units, w);
 #pragma unroll
         for (int v = 0; v < kAtOnce; ++v) sums.unit[v].set(device::unit_of(w[v]));
         if (a.bias0 == nullptr || a.bias1 == nullptr) return;
-        load_units(a.bias1 + at, first, units, w);
+        load_units(a.bias1 + place, first, units, w);
         sums.add(w);
     }
 
-    __device__ __forceinline__ void finish(const LineSums<kDtype>& sums, int t, int p,
+    __device__ __forceinline__ void finish(const LineSums<kDtype>& sums, int place,
                                            int units) const {
         const int first = first_unit(units);
-        auto* out = reinterpret_cast<uint4*>(args().out + t * args().row_bytes() +
-                                             int64_t{p} * stage.record.piece_bytes);
+        auto* out = reinterpret_cast<uint4*>(args().out + place);
 #pragma unroll
         for (int v = 0; v < kAtOnce; ++v) {
             const int i = first + v * kUnitsApart;
