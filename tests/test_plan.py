@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +23,10 @@ from ep_comm.plan import PRESETS, Deployment, Hardware, Visits, curve, predict, 
 from ep_comm.plan.model import _bytes
 from ep_comm.plan.visits import _drawn_alike
 
-RECORDS = Path(__file__).resolve().parents[1] / "bench" / "results" / "nvlink_gpus.jsonl"
+RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
 # The commit whose records gave Hardware its overheads: calibrate anew before naming another.
-CALIBRATED = "28c8f36"
+CALIBRATED = "803f363"
+GRAPHED = " in a graph"
 
 SMALL = Deployment(
     num_nodes=2, ranks_per_node=2, num_tokens=64, hidden=256, num_experts=8, num_topk=2
@@ -101,7 +103,7 @@ def test_equal_seeds_give_equal_visits_and_others_do_not() -> None:
 def walk(d: Deployment, ids: torch.Tensor) -> tuple[Visits, dict[str, Counter[int]]]:
     """Every token of every rank, one by one: what crosses which link in dispatch and combine.
 
-    ids: [R, T, K].
+    ids: [R, T, K]. Kernels of large batches.
     """
     per_rank = d.num_experts // d.num_ranks
     v = Visits(
@@ -150,7 +152,7 @@ def test_bytes_of_every_link_are_those_of_a_walk_over_tokens(
 ) -> None:
     d = replace(
         SMALL, num_nodes=nodes, ranks_per_node=per_node, num_experts=12, num_topk=3,
-        partials=partials,
+        partials=partials, num_tokens=1025 if nodes == 1 else 64,
     )  # fmt: skip
     scores = torch.rand(
         (d.num_ranks, d.num_tokens, d.num_experts), generator=torch.Generator().manual_seed(5)
@@ -162,6 +164,36 @@ def test_bytes_of_every_link_are_those_of_a_walk_over_tokens(
         for name in ("nvlink_out", "nvlink_in", "nic_out", "nic_in", "stored"):
             want = [moved[f"{letter} {name}"][r] for r in range(d.num_ranks)]
             assert getattr(said, name).tolist() == pytest.approx(want), f"{op} {name}"
+
+
+@pytest.mark.parametrize("layout", ["compact", "slab"])
+def test_bytes_of_small_batches_are_those_of_a_walk_over_tokens(layout: Any) -> None:
+    """On a link once for each (token, rank); SMs besides write lines, read them, and make rows."""
+    d = replace(SMALL, num_nodes=1, ranks_per_node=4, num_experts=12, num_topk=3, layout=layout)
+    scores = torch.rand((4, 64, 12), generator=torch.Generator().manual_seed(5))
+    ids = scores.topk(3, 2).indices
+    v, moved = walk(d, ids)
+    is_slab = layout == "slab"
+    row, record, back = d.row_bytes, d.payload_bytes() * 8 / 7, d.y_bytes * 8 / 7
+    did: Counter[tuple[str, int]] = Counter()  # loads and stores by (operation, rank)
+    for src, token in itertools.product(range(4), range(64)):
+        did["dispatch", src] += 2 * d.hidden if is_slab else row
+        did["combine", src] += d.y_bytes
+        dst = [int(e) // 3 for e in ids[src, token]]
+        for r in set(dst):
+            rows = dst.count(r) if is_slab else 1
+            did["dispatch", src] += record
+            did["dispatch", r] += record + rows * row
+            did["combine", r] += rows * d.y_bytes + back
+            did["combine", src] += back
+
+    for letter, op in (("d", "dispatch"), ("c", "combine")):
+        said = _bytes(op, d, v)
+        for name in ("nvlink_out", "nvlink_in"):
+            want = [moved[f"{letter} {name}"][r] for r in range(4)]
+            assert getattr(said, name).tolist() == pytest.approx(want), f"{op} {name}"
+        total = said.pushed + said.stored + said.loaded
+        assert total.tolist() == pytest.approx([did[op, r] for r in range(4)]), op
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -190,7 +222,8 @@ def test_wire_floors_of_eight_ranks_are_those_published() -> None:
     assert told.combine.time_us < 996
 
 
-# Bare data phases on two H200: rows known beforehand, no counts, no flags, µs by SMs.
+# Bare data phases on two H200, before the kernels of today: rows known beforehand, no counts, no
+# flags, µs by SMs.
 PUSH_BF16 = {8: 297, 10: 241, 12: 204, 14: 178}
 PUSH_FP8 = {8: 158, 10: 128, 12: 109, 14: 97}
 PULL_BF16 = {20: 186, 32: 187, 64: 190}
@@ -206,94 +239,157 @@ PULL_BF16 = {20: 186, 32: 187, 64: 190}
     ids=["push-bf16", "push-fp8", "pull-bf16"],
 )
 def test_data_phase_is_that_of_bare_copies(op: str, dtype: Any, measured: dict[int, int]) -> None:
-    """Within 7 %: the rates come from copies of 1 GiB, rows of 7 to 14 KB fill pipes less well.
+    """Pushes of FP8 up to 11 % low, of BF16 up to 6 %, pulls up to 4 %; none high.
 
-    Left out, as no rate describes it: more than 14 SMs, where stores of both directions get in each
-    other's way (178 µs become up to 208).
+    The rate of an SM is that of whole calls: with 46 GB/s, not 50, these would be within 7 %, but
+    whole calls within 6 % instead of 4 %. Left out, as no rate describes it: more than 14 SMs,
+    where stores of both directions got in each other's way (178 µs became up to 208).
     """
+    most = {("dispatch", "fp8"): 0.11, ("dispatch", "bf16"): 0.06}.get((op, dtype), 0.04)
     d = Deployment(1, 2, x_dtype=dtype)
     for sms, us in measured.items():
         told = getattr(predict(d, num_sms=sms), op)
-        assert max(told.resource_us.values()) == pytest.approx(us, rel=0.07), sms
+        assert (1 - most) * us < max(told.resource_us.values()) < us, sms
 
 
-def records() -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in RECORDS.read_text().splitlines()]
-    found = [r for r in lines if r["commit"] == CALIBRATED and r["sms"] > 0]
-    assert found, f"no records of {CALIBRATED} in {RECORDS.name}: calibrate Hardware anew"
+def records(name: str) -> list[dict[str, Any]]:
+    """Those of whole calls that the model knows, of the calibrated commit."""
+    lines = [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
+    found = [
+        r
+        for r in lines
+        if r["commit"] == CALIBRATED
+        and r["op"].removesuffix(GRAPHED) in ("dispatch", "dispatch_cached", "combine")
+    ]
+    assert found, f"no records of {CALIBRATED} in {name}: calibrate Hardware anew"
     return found
 
 
-def predicted(record: dict[str, Any]) -> float | None:
-    op = record["op"].removesuffix(" in a graph")
-    if op not in ("dispatch", "dispatch_cached", "combine"):
-        return None
-    tokens = 128 if "-t128-" in record["case"] else 4096
-    dtype: Any = "fp8" if record["case"].endswith("fp8") else "bf16"
-    d = Deployment(1, 2, num_tokens=tokens, x_dtype=dtype)
-    told = getattr(predict(d, num_sms=record["sms"]), op)
-    assert told.link_bytes["nvlink_in"] == pytest.approx(record["scaleup_recv_bytes"], rel=0.005)
+def predicted(record: dict[str, Any], **cluster: Any) -> float:
+    """µs; `cluster` are fields of the deployment that a record does not name."""
+    case = record["case"].split("-")
+    d = replace(
+        Deployment(**({"num_nodes": 1, "ranks_per_node": 2} | cluster)),
+        num_tokens=int(case[1].removeprefix("t")),
+        layout="slab" if "slab" in case else "compact",
+        x_dtype="fp8" if "fp8" in case else "bf16",
+        sync="static" not in case,
+    )
+    sms = record["sms"] or Hardware().num_sms  # 0: all that the library takes for a small batch
+    told = getattr(predict(d, num_sms=sms), record["op"].removesuffix(GRAPHED))
+    assert told.is_small == ("static" in case), record
+    assert told.link_bytes["nvlink_in"] == pytest.approx(record["scaleup_recv_bytes"], rel=0.006)
     return float(told.time_us)
 
 
+def errors(found: list[dict[str, Any]], **cluster: Any) -> list[float]:
+    """Of predictions, in percent of what was measured: positive where these are longer."""
+    return [100 * (predicted(r, **cluster) / r["time_us"]["p50"] - 1) for r in found]
+
+
 def test_large_calls_take_what_two_gpus_measured() -> None:
-    """BF16, 4096 tokens, 8 to 24 SMs: within 9 %.
+    """4096 tokens, BF16 and FP8, 8 to 24 SMs, and 8192 tokens, BF16, 16 SMs: within 4 %.
 
-    Overheads were taken from 128 tokens and are not fitted here, so this is a prediction. It is up
-    to 8 % low where the link bounds a dispatch: pushes reach 345 GB/s there, not 370, when 12 to 24
-    SMs store both ways.
+    The overheads and the rate of an SM that pushes were fitted to these, one number for an
+    operation and one for all; the links' rates were not.
     """
-    seen = 0
-    for record in records():
-        if not record["case"].endswith("t4096-h7168-top8of256-bf16"):
-            continue
-        us = predicted(record)
-        if us is not None:
-            assert us == pytest.approx(record["time_us"]["p50"], rel=0.09), record
-            seen += 1
-    assert seen >= 15
+    off = errors([r for r in records("nvlink_gpus") if "-static" not in r["case"]])
+    assert len(off) == 34
+    assert -4 < min(off) < 0 < max(off) < 4
 
 
-def test_small_calls_take_what_two_gpus_measured() -> None:
-    """128 tokens in a CUDA graph: within 3 %; this is what the overheads were taken from.
+def test_small_batches_take_what_two_gpus_measured() -> None:
+    """In a CUDA graph, 1 to 1024 tokens, all SMs, and 128 tokens, 16 to 64 SMs: within 13 %.
 
-    Calls queued one by one take 7 to 9 µs more, which is the host's part and not modelled.
+    Half of them within 5 %. The four numbers of small batches were fitted to these. Furthest off:
+    one token (a dispatch of BF16 12 % high, a combine of slabs 12 % low), a combine of 128 on 16
+    SMs (11 % high), and a dispatch of 1024 into slabs (13 % low).
     """
-    seen = 0
-    for record in records():
-        if "-t128-" not in record["case"]:
-            continue
-        us = predicted(record)
-        assert us is not None
-        if record["op"].endswith("in a graph"):
-            assert us == pytest.approx(record["time_us"]["p50"], rel=0.03), record
-            seen += 1
-        else:
-            assert 5 < record["time_us"]["p50"] - us < 11, record
-    assert seen == 6
+    found = records("nvlink_latency") + [r for r in records("nvlink_gpus") if r["sms"] != 0]
+    off = errors([r for r in found if "-static" in r["case"] and r["op"].endswith(GRAPHED)])
+    assert len(off) == 38
+    assert -13 < min(off) < 0 < max(off) < 13
+    assert sorted(map(abs, off))[len(off) // 2] < 5
 
 
-def test_no_measured_call_is_faster_than_predicted() -> None:
-    """FP8: 7 to 63 % low, so a bound and no prediction; times there vary by half between runs.
+def test_small_batches_that_nothing_was_fitted_to_take_what_was_measured() -> None:
+    """Slabs of 1, 32 and 128 tokens in a graph, from another bench: within 13 %.
 
-    The bare data phase does reach it (above), so what is missing is in the kernels, not in the
-    links. No call may beat it by more than the 9 % that BF16 is off by.
+    A weak check: of 1 and 128 tokens the fit has seen records, and only 32 is new to it.
     """
-    for record in records():
-        us = predicted(record)
-        if us is not None:
-            assert us < 1.09 * record["time_us"]["p50"], record
+    off = errors([r for r in records("nvlink_decode") if r["op"].endswith(GRAPHED)])
+    assert len(off) == 6
+    assert -13 < min(off) < 0 < max(off) < 13
 
 
-def test_needed_sms_are_the_fewest_that_do_not_bound() -> None:
-    for name in PRESETS:
-        told = predict(PRESETS[name])
-        for op in (told.dispatch, told.combine):
-            assert op.sms == op.sms_needed
-            assert op.bound != "SMs"
-            if op.sms_needed > 1:
-                fewer = predict(PRESETS[name], num_sms=op.sms_needed - 1)
-                assert getattr(fewer, op.op).bound == "SMs", name
+def test_small_batches_called_one_by_one_take_some_microseconds_more() -> None:
+    """2 to 14 µs, not modelled: the host's part, and that no kernel ahead hides the start."""
+    found = records("nvlink_latency") + records("nvlink_gpus") + records("nvlink_decode")
+    alone = [r for r in found if "-static" in r["case"] and not r["op"].endswith(GRAPHED)]
+    more = [r["time_us"]["p50"] - predicted(r) for r in alone]
+    assert len(more) == 44
+    assert 2 < min(more) < max(more) < 14
+
+
+def test_two_gpus_as_two_nodes_take_longer_than_predicted() -> None:
+    """4096 tokens over NVSHMEM, 20 and 8 SMs: 9 to 36 % low, so a bound and no prediction.
+
+    BF16 dispatch 9 to 22 %, combine 18 to 25 %, FP8 dispatch 31 to 36 %. The bytes are right, so
+    what is missing is time that kernels across nodes spend otherwise.
+    """
+    cluster = {"num_nodes": 2, "ranks_per_node": 1, "rail": "nvlink"}
+    found = records("hybrid_gpus")
+    off = errors(found, **cluster)
+    assert len(off) == 6
+    assert -36 < min(off) < -30
+    assert -12 < max(off) < -9
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_needed_sms_are_the_fewest_that_do_not_bound(name: str) -> None:
+    told = predict(PRESETS[name])
+    for op in (told.dispatch, told.combine):
+        assert op.sms == (Hardware().num_sms if op.is_small else op.sms_needed)
+        assert op.bound != "SMs"
+        if op.sms_needed > 1:
+            fewer = predict(PRESETS[name], num_sms=op.sms_needed - 1)
+            assert getattr(fewer, op.op).bound == "SMs"
+
+
+@pytest.mark.parametrize(
+    ("change", "dispatch", "combine"),
+    [
+        ({}, True, True),
+        ({"num_tokens": 1024}, True, True),
+        ({"num_tokens": 1025}, False, False),
+        ({"layout": "slab"}, True, True),
+        ({"layout": "grouped"}, False, True),
+        ({"sync": True}, False, True),
+        ({"sync": True, "layout": "slab"}, True, True),
+        ({"ranks_per_node": 72, "num_experts": 144}, False, False),
+        ({"ranks_per_node": 16, "num_tokens": 1024}, False, False),  # no room for the places
+        ({"num_nodes": 2}, False, False),
+        ({"num_nodes": 2, "mode": "direct"}, True, True),
+    ],
+)
+def test_calls_are_small_batches_as_the_contract_has_it(
+    change: dict[str, Any], dispatch: bool, combine: bool
+) -> None:
+    d = replace(PRESETS["node"], **({"num_tokens": 128} | change))
+    assert (d.is_small("dispatch"), d.is_small("combine")) == (dispatch, combine)
+    if d.num_nodes == 1:
+        assert not d.is_small("dispatch_cached")
+
+
+def test_small_batch_takes_links_and_sms_one_after_the_other_and_a_row_at_least() -> None:
+    hw = Hardware()
+    d = replace(PRESETS["node"], num_tokens=128, layout="slab")
+    told = predict(d, num_sms=32).dispatch
+    link, sms = told.resource_us["NVLink in"], told.resource_us["SMs"]
+    assert told.time_us == pytest.approx(hw.small_dispatch_overhead_us + link + sms)
+    one = predict(replace(d, num_tokens=1)).combine
+    assert one.bound == "one row"
+    assert one.time_us == pytest.approx(hw.small_combine_overhead_us + hw.small_row_us)
 
 
 def test_two_gpus_as_two_nodes_can_reach_what_is_asked_of_them() -> None:
@@ -378,6 +474,7 @@ def test_direct_mode_has_slots_for_every_source_instead_of_rings() -> None:
         ({"x_dtype": "int4"}, "'bf16' or 'fp8'"),
         ({"hidden": 100}, "multiple of 128"),
         ({"zipf": -1.0}, "zipf"),
+        ({"sync": "no"}, "False or True"),
     ],
 )
 def test_impossible_deployment_is_refused(change: dict[str, Any], words: str) -> None:
@@ -415,6 +512,24 @@ def test_command_prints_tables_json_and_a_picture(tmp_path: Path) -> None:
     for words in ("2 x 2 ranks", "bound by", "NIC in, GB/s", "rails: staging"):
         assert words in told.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_command_takes_every_word_the_deployment_does() -> None:
+    given = {"layout": "slab", "mode": "direct", "dtype": "bf16", "partials": "fp32"}
+    options = [f"--{name}={word}" for name, word in given.items()]
+    said = CliRunner().invoke(app, ["plan", "--preset", "two-gpus", *options, "--json"])
+    assert said.exit_code == 0, said.output
+    told = json.loads(said.stdout)["deployment"]
+    assert [told[n] for n in ("layout", "mode", "x_dtype", "partials")] == list(given.values())
+
+
+def test_command_says_which_calls_are_small_batches() -> None:
+    options = ["plan", "--preset", "node", "--tokens", "128"]
+    for more, dispatch in (([], "yes"), (["--sync"], "no")):
+        said = CliRunner().invoke(app, [*options, *more])
+        assert said.exit_code == 0, said.output
+        line = next(line for line in said.stdout.splitlines() if "small batch" in line)
+        assert re.findall("yes|no", line) == [dispatch, "no", "yes"]
 
 
 def test_presets_may_lose_their_replicas_and_limits() -> None:

@@ -74,9 +74,14 @@ def plan(
     mode: Annotated[
         Mode | None, typer.Option(help="direct: to each rank by itself, for decode.")
     ] = None,
+    sync: Annotated[
+        bool | None, typer.Option(help="Shapes that the host waits for, or fixed ones.")
+    ] = None,
     rail: Annotated[Rail | None, typer.Option(help="nvlink: nodes pretended on one host.")] = None,
     channels: Annotated[int | None, typer.Option(min=1)] = None,
-    sms: Annotated[int | None, typer.Option(min=1, help="Default: as many as needed.")] = None,
+    sms: Annotated[
+        int | None, typer.Option(min=1, help="Default: as many as needed; small batches: all.")
+    ] = None,
     nic_gbps: Annotated[
         float | None, typer.Option(min=0, help="Of a rank's NICs, GB/s each way; 400 Gb/s: 50.")
     ] = None,
@@ -116,7 +121,7 @@ def plan(
         "num_nodes": nodes, "ranks_per_node": ranks_per_node, "num_tokens": tokens,
         "hidden": hidden, "num_experts": experts, "num_topk": topk, "num_shared": shared,
         "num_groups": groups, "zipf": zipf, "x_dtype": dtype, "partials": partials,
-        "layout": layout, "mode": mode, "rail": rail, "num_channels": channels,
+        "layout": layout, "mode": mode, "sync": sync, "rail": rail, "num_channels": channels,
     }  # fmt: skip
     rates: dict[str, Any] = {
         "nic_gbps": nic_gbps, "nvlink_push_gbps": nvlink_push_gbps,

@@ -14,6 +14,7 @@ XDtype = Literal["bf16", "fp8"]
 Partials = Literal["bf16", "fp32"]
 Layout = Literal["compact", "grouped", "slab"]
 
+IN_FLIGHT: Final = 2  # dispatches with tensors alive at once; operations with slots of their own
 _SCALE_BLOCK: Final = 128  # elements of x that share a float32 scale, with fp8
 
 
@@ -35,7 +36,10 @@ class Deployment:
         x_dtype: of rows in dispatch; fp8 brings float32 scales for blocks of 128.
         partials: what crosses between nodes in combine: sums of a node, in fp32 or rounded to bf16.
         mode: "throughput": once per node along rails, then over NVLink; "direct": every token
-            straight to each rank it visits, for small batches.
+            straight to each rank it visits, for small batches; the library does so for up to 64
+            ranks. Inside one node small batches go straight whatever the mode: see `is_small`.
+        sync: as in `Buffer.dispatch`. It matters to small batches of compact rows: shapes that the
+            host waits for need the kernels of large ones. False: as in a CUDA graph.
         rail: "nvlink" is for nodes that are pretended on one host.
         num_channels: ranges of tokens with rings of their own; see `csrc/contract/rail.h`.
     """
@@ -55,6 +59,7 @@ class Deployment:
     partials: Partials = "bf16"
     layout: Layout = "compact"
     mode: Mode = "throughput"
+    sync: bool = False
     rail: Rail = "nic"
     num_channels: int = 10
 
@@ -125,6 +130,31 @@ class Deployment:
         """Selections of a token, shared experts included."""
         return self.num_topk + self.num_shared
 
+    def shape(self) -> _core.Shape:
+        """Of a buffer for just these calls, IN_FLIGHT of them at once."""
+        shape = _core.Shape()
+        shape.num_ranks, shape.num_slots = self.num_ranks, IN_FLIGHT
+        shape.num_experts, shape.max_local_experts = self.slots, self.local_experts
+        shape.num_topk, shape.max_tokens = self.topk, self.num_tokens
+        if self.num_nodes == 1:
+            shape.stage_bytes = _core.stage_bytes_for(shape, self.hidden)
+        return shape
+
+    def is_small(self, op: str) -> bool:
+        """Whether "dispatch", "dispatch_cached" or "combine" goes as a small batch.
+
+        That is, its rows as lines, before anybody's counts (`is_staged` of csrc/contract/stage.h).
+        Inside one node: up to 1024 tokens and 64 ranks, as far as there is room for the places of
+        IN_FLIGHT operations; a dispatch without handle whose outputs have a fixed shape, and any
+        combine. Across nodes: what is planned in direct mode, whether or not a buffer could.
+        """
+        if self.num_nodes > 1:
+            return self.mode == "direct"
+        if self.shape().stage_bytes == 0:
+            return False
+        has_shape = self.layout == "slab" or (self.layout == "compact" and not self.sync)
+        return op == "combine" or (op == "dispatch" and has_shape)
+
     @property
     def name(self) -> str:
         """Words that tell this deployment from others."""
@@ -187,6 +217,7 @@ _CHOICES: Final = {
     "partials": ("bf16", "fp32"),
     "layout": ("compact", "grouped", "slab"),
     "mode": ("throughput", "direct"),
+    "sync": (False, True),
     "rail": ("nic", "nvlink"),
 }
 

@@ -13,24 +13,31 @@ class Hardware:
 
     Defaults: H200, NVLink4 with 18 links, one 400 Gb/s NIC for each GPU. NVLink, SM and flag
     figures were measured on two such GPUs with bare copies; those of the NIC are its nominal rate
-    and a usual latency, to be replaced by what the cluster measures. The `_overhead_us` are whole
-    calls of 128 tokens in a CUDA graph less the time of their bytes, with a handle what 4096 tokens
-    save by it (bench/results/nvlink_gpus.jsonl).
+    and a usual latency, to be replaced by what the cluster measures.
+
+    Fitted to whole calls on the same two GPUs, commit 803f363, for the smallest error of the worst
+    call: `sm_push_gbps` and the three overheads of large batches to 4096 and 8192 tokens, BF16 and
+    FP8 (bench/results/nvlink_gpus.jsonl); the `small_` ones to calls in a CUDA graph of 1 to 1024
+    tokens (bench/results/nvlink_latency.jsonl) and of 128 on 16, 32 and 64 SMs (nvlink_gpus.jsonl).
     """
 
     nvlink_push_gbps: float = 370.0  # stores into a peer
     nvlink_pull_gbps: float = 318.0  # loads from a peer
     nic_gbps: float = 50.0  # of all NICs of a rank together; 400 Gb/s = 50
-    sm_push_gbps: float = 46.0  # one SM storing into a peer
+    sm_push_gbps: float = 50.0  # one SM storing into a peer
     sm_store_gbps: float = 50.0  # one SM storing into its own memory
     sm_load_gbps: float = 50.0  # one SM loading, from anywhere
     num_sms: int = 132
     flag_us: float = 1.2  # from a release to its acquire, over NVLink
     nic_us: float = 4.0  # the same over the network, payload with signal
     put_us: float = 1.0  # a warp's time to hand one put to the NIC
-    dispatch_overhead_us: float = 35.0  # kernels started, counts exchanged, records read
-    cached_overhead_us: float = 22.0  # the same with a handle
-    combine_overhead_us: float = 19.0
+    dispatch_overhead_us: float = 31.0  # kernels started, counts exchanged, records read
+    cached_overhead_us: float = 21.5  # the same with a handle
+    combine_overhead_us: float = 10.0
+    small_dispatch_overhead_us: float = 7.6  # of a small batch: rows wait for no counts
+    small_combine_overhead_us: float = 5.1
+    small_row_us: float = 2.1  # what bytes of a small batch take at least: those of one row
+    small_sm_gbps: float = 36.0  # one SM in a small batch, loads and stores together
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -41,8 +48,11 @@ class Hardware:
                 want = "a number >= 0" if zero_is_fine else "a number > 0"
                 raise make_error("E203", f"rejected {field.name}={value!r}: want {want}")
 
-    def op_overhead_us(self, op: str) -> float:
-        """Of "dispatch", "dispatch_cached" or "combine" inside one node."""
+    def op_overhead_us(self, op: str, *, is_small: bool = False) -> float:
+        """Of "dispatch", "dispatch_cached" or "combine" inside one node, in µs."""
+        if is_small:
+            is_combine = op == "combine"
+            return self.small_combine_overhead_us if is_combine else self.small_dispatch_overhead_us
         if op == "dispatch":
             return self.dispatch_overhead_us
         return self.cached_overhead_us if op == "dispatch_cached" else self.combine_overhead_us

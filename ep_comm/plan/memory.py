@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ep_comm import _core
-from ep_comm.plan.deployment import Deployment
+from ep_comm.plan.deployment import IN_FLIGHT, Deployment
 from ep_comm.plan.visits import Visits
 
 
@@ -36,19 +36,11 @@ class Memory:
         return sum(parts) + self.staging_bytes + self.direct_bytes
 
 
-_IN_FLIGHT = 2  # dispatches whose tensors are alive at once; operations with slots of their own
-
-
 def memory(d: Deployment, v: Visits) -> Memory:
     """What `d` takes when its tokens go as in `v`."""
     from ep_comm.buffer import Buffer
 
-    shape = _core.Shape()
-    shape.num_ranks, shape.num_slots = d.num_ranks, _IN_FLIGHT
-    shape.num_experts, shape.max_local_experts = d.slots, d.local_experts
-    shape.num_topk, shape.max_tokens = d.topk, d.num_tokens
-    if d.num_nodes == 1:
-        shape.stage_bytes = _core.stage_bytes_for(shape, d.hidden)
+    shape = d.shape()
     rails = rail_shape(d)
     notice = _core.RailNoticeLayout(shape, d.num_nodes, rails.num_channels)
     rails.notice_bytes = int(notice.bytes)
@@ -58,10 +50,10 @@ def memory(d: Deployment, v: Visits) -> Memory:
     direct = 0
     if d.mode == "direct":
         record = max(d.rail_head_bytes() + d.row_bytes, d.partial_bytes)
-        direct = _IN_FLIGHT * d.num_ranks * d.num_tokens * record
+        direct = IN_FLIGHT * d.num_ranks * d.num_tokens * record
     worst = Buffer.size_hint(
         num_ranks=d.num_ranks, num_topk=d.topk, hidden=d.hidden, max_tokens=d.num_tokens,
-        num_local_experts=d.local_experts, layout=d.layout, in_flight=_IN_FLIGHT,
+        num_local_experts=d.local_experts, layout=d.layout, in_flight=IN_FLIGHT,
     )  # fmt: skip
     return Memory(
         arena_bytes=_expected_arena(d, v),
@@ -87,4 +79,4 @@ def _expected_arena(d: Deployment, v: Visits) -> int:
     tokens = float(v.ranks.sum(0).max())
     rows = tokens if d.layout == "compact" else float(v.selections.sum(0).max())
     record = d.payload_bytes() - d.row_bytes
-    return round(_IN_FLIGHT * (rows * (d.row_bytes + d.y_bytes) + tokens * record))
+    return round(IN_FLIGHT * (rows * (d.row_bytes + d.y_bytes) + tokens * record))

@@ -2,14 +2,15 @@
 
 Dispatch: a token goes once to each other rank of its node, and once to each other node: there to
 the rank with its source's local index, which forwards it to the ranks that own its experts. Combine
-goes the same way back, a node's rows added up before they cross. In direct mode a token goes to
-every rank by itself, and comes back added up by rank.
+goes the same way back, a node's rows added up before they cross. Small batches, and direct mode,
+go as lines: a token to every rank by itself, where a receiver makes rows of it, and back the same
+way, added up by rank.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class Bytes:
     nvlink_in: Tensor
     nic_out: Tensor
     nic_in: Tensor
-    pushed: Tensor  # stored into peers
+    pushed: Tensor  # stored into peers; as lines in small batches, like all that travels so
     stored: Tensor  # into the own memory, staging included
     loaded: Tensor  # from anywhere
 
@@ -45,9 +46,10 @@ class Operation:
 
     op: str
     time_us: float
+    is_small: bool  # goes as a small batch does, see `Deployment.is_small`
     bound: str  # the slowest of `resource_us`
     sms: int  # it was computed for
-    sms_needed: int  # with so many, SMs are no slower than the slowest link
+    sms_needed: int  # with so many, SMs are no slower than the slowest of the others
     resource_us: dict[str, float]  # time of each resource alone, at `sms`
     latency_us: float  # until the pipeline runs, and after its last chunk
     overhead_us: float  # of an operation without bytes
@@ -110,7 +112,7 @@ def predict(
 
     Args:
         hardware: None: its defaults.
-        num_sms: of the kernels; None: as many as each operation needs.
+        num_sms: of the kernels; None: as many as each operation needs, of small batches all.
         seed: of drawn tokens.
         routing: where tokens go, when it is known already.
     Returns:
@@ -179,8 +181,8 @@ def _flows(d: Deployment, v: Visits) -> _Flows:
 def _bytes(op: str, d: Deployment, v: Visits) -> Bytes:
     f = _flows(d, v)
     cached = op == "dispatch_cached"
-    if d.mode == "direct":
-        moved = _direct_combine(d, v, f) if op == "combine" else _direct_dispatch(d, v, f, cached)
+    if d.is_small(op):
+        moved = _small_combine(d, v, f) if op == "combine" else _small_dispatch(d, v, f, cached)
     else:
         moved = _combine(d, f) if op == "combine" else _dispatch(d, f, cached)
     if d.rail == "nvlink":  # the put is a copy by our SMs
@@ -221,34 +223,44 @@ def _combine(d: Deployment, f: _Flows) -> Bytes:
     )
 
 
-def _direct_dispatch(d: Deployment, v: Visits, f: _Flows, cached: bool) -> Bytes:
-    """Staged once for the NIC; the receiver makes the rows of its experts."""
+# A line of 128 bytes has 112 of a record (csrc/contract/stage.h). What pieces leave free of their
+# last line is not counted: records of 7168 elements are up to 3 % longer.
+_LINES: Final = 128 / 112
+
+
+def _small_dispatch(d: Deployment, v: Visits, f: _Flows, cached: bool) -> Bytes:
+    """Composed once for the NIC; receivers make rows of lines. For slabs x is read as bf16."""
     row = d.payload_bytes(cached=cached)
     record = d.rail_head_bytes(cached=cached) + d.row_bytes
     arrived = f.near_in + f.own + f.far_in
-    staged = f.far.clamp(max=d.num_tokens) * record
+    composed = f.far.clamp(max=d.num_tokens) * record
+    made = arrived if d.layout == "compact" else v.selections.sum(0)
+    read = 2 * d.hidden if d.layout == "slab" else d.row_bytes
     return Bytes(
         nvlink_out=f.near * row,
         nvlink_in=f.near_in * row,
         nic_out=f.far * record,
         nic_in=f.far_in * record,
-        pushed=f.near * row,
-        stored=f.own * row + staged + v.selections.sum(0) * d.row_bytes,
-        loaded=2.0 * d.num_tokens * d.hidden + arrived * d.row_bytes,
+        pushed=f.near * row * _LINES,
+        stored=(f.own * row + composed) * _LINES + made * d.row_bytes,
+        loaded=float(d.num_tokens * read) + arrived * row * _LINES,
     )
 
 
-def _direct_combine(d: Deployment, v: Visits, f: _Flows) -> Bytes:
+def _small_combine(d: Deployment, v: Visits, f: _Flows) -> Bytes:
     """Rows of a token on one rank are added there, then go to its source."""
     home = f.near + f.own + f.far  # rows that come back
+    sent = f.near_in + f.own + f.far_in
+    added = sent if d.layout == "compact" else v.selections.sum(0)
+    far = f.far_in * d.partial_bytes
     return Bytes(
         nvlink_out=f.near_in * d.y_bytes,
         nvlink_in=f.near * d.y_bytes,
-        nic_out=f.far_in * d.partial_bytes,
+        nic_out=far,
         nic_in=f.far * d.partial_bytes,
-        pushed=f.near_in * d.y_bytes,
-        stored=f.own * d.y_bytes + f.far_in * d.partial_bytes + d.num_tokens * d.y_bytes,
-        loaded=v.selections.sum(0) * d.y_bytes + home * d.y_bytes,
+        pushed=f.near_in * d.y_bytes * _LINES,
+        stored=(f.own * d.y_bytes + far) * _LINES + d.num_tokens * d.y_bytes,
+        loaded=added * d.y_bytes + home * d.y_bytes * _LINES,
     )
 
 
@@ -259,29 +271,26 @@ def _operation(
     op: str, d: Deployment, hw: Hardware, v: Visits, sizes: Memory, num_sms: int | None
 ) -> Operation:
     moved = _bytes(op, d, v)
-    nvlink = hw.nvlink_pull_gbps if op == "combine" else hw.nvlink_push_gbps
-    if d.mode == "direct":
-        nvlink = hw.nvlink_push_gbps
+    is_small = d.is_small(op)
     busiest = {name: float(link.max()) for name, link in moved.links().items()}
-    resources = {
-        "NVLink out": _us(busiest["nvlink_out"], nvlink),
-        "NVLink in": _us(busiest["nvlink_in"], nvlink),
-        "NIC out": _us(busiest["nic_out"], hw.nic_gbps),
-        "NIC in": _us(busiest["nic_in"], hw.nic_gbps),
-        **_rail_resources(op, d, hw, v, sizes),
-    }
-    one_sm = _one_sm_us(hw, moved)
-    slowest = max(resources.values())
-    needed = hw.num_sms if slowest == 0 else min(-(-one_sm // slowest), hw.num_sms)
-    needed = max(int(needed), 1)
-    sms = needed if num_sms is None else num_sms
+    resources = {**_links_us(op, hw, busiest, is_small), **_rail_resources(op, d, hw, v, sizes)}
+    others = max(resources.values())
+    if is_small:
+        resources["one row"] = hw.small_row_us
+    one_sm = _one_sm_us(hw, moved, is_small)
+    needed = _needed_sms(hw, one_sm, max(resources.values()))
+    sms = num_sms or (hw.num_sms if is_small else needed)
     resources["SMs"] = one_sm / sms
     bound = max(resources, key=resources.__getitem__)
+    busy = resources[bound]
+    if is_small:  # too short to be a pipeline: what has crossed is then made rows of
+        busy = max(hw.small_row_us, others + resources["SMs"])
     latency = _latency_us(op, d, hw, v, sizes)
-    overhead = hw.op_overhead_us(op)
+    overhead = hw.op_overhead_us(op, is_small=is_small)
     return Operation(
         op=op,
-        time_us=overhead + latency + resources[bound],
+        time_us=overhead + latency + busy,
+        is_small=is_small,
         bound=bound,
         sms=sms,
         sms_needed=needed,
@@ -294,12 +303,31 @@ def _operation(
     )
 
 
+def _links_us(op: str, hw: Hardware, busiest: dict[str, float], is_small: bool) -> dict[str, float]:
+    pulls = op == "combine" and not is_small
+    nvlink = hw.nvlink_pull_gbps if pulls else hw.nvlink_push_gbps
+    size = _LINES if is_small else 1.0
+    return {
+        "NVLink out": _us(busiest["nvlink_out"] * size, nvlink),
+        "NVLink in": _us(busiest["nvlink_in"] * size, nvlink),
+        "NIC out": _us(busiest["nic_out"] * size, hw.nic_gbps),
+        "NIC in": _us(busiest["nic_in"] * size, hw.nic_gbps),
+    }
+
+
+def _needed_sms(hw: Hardware, one_sm: float, slowest: float) -> int:
+    needed = hw.num_sms if slowest == 0 else min(-(-one_sm // slowest), hw.num_sms)
+    return max(int(needed), 1)
+
+
 def _us(num_bytes: float, gbps: float) -> float:
     return num_bytes / gbps / 1e3
 
 
-def _one_sm_us(hw: Hardware, moved: Bytes) -> float:
-    """Loads and stores overlap; the rank with more of either counts."""
+def _one_sm_us(hw: Hardware, moved: Bytes, is_small: bool) -> float:
+    """Loads and stores overlap, but for small batches; the rank with more of either counts."""
+    if is_small:
+        return _us(float((moved.pushed + moved.stored + moved.loaded).max()), hw.small_sm_gbps)
     stores = moved.pushed / hw.sm_push_gbps + moved.stored / hw.sm_store_gbps
     loads = moved.loaded / hw.sm_load_gbps
     return float(torch.maximum(stores, loads).max()) / 1e3
@@ -358,9 +386,9 @@ def _forward_us(op: str, d: Deployment, hw: Hardware, v: Visits, sizes: Memory) 
 def _latency_us(op: str, d: Deployment, hw: Hardware, v: Visits, sizes: Memory) -> float:
     if d.num_nodes == 1:
         return 0.0
-    counts = hw.nic_us + hw.flag_us  # entries cross, and are relayed inside the node
     if not _on_rails(d):
-        return counts + hw.put_us + hw.nic_us
+        return hw.put_us + hw.nic_us  # rows leave with the notice
+    counts = hw.nic_us + hw.flag_us  # entries cross, and are relayed inside the node
     chunk = sizes.chunk_bytes
     rate = hw.nic_gbps if d.rail == "nic" else hw.nvlink_push_gbps
     fill = _us(chunk, hw.sm_store_gbps) + hw.put_us + _us(chunk, rate) + hw.nic_us

@@ -45,6 +45,8 @@ def _operations(plan: Plan) -> Any:
     row("time, µs", *(f"{o.time_us:.0f}" for o in ops))
     row("  overhead + latency, µs", *(f"{o.overhead_us:.0f} + {o.latency_us:.0f}" for o in ops))
     row("bound by", *(o.bound for o in ops))
+    if any(o.is_small for o in ops):
+        row("as a small batch", *("yes" if o.is_small else "no" for o in ops))
     row("SMs used / needed", *(f"{o.sms} / {o.sms_needed}" for o in ops))
     for label, name in (
         ("NVLink out, MB", "nvlink_out"),
