@@ -129,7 +129,11 @@ def plan(
         "sm_store_gbps": sm_store_gbps, "sm_load_gbps": sm_load_gbps, "flag_us": flag_us,
         "nic_us": nic_us, "put_us": put_us,
     }  # fmt: skip
-    given = {name: value for name, value in changes.items() if value is not None}
+    given: dict[str, Any] = {
+        name: str(value) if isinstance(value, StrEnum) else value
+        for name, value in changes.items()
+        if value is not None
+    }
     for name, count in (("num_slots", slots), ("top_groups", top_groups)):
         if count is not None:
             given[name] = count or None
