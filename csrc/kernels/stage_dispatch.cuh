@@ -27,23 +27,33 @@ namespace ep::kernels {
 // What does not depend on anything that happens on the GPU.
 __device__ __forceinline__ void prepare(const DispatchJob& job, const StageTables& tables) {
     const State& state = job.view.state;
-    const int num_ranks = job.view.shape.num_ranks;
-    if (threadIdx.x == 0) tables.arena() = job.view.peers.arena[job.view.peers.rank];
-#pragma unroll 1
-    for (int p = threadIdx.x; p <= num_ranks; p += blockDim.x) {
-        if (p < num_ranks) tables.control()[p] = job.view.peers.control[p];
-        tables.first()[p] = __ldg(state.first + p);
+    const Peers& peers = job.view.peers;
+    const int num_ranks = job.view.shape.num_ranks, i = threadIdx.x;
+    const int threads = blockDim.x, num_experts = job.view.shape.num_experts;
+    // What a thread loads is on its way together; there are fewer ranks than threads.
+    std::byte *control = nullptr, *arena = nullptr;
+    int first = 0, owner = 0, local = 0, position = 0;
+    if (i == 0) arena = peers.arena[peers.rank];
+    if (i < num_ranks) control = peers.control[i];
+    if (i <= num_ranks) first = __ldg(state.first + i);
+    if (i < num_experts) {
+        owner = __ldg(state.owner + i), local = __ldg(state.local + i);
+        position = __ldg(state.position + i);
     }
 #pragma unroll 1
-    for (int c = threadIdx.x; c < tables.columns() + 2; c += blockDim.x) {
+    for (int c = i; c < tables.columns() + 2; c += threads) {
         if (c < tables.columns()) tables.before()[c] = 0;
         tables.all()[c] = c == tables.columns() + 1 ? kNoBadId : 0;
     }
 #pragma unroll 1
-    for (int e = threadIdx.x; e < job.view.shape.num_experts; e += blockDim.x) {
+    for (int e = i + threads; e < num_experts; e += threads) {
         const uint32_t code = staged_expert(__ldg(state.owner + e), __ldg(state.local + e));
         tables.experts()[e] = {code, __ldg(state.position + e)};
     }
+    if (i == 0) tables.arena() = arena;
+    if (i < num_ranks) tables.control()[i] = control;
+    if (i <= num_ranks) tables.first()[i] = first;
+    if (i < num_experts) tables.experts()[i] = {staged_expert(owner, local), position};
 }
 
 template <class Config, Half kHalf, class F>

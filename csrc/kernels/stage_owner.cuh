@@ -22,6 +22,16 @@ struct PartSender {
     const CombineSpread& spread;
     StageView<F> stage;
     uint64_t masked = 0;  // ranks that nothing is sent to
+    int num_rows = 0;     // of a lane: together so many tokens came here, of those there is room for
+
+    // Of some ranks. All lanes; the sum of what they find is what `run` needs.
+    __device__ __forceinline__ void count() {
+        const int num_ranks = job.view.shape.num_ranks;
+#pragma unroll 1
+        for (int p = ptx::lane_id(); p < num_ranks; p += 32) {
+            num_rows += static_cast<int>(args().rank_counts[num_ranks + p]);
+        }
+    }
 
     // A token that came here: the lanes of its slots hold their rows.
     struct Token {
@@ -33,8 +43,7 @@ struct PartSender {
         const int lane = ptx::lane_id();
         Token token;
         if (item >= a.num_recv) return token;
-        const int64_t ahead = int64_t{item} + spread.first_sent;
-        const int64_t i = ahead < a.num_recv ? ahead : ahead - a.num_recv;
+        const int64_t i = row_of(item);
         const int2 from = *reinterpret_cast<const int2*>(a.recv_src + 2 * i);
         token.src = from.x, token.t = from.y;
         if (a.layout == RecvLayout::kCompact) {
@@ -75,11 +84,14 @@ struct PartSender {
 
     // From `token` on, the first of this warp, at which it has looked. False: leave.
     __device__ __forceinline__ bool run(Pieces at, int step, Token token, Ahead& ahead) const {
+        const int came = __reduce_add_sync(~0u, num_rows);
         bool ok = true;
 #pragma unroll 1
         while (ok && at.item < args().num_recv) {
             Pieces next = at;
-            next.next(spread.record, spread.sent, step);
+            do {  // past places of a fixed shape where no token has come to
+                next.next(spread.record, spread.sent, step);
+            } while (next.item < args().num_recv && row_of(next.item) >= came);
             const Token following = look(next.item);
             ok = send(token, at, ahead, [&] { look(following, next.piece, ahead); });
             at = next, token = following;
@@ -89,6 +101,12 @@ struct PartSender {
 
 private:
     __device__ const CombineArgs& args() const { return job.args; }
+
+    // The place of the item-th token that is sent, among those that came here.
+    __device__ __forceinline__ int row_of(int item) const {
+        const int ahead = item + spread.first_sent, num_recv = static_cast<int>(args().num_recv);
+        return ahead < num_recv ? ahead : ahead - num_recv;
+    }
 
     // `then`, once all that `ahead` holds is used.
     template <class Then>
