@@ -42,7 +42,7 @@ __device__ __forceinline__ void prepare(const DispatchJob& job, const StageTable
     }
 #pragma unroll 1
     for (int c = i; c < tables.columns() + 2; c += threads) {
-        if (c < tables.columns()) tables.before()[c] = 0;
+        if (c < tables.columns()) tables.before()[c] = tables.middle()[c] = 0;
         tables.all()[c] = c == tables.columns() + 1 ? kNoBadId : 0;
     }
 #pragma unroll 1

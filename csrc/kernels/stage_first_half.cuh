@@ -48,7 +48,11 @@ __device__ __forceinline__ bool send(const DispatchJob& job, const StageSpread& 
                      warp_memory(spread, warp),
                      loaded,
                      in};
-    // The first warp says what becomes of tokens, others send them.
+    // The first warp says what becomes of tokens, of several together with the last but one; others send them.
+    const int middle = own.begin + (own.end - own.begin + 1) / 2;
+    const bool is_other = warp == F::kWarps - 2;
+    const Span described = is_other ? Span{middle, own.end} : Span{own.begin, middle};
+    const bool describes = (warp == 0 || is_other) && described.begin < described.end;
     constexpr int kMovers = F::kWarps - 3;
     const int all = (own.end - own.begin) * pieces;
     int i = warp == 0 || warp >= F::kWarps - 2 ? all : warp - 1;
@@ -65,8 +69,9 @@ __device__ __forceinline__ bool send(const DispatchJob& job, const StageSpread& 
     for (bool is_first = true; is_first || i < all; is_first = false) {
         if (is_first && warp == F::kWarps - 1) {
             ok = begin_half(view, job.begin, far, releases, in);
-        } else if (is_first && warp == F::kWarps - 2) {
+        } else if (is_first && is_other) {
             ok = !device::gave_up(view.watch);
+            if (describes) slot = sender.slot_of(middle);
         } else {
             if (i < all && (is_first || !sender.has_two())) sender.load(t, p, sender.turn);
             const int next = i + kMovers;
@@ -74,9 +79,10 @@ __device__ __forceinline__ bool send(const DispatchJob& job, const StageSpread& 
             find(next, next_t, next_p);
             if (next < all && sender.has_two()) sender.load(next_t, next_p, sender.turn + 1);
             if (is_first) {
-                TokenCounter counter(job, spread, own.begin, publishes, F::kWarps - 2);
+                TokenCounter counter(job, spread, own.begin, middle < own.end ? middle : 0,
+                                     publishes, F::kWarps - 2);
                 counter.look();
-                if (i < all || (warp == 0 && own.begin < own.end)) {
+                if (i < all || describes) {
                     slot = sender.slot_of(warp == 0 ? own.begin : t);
                 }
                 counter.run();
@@ -99,8 +105,8 @@ __device__ __forceinline__ bool send(const DispatchJob& job, const StageSpread& 
             }
             if (!in.sends) {
                 i = all;
-            } else if (warp == 0) {
-                sender.describe(own, slot);
+            } else if (describes) {
+                sender.describe(described, slot, is_other ? tables.middle() : tables.before());
             }
         }
         if (!ok || i >= all) break;
@@ -145,12 +151,12 @@ __device__ __forceinline__ void send_rest(const DispatchJob& job, const StageSpr
         __syncthreads();
         if (next < 0) return;
         const Span span = tokens_of_turn(job, spread, next);
-        TokenCounter counter(job, spread, span.begin, false, F::kWarps);
+        TokenCounter counter(job, spread, span.begin, 0, false, F::kWarps);
         counter.look();
         counter.run();
         __syncthreads();
         if (warp == 0 && span.begin < span.end) {
-            sender.describe(span, sender.slot_of(span.begin));
+            sender.describe(span, sender.slot_of(span.begin), tables.before());
         }
         const int all = (span.end - span.begin) * pieces;
         for (int i = warp - 1; warp > 0 && i < all; i += F::kWarps - 1) {

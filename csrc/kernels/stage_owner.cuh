@@ -22,14 +22,12 @@ struct PartSender {
     const CombineSpread& spread;
     StageView<F> stage;
     uint64_t masked = 0;  // ranks that nothing is sent to
-    int num_rows = 0;     // of a lane: together so many tokens came here, of those there is room for
+    int counted = 0;      // of a lane: so many tokens came from its rank; see all_that_came
 
-    // Of some ranks. All lanes; the sum of what they find is what `run` needs.
+    // Asks for what `run` needs to know; nothing waits for the answer here.
     __device__ __forceinline__ void count() {
-        const int num_ranks = job.view.shape.num_ranks;
-#pragma unroll 1
-        for (int p = ptx::lane_id(); p < num_ranks; p += 32) {
-            num_rows += static_cast<int>(args().rank_counts[num_ranks + p]);
+        if (static_cast<int>(ptx::lane_id()) < job.view.shape.num_ranks) {
+            counted = came_from(ptx::lane_id());
         }
     }
 
@@ -84,7 +82,7 @@ struct PartSender {
 
     // From `token` on, the first of this warp, at which it has looked. False: leave.
     __device__ __forceinline__ bool run(Pieces at, int step, Token token, Ahead& ahead) const {
-        const int came = __reduce_add_sync(~0u, num_rows);
+        const int came = all_that_came();
         bool ok = true;
 #pragma unroll 1
         while (ok && at.item < args().num_recv) {
@@ -101,6 +99,21 @@ struct PartSender {
 
 private:
     __device__ const CombineArgs& args() const { return job.args; }
+
+    __device__ __forceinline__ int came_from(int p) const {
+        const auto* counts =
+            reinterpret_cast<const int32_t*>(args().rank_counts + job.view.shape.num_ranks);
+        return counts[2 * p];  // the lower half
+    }
+    // Tokens that came here, of those there is room for.
+    __device__ __forceinline__ int all_that_came() const {
+        int more = 0;
+#pragma unroll 1
+        for (int p = 32 + ptx::lane_id(); p < job.view.shape.num_ranks; p += 32) {
+            more += came_from(p);
+        }
+        return __reduce_add_sync(~0u, counted + more);
+    }
 
     // The place of the item-th token that is sent, among those that came here.
     __device__ __forceinline__ int row_of(int item) const {

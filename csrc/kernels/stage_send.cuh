@@ -28,15 +28,16 @@ namespace ep::kernels {
 struct TokenCounter {
     const DispatchJob& job;
     const StageSpread& spread;
-    int own, end, t, step;
+    int own, middle, end, t, step;
     int64_t next = -1;  // what the slot of this lane is, of token t
     bool publishes;
 
-    __device__ __forceinline__ TokenCounter(const DispatchJob& j, const StageSpread& s, int before,
-                                            bool tells, int warps)
-        : job(j), spread(s), own(before), publishes(tells) {
+    // Tokens before `first`, and those before `mid`, should that be another.
+    __device__ __forceinline__ TokenCounter(const DispatchJob& j, const StageSpread& s, int first,
+                                            int mid, bool tells, int warps)
+        : job(j), spread(s), own(first), middle(mid > first ? mid : 0), publishes(tells) {
         const int at_once = s.tokens_at_once, turn = turn_of_lane();
-        end = turn >= at_once ? 0 : tells ? static_cast<int>(j.args.num_tokens) : before;
+        end = turn >= at_once ? 0 : tells ? static_cast<int>(j.args.num_tokens) : max(own, middle);
         step = warps * at_once;
         t = static_cast<int>(threadIdx.x) / 32 * at_once + turn;
     }
@@ -82,6 +83,7 @@ private:
                 if (brings) atomicAdd(columns + dst, 1);
             };
             if (t < own) count_in(tables.before());
+            if (t < middle) count_in(tables.middle());
             if (!publishes) continue;
             count_in(tables.all());
             if (chosen || id == -1) continue;
@@ -284,8 +286,9 @@ struct Sender {
         put_lines(p, data() + spread.scales_at, to, leaders);
     }
 
-    // What becomes of the block's tokens, to every rank; each in turn, by one warp. `slot`: of the first.
-    __device__ __forceinline__ void describe(Span own, Slot slot) const {
+    // What becomes of these tokens, to every rank; each in turn, by one warp. `slot`: of the first; `before`: what was
+    // counted of the tokens before them.
+    __device__ __forceinline__ void describe(Span own, Slot slot, int32_t* before) const {
         const DispatchArgs& a = args();
         const device::LineLane at;
         const int lane = ptx::lane_id();
@@ -298,12 +301,12 @@ struct Sender {
             const bool chosen = slot.chosen();
             const uint32_t same = __match_any_sync(~0u, dst);
             const bool first = chosen && (same & ptx::lanemask_lt()) == 0;
-            const int index = take(first, dst, 1);
+            const int index = take(before, first, dst, 1);
             const int number = __shfl_sync(~0u, index, __ffs(same) - 1);  // of the token there
             const uint32_t rivals = __match_any_sync(~0u, chosen ? position : ~lane);
             const int ahead = __popc(rivals & ptx::lanemask_lt());
-            const int earlier =
-                take(chosen && ahead == 0, tables.shape.num_ranks + position, __popc(rivals));
+            const int earlier = take(before, chosen && ahead == 0,
+                                     tables.shape.num_ranks + position, __popc(rivals));
             const int turn = __shfl_sync(~0u, earlier, __ffs(rivals) - 1) + ahead;
             const auto told = static_cast<int>(F::kAny ? direct_turn(number, turn) : turn);
             const int unit = 2 * at.index(0);
@@ -344,11 +347,12 @@ private:
     }
 
     // Adds to what is counted in a column; what it was before. For lanes with different columns.
-    __device__ __forceinline__ int take(bool takes, int column, int amount) const {
+    __device__ __forceinline__ static int take(int32_t* before, bool takes, int column,
+                                               int amount) {
         int old = 0;
         if (takes) {
-            old = tables.before()[column];
-            tables.before()[column] = old + amount;
+            old = before[column];
+            before[column] = old + amount;
         }
         __syncwarp();
         return old;

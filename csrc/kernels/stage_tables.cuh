@@ -39,7 +39,7 @@ struct StageSpread {
     int32_t tokens_per_block;
     int32_t tokens_at_once, turns;  // of a warp that has a lane for every slot; see turn_of_lane
     // Byte offsets.
-    int32_t arena, control, first, experts, before, all, heard, prefix, pieces, end;
+    int32_t arena, control, first, experts, before, middle, all, heard, prefix, pieces, end;
     int32_t piece_bytes;  // of shared memory
     int32_t buffers;      // for so many pieces of a warp: the next one is loaded meanwhile
     int32_t scales_at;    // in it, behind the piece as it is loaded
@@ -71,6 +71,7 @@ struct StageSpread {
         first = take(4 * (s.num_ranks + 1));
         experts = take(s.num_experts * int64_t{sizeof(Expert)});
         before = take(4 * columns);
+        middle = take(4 * columns);
         all = take(4 * (columns + 2));
         heard = take(s.num_ranks * int64_t{sizeof(Heard)});
         prefix = take(4 * (s.num_ranks + 1) * columns);
@@ -113,6 +114,8 @@ struct StageTables {
     __device__ __forceinline__ Expert* experts() const { return at<Expert>(spread.experts); }
     // [columns] of the tokens before those of this block; then of these, too
     __device__ __forceinline__ int32_t* before() const { return at<int32_t>(spread.before); }
+    // [columns] the same of the tokens before the middle one of this block
+    __device__ __forceinline__ int32_t* middle() const { return at<int32_t>(spread.middle); }
     // [columns] of the block that publishes: of all tokens
     __device__ __forceinline__ int32_t* all() const { return at<int32_t>(spread.all); }
     // [2] ids that name no expert, and the first of them
