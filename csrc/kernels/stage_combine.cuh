@@ -95,9 +95,8 @@ __device__ __noinline__ bool send_rest(const CombineJob& job, const CombineSprea
     uint64_t masked = in.masked;
     if constexpr (F::kAny) masked = far.skipped();
     const Operation op{OpKind::kCombine, in.seq};
-    PartSender<kDtype, F> sender{
+    const PartSender<kDtype, F> sender{
         job, spread, {job.view, spread.record, control, op, in.slot, far}, masked};
-    sender.count();
     bool ok = true;
 #pragma unroll 1
     for (int turn = 0; ok && (turn = take_turn(job.view)) >= 0;) {
@@ -167,10 +166,7 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
     typename PartSender<kDtype, F>::Token token;
     typename PartSender<kDtype, F>::Ahead ahead;
     typename PartReceiver<kDtype, F>::Slot slot;
-    if constexpr (kHalf != Half::kReceive) {
-        token = sender.look(sent.item);
-        sender.count();
-    }
+    if constexpr (kHalf != Half::kReceive) token = sender.look(sent.item);
     if constexpr (kHalf != Half::kSend) slot = receiver.slot_of(added.item);
     if constexpr (kHalf == Half::kReceive) {
         if (begins) ok = resume_half(view, job.begin, far, job.begun, in);

@@ -22,14 +22,6 @@ struct PartSender {
     const CombineSpread& spread;
     StageView<F> stage;
     uint64_t masked = 0;  // ranks that nothing is sent to
-    int counted = 0;      // of a lane: so many tokens came from its rank; see all_that_came
-
-    // Asks for what `run` needs to know; nothing waits for the answer here.
-    __device__ __forceinline__ void count() {
-        if (static_cast<int>(ptx::lane_id()) < job.view.shape.num_ranks) {
-            counted = came_from(ptx::lane_id());
-        }
-    }
 
     // A token that came here: the lanes of its slots hold their rows.
     struct Token {
@@ -41,7 +33,7 @@ struct PartSender {
         const int lane = ptx::lane_id();
         Token token;
         if (item >= a.num_recv) return token;
-        const int64_t i = row_of(item);
+        const int64_t i = row_of(job, spread, item);
         const int2 from = *reinterpret_cast<const int2*>(a.recv_src + 2 * i);
         token.src = from.x, token.t = from.y;
         if (a.layout == RecvLayout::kCompact) {
@@ -82,14 +74,14 @@ struct PartSender {
 
     // From `token` on, the first of this warp, at which it has looked. False: leave.
     __device__ __forceinline__ bool run(Pieces at, int step, Token token, Ahead& ahead) const {
-        const int came = all_that_came();
         bool ok = true;
 #pragma unroll 1
         while (ok && at.item < args().num_recv) {
             Pieces next = at;
-            do {  // past places of a fixed shape where no token has come to
-                next.next(spread.record, spread.sent, step);
-            } while (next.item < args().num_recv && row_of(next.item) >= came);
+            next.next(spread.record, spread.sent, step);
+            if (token.src < 0) {
+                next = {spread.record, spread.sent, past_empty(job, spread, next.run, step)};
+            }
             const Token following = look(next.item);
             ok = send(token, at, ahead, [&] { look(following, next.piece, ahead); });
             at = next, token = following;
@@ -100,25 +92,31 @@ struct PartSender {
 private:
     __device__ const CombineArgs& args() const { return job.args; }
 
-    __device__ __forceinline__ int came_from(int p) const {
-        const auto* counts =
-            reinterpret_cast<const int32_t*>(args().rank_counts + job.view.shape.num_ranks);
-        return counts[2 * p];  // the lower half
-    }
-    // Tokens that came here, of those there is room for.
-    __device__ __forceinline__ int all_that_came() const {
-        int more = 0;
-#pragma unroll 1
-        for (int p = 32 + ptx::lane_id(); p < job.view.shape.num_ranks; p += 32) {
-            more += came_from(p);
-        }
-        return __reduce_add_sync(~0u, counted + more);
-    }
-
     // The place of the item-th token that is sent, among those that came here.
-    __device__ __forceinline__ int row_of(int item) const {
-        const int ahead = item + spread.first_sent, num_recv = static_cast<int>(args().num_recv);
+    __device__ __forceinline__ static int row_of(const CombineJob& job, const CombineSpread& spread,
+                                                 int item) {
+        const int ahead = item + spread.first_sent;
+        const auto num_recv = static_cast<int>(job.args.num_recv);
         return ahead < num_recv ? ahead : ahead - num_recv;
+    }
+    // The first of these runs, each `step`-th, that is not of a place where no token has come to: shapes that are fixed
+    // have such places behind all others. One warp, that is at one.
+    __device__ __noinline__ static int past_empty(const CombineJob& job,
+                                                  const CombineSpread& spread, int run, int step) {
+        const int num_ranks = job.view.shape.num_ranks;
+        int came = 0;
+#pragma unroll 1
+        for (int p = ptx::lane_id(); p < num_ranks; p += 32) {
+            came += static_cast<int>(job.args.rank_counts[num_ranks + p]);
+        }
+        came = __reduce_add_sync(~0u, came);
+        int item = spread.sent.row_of(run);
+#pragma unroll 1
+        while (item < job.args.num_recv && row_of(job, spread, item) >= came) {
+            run += step;
+            item = spread.sent.row_of(run);
+        }
+        return run;
     }
 
     // `then`, once all that `ahead` holds is used.
