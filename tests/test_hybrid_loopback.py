@@ -349,6 +349,35 @@ def test_direct_or_by_rails_the_results_are_the_same(
         same_bits(straight, by_rails)
 
 
+@pytest.mark.parametrize("nodes", [(2, 1), (2, 2), (4, 1)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_rows_that_come_straight_are_added_in_the_order_of_slots(
+    make_cluster: MakeCluster, nodes: tuple[int, int], weighted: bool
+) -> None:
+    """As `deep_ep` V1 has it, also across nodes: no node rounds what its ranks send."""
+    case = Case(num_ranks=nodes[0] * nodes[1], options={**SLAB, **STATIC}, seed=3)
+    cluster = make_cluster(*nodes, case)
+    disturb(cluster, seed=4)
+    inputs = case.inputs()
+    want = want_dispatch(case, inputs)
+    x, idx, weights = on_gpu(inputs.x), on_gpu(inputs.topk_idx), on_gpu(inputs.topk_weights)
+    assert x is not None
+    assert idx is not None
+    y = [torch.randn(w.x.shape, generator=torch.Generator().manual_seed(r)).to(case.dtype)
+         for r, w in enumerate(want)]  # fmt: skip
+    mine = on_gpu(y)
+    assert mine is not None
+
+    def work(rank: int) -> Any:
+        buffer = cluster.buffers[rank]
+        recv = buffer.dispatch(x[rank], idx[rank], of_rank(weights, rank), **case.options)
+        return buffer.combine(mine[rank], recv.handle, order="topk", weighted=weighted)
+
+    sums = reference.combine(y, [w.handle for w in want], order="topk", weighted=weighted)
+    for rank, out in enumerate(on_streams(cluster, work)):
+        same_values(out.cpu(), sums[rank], f"rank {rank}")
+
+
 def test_halves_of_direct_calls_are_waited_for_in_any_order(make_cluster: MakeCluster) -> None:
     case = Case(options=SLAB)
     cluster = make_cluster(2, 2, case)
@@ -464,7 +493,7 @@ def test_static_call_that_finds_no_memory_gives_its_shapes_and_a_status(
 
 def test_what_kernels_of_nodes_cannot_do_is_refused(make_cluster: MakeCluster) -> None:
     case = Case(options=GROUPED)
-    cluster = make_cluster(2, 2, case)
+    cluster = make_cluster(2, 2, case, config=dataclasses.replace(PATIENT, direct=False))
     inputs = case.inputs()
     x, idx = on_gpu(inputs.x), on_gpu(inputs.topk_idx)
     assert x is not None

@@ -46,7 +46,7 @@ constexpr bool is_direct(const Shape& s, const RailShape& r, const DispatchArgs&
 }
 constexpr bool is_direct(const Shape& s, const RailShape& r, const CombineArgs& a) {
     const int each = a.one_per_rank() ? 1 : a.num_topk;
-    return r.is_direct() && is_staged(s, a) && !a.topk_order &&
+    return r.is_direct() && is_staged(s, a) &&
            most_rows_out(s, r.nodes, each) * record_of(a).bytes() <= r.direct.outbox_bytes;
 }
 

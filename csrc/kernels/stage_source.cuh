@@ -211,7 +211,8 @@ private:
                 all = all && there(units, w[r]);
                 int owner = 0;
                 if constexpr (F::kAny) owner = __shfl_sync(~0u, part.owner, first + r);
-                LineSums<kDtype>& to = of_node.of(owner);
+                // In the order of slots all rows are added alike, wherever they come from.
+                LineSums<kDtype>& to = F::kAny && a.topk_order ? sums : of_node.of(owner);
                 if (a.weighted && !a.per_rank) {
                     to.add(w[r], __shfl_sync(~0u, part.weight, first + r));
                 } else {

@@ -96,13 +96,14 @@ class LongWay(Plans):
 
 
 class HybridCombine(Combine):
-    """A combine: what crossed is added up where it did, and one sum goes back."""
+    """A combine: what crossed by rails is added up where it did, and one sum goes back."""
 
     def __init__(self, backend: HybridBackend, call: CombineCall) -> None:
-        if call.order != "rank":
-            what = f"rejected order={call.order!r}: want 'rank' with backend 'hybrid'"
-            raise make_error("E203", f"{what}, where each node adds up its rows of a token")
         super().__init__(backend, call)
+        if call.order != "rank" and not backend.rank.stages_combine(self.args):
+            what = f"rejected order={call.order!r}: want 'rank' with backend 'hybrid'"
+            why = "each node adds up its rows of a token, but in direct mode, of small batches"
+            raise make_error("E203", f"{what}: {why}")
         meta, recv_row = call.meta, call.handle.recv_row
         first, words = meta.recv_rows, meta.log_words
         self.args.rail_log = recv_row.data_ptr() + recv_row.itemsize * first * meta.num_topk
