@@ -46,11 +46,10 @@ struct PartSender {
 
     // A token whose pieces are on their way: the first rows of one of them. Lane n knows of its n-th row.
     struct Ahead {
-        int count;     // rows it has here
+        int count;     // rows it has here; -1: it has some that do not exist
         int slot;      // that the row is of
         int64_t at;    // where in x the row's piece is; nvcc knows where x + at leads
         float weight;  // of the row
-        bool is_bad;   // it has others, that do not exist
         Words rows[kRowsAtOnce][kAtOnce];
     };
     // Piece p is loaded, and what rows weigh.
@@ -58,8 +57,7 @@ struct PartSender {
         const CombineArgs& a = args();
         const int lane = ptx::lane_id();
         uint32_t left = __ballot_sync(~0u, token.row >= 0);
-        ahead.is_bad = __any_sync(~0u, token.row >= a.num_rows);
-        ahead.count = ahead.is_bad ? 0 : __popc(left);
+        ahead.count = __any_sync(~0u, token.row >= a.num_rows) ? -1 : __popc(left);
         ahead.slot = 0;
 #pragma unroll 2
         for (int n = 0; n < ahead.count; ++n, left &= left - 1) {
@@ -127,7 +125,7 @@ private:
         const RankView& view = job.view;
         const int src = token.src, t = token.t;
         // Tensors of a handle, which anybody may have changed.
-        const bool bad = ahead.is_bad || src >= view.shape.num_ranks ||
+        const bool bad = ahead.count < 0 || src >= view.shape.num_ranks ||
                          (src >= 0 && (t < 0 || t >= view.shape.max_tokens));
         if (__any_sync(~0u, bad)) {
             device::give_up(view.watch, stage.op, kMiscount,

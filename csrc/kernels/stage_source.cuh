@@ -56,7 +56,8 @@ struct NodeSums<kDtype, F> {
 
 template <DType kDtype, class F>
 struct PartReceiver {
-    static constexpr int kAddedAtOnce = 3;  // rows that are on their way together
+    // Rows that are on their way together: sums of another node need registers, too.
+    static constexpr int kAddedAtOnce = F::kAny ? 2 : 3;
 
     const CombineJob& job;
     const CombineSpread& spread;
