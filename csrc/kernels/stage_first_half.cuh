@@ -14,7 +14,7 @@
 #include "kernels/enter.cuh"
 #include "kernels/mover.cuh"
 #include "kernels/stage.cuh"
-#include "kernels/stage_receive.cuh"
+#include "kernels/stage_fill.cuh"
 #include "kernels/stage_send.cuh"
 #include "kernels/stage_tables.cuh"
 

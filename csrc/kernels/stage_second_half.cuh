@@ -17,6 +17,7 @@
 #include "kernels/notices.cuh"
 #include "kernels/origins.cuh"
 #include "kernels/stage.cuh"
+#include "kernels/stage_fill.cuh"
 #include "kernels/stage_first_half.cuh"
 #include "kernels/stage_hear.cuh"
 #include "kernels/stage_masks.cuh"
