@@ -35,7 +35,9 @@ class Buffer(LowLatencyCalls):
 
     Args:
         group: a `torch.distributed` process group of any backend, or an `ep_comm.StoreGroup`.
-        num_nvl_bytes, num_rdma_bytes: echoed; memory is taken as calls need it.
+        num_nvl_bytes, num_rdma_bytes: echoed; memory is taken as calls need it. GPUs of 8 ranks or
+            fewer on several nodes want num_rdma_bytes > 0; with it, or on more ranks, a rank has
+            at most 65,536 tokens in a call.
         low_latency_mode, explicitly_destroy: echoed. Every buffer serves both kinds of calls, and
             may always be destroyed.
         enable_shrink: allow the mask calls.
@@ -79,7 +81,7 @@ class Buffer(LowLatencyCalls):
         self.low_latency_mode = low_latency_mode
         self.explicitly_destroy = explicitly_destroy
         self.enable_shrink = enable_shrink
-        self._natives = Natives(group)
+        self._natives = Natives(group, num_rdma_bytes)
         self.rank = self._natives.resolved.rank
         self.group_size = self._natives.resolved.size
         self._masks = Masks(self.rank, self.group_size)

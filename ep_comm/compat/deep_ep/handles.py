@@ -4,7 +4,7 @@ Programs save it for backward, rebuild it, keep dozens alive, and use it with an
 the one that made it (after growing, say). So everything a call needs lies in the tensors. Where the
 contract names an element, it is that; in the other places is what the native handle consists of:
 
-| at | six, up to 8 ranks                | ten, beyond                                     |
+| at | six, up to 8 ranks                | ten, beyond, or where something crossed to here |
 |----|-----------------------------------|-------------------------------------------------|
 | 0  | rank_prefix_matrix int32 [R, R]   | is_token_in_rank bool [T, R]                    |
 | 1  | meta int64 [16]                   | meta                                            |
@@ -62,14 +62,14 @@ def pack(
         ids = ids.clone()
     handle.meta.ep_comm_kept = (ids, *handle[2:])  # a short cut for `restore`, nothing more
     prefix = origins.rank_ends
-    if prefix.shape[0] <= RANKS_PER_NODE:
+    crossed = handle.recv_row if handle.recv_row.shape[0] > 0 else None  # of compact rows
+    if prefix.shape[0] <= RANKS_PER_NODE and crossed is None:
         return (prefix, handle.meta, handle.rank_counts, origins.row_token, ids, handle.send_row)
     if is_token_in_rank is None:
         num_experts, num_ranks = int(handle.meta[_NUM_EXPERTS]), prefix.shape[0]
         is_token_in_rank = dispatch_layout(ids, num_experts, num_ranks).is_token_in_rank
     ours = (handle.meta, handle.rank_counts, ids, handle.send_row)
     column, src_meta = prefix[:, rank].contiguous(), handle.recv_src.view(torch.uint8)
-    crossed = handle.recv_row if handle.recv_row.shape[0] > 0 else None  # of compact rows
     return (is_token_in_rank, *ours, origins.row_token, column, src_meta, crossed, None)
 
 

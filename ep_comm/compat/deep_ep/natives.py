@@ -35,6 +35,7 @@ _SMALLEST_ARENA: Final = 1 << 30
 _GPU_ROWS: Final = 1 << 17
 _GPU_SHARE: Final = 4  # of what is free, at most one part in so many
 # Across nodes a call is granted a place for all tokens that may cross, before it is known how many.
+# Buffers may be such with num_rdma_bytes, or with more ranks than `deep_ep` has on a node.
 _MOST_TOKENS_OF_NODES: Final = 1 << 16
 
 # Of a bounded batch: two outputs at once, and as many expert outputs.
@@ -57,9 +58,10 @@ class Natives:
     Collective where it makes one. Threads may share it.
     """
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, group: Any, num_rdma_bytes: int = 0) -> None:
         self.group = group
         self.resolved: Group = resolve_group(group)
+        self._is_internode = num_rdma_bytes > 0 or self.resolved.size > RANKS_PER_NODE
         self._buffers: dict[_Key, Any] = {}
         self._lock = threading.Lock()
         self._closed = False
@@ -107,11 +109,10 @@ class Natives:
                 )
             return self._buffers[key]
 
-    @staticmethod
-    def _max_tokens(size: int, device: torch.device, batch: Batch | None) -> int:
+    def _max_tokens(self, size: int, device: torch.device, batch: Batch | None) -> int:
         if batch is not None:
             return batch.max_tokens
-        if device.type == "cuda" and size > RANKS_PER_NODE:
+        if device.type == "cuda" and self._is_internode:
             return _MOST_TOKENS_OF_NODES
         from ep_comm.checks import MAX_COUNT
 
