@@ -9,8 +9,10 @@
 
 namespace ep {
 
-// A copy more costs 2 us, a piece that is not overlapped its packing.
-inline constexpr int kPieces = 4;
+// A copy more costs 2 us, a piece that is not overlapped its packing. That is the first one: it is short, and each
+// one after it takes as long to pack as the one before it to copy.
+inline constexpr int kPieces = 5;
+inline constexpr int kMostPackChunks = 32;
 
 // Where our rows go at one rank. Pinned memory, for the host that queues the copies.
 struct Place {
@@ -29,6 +31,9 @@ struct PackJob {
 static_assert(std::is_trivially_copyable_v<PackJob> && sizeof(PackJob) <= 2048);
 
 // The first chunk of a piece.
-EP_HD constexpr int piece_begin(int piece, int num_chunks) { return piece * num_chunks / kPieces; }
+EP_HD constexpr int piece_begin(int piece, int num_chunks) {
+    constexpr int kOfMost[kPieces + 1] = {0, 3, 7, 13, 22, kMostPackChunks};
+    return kOfMost[piece] * num_chunks / kMostPackChunks;
+}
 
 }  // namespace ep

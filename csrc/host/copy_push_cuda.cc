@@ -37,10 +37,9 @@ CopyPush::~CopyPush() {
 }
 
 void CopyPush::begin(DispatchJob& job, int most_blocks, Stream stream) {
-    constexpr int kChunks = 8 * kPieces;
     const int64_t tokens = std::max<int64_t>(job.args.num_tokens, 1);
     job.num_chunks =
-        static_cast<int32_t>(std::min<int64_t>(std::min(kChunks, most_blocks), tokens));
+        static_cast<int32_t>(std::min<int64_t>(std::min(kMostPackChunks, most_blocks), tokens));
     job.tokens_per_chunk = static_cast<int32_t>((tokens + job.num_chunks - 1) / job.num_chunks);
     EP_CUDA(kernels::launch_plan({job, mapped_places_, nullptr, 0, 0}, stream));
 }
