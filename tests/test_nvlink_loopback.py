@@ -253,6 +253,7 @@ CASES = {
     "runs-static": Case(**RUNS, options=STATIC),
     "runs-static-fp32": Case(**RUNS, dtype=torch.float32, options=STATIC),
     "runs-slab": Case(**RUNS, options=SLAB),
+    "runs-slab-uneven": Case(**{**RUNS, "hidden": 3880}, options=SLAB),  # pieces of other lengths
     "runs-slab-scales": Case(**RUNS, dtype=torch.float8_e4m3fn, scales=torch.float32, options=SLAB),
     "runs-quantize-slab": Case(**RUNS, options={"quantize": "fp8", **SLAB}),
 }

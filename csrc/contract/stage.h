@@ -81,16 +81,17 @@ private:
 // How warps go through the pieces of rows: each has a run of some of one row, then of another row. What is known of
 // a row is looked up once a run; with many short ones no warp has much more than others.
 struct Runs {
-    Divisor per_row;     // runs
-    int32_t pieces = 1;  // of a run; the last one of a row may be shorter
+    Divisor per_row;         // runs
+    int32_t pieces = 1;      // of a run; the last one of a row may be shorter
+    int32_t num_pieces = 1;  // of a row
 
     Runs() = default;
     // For about so many rows. Of runs of the same length, or nearly: a short one costs as much as any other.
-    constexpr Runs(const Record& record, int64_t rows, int64_t warps) {
-        const int64_t each = rows * record.num_pieces / std::max<int64_t>(warps, 1);
-        const auto runs_of = [&](int64_t n) { return divide_up(record.num_pieces, n); };
-        int64_t most = std::clamp<int64_t>(each / 4, 1, record.num_pieces);
-        while (10 * (most * runs_of(most) - record.num_pieces) > record.num_pieces) --most;
+    constexpr Runs(int pieces_of_row, int64_t rows, int64_t warps) : num_pieces(pieces_of_row) {
+        const int64_t each = rows * num_pieces / std::max<int64_t>(warps, 1);
+        const auto runs_of = [&](int64_t n) { return divide_up(num_pieces, n); };
+        int64_t most = std::clamp<int64_t>(each / 4, 1, num_pieces);
+        while (10 * (most * runs_of(most) - num_pieces) > num_pieces) --most;
         pieces = static_cast<int32_t>(most);
         per_row = Divisor(runs_of(most));
     }
@@ -113,10 +114,17 @@ constexpr Record record_of(const DispatchArgs& a) {
     return r;
 }
 
-inline constexpr int kSumLines = 8;  // of a piece of a combine: what a warp adds up at once
+inline constexpr int kSumLines =
+    8;  // of a piece of a combine: what a warp of a source adds up at once
 
+// Lines of a row stand one after another, so that pieces may be larger where that is faster.
 constexpr Record record_of(const CombineArgs& a) {
-    return record_of(a.row_bytes(), 0, kUnitBytes, kSumLines);
+    const int64_t lines = std::max<int64_t>(divide_up(a.row_bytes(), kLineUnits * kUnitBytes), 1);
+    Record r;
+    r.num_pieces = static_cast<int32_t>(divide_up(lines, kSumLines));
+    r.piece_lines = static_cast<int32_t>(std::min<int64_t>(lines, kSumLines));
+    r.piece_bytes = r.piece_lines * kLineUnits * kUnitBytes;
+    return r;
 }
 
 // A selection as its receiver hears of it: whose expert it is, and its number there.

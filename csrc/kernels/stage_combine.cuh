@@ -81,13 +81,14 @@ __device__ __noinline__ void add_again(const CombineJob& job, const CombineSprea
     if (ptx::lane_id() == 0) in.unheard |= lost;
     __syncwarp();
     PartReceiver<kDtype, F> receiver{job, spread, stage, in};
+    receiver.enter(op, in.slot);
     const auto part = receiver.part_of(0);
     // Nothing of the others is missing.
-    (void)receiver.run({spread.record, spread.added, 0}, 1, part, [] {});
+    (void)receiver.run({spread.added, 0}, 1, part, [] {});
 }
 
 // What blocks have yet to send that have not started. One warp. False: leave.
-template <DType kDtype, class F>
+template <DType kDtype, class F, int kUnits>
 __device__ __noinline__ bool send_rest(const CombineJob& job, const CombineSpread& spread,
                                        std::byte* const* control, const F& far,
                                        const Entering& in) {
@@ -95,16 +96,16 @@ __device__ __noinline__ bool send_rest(const CombineJob& job, const CombineSprea
     uint64_t masked = in.masked;
     if constexpr (F::kAny) masked = far.skipped();
     const Operation op{OpKind::kCombine, in.seq};
-    const PartSender<kDtype, F> sender{
+    const PartSender<kDtype, F, kUnits> sender{
         job, spread, {job.view, spread.record, control, op, in.slot, far}, masked};
     bool ok = true;
 #pragma unroll 1
     for (int turn = 0; ok && (turn = take_turn(job.view)) >= 0;) {
 #pragma unroll 1
         for (int warp = 0; ok && warp < F::kCombineWarps; ++warp) {
-            const Pieces pieces(spread.record, spread.sent, warp * blocks + turn);
+            const Pieces pieces(spread.sent, warp * blocks + turn);
             auto token = sender.look(pieces.item);
-            typename PartSender<kDtype, F>::Ahead ahead;
+            typename PartSender<kDtype, F, kUnits>::Ahead ahead;
             sender.look(token, pieces.piece, ahead);
             ok = sender.run(pieces, F::kCombineWarps * blocks, token, ahead);
         }
@@ -135,7 +136,8 @@ __device__ __forceinline__ void tell_rows(const CombineJob& job, const Record& r
     far.publish(view, in, tokens, [&](int p) { return tokens(p) * each; });
 }
 
-template <DType kDtype, Half kHalf, class F>
+// kUnits: of PartSender.
+template <DType kDtype, Half kHalf, class F, int kUnits>
 __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
     stage_combine_kernel(const __grid_constant__ CombineJob job,
                          const __grid_constant__ CombineSpread spread,
@@ -153,9 +155,11 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
     }
     const int first = static_cast<int>(warp * gridDim.x) + turn_of_block();
     const auto step = static_cast<int>(F::kCombineWarps * gridDim.x);
-    const Pieces sent(record, spread.sent, first), added(record, spread.added, first);
+    const Pieces sent(spread.sent, first);
+    const int item = spread.added.row_of(first);  // that this warp adds up first
     const Operation none{OpKind::kCombine, 0};
-    PartSender<kDtype, F> sender{job, spread, {view, record, control, none, 0, far}};
+    using Sender = PartSender<kDtype, F, kUnits>;
+    Sender sender{job, spread, {view, record, control, none, 0, far}};
     PartReceiver<kDtype, F> receiver{job, spread, sender.stage, in};
     const bool begins = warp == F::kCombineWarps - 1;
     bool ok = true;
@@ -163,11 +167,11 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
     if (warp == F::kCombineWarps - 1) releases.get().look(view);
     __syncthreads();
     ptx::griddepcontrol_wait();
-    typename PartSender<kDtype, F>::Token token;
-    typename PartSender<kDtype, F>::Ahead ahead;
+    typename Sender::Token token;
+    typename Sender::Ahead ahead;
     typename PartReceiver<kDtype, F>::Slot slot;
     if constexpr (kHalf != Half::kReceive) token = sender.look(sent.item);
-    if constexpr (kHalf != Half::kSend) slot = receiver.slot_of(added.item);
+    if constexpr (kHalf != Half::kSend) slot = receiver.slot_of(item);
     if constexpr (kHalf == Half::kReceive) {
         if (begins) ok = resume_half(view, job.begin, far, job.begun, in);
     } else if (begins) {
@@ -181,10 +185,10 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
         ok = !left;
     }
     if (!__syncthreads_and(ok)) return;
-    sender.stage.op.seq = receiver.stage.op.seq = in.seq;
-    sender.stage.slot = receiver.stage.slot = in.slot;
+    sender.stage.op.seq = in.seq, sender.stage.slot = in.slot;
     sender.masked = in.masked;
     const Operation op = sender.stage.op;
+    receiver.enter(op, in.slot);
     if constexpr (kHalf != Half::kSend) receiver.find_owner(slot);
     if constexpr (kHalf != Half::kReceive) {
         if (publishes_stage()) {
@@ -196,7 +200,7 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
         if constexpr (F::kAny) far.rail.flush();
     }
     if constexpr (kHalf != Half::kSend) {
-        auto part = receiver.part_of(added.item, slot);
+        auto part = receiver.part_of(item, slot);
         if constexpr (F::kAny) (void)far.hear(view, op, in, F::kCombineWarps - 1);
         const bool times = publishes_stage() && warp == F::kCombineWarps - 1;
         if (times && job.args.wait_stats != nullptr) {
@@ -212,17 +216,17 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
         } else {
             ok = __syncthreads_and(ok) && hear_together(view, far, job.begin, in);
             is_good = in.first_bad == kNoObjection;
-            part = receiver.part_of(added.item);
+            part = receiver.part_of(item);
         }
         if constexpr (kHalf == Half::kBoth) {
             if (!__all_sync(~0u, all_sent) && is_good) {
-                ok = ok && send_rest<kDtype>(job, spread, control, far, in);
+                ok = ok && send_rest<kDtype, F, kUnits>(job, spread, control, far, in);
             }
         }
         const bool counts = Readers::are_for<F>(view);
         Readers readers;
         if (ok && is_good) {
-            ok = receiver.run(added, step, part, [&] {
+            ok = receiver.run({spread.added, first}, step, part, [&] {
                 if (counts) readers.count(view, in);
             });
         }
@@ -251,36 +255,43 @@ template <class F>
 using StageCombineKernel = void (*)(CombineJob, CombineSpread, F);
 
 // Every kernel that exists, in one place.
-template <Half kHalf, class F>
+template <Half kHalf, class F, int kUnits>
 StageCombineKernel<F> stage_combine_of(DType dtype) {
     switch (dtype) {
         case DType::kBF16:
-            return stage_combine_kernel<DType::kBF16, kHalf, F>;
+            return stage_combine_kernel<DType::kBF16, kHalf, F, kUnits>;
         case DType::kF16:
-            return stage_combine_kernel<DType::kF16, kHalf, F>;
+            return stage_combine_kernel<DType::kF16, kHalf, F, kUnits>;
         default:
-            return stage_combine_kernel<DType::kF32, kHalf, F>;
+            return stage_combine_kernel<DType::kF32, kHalf, F, kUnits>;
     }
 }
 
-template <class F>
+template <class F, int kUnits = kUnitsAdded>
 StageCombineKernel<F> stage_combine_for(DType dtype, Half half) {
     switch (half) {
         case Half::kBoth:
-            return stage_combine_of<Half::kBoth, F>(dtype);
+            return stage_combine_of<Half::kBoth, F, kUnits>(dtype);
         case Half::kSend:
-            return stage_combine_of<Half::kSend, F>(dtype);
+            return stage_combine_of<Half::kSend, F, kUnits>(dtype);
         default:
-            return stage_combine_of<Half::kReceive, F>(dtype);
+            return stage_combine_of<Half::kReceive, F, kUnitsAdded>(dtype);
     }
+}
+template <class F>
+StageCombineKernel<F> stage_combine_for(DType dtype, Half half, int units_sent) {
+    if constexpr (!F::kAny) {
+        if (units_sent > kUnitsAdded) return stage_combine_for<F, 2 * kUnitsAdded>(dtype, half);
+    }
+    return stage_combine_for<F>(dtype, half);
 }
 
 template <class F>
 int launch_staged_combine(const F& far, const CombineJob& job, Half half, int num_blocks,
                           Stream stream) {
     const int control_bytes = 8 * job.view.shape.num_ranks;
-    const CombineSpread spread(job.view, job.args, num_blocks * F::kCombineWarps);
-    return launch_dependent(stage_combine_for<F>(job.args.dtype, half),
+    const CombineSpread spread(job.view, job.args, num_blocks * F::kCombineWarps, !F::kAny);
+    return launch_dependent(stage_combine_for<F>(job.args.dtype, half, spread.units_sent),
                             {num_blocks, F::kCombineWarps * 32, control_bytes}, job.view.overlaps,
                             stream, job, spread, far);
 }
@@ -289,8 +300,11 @@ template <class F>
 int load_staged_combine(int smem_bytes) {
     for (const Half half : {Half::kBoth, Half::kSend, Half::kReceive}) {
         for (const DType dtype : {DType::kBF16, DType::kF16, DType::kF32}) {
-            const auto kernel = reinterpret_cast<const void*>(stage_combine_for<F>(dtype, half));
-            if (const int error = load_kernel(kernel, smem_bytes)) return error;
+            for (const int units : {kUnitsAdded, 2 * kUnitsAdded}) {
+                const auto kernel =
+                    reinterpret_cast<const void*>(stage_combine_for<F>(dtype, half, units));
+                if (const int error = load_kernel(kernel, smem_bytes)) return error;
+            }
         }
     }
     return 0;

@@ -16,8 +16,15 @@
 
 namespace ep::kernels {
 
-template <DType kDtype, class F>
+// kUnits: of a row that every lane works at at once, a piece. Larger ones cost less, and keep more warps waiting.
+template <DType kDtype, class F, int kUnits>
 struct PartSender {
+    static constexpr int kPieceUnits = kUnits * kUnitsApart;
+    static constexpr int kPieceBytes = kPieceUnits * kUnitBytes;  // of a row
+    static constexpr int kPieceLines = kUnits * kLinesApart;      // bytes there
+    static constexpr int kRows = 8 / kUnits;           // of a token that are on their way together
+    static_assert(!F::kAny || kUnits == kUnitsAdded);  // rails take pieces of records
+
     const CombineJob& job;
     const CombineSpread& spread;
     StageView<F> stage;
@@ -46,11 +53,11 @@ struct PartSender {
 
     // A token whose pieces are on their way: the first rows of one of them. Lane n knows of its n-th row.
     struct Ahead {
-        int count;     // rows it has here; -1: it has some that do not exist
-        int slot;      // that the row is of
-        int64_t at;    // where in x the row's piece is; nvcc knows where x + at leads
-        float weight;  // of the row
-        Words rows[kRowsAtOnce][kAtOnce];
+        int count = 0;                     // rows it has here; -1: it has some that do not exist
+        int slot = 0, row = 0;             // that the row is of, and its place
+        float weight = 1.0f;               // of the row
+        const std::byte* first = nullptr;  // where this lane's first unit of the piece is in row 0
+        Words rows[kRows][kUnits] = {};
     };
     // Piece p is loaded, and what rows weigh.
     __device__ __forceinline__ void look(const Token& token, int p, Ahead& ahead) const {
@@ -63,11 +70,16 @@ struct PartSender {
         for (int n = 0; n < ahead.count; ++n, left &= left - 1) {
             if (lane == n) ahead.slot = __ffs(left) - 1;
         }
-        const int row = __shfl_sync(~0u, token.row, ahead.slot);
-        ahead.at = row * a.row_bytes() + int64_t{p} * spread.record.piece_bytes;
-        load_rows(0, spread.units_of(p), ahead);
+        ahead.row = __shfl_sync(~0u, token.row, ahead.slot);
+        ahead.first = a.x + p * kPieceBytes + LineLane{}.index(0) * kUnitBytes;
+        const int left_here = units_from_lane(units_from(p));
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+            if (r >= ahead.count) break;
+            load_row(ahead, r, left_here, false, ahead.rows[r]);
+        }
         ahead.weight = 1.0f;
-        if (a.weighted && a.per_rank && lane < ahead.count) ahead.weight = a.row_weights[row];
+        if (a.weighted && a.per_rank && lane < ahead.count) ahead.weight = a.row_weights[ahead.row];
     }
 
     // From `token` on, the first of this warp, at which it has looked. False: leave.
@@ -76,10 +88,8 @@ struct PartSender {
 #pragma unroll 1
         while (ok && at.item < args().num_recv) {
             Pieces next = at;
-            next.next(spread.record, spread.sent, step);
-            if (token.src < 0) {
-                next = {spread.record, spread.sent, past_empty(job, spread, next.run, step)};
-            }
+            next.next(spread.sent, step);
+            if (token.src < 0) next = {spread.sent, past_empty(job, spread, next.run, step)};
             const Token following = look(next.item);
             ok = send(token, at, ahead, [&] { look(following, next.piece, ahead); });
             at = next, token = following;
@@ -143,38 +153,35 @@ private:
         return true;
     }
 
-    // The rows from the first-th on.
-    __device__ __forceinline__ void load_rows(int first, int units, Ahead& ahead) const {
-        const int unit = first_unit(units);
-#pragma unroll
-        for (int r = 0; r < kRowsAtOnce; ++r) {
-            if (first + r >= ahead.count) break;
-            const int64_t at = __shfl_sync(~0u, ahead.at, first + r);
-            load_units(args().x + at, unit, units, ahead.rows[r]);
-        }
+    // Units of a row from a piece on.
+    __device__ __forceinline__ int units_from(int p) const {
+        return spread.row_units - p * kPieceUnits;
+    }
+    // The piece of the n-th row, or the next one. `left`: units from this lane's first one of the piece on.
+    __device__ __forceinline__ void load_row(const Ahead& ahead, int n, int left, bool of_next,
+                                             Words (&w)[kUnits]) const {
+        const int64_t row = __shfl_sync(~0u, ahead.row, n);
+        const std::byte* from = ahead.first + row * spread.row_bytes;
+        load_units(from + (of_next ? kPieceBytes : 0), left - (of_next ? kPieceUnits : 0), w);
     }
 
-    // use(n, units) for every row of a piece; then the next one is loaded, should there be more pieces, or what
-    // comes behind the last.
-    template <class Use, class Then>
-    __device__ __forceinline__ void each_row(int p, bool has_more, Ahead& ahead, Use use,
-                                             Then then) const {
+    // use(n, units) for every row of a piece. A row that is used makes place for one behind it; has_more: of the next
+    // piece, too.
+    template <class Use>
+    __device__ __forceinline__ void each_row(int units, bool has_more, Ahead& ahead,
+                                             Use use) const {
+        const int left = units_from_lane(units);
 #pragma unroll 1
-        for (int first = 0; first < ahead.count; first += kRowsAtOnce) {
+        for (int first = 0; first < ahead.count; first += kRows) {
 #pragma unroll
-            for (int r = 0; r < kRowsAtOnce; ++r) {
+            for (int r = 0; r < kRows; ++r) {
                 if (first + r >= ahead.count) break;
                 use(first + r, ahead.rows[r]);
+                const int n = first + r + kRows;
+                const bool of_next = n >= ahead.count;
+                if (of_next && !has_more) continue;
+                load_row(ahead, of_next ? r : n, left, of_next, ahead.rows[r]);
             }
-            if (first + kRowsAtOnce < ahead.count) {
-                load_rows(first + kRowsAtOnce, spread.units_of(p), ahead);
-            }
-        }
-        if (has_more) {
-            ahead.at += spread.record.piece_bytes;
-            load_rows(0, spread.units_of(p + 1), ahead);
-        } else {
-            then();
         }
     }
 
@@ -190,18 +197,20 @@ private:
                                        : int64_t{t} * a.num_topk;
         const int64_t own_place = place_out(src, t, 0);
         const int64_t apart = per_rank ? 0 : spread.record.bytes();
-        std::byte* to = target(src, place, own_place) + stage.piece_at(at.piece);
+        std::byte* to = target(src, place, own_place) + at.piece * kPieceLines;
         int p = at.piece;
 #pragma unroll 1
         for (int left = at.left; left > 0; --left, ++p) {
-            const int units = spread.units_of(p);
-            each_row(
-                p, left > 1, ahead,
-                [&](int n, Words(&w)[kAtOnce]) {
-                    put(to + __shfl_sync(~0u, slot, n) * apart, units, w);
-                },
-                then);
-            to += spread.piece_stride();
+            const int units = units_from(p);
+            each_row(units, left > 1, ahead, [&](int n, Words(&w)[kUnits]) {
+                put(to + __shfl_sync(~0u, slot, n) * apart, units, w);
+            });
+            if (left > 1) {
+                ahead.first += kPieceBytes;
+            } else {
+                then();
+            }
+            to += kPieceLines;
             if constexpr (F::kAny) {
 #pragma unroll 1
                 for (int n = 0; n < count; ++n) {
@@ -221,32 +230,33 @@ private:
         const CombineArgs& a = args();
         const RankView& view = job.view;
         const int src = token.src, t = token.t;
-        const float weight = ahead.weight;
         const int64_t place = int64_t{view.peers.rank} * view.shape.max_tokens + t;
         const int64_t own_place = place_out(src, t, 0);
-        std::byte* to = target(src, place, own_place) + stage.piece_at(at.piece);
+        std::byte* to = target(src, place, own_place) + at.piece * kPieceLines;
         int p = at.piece;
 #pragma unroll 1
         for (int left = at.left; left > 0; --left, ++p) {
-            const int units = spread.units_of(p);
-            LineSums<kDtype> sums;
+            const int units = units_from(p);
+            LineSums<kDtype, kUnits> sums;
             sums.clear();
-            each_row(
-                p, left > 1, ahead,
-                [&](int n, Words(&w)[kAtOnce]) {
-                    if (a.weighted) {
-                        sums.add(w, __shfl_sync(~0u, weight, n));
-                    } else {
-                        sums.add(w);
-                    }
-                },
-                then);
-            Words out[kAtOnce];
+            each_row(units, left > 1, ahead, [&](int n, Words(&w)[kUnits]) {
+                if (a.weighted) {
+                    sums.add(w, __shfl_sync(~0u, ahead.weight, n));
+                } else {
+                    sums.add(w);
+                }
+            });
+            if (left > 1) {
+                ahead.first += kPieceBytes;
+            } else {
+                then();
+            }
+            Words out[kUnits];
 #pragma unroll
-            for (int v = 0; v < kAtOnce; ++v) out[v] = device::words_of(sums.unit[v].rounded());
+            for (int v = 0; v < kUnits; ++v) out[v] = device::words_of(sums.unit[v].rounded());
             put(to, units, out);
             send_off(src, place, own_place, p, units, 1);
-            to += spread.piece_stride();
+            to += kPieceLines;
         }
     }
 
@@ -275,21 +285,23 @@ private:
         if constexpr (F::kAny) {
             if (!stage.is_far(src)) return;
             const int64_t bytes = stage.record.bytes(), at = stage.piece_at(p);
-            const int64_t lines = (units + kLineUnits - 1) / kLineUnits;
+            const int64_t lines = (min(units, kPieceUnits) + kLineUnits - 1) / kLineUnits;
             device::fence_stage();
             stage.far.put(job.view, stage.slot, src, own_place * bytes + at, place * bytes + at,
                           kLineBytes * lines, static_cast<uint64_t>(amount));
         }
     }
 
-    __device__ __forceinline__ void put(std::byte* to, int units, Words (&w)[kAtOnce]) const {
+    // `units`: of the row from the piece on.
+    __device__ __forceinline__ void put(std::byte* to, int units, Words (&w)[kUnits]) const {
         const LineLane at;
+        const int left = units_from_line(units);
+        to += at.offset(0);
+        __syncwarp();
 #pragma unroll
-        for (int v = 0; v < kAtOnce; ++v) {
-            const int l = v * LineLane::kAtOnce;
+        for (int v = 0; v < kUnits; ++v) {
             if (at.is_last()) w[v].b = stage.op.seq;
-            __syncwarp();
-            if ((l + at.line) * kLineUnits < units) device::put_line(to + at.offset(l), w[v]);
+            if (left > v * kUnitsApart) device::put_line(to + v * kLinesApart, w[v]);
         }
     }
 };

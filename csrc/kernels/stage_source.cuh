@@ -21,23 +21,23 @@ namespace ep::kernels {
 // own, which is rounded and added in turn.
 template <DType kDtype, class F>
 struct NodeSums {
-    LineSums<kDtype>& sums;
+    LineSums<kDtype, kUnitsAdded>& sums;
     const StageView<F>& stage;
 
-    __device__ __forceinline__ LineSums<kDtype>& of(int) { return sums; }
+    __device__ __forceinline__ LineSums<kDtype, kUnitsAdded>& of(int) { return sums; }
     __device__ __forceinline__ void close() {}
 };
 
 template <DType kDtype, class F>
     requires F::kAny
 struct NodeSums<kDtype, F> {
-    LineSums<kDtype>& sums;
+    LineSums<kDtype, kUnitsAdded>& sums;
     const StageView<F>& stage;
-    LineSums<kDtype> other{};
+    LineSums<kDtype, kUnitsAdded> other{};
     int node = -1;  // that `other` is of
 
     // Of a row of rank p; ranks come in ascending order.
-    __device__ __forceinline__ LineSums<kDtype>& of(int p) {
+    __device__ __forceinline__ LineSums<kDtype, kUnitsAdded>& of(int p) {
         const int its_node = stage.is_far(p) ? stage.far.nodes().node(p) : -1;
         if (its_node != node) {
             close();
@@ -49,7 +49,7 @@ struct NodeSums<kDtype, F> {
     __device__ __forceinline__ void close() {
         if (node < 0) return;
 #pragma unroll
-        for (int v = 0; v < kAtOnce; ++v) sums.unit[v].add(other.unit[v].rounded());
+        for (int v = 0; v < kUnitsAdded; ++v) sums.unit[v].add(other.unit[v].rounded());
         node = -1;
     }
 };
@@ -58,11 +58,24 @@ template <DType kDtype, class F>
 struct PartReceiver {
     // Rows that are on their way together: sums of another node need registers, too.
     static constexpr int kAddedAtOnce = F::kAny ? 2 : 3;
+    static constexpr int kPieceUnits = kUnitsAdded * kUnitsApart;
+    static constexpr int kPieceBytes = kPieceUnits * kUnitBytes;   // of a row
+    static constexpr int kPieceLines = kUnitsAdded * kLinesApart;  // bytes there
+    using Sums = LineSums<kDtype, kUnitsAdded>;
 
     const CombineJob& job;
     const CombineSpread& spread;
     StageView<F> stage;
     Entering& in;
+    // Where this lane finds its part of the first line of what came from ranks of our node: in our control block,
+    // whose slots of rows end below 2^32 (stage_bytes_for).
+    uint32_t near = 0;
+
+    // Once the operation is known.
+    __device__ __forceinline__ void enter(Operation op, int slot) {
+        stage.op.seq = op.seq, stage.slot = slot;
+        near = static_cast<uint32_t>(job.view.layout.stage(slot) + LineLane{}.offset(0));
+    }
 
     // What is added up for a token, in order: lane n knows of the n-th row that has come, or will.
     struct Part {
@@ -127,38 +140,31 @@ struct PartReceiver {
     // From the token with this part on, the first of this warp. read(): all lines have been loaded. False: leave.
     template <class Read>
     __device__ __forceinline__ bool run(Pieces at, int step, Part part, Read read) {
-        const CombineArgs& a = args();
-        const auto num_tokens = static_cast<int>(a.num_tokens);
+        const auto num_tokens = static_cast<int>(args().num_tokens);
         if (at.item >= num_tokens) read();
 #pragma unroll 1
         while (at.item < num_tokens) {
-            int p = at.piece, left = at.left;
-            auto place = static_cast<int>(at.item * a.row_bytes() + p * stage.record.piece_bytes);
+            int p = at.piece;
             if constexpr (F::kAny) {
                 if (!await_nodes(at.item, part)) return false;
             }
-            Slot slot;
 #pragma unroll 1
             while (true) {
-                const int units = spread.units_of(p);
-                LineSums<kDtype> sums;
+                const int units = spread.row_units - p * kPieceUnits;
+                Sums sums;
 #pragma unroll 1
-                for (int turn = 0; !add(place, p, units, part, sums); ++turn) {
+                for (int turn = 0; !add(at.item, p, units, part, sums); ++turn) {
                     if (turn >= device::kLooks && !await_parts(at.item, p, units, part)) {
                         return false;
                     }
                 }
-                const bool is_last = --left == 0;
-                if (is_last) {
-                    at.next(spread.record, spread.added, step);
-                    if (at.item >= num_tokens) read();
-                    slot = slot_of(at.item);  // under way while the sums are stored
-                }
-                finish(sums, place, units);
-                if (is_last) break;
+                finish(sums, at.item, p, units);
+                if (--at.left == 0) break;
                 ++p;
-                place += stage.record.piece_bytes;
             }
+            at.next(spread.added, step);
+            if (at.item >= num_tokens) read();
+            Slot slot = slot_of(at.item);
             find_owner(slot);
             part = part_of(at.item, slot);
         }
@@ -188,32 +194,45 @@ private:
     __device__ __forceinline__ const std::byte* from(const Part& part, int n, int p) const {
         int owner = 0;
         if constexpr (F::kAny) owner = __shfl_sync(~0u, part.owner, n);
-        return stage.arrival_at(owner, __shfl_sync(~0u, part.at, n) + stage.piece_at(p));
+        return stage.arrival_at(owner, __shfl_sync(~0u, part.at, n) + p * kPieceLines);
+    }
+    // What this lane takes part in of it.
+    __device__ __forceinline__ const std::byte* part_from(const Part& part, int n, int p) const {
+        if constexpr (F::kAny) return from(part, n, p) + LineLane{}.offset(0);
+        const uint32_t at = near + __shfl_sync(~0u, part.at, n);
+        return job.view.peers.own + (at + static_cast<uint32_t>(p * kPieceLines));
     }
 
-    // `place`: of the piece, in rows of sums. False: some lines are not there yet, and the sums are none.
-    __device__ __forceinline__ bool add(int place, int p, int units, const Part& part,
-                                        LineSums<kDtype>& sums) const {
+    // Where this lane's first unit of piece p is, in rows of sums.
+    __device__ __forceinline__ int64_t place_of(int t, int p) const {
+        return int64_t{t} * spread.row_bytes + p * kPieceBytes + LineLane{}.index(0) * kUnitBytes;
+    }
+
+    // `units`: of a row from piece p on. False: some lines are not there yet, and the sums are none.
+    __device__ __forceinline__ bool add(int t, int p, int units, const Part& part,
+                                        Sums& sums) const {
         const CombineArgs& a = args();
         NodeSums<kDtype, F> of_node{sums, stage};
-        start(sums, place, units);
-        bool all = true;
+        start(sums, t, p, units);
+        const int left = units_from_line(units);
+        const bool is_last = LineLane{}.is_last();
+        bool late = false;
 #pragma unroll 1
         for (int first = 0; first < part.count; first += kAddedAtOnce) {
-            Words w[kAddedAtOnce][kAtOnce];
+            Words w[kAddedAtOnce][kUnitsAdded];
 #pragma unroll
             for (int r = 0; r < kAddedAtOnce; ++r) {
                 if (first + r >= part.count) break;
-                get(from(part, first + r, p), units, w[r]);
+                get(part_from(part, first + r, p), left, w[r]);
             }
 #pragma unroll
             for (int r = 0; r < kAddedAtOnce; ++r) {
                 if (first + r >= part.count) break;
-                all = all && there(units, w[r]);
+                late |= is_last & is_late(left, w[r]);
                 int owner = 0;
                 if constexpr (F::kAny) owner = __shfl_sync(~0u, part.owner, first + r);
                 // In the order of slots all rows are added alike, wherever they come from.
-                LineSums<kDtype>& to = F::kAny && a.topk_order ? sums : of_node.of(owner);
+                Sums& to = F::kAny && a.topk_order ? sums : of_node.of(owner);
                 if (a.weighted && !a.per_rank) {
                     to.add(w[r], __shfl_sync(~0u, part.weight, first + r));
                 } else {
@@ -222,12 +241,12 @@ private:
             }
         }
         of_node.close();
-        return all;
+        return !__any_sync(~0u, late);
     }
 
     // Until all of them are there. False: leave.
     __device__ __forceinline__ bool await_parts(int t, int p, int units, Part& part) {
-        const int lines = (units + kLineUnits - 1) / kLineUnits;
+        const int lines = (min(units, kPieceUnits) + kLineUnits - 1) / kLineUnits;
         part = part_of(t);  // in a node nobody else asks for owners
 #pragma unroll 1
         for (int n = 0; n < part.count; ++n) {
@@ -248,48 +267,46 @@ private:
         __syncwarp();
         return ok;
     }
-    __device__ __forceinline__ void get(const std::byte* piece, int units,
-                                        Words (&w)[kAtOnce]) const {
-        const LineLane at;
+    __device__ __forceinline__ static void get(const std::byte* from, int left,
+                                               Words (&w)[kUnitsAdded]) {
 #pragma unroll
-        for (int v = 0; v < kAtOnce; ++v) {
-            const int l = v * LineLane::kAtOnce;
-            if ((l + at.line) * kLineUnits < units) w[v] = device::get_line(piece + at.offset(l));
+        for (int v = 0; v < kUnitsAdded; ++v) {
+            if (left > v * kUnitsApart) w[v] = device::get_line(from + v * kLinesApart);
         }
     }
-    __device__ __forceinline__ bool there(int units, const Words (&w)[kAtOnce]) const {
-        const LineLane at;
-        bool all = true;
+    // Of the last lane of a line: it is of another operation.
+    __device__ __forceinline__ bool is_late(int left, const Words (&w)[kUnitsAdded]) const {
+        bool late = false;
 #pragma unroll
-        for (int v = 0; v < kAtOnce; ++v) {
-            const int l = v * LineLane::kAtOnce + at.line;
-            all = all && (l * kLineUnits >= units || !at.is_last() || w[v].b == stage.op.seq);
+        for (int v = 0; v < kUnitsAdded; ++v) {
+            late |= (left > v * kUnitsApart) & (w[v].b != stage.op.seq);
         }
-        return __all_sync(~0u, all);
+        return late;
     }
 
-    __device__ __forceinline__ void start(LineSums<kDtype>& sums, int place, int units) const {
+    __device__ __forceinline__ void start(Sums& sums, int t, int p, int units) const {
         const CombineArgs& a = args();
-        const int first = first_unit(units);
         sums.clear();
-        if (a.bias0 == nullptr && a.bias1 == nullptr) return;
-        Words w[kAtOnce];
-        load_units((a.bias0 != nullptr ? a.bias0 : a.bias1) + place, first, units, w);
+        if (!spread.has_bias) return;
+        const int left = units_from_lane(units);
+        const int64_t place = place_of(t, p);
+        Words w[kUnitsAdded] = {};
+        load_units((a.bias0 != nullptr ? a.bias0 : a.bias1) + place, left, w);
 #pragma unroll
-        for (int v = 0; v < kAtOnce; ++v) sums.unit[v].set(device::unit_of(w[v]));
+        for (int v = 0; v < kUnitsAdded; ++v) sums.unit[v].set(device::unit_of(w[v]));
         if (a.bias0 == nullptr || a.bias1 == nullptr) return;
-        load_units(a.bias1 + place, first, units, w);
+        load_units(a.bias1 + place, left, w);
         sums.add(w);
     }
 
-    __device__ __forceinline__ void finish(const LineSums<kDtype>& sums, int place,
-                                           int units) const {
-        const int first = first_unit(units);
-        auto* out = reinterpret_cast<uint4*>(args().out + place);
+    __device__ __forceinline__ void finish(const Sums& sums, int t, int p, int units) const {
+        const int left = units_from_lane(units);
+        std::byte* to = args().out + place_of(t, p);
 #pragma unroll
-        for (int v = 0; v < kAtOnce; ++v) {
-            const int i = first + v * kUnitsApart;
-            if (i < units) out[i] = sums.unit[v].rounded();
+        for (int v = 0; v < kUnitsAdded; ++v) {
+            const uint4 unit = sums.unit[v].rounded();
+            if (left <= v * kUnitsApart) continue;
+            *reinterpret_cast<uint4*>(to + v * kUnitsApart * kUnitBytes) = unit;
         }
     }
 };

@@ -1,6 +1,7 @@
 // What owners and sources of a small combine share: pieces of rows, and sums of lines in registers.
 //
-// defines: kAtOnce, kRowsAtOnce, Pieces, CombineSpread, LineSums, load_units, first_unit
+// defines: kUnitsApart, kLinesApart, kUnitsAdded, Pieces, CombineSpread, LineSums, units_from_lane,
+// units_from_line, load_units
 #pragma once
 
 #include <algorithm>
@@ -20,57 +21,58 @@ namespace ep::kernels {
 using device::LineLane;
 using device::Words;
 
-constexpr int kAtOnce = 2;  // times four lines that a warp works at: a piece
-static_assert(kAtOnce * LineLane::kAtOnce == kSumLines);
-constexpr int kRowsAtOnce = 4;  // rows of a token that are on their way together
-constexpr int kUnitsApart = LineLane::kAtOnce * kLineUnits;
+constexpr int kUnitsApart = LineLane::kAtOnce * kLineUnits;  // of one lane, in a row
+constexpr int kLinesApart = LineLane::kAtOnce * kLineBytes;  // the same, in a record
+// Of every lane that a source adds up at once: a piece.
+constexpr int kUnitsAdded = 2;
+static_assert(kUnitsAdded * LineLane::kAtOnce == kSumLines);
 
 // What a warp of a combine goes through: a run of pieces, then each `step`-th run after it.
 struct Pieces {
     int run;
     int item, piece, left;  // of a row this piece, and so many that are left of the run
 
-    __device__ __forceinline__ Pieces(const Record& record, const Runs& runs, int first) {
-        start(record, runs, first);
-    }
-    __device__ __forceinline__ void next(const Record& record, const Runs& runs, int step) {
-        start(record, runs, run + step);
-    }
+    __device__ __forceinline__ Pieces(const Runs& runs, int first) { start(runs, first); }
+    __device__ __forceinline__ void next(const Runs& runs, int step) { start(runs, run + step); }
 
 private:
-    __device__ __forceinline__ void start(const Record& record, const Runs& runs, int which) {
+    __device__ __forceinline__ void start(const Runs& runs, int which) {
         run = which;
         item = runs.row_of(run);
         piece = runs.first_piece(run);
-        left = min(runs.pieces, record.num_pieces - piece);
+        left = min(runs.pieces, runs.num_pieces - piece);
     }
 };
 
-// What a combine spreads over its warps, of which there are `warps`.
+// What a combine spreads over its warps.
 struct CombineSpread {
     Record record;
-    int32_t units, last_units;  // of a piece of a row, and of its last one
+    int32_t row_bytes, row_units;
+    int32_t
+        units_sent;  // of every lane that an owner works at at once: its pieces are larger where they are many
     Runs sent, added;
     int32_t first_sent;  // the row that is sent first: those of other ranks before our own
+    bool has_bias;
 
-    CombineSpread(const RankView& view, const CombineArgs& a, int warps)
+    // `wide`: owners may take larger pieces.
+    CombineSpread(const RankView& view, const CombineArgs& a, int warps, bool wide)
         : record(record_of(a)),
-          units(record.piece_bytes / kUnitBytes),
-          last_units(static_cast<int32_t>(a.row_bytes() / kUnitBytes) -
-                     units * (record.num_pieces - 1)),
-          sent(record, rows_here(view.shape, a), warps),
-          added(record, a.num_tokens, warps) {
+          row_bytes(static_cast<int32_t>(a.row_bytes())),
+          row_units(row_bytes / kUnitBytes),
+          added(record.num_pieces, a.num_tokens, warps),
+          has_bias(a.bias0 != nullptr || a.bias1 != nullptr) {
+        const int64_t rows = rows_here(view.shape, a);
+        constexpr int kMany = 4;  // pieces of a warp
+        const bool many = rows * record.num_pieces >= int64_t{kMany} * warps;
+        units_sent = wide && many ? 2 * kUnitsAdded : kUnitsAdded;
+        sent = Runs(static_cast<int>(divide_up(record.num_pieces, units_sent / kUnitsAdded)), rows,
+                    warps);
         // Rows lie in ascending order of sources. Others may have other numbers of tokens: then the order is
         // not the best one.
-        const int64_t ours = rows_here(view.shape, a) / view.shape.num_ranks;
+        const int64_t ours = rows / view.shape.num_ranks;
         const int64_t behind = ours * (view.peers.rank + 1);
         first_sent = static_cast<int32_t>(behind < a.num_recv ? behind : 0);
     }
-
-    EP_HD int units_of(int piece) const {
-        return piece + 1 == record.num_pieces ? last_units : units;
-    }
-    EP_HD int64_t piece_stride() const { return int64_t{record.piece_lines} * kLineBytes; }
 
 private:
     // Tokens that come here, should every rank have as many as we, and choose experts evenly.
@@ -82,40 +84,45 @@ private:
 };
 static_assert(std::is_trivially_copyable_v<CombineSpread>);
 
-// Sums of a warp: what its lanes have of eight lines.
-template <DType kDtype>
+// Sums of a warp: what its lanes have of some lines.
+template <DType kDtype, int kUnits>
 struct LineSums {
-    device::Unit<kDtype> unit[kAtOnce];
+    device::Unit<kDtype> unit[kUnits];
 
     __device__ __forceinline__ void clear() {
 #pragma unroll
         for (auto& u : unit) u.clear();
     }
-    __device__ __forceinline__ void add(const Words (&w)[kAtOnce]) {
+    __device__ __forceinline__ void add(const Words (&w)[kUnits]) {
 #pragma unroll
-        for (int v = 0; v < kAtOnce; ++v) unit[v].add(device::unit_of(w[v]));
+        for (int v = 0; v < kUnits; ++v) unit[v].add(device::unit_of(w[v]));
     }
-    __device__ __forceinline__ void add(const Words (&w)[kAtOnce], float weight) {
+    __device__ __forceinline__ void add(const Words (&w)[kUnits], float weight) {
 #pragma unroll
-        for (int v = 0; v < kAtOnce; ++v) unit[v].add(device::unit_of(w[v]), weight);
+        for (int v = 0; v < kUnits; ++v) unit[v].add(device::unit_of(w[v]), weight);
     }
 };
 
-// Units of a row in memory, from a lane's first one on.
-__device__ __forceinline__ void load_units(const std::byte* row, int first, int units,
-                                           Words (&w)[kAtOnce]) {
-#pragma unroll
-    for (int v = 0; v < kAtOnce; ++v) {
-        const int i = first + v * kUnitsApart;
-        w[v] = {};
-        if (i < units) w[v] = device::words_of(reinterpret_cast<const uint4*>(row)[i]);
-    }
+// Of `units` of a row from a piece on: so many from the first one of this lane on, none where that is none. The v-th
+// one after it is there if these are more than v * kUnitsApart.
+__device__ __forceinline__ int units_from_lane(int units) {
+    const LineLane at;
+    return at.is_last() ? 0 : units - at.index(0);
+}
+// The same of lines: the v-th one that this lane takes part in is there.
+__device__ __forceinline__ int units_from_line(int units) {
+    return units - kLineUnits * LineLane{}.line;
 }
 
-// A lane's first unit of a piece, or none.
-__device__ __forceinline__ int first_unit(int units) {
-    const LineLane at;
-    return at.is_last() ? units : at.index(0);
+// Units of a row in memory, of which this lane's first one is at `from`. What is not there stays as it was.
+template <int kUnits>
+__device__ __forceinline__ void load_units(const std::byte* from, int left, Words (&w)[kUnits]) {
+#pragma unroll
+    for (int v = 0; v < kUnits; ++v) {
+        if (left <= v * kUnitsApart) continue;
+        const auto* unit = reinterpret_cast<const uint4*>(from + v * kUnitsApart * kUnitBytes);
+        w[v] = device::words_of(*unit);
+    }
 }
 
 }  // namespace ep::kernels

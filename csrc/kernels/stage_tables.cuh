@@ -53,7 +53,7 @@ struct StageSpread {
           elements(record.piece_bytes / dtype_bytes(a.wire_dtype())),
           source_bytes(elements * dtype_bytes(a.dtype)),
           last_elements(static_cast<int32_t>(a.hidden) - elements * (record.num_pieces - 1)),
-          taken(record, s.num_ranks * a.num_tokens, int64_t{num_blocks} * kStageWarps),
+          taken(record.num_pieces, s.num_ranks * a.num_tokens, int64_t{num_blocks} * kStageWarps),
           pieces_of_row(record.num_pieces),
           places_of_source(std::max<int64_t>(s.max_tokens, 1)),
           tokens_per_block(static_cast<int32_t>(divide_up(a.num_tokens, num_blocks))),

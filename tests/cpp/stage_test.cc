@@ -121,7 +121,7 @@ int main() {
             const Record record = record_of(dispatch(shape, hidden, Quantize::kNone));
             for (const int warps : {1, 128, 2112}) {
                 const int64_t rows = int64_t{shape.num_ranks} * shape.max_tokens;
-                const Runs runs(record, rows, warps);
+                const Runs runs(record.num_pieces, rows, warps);
                 const int per_row = runs.per_row.value;
                 expect(per_row * runs.pieces - record.num_pieces <= record.num_pieces / 10, "even");
                 expect((per_row - 1) * runs.pieces < record.num_pieces, "no run is empty");
