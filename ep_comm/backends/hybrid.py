@@ -60,7 +60,16 @@ class HybridOutputs(Outputs):
         shape = (logged * meta.log_words, look.num_topk)
         log = Piece(_core.Out.RAIL_LOG, shape, torch.int32).of(flight, spec.device)
         rows = handle.recv_row[: meta.recv_rows]
-        return handle._replace(recv_row=torch.cat((rows, log)) if rows.shape[0] else log)
+        return handle._replace(recv_row=_together(rows, log) if rows.shape[0] else log)
+
+
+def _together(first: Tensor, second: Tensor) -> Tensor:
+    """One behind the other, both contiguous. By copies: torch.cat is a kernel, which torch loads
+    when it is first used, and that may wait for ranks of this process that wait for us."""
+    out = first.new_empty((first.shape[0] + second.shape[0], *first.shape[1:]))
+    out[: first.shape[0]].copy_(first)
+    out[first.shape[0] :].copy_(second)
+    return out
 
 
 class HybridDispatch(Dispatch):
