@@ -102,12 +102,15 @@ struct Runs {
 };
 static_assert(std::is_trivially_copyable_v<Runs>);
 
-inline constexpr int kRowLines = 12;  // of a piece of a dispatch: what a warp has in flight
+// Of a piece of a dispatch, at most: what a warp has in flight. With fewer, 128 rows of 14 KiB are more pieces than a
+// GPU has warps to take them. Those that are quantized are shorter, and each takes a warp longer to make.
+inline constexpr int kRowLines = 16, kQuantizedLines = 12;
 
 constexpr Record record_of(const DispatchArgs& a) {
     const int64_t block = a.quantize == Quantize::kNone ? 16 : a.scale_block;
     Record r = record_of(a.row_bytes(), a.scale_bytes,
-                         a.quantize == Quantize::kFp8Ue8m0 ? 4 * block : block, kRowLines);
+                         a.quantize == Quantize::kFp8Ue8m0 ? 4 * block : block,
+                         a.quantize == Quantize::kNone ? kRowLines : kQuantizedLines);
     // The row's number, then expert and turn of every slot, and weights of two slots a word.
     const int64_t words = 1 + a.num_topk + (a.with_weights ? divide_up(a.num_topk, 2) : 0);
     r.meta_lines = static_cast<int32_t>(divide_up(words, kLineWords));

@@ -20,8 +20,12 @@ namespace ep::kernels {
 // Of a warp, which takes pieces of tokens of any source.
 template <class F>
 struct Receiver {
-    static constexpr int kAtOnce = 3;  // times four lines that a warp has in flight: a piece
+    static constexpr int kAtOnce =
+        4;  // times four lines that a warp has in flight: a piece, or more
     static_assert(kAtOnce * device::LineLane::kAtOnce == kRowLines);
+    // Between those of one lane: units in a row, bytes of lines in a record.
+    static constexpr int kApart = device::LineLane::kAtOnce * kLineUnits;
+    static constexpr int kLinesApart = device::LineLane::kAtOnce * kLineBytes;
 
     const DispatchJob& job;
     StageTables tables;
@@ -215,13 +219,11 @@ private:
     }
     __device__ __forceinline__ bool there(int units, const device::Words (&w)[kAtOnce]) const {
         const device::LineLane at;
-        bool all = true;
+        const int left = units - kLineUnits * at.line;
+        bool late = false;
 #pragma unroll
-        for (int v = 0; v < kAtOnce; ++v) {
-            const int l = v * device::LineLane::kAtOnce + at.line;
-            all = all && (l * kLineUnits >= units || !at.is_last() || is_ours(w[v]));
-        }
-        return __all_sync(~0u, all);
+        for (int v = 0; v < kAtOnce; ++v) late |= (left > v * kApart) & !is_ours(w[v]);
+        return !__any_sync(~0u, at.is_last() & late);
     }
     __device__ __forceinline__ static int lines_of(int units) {
         return (units + kLineUnits - 1) / kLineUnits;
@@ -232,10 +234,11 @@ private:
     __device__ __forceinline__ void get(const std::byte* piece, int units,
                                         device::Words (&w)[kAtOnce]) const {
         const device::LineLane at;
+        const int left = units - kLineUnits * at.line;
+        piece += at.offset(0);
 #pragma unroll
         for (int v = 0; v < kAtOnce; ++v) {
-            const int l = v * device::LineLane::kAtOnce;
-            if ((l + at.line) * kLineUnits < units) w[v] = device::get_line(piece + at.offset(l));
+            if (left > v * kApart) w[v] = device::get_line(piece + v * kLinesApart);
         }
     }
 
@@ -353,16 +356,13 @@ private:
     __device__ __forceinline__ void put_rows(int row_units, const Targets& to, std::byte* out,
                                              const device::Words (&w)[kAtOnce]) const {
         const device::LineLane at;
-        const int first = at.is_last() ? row_units : at.index(0);
-        const auto row_bytes = static_cast<int>(args().row_bytes());
-        constexpr int kApart = device::LineLane::kAtOnce * kLineUnits;
+        const int left = at.is_last() ? 0 : row_units - at.index(0);
         const auto put = [&](int row) {
-            std::byte* units = out + int64_t{row} * row_bytes;
+            std::byte* units = out + int64_t{row} * tables.spread.row_bytes;
 #pragma unroll
             for (int v = 0; v < kAtOnce; ++v) {
-                if (first + v * kApart < row_units) {
-                    ptx::st_global_v2(units + v * kApart * kUnitBytes, w[v].a, w[v].b);
-                }
+                if (left <= v * kApart) continue;
+                ptx::st_global_v2(units + v * kApart * kUnitBytes, w[v].a, w[v].b);
             }
         };
 #pragma unroll 1
@@ -378,40 +378,29 @@ private:
         return compact() ? 1 : (args().capacity + 3) / 4 * 4;
     }
 
-    // Scales of a piece to every row: a lane takes a word of them, out of the unit that has it.
+    // Scales of a piece to every row: a lane stores those of its units.
     __device__ __forceinline__ void put_scales(int p, int row_units, const Targets& to,
                                                const device::Words (&w)[kAtOnce]) const {
-        constexpr int kWords = kUnitBytes / 4, kLinesAtOnce = device::LineLane::kAtOnce;
+        constexpr int kWords = kUnitBytes / 4;
+        const device::LineLane at;
         const int of_piece = stage.record.scale_bytes / 4, before = p * of_piece;
         const int end = min(of_piece, static_cast<int>(args().scale_bytes / 4) - before);
-        const int lane = ptx::lane_id();
-        auto* scales = reinterpret_cast<uint32_t*>(job.out.scales);
-#pragma unroll 1
-        for (int s = lane; s - lane < end; s += 32) {
-            const int unit = row_units + s / kWords, line = unit / kLineUnits;
-            const int step = line / kLinesAtOnce;
-            const int from = 8 * (line - step * kLinesAtOnce) + unit - line * kLineUnits;
-            const bool is_here = s < end;
-            uint32_t word = 0;
+        const int64_t apart = scales_apart();
 #pragma unroll
-            for (int v = 0; v < kAtOnce; ++v) {
-                const bool in_step = is_here && step == v;
-                if (!__any_sync(~0u, in_step)) continue;
-                const uint4 theirs = device::unit_of(w[v]);
-                const uint32_t x = __shfl_sync(~0u, theirs.x, from);
-                const uint32_t y = __shfl_sync(~0u, theirs.y, from);
-                const uint32_t z = __shfl_sync(~0u, theirs.z, from);
-                const uint32_t last = __shfl_sync(~0u, theirs.w, from);
-                const uint32_t low = s % 2 != 0 ? y : x, high = s % 2 != 0 ? last : z;
-                if (in_step) word = s % kWords >= 2 ? high : low;
-            }
-            uint32_t* out = scales + (before + s) * scales_apart();
+        for (int v = 0; v < kAtOnce; ++v) {
+            const int unit = at.index(0) + v * kApart - row_units, first = kWords * unit;
+            const bool has = !at.is_last() && unit >= 0 && first < end;
+            if (!__any_sync(~0u, has)) continue;
+            auto* column = reinterpret_cast<uint32_t*>(job.out.scales) + (before + first) * apart;
+            const uint4 theirs = device::unit_of(w[v]);
+            const uint32_t word[kWords] = {theirs.x, theirs.y, theirs.z, theirs.w};
 #pragma unroll 1
-            for (int n = 0; n < to.count; n += 2) {
-                const uint32_t one = __shfl_sync(~0u, to.scales, n);
-                const uint32_t other = __shfl_sync(~0u, to.scales, n + 1);
-                if (is_here) ptx::st_global(out + one, word);
-                if (is_here && n + 1 < to.count) ptx::st_global(out + other, word);
+            for (int n = 0; n < to.count; ++n) {
+                uint32_t* out = column + __shfl_sync(~0u, to.scales, n);
+#pragma unroll
+                for (int i = 0; i < kWords; ++i) {
+                    if (has && first + i < end) ptx::st_global(out + i * apart, word[i]);
+                }
             }
         }
     }

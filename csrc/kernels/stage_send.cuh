@@ -381,29 +381,36 @@ private:
         __syncwarp();
     }
 
+    // Lanes in `leaders` say where.
     __device__ __forceinline__ void put_lines(int p, const std::byte* scales, std::byte* to,
                                               uint32_t leaders) const {
-        const device::LineLane at;
-        const int row_units = spread.row_units_of(p);
-        const int units = row_units + spread.scale_units;
+        using device::LineLane;
+        constexpr int kSteps = kRowLines / LineLane::kAtOnce;
+        constexpr int kApart = LineLane::kAtOnce * kLineUnits;       // units
+        constexpr int kLinesApart = LineLane::kAtOnce * kLineBytes;  // bytes there
+        const LineLane at;
+        const int row_units = spread.row_units_of(p), units = row_units + spread.scale_units;
+        const int left = units - kLineUnits * at.line;
         const std::byte* behind = scales - row_units * kUnitBytes;
-#pragma unroll 1
-        for (int line = 0; line * kLineUnits < units; line += device::LineLane::kAtOnce) {
-            const int i = at.index(line);
-            const bool here = (line + at.line) * kLineUnits < units;
-            device::Words w{};
+        device::Words w[kSteps];
+#pragma unroll
+        for (int v = 0; v < kSteps; ++v) {
+            const int i = at.index(0) + v * kApart;
+            w[v] = {};
             if (!at.is_last() && i < units) {
-                w = device::words_of(
+                w[v] = device::words_of(
                     ptx::ld_shared_v4((i < row_units ? data() : behind) + i * kUnitBytes));
             }
-            if (at.is_last()) w.b = stage.op.seq;
-            __syncwarp();
+            if (at.is_last()) w[v].b = stage.op.seq;
+        }
+        __syncwarp();
 #pragma unroll 1
-            for (uint32_t left = leaders; left != 0; left &= left - 1) {
-                const auto base = __shfl_sync(~0u, reinterpret_cast<uint64_t>(to), __ffs(left) - 1);
-                if (here) {
-                    device::put_line(reinterpret_cast<std::byte*>(base) + at.offset(line), w);
-                }
+        for (uint32_t more = leaders; more != 0; more &= more - 1) {
+            const auto base = __shfl_sync(~0u, reinterpret_cast<uint64_t>(to), __ffs(more) - 1);
+            auto* line = reinterpret_cast<std::byte*>(base) + at.offset(0);
+#pragma unroll
+            for (int v = 0; v < kSteps; ++v) {
+                if (left > v * kApart) device::put_line(line + v * kLinesApart, w[v]);
             }
         }
     }

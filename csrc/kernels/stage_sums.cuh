@@ -62,8 +62,7 @@ struct CombineSpread {
           added(record.num_pieces, a.num_tokens, warps),
           has_bias(a.bias0 != nullptr || a.bias1 != nullptr) {
         const int64_t rows = rows_here(view.shape, a);
-        constexpr int kMany = 4;  // pieces of a warp
-        const bool many = rows * record.num_pieces >= int64_t{kMany} * warps;
+        const bool many = rows * record.num_pieces > warps;  // else they take one each
         units_sent = wide && many ? 2 * kUnitsAdded : kUnitsAdded;
         sent = Runs(static_cast<int>(divide_up(record.num_pieces, units_sent / kUnitsAdded)), rows,
                     warps);

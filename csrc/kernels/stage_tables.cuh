@@ -30,6 +30,7 @@ struct Expert {
 
 struct StageSpread {
     Record record;
+    int32_t row_bytes;  // as they travel
     // Of a piece of a row, of its last piece, and behind each.
     int32_t row_units, last_row_units, scale_units;
     // Of a piece: elements, and bytes as they are given; elements of the last one.
@@ -46,9 +47,9 @@ struct StageSpread {
 
     StageSpread(const Shape& s, const DispatchArgs& a, int num_blocks)
         : record(record_of(a)),
+          row_bytes(static_cast<int32_t>(a.row_bytes())),
           row_units(record.piece_bytes / kUnitBytes),
-          last_row_units(static_cast<int32_t>(a.row_bytes() / kUnitBytes) -
-                         row_units * (record.num_pieces - 1)),
+          last_row_units(row_bytes / kUnitBytes - row_units * (record.num_pieces - 1)),
           scale_units(static_cast<int32_t>(divide_up(record.scale_bytes, kUnitBytes))),
           elements(record.piece_bytes / dtype_bytes(a.wire_dtype())),
           source_bytes(elements * dtype_bytes(a.dtype)),
