@@ -22,6 +22,7 @@ from nvlink_latency import SmallBatch
 from torch import Tensor
 
 TOKENS = (1, 32, 128)
+MOST = 128  # that a decoder which has one token now has made room for
 CALLS, WARMUP = 200, 20
 
 
@@ -40,8 +41,9 @@ def host_us(work: Work) -> float:
     return float(slower)
 
 
-def layer(tokens: int) -> None:
-    bench = SmallBatch(tokens)
+def layer(tokens: int, most: int | None = None) -> None:
+    bench = SmallBatch(tokens, most)
+    where = "" if most is None else f" with room for {most} tokens"
     slab = bench.check_slab(bench.check())
     bench.case = replace(bench.case, layout="slab", quantize="fp8")
     rows = torch.zeros(slab.x.shape, dtype=torch.bfloat16, device="cuda")
@@ -59,7 +61,7 @@ def layer(tokens: int) -> None:
     def pair() -> None:
         bench.home(rows, bench.slab(quantize="fp8"))
 
-    bench.graphed("pair", pair, 0)
+    bench.graphed(f"pair{where}", pair, 0)
     calls: dict[str, Work] = {
         "dispatch": dispatch,
         "combine": combine,
@@ -67,8 +69,8 @@ def layer(tokens: int) -> None:
     }
     for op, work in calls.items():
         gpu, host = bench.times(work)
-        bench.report(op, gpu, host, 0, host_us=round(host_us(work), 1))
-        bench.graphed(op, work, 0)
+        bench.report(f"{op}{where}", gpu, host, 0, host_us=round(host_us(work), 1))
+        bench.graphed(f"{op}{where}", work, 0)
     bench.buffer.check()
     bench.buffer.close()
 
@@ -78,6 +80,7 @@ def main() -> None:
     dist.init_process_group("nccl")
     for tokens in TOKENS:
         layer(tokens)
+    layer(1, MOST)
     dist.destroy_process_group()
 
 

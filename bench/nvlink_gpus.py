@@ -61,10 +61,9 @@ class Bench:
             num_experts=case.experts,
             num_topk=case.topk,
             hidden=case.hidden,
-            max_tokens=case.tokens,
             backend=case.backend,
             arena_bytes=8 << 30,
-            **options,
+            **{"max_tokens": case.tokens, **options},
         )
 
     def dispatch(self, **options: Any) -> Any:

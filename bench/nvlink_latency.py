@@ -32,13 +32,14 @@ def capacity(tokens: int) -> int:
 
 
 class SmallBatch(Bench):
-    """Compact first, then slabs, on one buffer."""
+    """Compact first, then slabs, on one buffer; `most`: tokens that it is built for."""
 
-    def __init__(self, tokens: int) -> None:
-        super().__init__(replace(STANDARD, tokens=tokens, static=True))
+    def __init__(self, tokens: int, most: int | None = None) -> None:
+        self.most = tokens if most is None else most
+        super().__init__(replace(STANDARD, tokens=tokens, static=True), max_tokens=self.most)
 
     def slab(self, **options: Any) -> Any:
-        room = capacity(self.case.tokens)
+        room = capacity(self.most)
         return self.dispatch(layout="slab", capacity=room, sync=False, **options)
 
     def home(self, y: Tensor, slab: Any) -> Tensor:
