@@ -110,7 +110,7 @@ __device__ __forceinline__ bool send(const DispatchJob& job, const StageSpread& 
             }
         }
         if (!ok || i >= all) break;
-        sender.send(t, p, slot);
+        sender.template send<Config>(t, p, slot);
         i += kMovers;
         find(i, t, p);
         ++sender.turn;
@@ -162,7 +162,7 @@ __device__ __forceinline__ void send_rest(const DispatchJob& job, const StageSpr
         for (int i = warp - 1; warp > 0 && i < all; i += F::kWarps - 1) {
             const int t = span.begin + i / pieces, p = i % pieces;
             sender.template prepare_slowly<Config>(t, p);
-            sender.send(t, p, sender.slot_of(t));
+            sender.template send<Config>(t, p, sender.slot_of(t));
         }
         __syncthreads();
         if constexpr (F::kAny) put_records(job, sender.stage, span, far.skipped());

@@ -17,12 +17,9 @@
 
 namespace ep::kernels {
 
-// Of a warp, which takes pieces of tokens of any source.
-template <class F>
+// Of a warp, which takes pieces of tokens of any source. kAtOnce: steps of a piece, or more.
+template <class F, int kAtOnce>
 struct Receiver {
-    static constexpr int kAtOnce =
-        4;  // times four lines that a warp has in flight: a piece, or more
-    static_assert(kAtOnce * device::LineLane::kAtOnce == kRowLines);
     // Between those of one lane: units in a row, bytes of lines in a record.
     static constexpr int kApart = device::LineLane::kAtOnce * kLineUnits;
     static constexpr int kLinesApart = device::LineLane::kAtOnce * kLineBytes;

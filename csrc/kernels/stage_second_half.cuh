@@ -152,18 +152,17 @@ __device__ __noinline__ bool catch_up(const DispatchJob& job, const StageSpread&
 
 // A look at everything at once: heads, counts, and the piece of this warp. True: all has come, has been judged,
 // and needs nothing that takes longer. All threads; `ok` becomes false: leave.
-template <class F>
+template <class R>
 __device__ __forceinline__ bool hear_at_once(const DispatchJob& job, const StageTables& tables,
-                                             Entering& in, const Receiver<F>& receiver,
-                                             const typename Receiver<F>::Run& run,
-                                             typename Receiver<F>::Ahead& ahead, bool all_sent,
-                                             bool& ok) {
+                                             Entering& in, const R& receiver,
+                                             const typename R::Run& run, typename R::Ahead& ahead,
+                                             bool all_sent, bool& ok) {
     FirstLook first{job, tables, in};
     if (!first.is_enough()) {
         ok = __syncthreads_and(ok);
         return false;
     }
-    typename Receiver<F>::Peek peek{receiver, run, ahead};
+    typename R::Peek peek{receiver, run, ahead};
     const bool all = first.run(peek);
     receiver.understand(ahead);
     const HeadListener listener{tables};
@@ -220,9 +219,10 @@ __device__ __forceinline__ bool receive(const DispatchJob& job, const StageSprea
     const int from = warp * static_cast<int>(gridDim.x) + turn_of_block();
     const int step = F::kWarps * static_cast<int>(gridDim.x) - 1;
     const StageView<F> stage{view, spread.record, tables.control(), op, in.slot, far};
-    const Receiver<F> receiver{job, tables, stage, in};
-    typename Receiver<F>::Run run;
-    typename Receiver<F>::Ahead ahead;
+    using R = Receiver<F, kSteps<Config>>;
+    const R receiver{job, tables, stage, in};
+    typename R::Run run;
+    typename R::Ahead ahead;
     receiver.start(from, run, ahead);
     if constexpr (F::kAny) (void)far.hear(view, op, in, F::kWarps - 1);
     const bool tells = tells_outputs<F>();

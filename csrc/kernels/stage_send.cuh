@@ -271,6 +271,7 @@ struct Sender {
     }
 
     // It goes to every rank the token goes to.
+    template <class Config>
     __device__ __forceinline__ void send(int t, int p, const Slot& slot) const {
         const int dst = slot.dst();
         const uint32_t same = __match_any_sync(~0u, dst);
@@ -283,7 +284,7 @@ struct Sender {
             if (one >> ptx::lane_id() & 1) to = outgoing(t) + stage.piece_at(p);
             leaders = (leaders & ~far) | one;
         }
-        put_lines(p, data() + spread.scales_at, to, leaders);
+        put_lines<kSteps<Config>>(p, data() + spread.scales_at, to, leaders);
     }
 
     // What becomes of these tokens, to every rank; each in turn, by one warp. `slot`: of the first; `before`: what was
@@ -381,20 +382,20 @@ private:
         __syncwarp();
     }
 
-    // Lanes in `leaders` say where.
+    // Lanes in `leaders` say where. kAtOnce: steps of a piece, or more.
+    template <int kAtOnce>
     __device__ __forceinline__ void put_lines(int p, const std::byte* scales, std::byte* to,
                                               uint32_t leaders) const {
         using device::LineLane;
-        constexpr int kSteps = kRowLines / LineLane::kAtOnce;
         constexpr int kApart = LineLane::kAtOnce * kLineUnits;       // units
         constexpr int kLinesApart = LineLane::kAtOnce * kLineBytes;  // bytes there
         const LineLane at;
         const int row_units = spread.row_units_of(p), units = row_units + spread.scale_units;
         const int left = units - kLineUnits * at.line;
         const std::byte* behind = scales - row_units * kUnitBytes;
-        device::Words w[kSteps];
+        device::Words w[kAtOnce];
 #pragma unroll
-        for (int v = 0; v < kSteps; ++v) {
+        for (int v = 0; v < kAtOnce; ++v) {
             const int i = at.index(0) + v * kApart;
             w[v] = {};
             if (!at.is_last() && i < units) {
@@ -409,7 +410,7 @@ private:
             const auto base = __shfl_sync(~0u, reinterpret_cast<uint64_t>(to), __ffs(more) - 1);
             auto* line = reinterpret_cast<std::byte*>(base) + at.offset(0);
 #pragma unroll
-            for (int v = 0; v < kSteps; ++v) {
+            for (int v = 0; v < kAtOnce; ++v) {
                 if (left > v * kApart) device::put_line(line + v * kLinesApart, w[v]);
             }
         }

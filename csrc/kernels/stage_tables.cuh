@@ -1,7 +1,7 @@
 // Shared memory of a block of a small dispatch: what it counts of its own rank's tokens, what it hears from
 // everybody, and the pieces its warps are at. One walk, for the host that sizes it and the kernel.
 //
-// defines: Heard, Expert, StageSpread, StageTables
+// defines: kSteps, Heard, Expert, StageSpread, StageTables
 #pragma once
 
 #include <algorithm>
@@ -10,10 +10,17 @@
 
 #include "contract/gpu.h"
 #include "contract/stage.h"
+#include "device/lines.cuh"
 #include "device/ptx.cuh"
 #include "kernels/stage.cuh"
 
 namespace ep::kernels {
+
+// Of a piece: steps of four lines that a warp has in flight at once, of a kernel that quantizes, or whose rows may be
+// any.
+template <class Config>
+constexpr int kSteps =
+    (Config::kQuantizes ? kQuantizedLines : kRowLines) / device::LineLane::kAtOnce;
 
 // What the notice of a rank says about itself.
 struct Heard {
