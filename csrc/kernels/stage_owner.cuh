@@ -16,7 +16,7 @@
 
 namespace ep::kernels {
 
-// kUnits: of a row that every lane works at at once, a piece. Larger ones cost less, and keep more warps waiting.
+// kUnits: of every lane in a piece of a row. Larger pieces cost less, and are fewer: some warps may have none.
 template <DType kDtype, class F, int kUnits>
 struct PartSender {
     static constexpr int kPieceUnits = kUnits * kUnitsApart;

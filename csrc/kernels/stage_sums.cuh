@@ -23,7 +23,7 @@ using device::Words;
 
 constexpr int kUnitsApart = LineLane::kAtOnce * kLineUnits;  // of one lane, in a row
 constexpr int kLinesApart = LineLane::kAtOnce * kLineBytes;  // the same, in a record
-// Of every lane that a source adds up at once: a piece.
+// Of every lane in what a source adds up at once: a piece.
 constexpr int kUnitsAdded = 2;
 static_assert(kUnitsAdded * LineLane::kAtOnce == kSumLines);
 
@@ -48,8 +48,8 @@ private:
 struct CombineSpread {
     Record record;
     int32_t row_bytes, row_units;
-    int32_t
-        units_sent;  // of every lane that an owner works at at once: its pieces are larger where they are many
+    // Of every lane in a piece of an owner's: larger ones where they are many.
+    int32_t units_sent;
     Runs sent, added;
     int32_t first_sent;  // the row that is sent first: those of other ranks before our own
     bool has_bias;

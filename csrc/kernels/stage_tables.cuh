@@ -16,8 +16,8 @@
 
 namespace ep::kernels {
 
-// Of a piece: steps of four lines that a warp has in flight at once, of a kernel that quantizes, or whose rows may be
-// any.
+// Lines of a piece, or more, as a warp has them in flight: in steps of four. A kernel that does not quantize may be the
+// second half of one that does.
 template <class Config>
 constexpr int kSteps =
     (Config::kQuantizes ? kQuantizedLines : kRowLines) / device::LineLane::kAtOnce;
