@@ -446,7 +446,7 @@ def test_one_node_has_places_for_small_batches() -> None:
     few, many = (
         predict(replace(PRESETS["node"], num_tokens=n)).memory.control_bytes for n in (128, 2048)
     )
-    record = 128 * (1 + 11 * 12)  # 13 words about it, 7168 BF16 elements in pieces of 12 lines
+    record = 128 * (1 + 8 * 16)  # 13 words about it, 7168 BF16 elements in pieces of 16 lines
     assert few - many == 2 * 8 * 128 * record
     assert few < 320 << 20
 
