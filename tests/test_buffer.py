@@ -309,6 +309,24 @@ def test_release_gives_free_pages_back_and_work_goes_on() -> None:
         two.run(work)
 
 
+def test_release_takes_nothing_from_what_is_begun() -> None:
+    with Cluster(1, 2) as two:
+        two.make_buffers(**{**SHAPE, "hidden": 40, "max_tokens": 8, "num_slots": 3})
+
+        def work(rank: int) -> int:
+            buffer, wrong = two.buffers[rank], 0
+            x = torch.arange(1, 9)[:, None].expand(8, 40).to(torch.bfloat16).contiguous()
+            topk_idx = torch.tensor([[0, 7]]).expand(8, 2).contiguous()
+            for step in range(1000):
+                begun = buffer.dispatch(x, topk_idx, wait=False)
+                for _ in range(1 + step % 5):
+                    buffer.release()
+                wrong += not torch.equal(begun.wait().x, torch.cat([x, x]))
+            return wrong
+
+        assert two.run(work) == [0, 0]
+
+
 def test_begun_is_returned_by_wait_false(cluster: Cluster) -> None:
     def work(rank: int) -> None:
         buffer = cluster.buffers[rank]

@@ -270,9 +270,9 @@ struct ArenaView {
         return arena->find(offset, bytes) ? offset : -1;
     }
     void discard_free() const {
-        for (const Extent& range : arena->free_ranges()) {
-            segment->discard(range.offset, range.bytes);
-        }
+        // An operation begun on the communication thread may take memory at any time.
+        arena->visit_free(
+            [this](const Extent& range) { segment->discard(range.offset, range.bytes); });
     }
 };
 
@@ -309,7 +309,7 @@ void bind_memory(py::module_& m) {
              "segment"_a)
         .def("array", &ArenaView::array, "byte_shape"_a)
         .def("offset_of", &ArenaView::offset_of, "address"_a, "bytes"_a)
-        .def("discard_free", &ArenaView::discard_free)
+        .def("discard_free", &ArenaView::discard_free, py::call_guard<py::gil_scoped_release>())
         .def_property_readonly("in_use", [](const ArenaView& a) { return a.arena->in_use(); })
         .def("stats", [](const ArenaView& a) {
             const ArenaStats s = a.arena->stats();

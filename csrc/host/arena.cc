@@ -89,13 +89,9 @@ std::optional<Extent> Arena::find(int64_t offset, int64_t bytes) const {
     return Extent{it->first, it->second};
 }
 
-std::vector<Extent> Arena::free_ranges() const {
+void Arena::visit_free(const std::function<void(const Extent&)>& use) const {
     std::lock_guard lock(mutex_);
-    std::vector<Extent> ranges;
-    for (const auto& [offset, bytes] : free_) ranges.push_back({offset, bytes});
-    std::sort(ranges.begin(), ranges.end(),
-              [](const Extent& a, const Extent& b) { return a.bytes < b.bytes; });
-    return ranges;
+    for (const auto& [offset, bytes] : free_) use({offset, bytes});
 }
 
 ArenaStats Arena::stats() const {

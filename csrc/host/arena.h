@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -37,8 +38,9 @@ public:
     void trim(int64_t offset, int64_t bytes);
     // The granted extent that holds [offset, offset + bytes), if there is one.
     std::optional<Extent> find(int64_t offset, int64_t bytes) const;
-    // Ranges nobody holds, largest last; for giving pages back to the system.
-    std::vector<Extent> free_ranges() const;
+    // Calls `use` with each range nobody holds, and grants nothing meanwhile; for giving pages back to
+    // the system. `use` must not call the arena.
+    void visit_free(const std::function<void(const Extent&)>& use) const;
     ArenaStats stats() const;
     int64_t in_use() const;
 

@@ -2,6 +2,7 @@
 // again.
 #include "host/arena.h"
 
+#include <atomic>
 #include <map>
 #include <random>
 #include <thread>
@@ -103,6 +104,34 @@ int main() {
         }
         for (std::thread& thread : threads) thread.join();
         ep::expect_eq(arena->stats().in_use, 0);
+    });
+
+    ep::test("nothing is granted while free ranges are visited", [] {
+        ep::Arena arena(8 * kPage);
+        std::vector<std::atomic<int>> owners(8);
+        std::atomic<bool> over = false;
+        std::thread user([&] {
+            for (int step = 0; step < 20000; ++step) {
+                const auto extent = arena.grant(kPage);
+                std::atomic<int>& owner = owners[extent->offset / kPage];
+                owner = step + 1;
+                if (step % 4 == 0) std::this_thread::yield();
+                ep::expect_eq(owner.exchange(0), step + 1);
+                arena.give_back(extent->offset);
+            }
+            over = true;
+        });
+        int64_t visited = 0;
+        while (!over) {
+            arena.visit_free([&](const ep::Extent& range) {
+                ++visited;
+                for (int64_t i = 0; i < range.bytes / kPage; ++i) {
+                    owners[range.offset / kPage + i] = -1;
+                }
+            });
+        }
+        user.join();
+        ep::expect(visited > 0, "nothing was ever free");
     });
     return ep::finish();
 }
