@@ -43,27 +43,38 @@ class Cluster:
         """Call `work(rank, *values of that rank)` on every rank at once; results by rank.
 
         Raises:
-            BaseException: that of the lowest rank that raised, once all ranks have ended;
-                `run_catching` shows them all.
-            TimeoutError: a rank ran longer than limit_s; its thread goes on.
+            BaseException: that of the rank that raised first, which is why others raised; once all
+                ranks have ended. `run_catching` shows them all.
+            TimeoutError: no rank raised, and one ran longer than limit_s; its thread goes on.
         """
-        results = self.run_catching(work, *per_rank, limit_s=limit_s)
+        results, raised = self._run(work, per_rank, limit_s)
+        for rank in raised:
+            results[rank].add_note(f"raised by rank {rank}; ranks that raised, in order: {raised}")
+            raise results[rank]
         for result in results:
             if isinstance(result, BaseException):
                 raise result
-        return results  # type: ignore[return-value]
+        return results
 
     def run_catching(
         self, work: Callable[..., T], *per_rank: Any, limit_s: float = 120.0
     ) -> list[T | BaseException]:
         """As run; a rank's exception stands in its place."""
+        return self._run(work, per_rank, limit_s)[0]
+
+    def _run(
+        self, work: Callable[..., Any], per_rank: tuple[Any, ...], limit_s: float
+    ) -> tuple[list[Any], list[int]]:
+        """What each rank returned or raised, and the ranks that raised, first to last."""
         results: list[Any] = [TimeoutError(f"rank ran longer than {limit_s} s")] * self.num_ranks
+        raised: list[int] = []
 
         def body(rank: int) -> None:
             try:
                 results[rank] = work(rank, *(values[rank] for values in per_rank))
             except BaseException as error:  # handed to the caller, whatever it is
                 results[rank] = error
+                raised.append(rank)
 
         threads = [
             threading.Thread(target=body, args=(r,), daemon=True) for r in range(self.num_ranks)
@@ -72,7 +83,7 @@ class Cluster:
             thread.start()
         for thread in threads:
             thread.join(limit_s)
-        return results
+        return results, list(raised)
 
     def make_buffers(self, **options: Any) -> list[Buffer]:
         """A Buffer on every rank; closed with the cluster."""
