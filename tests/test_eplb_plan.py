@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import time
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -201,42 +203,48 @@ def test_gap_to_the_optimum_is_small_on_small_cases(distinct: Any) -> None:
     assert sum(gaps) / len(gaps) < 1e-3
 
 
+# In yardsticks: machines differ by more than plans do. A yardstick takes 0.05 s where the longest
+# plan of 32 ranks takes 0.15 s and that of 320 ranks 0.6 s.
 TIMED = pytest.mark.parametrize(
-    ("world", "limit_s"),
-    [(PREFILL_GROUPS, 0.150), (PREFILL_GLOBAL, 0.150), (PREFILL_FREE, 0.150), (DECODE, 0.600),
-     (DECODE_TWO_SLOTS, 0.600)],
+    ("world", "limit"),
+    [(PREFILL_GROUPS, 4.8), (PREFILL_GLOBAL, 4.8), (PREFILL_FREE, 4.8), (DECODE, 18.0),
+     (DECODE_TWO_SLOTS, 18.0)],
     ids=["32ranks-groups8", "32ranks-global", "32ranks-groups256", "320ranks", "320ranks-640slots"],
 )  # fmt: skip
 
 
-def least_seconds(work: Callable[[], Any]) -> float:
-    """Processor time of one thread; the least of five, since others use the machine, too."""
+def yardsticks(work: Callable[[], Any]) -> float:
+    """Processor time of one thread, as a multiple of that of compressing 250 kB (branches and small
+    tables, as in a plan). The least of five each, in turn, since others use the machine, too."""
+    text = bytes(random.Random(0).choices(b"abcdefgh", (20, 9, 7, 5, 3, 2, 1, 1), k=250_000))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        times = []
-        for _ in range(5):
-            start = time.process_time()
-            work()
-            times.append(time.process_time() - start)
+        pairs = [(seconds(work), seconds(lambda: zlib.compress(text))) for _ in range(5)]
     finally:
         torch.set_num_threads(threads)
-    return min(times)
+    return min(a for a, _ in pairs) / min(b for _, b in pairs)
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    start = time.process_time()
+    work()
+    return time.process_time() - start
 
 
 @TIMED
-def test_plan_of_58_layers_is_quick(world: tuple[int, int, int, int], limit_s: float) -> None:
+def test_plan_of_58_layers_is_quick(world: tuple[int, int, int, int], limit: float) -> None:
     load = zipf_load(58, 256)
-    assert least_seconds(lambda: plan(load, *world)) <= limit_s
+    assert yardsticks(lambda: plan(load, *world)) <= limit
 
 
 @TIMED
 def test_plan_of_58_layers_with_current_is_quick(
-    world: tuple[int, int, int, int], limit_s: float
+    world: tuple[int, int, int, int], limit: float
 ) -> None:
     before = zipf_load(58, 256)
     old, after = plan(before, *world), drifted(before, 0.05, seed=1)
-    assert least_seconds(lambda: plan(after, *world, current=old)) <= limit_s
+    assert yardsticks(lambda: plan(after, *world, current=old)) <= limit
 
 
 # ---- staying close to what is in force ----
