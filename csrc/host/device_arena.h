@@ -67,7 +67,7 @@ private:
     void retire(int64_t offset, const std::vector<Stream>& streams);
     void collect(Stream stream, bool capturing, bool waits, Marks& marks);
     void take_over(Stream stream, bool capturing, Marks& marks);
-    std::optional<Extent> grant_now(int64_t bytes, Stream stream, bool capturing, Marks& marks);
+    std::optional<Extent> grant_now(int64_t bytes, Stream stream, bool takes_own, Marks& marks);
     void give_back_early(const Extent& range, const User& user);
 
     std::shared_ptr<DeviceMemory> memory_;

@@ -18,11 +18,14 @@ DeviceArena::~DeviceArena() = default;
 // What a grant asks streams, each once.
 class DeviceArena::Marks {
 public:
-    explicit Marks(int device) : device_(device) {}
+    // `capturing`: streams that are not being captured, only.
+    Marks(int device, bool capturing) : device_(device), capturing_(capturing) {}
 
-    // Whether the stream has done all that was queued there when the extent was first looked at.
+    // Whether it is known that a stream has done all that was queued there when the extent was first
+    // looked at. During a capture nobody looks for the first time.
     bool are_reached(User& user) {
         if (!user.mark) {
+            if (capturing_ || is_capturing(user.stream)) return false;
             Found& stream = found(user.stream);
             if (stream.is_done) return true;
             if (!stream.mark) stream.mark = mark_of(user.stream);
@@ -71,6 +74,7 @@ private:
     }
 
     const int device_;
+    const bool capturing_;
     const BesideCaptures beside_;
     std::vector<Found> found_;
     std::vector<std::pair<cudaEvent_t, bool>> seen_;
@@ -84,13 +88,13 @@ std::shared_ptr<StreamHold> DeviceArena::grant(int64_t bytes, Stream stream) {
 std::shared_ptr<StreamHold> DeviceArena::grant(int64_t bytes, Stream stream, bool capturing) {
     release_dropped(this);
     std::unique_lock lock(granting_);
-    Marks marks(device());
+    Marks marks(device(), capturing);
     collect(stream, capturing, false, marks);
-    auto extent = grant_now(bytes, stream, capturing, marks);
+    auto extent = grant_now(bytes, stream, !capturing, marks);
     if (!extent) {
         collect(stream, capturing, true, marks);
         take_over(stream, capturing, marks);
-        extent = grant_now(bytes, stream, capturing, marks);
+        extent = grant_now(bytes, stream, true, marks);
     }
     lock.unlock();
     if (!extent) return nullptr;
@@ -102,8 +106,8 @@ std::shared_ptr<StreamHold> DeviceArena::grant(int64_t bytes, Stream stream, boo
 int64_t DeviceArena::reclaim(Stream stream) {
     release_dropped(this);
     const std::lock_guard lock(granting_);
-    Marks marks(device());
     const bool capturing = is_capturing(stream);
+    Marks marks(device(), capturing);
     collect(stream, capturing, true, marks);
     take_over(stream, capturing, marks);
     return extents_.stats().largest_free;
@@ -127,14 +131,13 @@ void DeviceArena::retire(int64_t offset, const std::vector<Stream>& streams) {
     retired_.push_back(std::move(extent));
 }
 
-// Free memory that work on `stream` may use.
-std::optional<Extent> DeviceArena::grant_now(int64_t bytes, Stream stream, bool capturing,
+// Free memory that work on `stream` may use. `takes_own`: also behind what is queued there.
+std::optional<Extent> DeviceArena::grant_now(int64_t bytes, Stream stream, bool takes_own,
                                              Marks& marks) {
     std::vector<Extent> others;
     std::erase_if(early_, [&](Early& early) {
-        if (early.user.stream == stream) return false;
-        const bool may_ask = !capturing && !is_capturing(early.user.stream);
-        if (may_ask && marks.are_reached(early.user)) return true;
+        if (takes_own && early.user.stream == stream) return false;
+        if (marks.are_reached(early.user)) return true;
         others.push_back(early.range);
         return false;
     });
@@ -173,7 +176,9 @@ void DeviceArena::give_back_early(const Extent& range, const User& user) {
 }
 
 // `waits`: the stream waits for the others. A capture takes nothing back that another stream has used: its
-// graph cannot wait for work that was queued outside of it.
+// graph cannot wait for work that was queued outside of it. What the stream itself has used outside it takes
+// only when `waits`, that is, rather than fail: the graph may be launched on another stream, before that is
+// over, unless it was waited for before the capture, as torch.cuda.graph does.
 void DeviceArena::collect(Stream stream, bool capturing, bool waits, Marks& marks) {
     std::vector<Retired> found, kept;
     {
@@ -185,16 +190,16 @@ void DeviceArena::collect(Stream stream, bool capturing, bool waits, Marks& mark
         bool ready = true;
         // Who has got there is not asked again: it may have other work by then.
         std::erase_if(extent.users, [&](User& user) {
-            if (user.stream == stream) return false;
-            const bool may_ask = !capturing && !is_capturing(user.stream);
-            if (may_ask && marks.are_reached(user)) return true;
-            ready = ready && may_ask && waits;
+            const bool is_own = user.stream == stream;
+            if (is_own && (!capturing || waits)) return false;
+            if (marks.are_reached(user)) return true;
+            ready = ready && waits && !capturing && !is_capturing(user.stream);
             return false;
         });
         if (!ready) {
             // The same for our own work, should a grant on another stream find the extent.
             std::erase_if(extent.users, [&](User& user) {
-                return user.stream == stream && !capturing && marks.are_reached(user);
+                return user.stream == stream && marks.are_reached(user);
             });
             kept.push_back(std::move(extent));
             continue;

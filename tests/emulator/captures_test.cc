@@ -2,6 +2,7 @@
 // CUDA would end one.
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <memory>
@@ -246,6 +247,67 @@ void run_memory_that_comes_back_early() {
     cudaStreamDestroy(busy);
 }
 
+// A graph may run on any stream, before that is over which its own stream was given before the capture.
+void run_memory_used_before_a_capture() {
+    World w(alone());
+    DeviceArena& arena = *w.ranks[0].arena;
+    cudaStream_t ours = w.ranks[0].stream;
+    constexpr int64_t kBytes = 1 << 20;
+    std::atomic<bool> goes_on = false;
+    auto before = arena.grant(kBytes, ours), early = arena.grant(2 * kBytes, ours);
+    const int64_t at = before->extent().offset, from = early->extent().offset,
+                  end = from + 2 * kBytes;
+    emulator::queue(ours, [&] { goes_on.wait(false); });
+    early.reset();
+    early = arena.grant(kBytes, ours);  // and leaves a range that came back early
+    expect_eq(early->extent().offset, from);
+    before.reset();
+    begin_capture(w);
+    auto inside = arena.grant(kBytes, ours);
+    expect(inside->extent().offset >= end, "memory that is in use");
+    // Rather than fail it takes that, too.
+    auto besides = arena.grant(arena.capacity() - 4 * kBytes, ours);
+    expect(besides->extent().offset >= end, "the memory besides");
+    const int64_t first = arena.grant(kBytes, ours)->extent().offset;
+    const int64_t last = arena.grant(kBytes, ours)->extent().offset;
+    expect_eq(std::min(first, last), at);
+    expect_eq(std::max(first, last), from + kBytes);
+    expect(!arena.grant(kBytes, ours), "granted twice");
+    inside.reset(), besides.reset();
+    cudaGraphDestroy(end_capture(w));
+    goes_on = true;
+    goes_on.notify_all();
+    cudaStreamSynchronize(ours);
+    early.reset();
+    const bool back = becomes([&] { return arena.reclaim(ours) == arena.capacity(); });
+    expect(back, "extents of a graph that is gone");
+}
+
+// What is known to be over before a capture is free in it.
+void run_memory_free_before_a_capture() {
+    World w(alone());
+    DeviceArena& arena = *w.ranks[0].arena;
+    cudaStream_t other = nullptr, ours = w.ranks[0].stream;
+    cudaStreamCreateWithFlags(&other, 0);
+    constexpr int64_t kBytes = 1 << 20;
+    std::atomic<bool> goes_on = false;
+    auto before = arena.grant(kBytes, ours);
+    const int64_t at = before->extent().offset;
+    emulator::queue(ours, [&] { goes_on.wait(false); });
+    before.reset();
+    auto elsewhere = arena.grant(kBytes, other);  // looks at what died
+    expect(elsewhere->extent().offset != at, "memory that is in use");
+    goes_on = true;
+    goes_on.notify_all();
+    cudaStreamSynchronize(ours);
+    begin_capture(w);
+    auto inside = arena.grant(kBytes, ours);
+    expect_eq(inside->extent().offset, at);
+    inside.reset();
+    cudaGraphDestroy(end_capture(w));
+    cudaStreamDestroy(other);
+}
+
 }  // namespace
 
 int main() {
@@ -256,6 +318,8 @@ int main() {
     test("memory that another stream has used", run_memory_of_another_stream);
     test("memory that comes back early", run_memory_that_comes_back_early);
     test("memory that two streams have used", run_memory_of_two_streams);
+    test("memory used before a capture", run_memory_used_before_a_capture);
+    test("memory free before a capture", run_memory_free_before_a_capture);
     release_dropped();
     return finish();
 }
