@@ -142,12 +142,11 @@ void PeerWatch::time_waits(int p, double now) {
     if (word != peer.waiting) {
         peer.waiting = word;
         peer.since_s = now - post_s_;
-        peer.warned = false;
     }
     if (word == 0) return;
     const double waited = now - peer.since_s;
-    if (waited >= clocks_.arrival_warn_s && !peer.warned) {
-        peer.warned = true;
+    if (waited >= clocks_.arrival_warn_s && waiting_seq(word) > peer.warned_seq) {
+        peer.warned_seq = waiting_seq(word);
         if (hooks_.late) hooks_.late(waiting_kind(word), p, waited);
     }
     const Site site = waiting_site(word);

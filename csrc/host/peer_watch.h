@@ -63,7 +63,8 @@ private:
         bool over = false;     // left in order, or blamed already
         uint64_t waiting = 0;  // the wait for it that we know of
         double since_s = 0;    // when it began
-        bool warned = false;
+        uint64_t warned_seq =
+            0;  // the last operation that was told to be late: its warps take turns
     };
 
     void run();

@@ -373,7 +373,7 @@ class NvlinkBackend:
 
 
 def _warning(rank: int) -> Callable[[_core.OpKind, int, float], None]:
-    """What the watching thread calls when a peer is late: one warning W101 per wait."""
+    """What the watching thread calls when a peer is late: one W101 per peer and operation."""
 
     def warn(kind: _core.OpKind, peer: int, waited_s: float) -> None:
         op = "combine" if kind == _core.OpKind.COMBINE else "dispatch"

@@ -129,13 +129,22 @@ int main() {
         };
         const ep::PeerClocks clocks{0.3, -1.0, 0.6};
         ep::PeerWatch watch(0, pair.page.get(), pair.peers, clocks, 0.1, hooks);
-        const auto wait_in = [&](uint64_t seq) {
-            std::atomic_ref(pair.page->waiting[1])
-                .store(ep::waiting_word(seq, ep::OpKind::kCombine, ep::Site::kEntry));
+        const auto set = [&](uint64_t word) { std::atomic_ref(pair.page->waiting[1]).store(word); };
+        const auto wait_in = [&](uint64_t seq, ep::Site site = ep::Site::kEntry) {
+            set(ep::waiting_word(seq, ep::OpKind::kCombine, site));
         };
         wait_in(7);
         ep::expect(soon([&] { return told == 1; }), "the first warning");
         std::this_thread::sleep_for(std::chrono::milliseconds(300));
+        ep::expect_eq(told.load(), 1);
+        for (int turn = 0; turn < 2; ++turn) {  // several warps wait, and some wait is over
+            wait_in(7, ep::Site::kRows);
+            std::this_thread::sleep_for(std::chrono::milliseconds(500));
+            set(0);
+            std::this_thread::sleep_for(std::chrono::milliseconds(200));
+            wait_in(7);
+            std::this_thread::sleep_for(std::chrono::milliseconds(500));
+        }
         ep::expect_eq(told.load(), 1);
         wait_in(8);
         ep::expect(soon([&] { return told == 2; }), "the second warning");
