@@ -33,6 +33,12 @@ def test_run_raises_what_was_raised_first_and_names_the_others() -> None:
         assert caught.value.__notes__ == ["raised by rank 2; ranks that raised, in order: [2, 0]"]
 
 
+def test_an_error_that_is_returned_is_a_result() -> None:
+    with Cluster(1, 2) as cluster:
+        errors = cluster.run(lambda rank: ValueError(rank))
+        assert [error.args for error in errors] == [(0,), (1,)]
+
+
 def test_run_catching_shows_every_rank() -> None:
     with Cluster(1, 2) as cluster:
 

@@ -14,6 +14,10 @@ from ep_comm.buffer import Buffer
 T = TypeVar("T")
 
 
+class _Late(TimeoutError):
+    """Stands for what a rank has not returned."""
+
+
 class Cluster:
     """num_nodes * ranks_per_node ranks in this process, one thread each while something runs.
 
@@ -52,7 +56,7 @@ class Cluster:
             results[rank].add_note(f"raised by rank {rank}; ranks that raised, in order: {raised}")
             raise results[rank]
         for result in results:
-            if isinstance(result, BaseException):
+            if isinstance(result, _Late):
                 raise result
         return results
 
@@ -66,7 +70,7 @@ class Cluster:
         self, work: Callable[..., Any], per_rank: tuple[Any, ...], limit_s: float
     ) -> tuple[list[Any], list[int]]:
         """What each rank returned or raised, and the ranks that raised, first to last."""
-        results: list[Any] = [TimeoutError(f"rank ran longer than {limit_s} s")] * self.num_ranks
+        results: list[Any] = [_Late(f"rank ran longer than {limit_s} s")] * self.num_ranks
         raised: list[int] = []
 
         def body(rank: int) -> None:
