@@ -217,7 +217,9 @@ class Buffer:
                 arena runs short).
             transfer: how rows travel, nvlink. "sm": pushed by SMs. "copy_engine": packed by
                 destination in a short step on all SMs, then copied, which holds no SM; compact,
-                sync=True, not quantized; takes arena memory for the rows that leave.
+                sync=True, not quantized. Takes arena memory for the rows that leave: as many as
+                there may be, T * min(num_ranks - 1, num_topk), or as many as there are where
+                that is too much.
             recv_stats: int32 [num_local_experts], contiguous; num_tokens_per_expert is added to it.
                 Not with `handle`.
             wait_stats: int64 [num_ranks], contiguous; the nanoseconds for which each rank was

@@ -99,6 +99,35 @@ def test_calls_that_cannot_be_copied_are_refused(make_cluster: Callable[..., Clu
         on_streams(cluster, dispatch)
 
 
+def test_what_is_packed_for_a_call_that_fails_goes_nowhere(
+    make_cluster: Callable[..., Cluster],
+) -> None:
+    """Rows are packed before the host knows whether the call is good."""
+    case = CASES["pieces"]
+    cluster = make_cluster(2, **case.buffer_options())
+    inputs = case.inputs()
+    want = loopback.want_dispatch(case, inputs)
+    x, idx, weights = on_gpu(inputs.x), on_gpu(inputs.topk_idx), on_gpu(inputs.topk_weights)
+    bad = idx[1].clone()
+    bad[1234, 1] = case.num_experts
+
+    def dispatch(rank: int, ids: list[Any]) -> Received:
+        return cluster.buffers[rank].dispatch(
+            x[rank], ids[rank], of_rank(weights, rank), transfer="copy_engine"
+        )
+
+    def fail(rank: int) -> EPError:
+        with pytest.raises(EPError, match="E213") as caught:
+            dispatch(rank, [idx[0], bad])
+        return caught.value
+
+    for _ in range(2):
+        assert [error.peer for error in on_streams(cluster, fail)] == [1, 1]
+        got = on_streams(cluster, lambda r: dispatch(r, idx))
+        for rank in range(2):
+            check_received(got[rank], want[rank], computed=False)
+
+
 def between_gpus(me: ranks.Me) -> None:
     case = dataclasses.replace(CASES["pieces"], num_ranks=me.size)
     buffer = gpus.buffer_of(me, case)

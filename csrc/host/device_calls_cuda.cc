@@ -68,7 +68,7 @@ std::shared_ptr<Flight> DeviceRank::dispatch(const DispatchArgs& args, const Dis
     flight->number = ++begun_;
     flight->num_blocks = blocks(OpKind::kDispatch, wants.num_sms);
     if (wants.by_copies) {
-        copies_->begin(job, max_blocks_, stream);
+        copies_->begin(*flight, *arena_, max_blocks_);
         return flight;
     }
     if (stages(args)) {
@@ -135,7 +135,7 @@ void DeviceRank::expand(Flight& flight) {
 
 void DeviceRank::push_copies(Flight& flight) {
     EP_CUDA(cudaSetDevice(arena_->device()));
-    copies_->run(flight.job, *arena_, max_blocks_, flight.num_blocks, flight.stream);
+    copies_->run(flight, *arena_, max_blocks_, flight.num_blocks);
     expand(flight);
 }
 

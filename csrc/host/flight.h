@@ -81,6 +81,7 @@ struct Flight {
     DispatchJob job;
     std::vector<Part> parts;
     std::array<Granted, kNumOuts> granted;
+    std::shared_ptr<StreamHold> packed;  // by copy engine: rows for others, until they are copied
     Stream stream = nullptr;
     bool is_captured = false;
     uint64_t number = 0;

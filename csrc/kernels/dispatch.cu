@@ -113,6 +113,8 @@ __global__ void __launch_bounds__((Config::kMaxMovers + 1) * 32, 1)
     Entering& in = entering.get();
     const DispatchJob& job = pack.dispatch;
     const RankView& view = job.view;
+    // Packing is queued before the host knows the verdict. The operation has ended when that was bad.
+    if (kPhase == Phase::kMove && view.state.op->code != kOk) return;
     const Role role{kPhase != Phase::kMove, kPhase != Phase::kPlan,
                     kPhase != Phase::kMove && blockIdx.x == gridDim.x - 1};
     const int warp = threadIdx.x / 32, num_movers = spread.num_movers;

@@ -235,7 +235,6 @@ class Notices(HostSide):
             self.step(r, MOVER, "goes to its end", lambda t: "count"),
             self.step(r, MOVER, "has heard everybody", self.follow_verdict, label="copies"),
             self.step(r, MOVER, "is through with the notices", self.count),
-            self.step(r, MOVER, "is asked for the rows", self.await_half),
             self.step(r, MOVER, "hears everybody again", self.hear_again),
             *self.each_peer(r, MOVER, "packs rows for", self.pack_rows, local=True),
             self.step(r, MOVER, "has packed", self.tell_packed),
@@ -483,9 +482,6 @@ class Notices(HostSide):
         return None
 
     # ---- the copy engine
-
-    def await_half(self, t: Turn) -> Any:
-        return self.wait(t.v, self.halves[t.r], t.v.get(self.taken[t.r, MOVER]))
 
     def pack_rows(self, t: Turn, p: int) -> None:
         """Own rows go where they belong, those of others where the copies take them from."""
