@@ -112,7 +112,8 @@ def predict(
 
     Args:
         hardware: None: its defaults.
-        num_sms: of the kernels; None: as many as each operation needs, of small batches all.
+        num_sms: of the kernels; None: as many as each operation needs, of small batches all. As in
+            `Buffer`, kernels of a small batch start beside those ahead only where it is None.
         seed: of drawn tokens.
         routing: where tokens go, when it is known already.
     Returns:
@@ -274,8 +275,9 @@ def _operation(
     is_small = d.is_small(op)
     busiest = {name: float(link.max()) for name, link in moved.links().items()}
     resources = {**_links_us(op, hw, busiest, is_small), **_rail_resources(op, d, hw, v, sizes)}
-    others = max(resources.values())
+    links = max(resources.values())
     if is_small:
+        resources["memory"] = _us(float(moved.stored.max()), hw.memory_gbps)
         resources["one row"] = hw.small_row_us
     one_sm = _one_sm_us(hw, moved, is_small)
     needed = _needed_sms(hw, one_sm, max(resources.values()))
@@ -284,9 +286,9 @@ def _operation(
     bound = max(resources, key=resources.__getitem__)
     busy = resources[bound]
     if is_small:  # too short to be a pipeline: what has crossed is then made rows of
-        busy = max(hw.small_row_us, others + resources["SMs"])
+        busy = max(hw.small_row_us, links + resources["SMs"] + resources["memory"])
     latency = _latency_us(op, d, hw, v, sizes)
-    overhead = hw.op_overhead_us(op, is_small=is_small)
+    overhead = _overhead_us(op, d, hw, num_sms is not None)
     return Operation(
         op=op,
         time_us=overhead + latency + busy,
@@ -331,6 +333,14 @@ def _one_sm_us(hw: Hardware, moved: Bytes, is_small: bool) -> float:
     stores = moved.pushed / hw.sm_push_gbps + moved.stored / hw.sm_store_gbps
     loads = moved.loaded / hw.sm_load_gbps
     return float(torch.maximum(stores, loads).max()) / 1e3
+
+
+def _overhead_us(op: str, d: Deployment, hw: Hardware, sms_given: bool) -> float:
+    if not d.is_small(op):
+        return hw.op_overhead_us(op)
+    by_expert = hw.small_slab_us if d.layout != "compact" else 0.0
+    alone = hw.small_start_us if sms_given else 0.0
+    return hw.op_overhead_us(op, is_small=True) + by_expert + alone
 
 
 def _on_rails(d: Deployment) -> bool:
