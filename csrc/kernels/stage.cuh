@@ -196,15 +196,17 @@ __device__ __forceinline__ bool last_block(const RankView& view) {
 // The same, asked warp by warp, each as soon as it has read, while it has still things to store: the answer is
 // on its way meanwhile. Inside a node, where nobody can be masked.
 struct Readers {
-    uint32_t blocks =
-        0;  // in lane 0 of the last warp of this block: that have read, this one included
+    static constexpr uint32_t kNotYet = ~0u;
+    // In lane 0 of the last warp of this block: that have read, this one included. Of others 0, or kNotYet.
+    uint32_t blocks = kNotYet;
 
     template <class F>
     __device__ __forceinline__ static bool are_for(const RankView& view) {
         return !F::kAny && !view.watch.can_mask;
     }
-    // All warps, each once.
+    // All warps; what counts is the first time.
     __device__ __forceinline__ void count(const RankView& view, Entering& in) {
+        if (blocks != kNotYet) return;
         blocks = 0;
         if (ptx::lane_id() != 0 || atomicAdd(&in.readers, 1u) + 1 != blockDim.x / 32) return;
         blocks = gridDim.x == 1 ? 1 : ptx::atom_relaxed_gpu_add(view.state.finished, 1) + 1;

@@ -45,31 +45,57 @@ __device__ __noinline__ bool hear_together(const RankView& view, const F& far, c
 
 // The verdict on all notices by a warp, which looks at those words that it depends on; each warp of every
 // block comes to the same. Where nobody can be masked, so that blocks need not agree on whom they go
-// without, a warp need not wait for others that have more to send. One warp; false: leave.
-__device__ __forceinline__ bool hear_alone(const RankView& view, Entering& in, bool& good) {
+// without, a warp need not wait for others that have more to send. In two steps, so that loads are on their way while
+// other things are done.
+struct Hearing {
+    const RankView& view;
+    Entering& in;
+    uint64_t looked = 0;  // this lane's word of the first ranks
+
+    // One warp.
+    __device__ __forceinline__ void look() {
+        if (is_asked(turn())) looked = ptx::ld_relaxed_sys(word_of(turn()));
+    }
+    // One warp; false: leave.
+    __device__ __forceinline__ bool hear(bool& good) const {
+        const Operation op{OpKind::kCombine, in.seq};
+        uint32_t bad = kNoObjection;
+        bool ok = true;
+#pragma unroll 1
+        for (int first = 0; ok && first < view.shape.num_ranks; first += kRanks) {
+            const int p = first + turn();
+            if (is_asked(p)) {
+                uint64_t word = looked;
+                ok = (first == 0 && device::is_of(word, op.seq)) ||
+                     device::wait_packed_word(view.watch, op, p, word_of(p), word);
+                bad = min(bad, judge_word(in, p, of_rank(), word));
+            }
+            ok = __all_sync(~0u, ok);
+        }
+        bad = __reduce_min_sync(~0u, bad);
+        good = bad == kNoObjection;
+        if (ok && !good && ptx::lane_id() == 0) atomicMin(&in.first_bad, bad);
+        return ok;
+    }
+
+private:
     using L = NoticeLayout;
     static_assert(L::kWhat == 0 && L::kSignature == 1);
-    constexpr int kWords = 3, kRanks = 32 / kWords;
-    const Operation op{OpKind::kCombine, in.seq};
-    const int turn = ptx::lane_id() / kWords, i = ptx::lane_id() - turn * kWords;
-    uint32_t bad = kNoObjection;
-    bool ok = true;
-#pragma unroll 1
-    for (int first = 0; ok && first < view.shape.num_ranks; first += kRanks) {
-        const int p = first + turn;
-        uint64_t word;
-        if (turn < kRanks && p < view.shape.num_ranks) {
-            const NoticeWords words(view, in.slot, p);
-            ok = device::wait_packed_word(view.watch, op, p, words.words + i, word);
-            bad = min(bad, judge_word(in, p, i, word));
-        }
-        ok = __all_sync(~0u, ok);
+    static constexpr int kWords = 3, kRanks = 32 / kWords;
+
+    __device__ __forceinline__ static int turn() {
+        return static_cast<int>(ptx::lane_id()) / kWords;
     }
-    bad = __reduce_min_sync(~0u, bad);
-    good = bad == kNoObjection;
-    if (ok && !good && ptx::lane_id() == 0) atomicMin(&in.first_bad, bad);
-    return ok;
-}
+    __device__ __forceinline__ static int of_rank() {
+        return static_cast<int>(ptx::lane_id()) - turn() * kWords;
+    }
+    __device__ __forceinline__ bool is_asked(int p) const {
+        return turn() < kRanks && p < view.shape.num_ranks;
+    }
+    __device__ __forceinline__ const uint64_t* word_of(int p) const {
+        return NoticeWords(view, in.slot, p).words + of_rank();
+    }
+};
 
 // An owner was lost when some of its rows had been added: now by one warp, without it.
 template <DType kDtype, class F>
@@ -200,6 +226,8 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
         if constexpr (F::kAny) far.rail.flush();
     }
     if constexpr (kHalf != Half::kSend) {
+        Hearing hearing{view, in};
+        if (!view.watch.can_mask) hearing.look();
         auto part = receiver.part_of(item, slot);
         if constexpr (F::kAny) (void)far.hear(view, op, in, F::kCombineWarps - 1);
         const bool times = publishes_stage() && warp == F::kCombineWarps - 1;
@@ -212,7 +240,7 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
         // Rows are still on their way when notices are there.
         bool is_good = false;
         if (!view.watch.can_mask) {
-            ok = ok && hear_alone(view, in, is_good);
+            ok = ok && hearing.hear(is_good);
         } else {
             ok = __syncthreads_and(ok) && hear_together(view, far, job.begin, in);
             is_good = in.first_bad == kNoObjection;

@@ -1,7 +1,7 @@
 // The first half of a small dispatch: a block counts the tokens before its own, puts its tokens in front of their
 // receivers and says what becomes of them; one tells every rank what we bring.
 //
-// defines: tokens_of_turn, warp_memory, send, send_rest
+// defines: tokens_of_turn, send, send_rest
 #pragma once
 
 #include <cstdint>
@@ -27,10 +27,6 @@ __device__ __forceinline__ Span tokens_of_turn(const DispatchJob& job, const Sta
     return {begin, min(begin + spread.tokens_per_block, num_tokens)};
 }
 
-__device__ __forceinline__ std::byte* warp_memory(const StageSpread& spread, int warp) {
-    return ptx::dynamic_shared() + spread.pieces + warp * spread.buffers * spread.piece_bytes;
-}
-
 // What does not need the number of the operation comes before it is known. All threads; false: leave. `ok` becomes
 // false: this warp has given up since.
 template <class Config, class F>
@@ -45,7 +41,7 @@ __device__ __forceinline__ bool send(const DispatchJob& job, const StageSpread& 
                      spread,
                      tables,
                      {view, spread.record, tables.control(), {OpKind::kDispatch, 0}, 0, far},
-                     warp_memory(spread, warp),
+                     tables.warp_memory(),
                      loaded,
                      in};
     // The first warp says what becomes of tokens, of several together with the last but one; others send them.
@@ -139,7 +135,7 @@ __device__ __forceinline__ void send_rest(const DispatchJob& job, const StageSpr
                            spread,
                            tables,
                            {view, spread.record, tables.control(), op, in.slot, far},
-                           warp_memory(spread, warp),
+                           tables.warp_memory(),
                            nullptr,
                            in};
     while (true) {

@@ -81,21 +81,32 @@ struct Receiver {
         if (ahead.is_told) ahead.told = told_by(ahead.meta);
     }
 
-    // This run, and each `step`-th after it, of all tokens that all ranks may have. False: leave.
-    __device__ __forceinline__ bool run(int step, Run at, Ahead& ahead) const {
+    // This run, and each `step`-th after it, of all tokens that all ranks may have. read(), once or twice: all lines
+    // have been loaded. False: leave.
+    template <class Read>
+    __device__ __forceinline__ bool run(int step, Run at, Ahead& ahead, Read read) const {
         const Divisor& per_row = tables.spread.taken.per_row;
         const auto num_ranks = static_cast<int>(job.view.shape.num_ranks);
         const auto most = static_cast<int>(job.view.shape.max_tokens);
+        const auto is_last = [&] {
+            const int left = (num_ranks - at.src) * most - at.t;
+            return left * per_row.value - at.index <= step;
+        };
         bool ok = true;
 #pragma unroll 1
         while (ok && at.src < num_ranks) {
-            if (at.t < places_of(at.src) && !is_gone(at.src)) ok = take(at, ahead);
-            if (step >= num_ranks * most * per_row.value) break;
+            if (at.t < places_of(at.src) && !is_gone(at.src)) {
+                ok = take(at, ahead, [&] {
+                    if (is_last()) read();
+                });
+            }
+            if (is_last()) break;
             ahead.is_told = false;
             const int next = at.index + step, tokens = per_row.quotient(next);
             at.index = next - tokens * per_row.value;
             for (at.t += tokens; at.t >= most; at.t -= most) ++at.src;
         }
+        if (ok) read();
         return ok;
     }
 
@@ -155,7 +166,9 @@ private:
         get(record + stage.piece_at(p), units_of(p), ahead.lines);
     }
 
-    __device__ __forceinline__ bool take(const Run& at, Ahead& ahead) const {
+    // read(): all its lines have been loaded.
+    template <class Read>
+    __device__ __forceinline__ bool take(const Run& at, Ahead& ahead, Read read) const {
         const int src = at.src;
         if constexpr (F::kAny) {
             if (stage.await_far(ptx::lane_id() == 0 ? src : -1) != 0) {
@@ -174,7 +187,10 @@ private:
             }
             ahead.told = told_by(ahead.meta);
         }
-        if (ahead.told.index < 0) return true;  // it does not come here
+        if (ahead.told.index < 0) {  // it does not come here
+            read();
+            return true;
+        }
         const Arrival to = place(at, ahead.told);
         if (!in_bounds(src, to)) return false;
         if (at.index == 0) describe(src, to);
@@ -182,7 +198,9 @@ private:
         device::Words(&w)[kAtOnce] = ahead.lines;
         const Runs& runs = tables.spread.taken;
         int p = at.first(runs);
-        const int end = min(p + runs.pieces, stage.record.num_pieces);
+        const auto is_end = [&](int piece) {  // no number that is held: registers are full
+            return piece >= min(at.first(runs) + runs.pieces, stage.record.num_pieces);
+        };
         const std::byte* lines = record + stage.piece_at(p);
         // Where a lane's first unit goes in the first row.
         std::byte* out =
@@ -197,9 +215,10 @@ private:
                 }
                 get(lines, units, w);
             }
+            if (is_end(p + 1)) read();
             put_rows(row_units, rows, out, w);
             if (units > row_units) put_scales(p, row_units, rows, w);
-            if (++p >= end) return true;
+            if (is_end(++p)) return true;
             lines += int64_t{stage.record.piece_lines} * kLineBytes;
             out += stage.record.piece_bytes;
             get(lines, units_of(p), w);
@@ -375,30 +394,32 @@ private:
         return compact() ? 1 : (args().capacity + 3) / 4 * 4;
     }
 
-    // Scales of a piece to every row: a lane stores those of its units.
+    // Scales of a piece to every row. Few lanes have some, so they come to all through shared memory of the warp: a
+    // lane stores a word of a row.
     __device__ __forceinline__ void put_scales(int p, int row_units, const Targets& to,
                                                const device::Words (&w)[kAtOnce]) const {
-        constexpr int kWords = kUnitBytes / 4;
         const device::LineLane at;
-        const int of_piece = stage.record.scale_bytes / 4, before = p * of_piece;
-        const int end = min(of_piece, static_cast<int>(args().scale_bytes / 4) - before);
-        const int64_t apart = scales_apart();
+        const Divisor& words = tables.spread.scale_words;
+        const int before = p * words.value;
+        const int end = min(words.value, static_cast<int>(args().scale_bytes / 4) - before);
+        std::byte* memory = tables.warp_memory();
+        __syncwarp();  // those of the piece before have been read
 #pragma unroll
         for (int v = 0; v < kAtOnce; ++v) {
-            const int unit = at.index(0) + v * kApart - row_units, first = kWords * unit;
-            const bool has = !at.is_last() && unit >= 0 && first < end;
-            if (!__any_sync(~0u, has)) continue;
-            auto* column = reinterpret_cast<uint32_t*>(job.out.scales) + (before + first) * apart;
-            const uint4 theirs = device::unit_of(w[v]);
-            const uint32_t word[kWords] = {theirs.x, theirs.y, theirs.z, theirs.w};
+            const int unit = at.index(0) + v * kApart - row_units;
+            if (at.is_last() || unit < 0 || unit >= tables.spread.scale_units) continue;
+            reinterpret_cast<uint4*>(memory)[unit] = device::unit_of(w[v]);
+        }
+        __syncwarp();
+        const int64_t apart = scales_apart();
+        auto* out = reinterpret_cast<uint32_t*>(job.out.scales) + before * apart;
 #pragma unroll 1
-            for (int n = 0; n < to.count; ++n) {
-                uint32_t* out = column + __shfl_sync(~0u, to.scales, n);
-#pragma unroll
-                for (int i = 0; i < kWords; ++i) {
-                    if (has && first + i < end) ptx::st_global(out + i * apart, word[i]);
-                }
-            }
+        for (int first = 0; first < to.count * words.value; first += 32) {
+            const int k = first + static_cast<int>(ptx::lane_id());
+            const int row = words.quotient(k), i = k - row * words.value;
+            const uint32_t at_row = __shfl_sync(~0u, to.scales, row);
+            if (row >= to.count || i >= end) continue;
+            ptx::st_global(out + at_row + i * apart, reinterpret_cast<uint32_t*>(memory)[i]);
         }
     }
 };

@@ -241,23 +241,25 @@ __device__ __forceinline__ bool receive(const DispatchJob& job, const StageSprea
         take_nothing<F>(job, spread, in);
         return true;
     }
+    Readers readers;
+    const bool counts = Readers::are_for<F>(view);
     if (tells) {
         int64_t num_logged = 0;
         if constexpr (F::kAny) {
             ok = count_logged(stage, in, far.nodes().num_nodes, num_logged);
         }
         if (ok) tell_outputs(job, spread, in, true, num_logged);
+        if (ok && counts) readers.count(view, in);
     } else {
-        ok = receiver.run(step, run, ahead);
+        ok = receiver.run(step, run, ahead, [&] {
+            if (counts) readers.count(view, in);
+        });
         if constexpr (F::kAny) ok = ok && RailLogger<F>{job, tables, stage, in}.run(from, step);
     }
     if (!ok) {
         in.leaves = true;
         return false;
     }
-    Readers readers;
-    const bool counts = Readers::are_for<F>(view);
-    if (counts) readers.count(view, in);
     fill_in<F>(job, spread, in, true);
     if (!counts) return true;
     if (readers.are_all(view)) end_half<kHalf>(view, tables.control(), job.begun, far, op, in);

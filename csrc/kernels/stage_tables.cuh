@@ -44,6 +44,7 @@ struct StageSpread {
     int32_t elements, source_bytes, last_elements;
     Runs taken;  // by warps that receive
     Divisor pieces_of_row, places_of_source;
+    Divisor scale_words;  // of a piece
     int32_t tokens_per_block;
     int32_t tokens_at_once, turns;  // of a warp that has a lane for every slot; see turn_of_lane
     // Byte offsets.
@@ -64,6 +65,7 @@ struct StageSpread {
           taken(record.num_pieces, s.num_ranks * a.num_tokens, int64_t{num_blocks} * kStageWarps),
           pieces_of_row(record.num_pieces),
           places_of_source(std::max<int64_t>(s.max_tokens, 1)),
+          scale_words(std::max(record.scale_bytes / 4, 1)),
           tokens_per_block(static_cast<int32_t>(divide_up(a.num_tokens, num_blocks))),
           tokens_at_once(32 / std::max(a.num_topk, 1)),
           turns(static_cast<int32_t>(divide_up(1 << 16, std::max(a.num_topk, 1)))) {
@@ -132,6 +134,12 @@ struct StageTables {
     __device__ __forceinline__ Heard* heard() const { return at<Heard>(spread.heard); }
     // [num_ranks + 1][columns] what sources below each rank bring; last: all of them
     __device__ __forceinline__ int32_t* prefix() const { return at<int32_t>(spread.prefix); }
+
+    // Of the warp that asks: for the pieces it sends, then for scales it takes.
+    __device__ __forceinline__ std::byte* warp_memory() const {
+        const auto warp = static_cast<int>(threadIdx.x) / 32;
+        return at<std::byte>(spread.pieces) + warp * spread.buffers * spread.piece_bytes;
+    }
 
     // Nobody's, for ids that name no expert.
     __device__ __forceinline__ Expert expert(int64_t id) const {
