@@ -31,6 +31,13 @@ int DeviceRank::blocks(OpKind kind, int num_sms) const {
     return num_sms > 0 ? std::min(num_sms, max_blocks_) : default_sms(kind);
 }
 
+// Fewer warps of an SM take turns less, so a warp is sooner done; with four times the SMs most of them have a
+// scheduler each. But where the next kernel starts ahead of time, it has to find SMs of its own.
+int DeviceRank::small_blocks(int needed, int num_sms) const {
+    if (num_sms > 0) return std::min({4 * needed, num_sms, max_blocks_});
+    return std::max(std::min(4 * needed, max_blocks_ / 2), std::min(needed, max_blocks_));
+}
+
 // Operations of one buffer run in the order they are begun, whatever their streams.
 bool DeviceRank::enter(Stream stream) {
     EP_CUDA(cudaSetDevice(arena_->device()));
@@ -83,9 +90,10 @@ std::shared_ptr<Flight> DeviceRank::dispatch(const DispatchArgs& args, const Dis
 
 void DeviceRank::launch_staged(Flight& flight, Half half, int num_sms) {
     DispatchJob& job = flight.job;
-    const int most = num_sms > 0 ? std::min(num_sms, max_blocks_) : max_blocks_;
-    if (half != Half::kReceive && num_sms > 0) job.view.overlaps = false;
-    flight.num_blocks = std::min(kernels::stage_blocks(job), most);
+    if (half != Half::kReceive) {
+        if (num_sms > 0) job.view.overlaps = false;
+        flight.num_blocks = small_blocks(kernels::stage_blocks(job), num_sms);
+    }
     if (rails_) {
         auto* log = reinterpret_cast<int32_t*>(flight[Out::kRailLog].data());
         EP_CUDA(rails_->direct_dispatch(job, log, half, flight.num_blocks, flight.stream));
@@ -102,7 +110,7 @@ void DeviceRank::finish(Flight& flight, Stream stream) {
     if (flight.half != Half::kSend) return;
     enter(stream);
     flight.stream = stream;
-    launch_staged(flight, Half::kReceive, flight.num_blocks);
+    launch_staged(flight, Half::kReceive);
 }
 
 void DeviceRank::launch(Flight& flight, const DispatchWants& wants) {
@@ -150,7 +158,7 @@ std::shared_ptr<BegunCombine> DeviceRank::combine(const CombineArgs& args,
     job.begin.describe(describe(args), args.num_tokens);
     if (stages(args)) {
         job.view = small_view();
-        launch_staged(*begun, wants.in_halves ? Half::kSend : Half::kBoth, wants.num_sms, stream);
+        launch_staged(*begun, wants.in_halves ? Half::kSend : Half::kBoth, stream, wants.num_sms);
         return begun;
     }
     Output& output = job.begin.head.output;
@@ -205,10 +213,11 @@ std::shared_ptr<BegunCombine> DeviceRank::combine(const CombineArgs& args,
     return begun;
 }
 
-void DeviceRank::launch_staged(BegunCombine& begun, Half half, int num_sms, Stream stream) {
-    const int most = num_sms > 0 ? std::min(num_sms, max_blocks_) : max_blocks_;
-    if (half != Half::kReceive && num_sms > 0) begun.job.view.overlaps = false;
-    begun.num_blocks = std::min(kernels::stage_blocks(begun.job), most);
+void DeviceRank::launch_staged(BegunCombine& begun, Half half, Stream stream, int num_sms) {
+    if (half != Half::kReceive) {
+        if (num_sms > 0) begun.job.view.overlaps = false;
+        begun.num_blocks = small_blocks(kernels::stage_blocks(begun.job), num_sms);
+    }
     if (rails_) {
         EP_CUDA(rails_->direct_combine(begun.job, half, begun.num_blocks, stream));
     } else {
@@ -220,7 +229,7 @@ void DeviceRank::launch_staged(BegunCombine& begun, Half half, int num_sms, Stre
 void DeviceRank::finish(BegunCombine& begun, Stream stream) {
     if (begun.half != Half::kSend) return;
     enter(stream);
-    launch_staged(begun, Half::kReceive, begun.num_blocks, stream);
+    launch_staged(begun, Half::kReceive, stream);
 }
 
 void DeviceRank::refuse(OpKind kind, const Outcome& why, Stream stream) {

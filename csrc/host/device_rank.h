@@ -118,9 +118,11 @@ private:
     void refuse_memory(Flight& flight, int64_t needed, int64_t free);
     void launch(Flight& flight, const DispatchWants& wants);
     void expand(Flight& flight);
-    void launch_staged(Flight& flight, Half half, int num_sms);
-    void launch_staged(BegunCombine& begun, Half half, int num_sms, Stream stream);
+    // A second half is as large as the first one.
+    void launch_staged(Flight& flight, Half half, int num_sms = 0);
+    void launch_staged(BegunCombine& begun, Half half, Stream stream, int num_sms = 0);
     int blocks(OpKind kind, int num_sms) const;
+    int small_blocks(int needed, int num_sms) const;  // SMs, of those that a small operation needs
     RankView small_view() const;  // of operations that go on without masked ranks
     std::optional<Outcome> incident() const;
 
