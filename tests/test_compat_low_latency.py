@@ -669,7 +669,7 @@ def _go_on_without_the_dead(rank: int, num_ranks: int, hooked: bool) -> Any:
 @pytest.mark.parametrize("hooked", [False, True], ids=["whole", "hook"])
 def test_masked_ranks_that_died_are_in_no_call_any_more(hooked: bool, host_waits: bool) -> None:
     if not host_waits:
-        pytest.skip("processes have no such mode")
+        pytest.skip("new processes do not get the patch that makes calls static")
     results = run_processes(_go_on_without_the_dead, 5, hooked, may_die=True)
     left = ("E110", [False] * 6)
     assert results == [left, 3, left, 3, left]
