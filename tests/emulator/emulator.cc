@@ -37,6 +37,16 @@ extern "C" void emulator_switch(void** save, void* load);
 #error "the emulator switches stacks of x86_64 only"
 #endif
 
+// The address sanitizer is told which stack is in use.
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#else
+static void __sanitizer_start_switch_fiber(void**, const void*, size_t) {}
+static void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) {}
+#define ASAN_UNPOISON_MEMORY_REGION(address, bytes) void()
+#endif
+
 namespace emulator {
 
 void die(const char* why) {
@@ -59,6 +69,7 @@ using Group = std::vector<Store>;
 struct Fiber {
     Coordinates at;
     void* stack_pointer = nullptr;
+    void* fake_stack = nullptr;  // of the address sanitizer
     std::unique_ptr<std::byte[]> stack;
     int warp = 0, lane = 0;
     bool done = false;
@@ -85,7 +96,9 @@ struct Block {
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
     std::deque<Fiber*> ready;
-    void* scheduler = nullptr;
+    void *scheduler = nullptr, *fake_stack = nullptr;
+    const void* scheduler_stack = nullptr;
+    size_t scheduler_stack_bytes = 0;
     Fiber* running = nullptr;
     const std::function<void()>* body = nullptr;
     std::byte* shared = nullptr;
@@ -101,7 +114,20 @@ struct Block {
 
 thread_local Block* block = nullptr;
 
-void to_scheduler() { emulator_switch(&block->running->stack_pointer, block->scheduler); }
+void to_scheduler() {
+    Fiber& self = *block->running;
+    __sanitizer_start_switch_fiber(self.done ? nullptr : &self.fake_stack, block->scheduler_stack,
+                                   block->scheduler_stack_bytes);
+    emulator_switch(&self.stack_pointer, block->scheduler);
+    __sanitizer_finish_switch_fiber(self.fake_stack, nullptr, nullptr);
+}
+
+void to_fiber(Fiber& f) {
+    block->running = &f;
+    __sanitizer_start_switch_fiber(&block->fake_stack, f.stack.get(), kStackBytes);
+    emulator_switch(&block->scheduler, f.stack_pointer);
+    __sanitizer_finish_switch_fiber(block->fake_stack, nullptr, nullptr);
+}
 
 void release_barrier() {
     Block& b = *block;
@@ -113,6 +139,8 @@ void release_barrier() {
 }
 
 void fiber_main() {
+    __sanitizer_finish_switch_fiber(nullptr, &block->scheduler_stack,
+                                    &block->scheduler_stack_bytes);
     (*block->body)();
     Fiber& self = *block->running;
     if (!self.open.empty() || !self.groups.empty()) die("a thread ended before its bulk stores");
@@ -134,6 +162,7 @@ public:
         return stack;
     }
     void give(std::unique_ptr<std::byte[]> stack) {
+        ASAN_UNPOISON_MEMORY_REGION(stack.get(), kStackBytes);  // frames that were never left
         const std::lock_guard lock(mutex_);
         free_.push_back(std::move(stack));
     }
@@ -191,9 +220,9 @@ void run_block(Block& b) {
             if (b.loads.empty()) die("all threads of a block wait for each other");
             continue;
         }
-        b.running = b.ready.front();
+        Fiber* next = b.ready.front();
         b.ready.pop_front();
-        emulator_switch(&b.scheduler, b.running->stack_pointer);
+        to_fiber(*next);
         if (b.running->done) stacks.give(std::move(b.running->stack));
     }
     if (!b.loads.empty()) die("a block ended while a bulk load was under way");
@@ -447,7 +476,8 @@ struct CUevent_st {
 namespace {
 
 std::mutex streams_mutex;
-std::set<CUstream_st*> streams;
+std::map<CUstream_st*, std::shared_ptr<CUstream_st>>
+    streams;  // who waits for one may be its last owner
 
 CUstream_st* stream_of(cudaStream_t stream) {
     static CUstream_st* const null_stream = new CUstream_st;
@@ -524,13 +554,13 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 cudaError_t cudaDeviceSynchronize() {
     may_call_unsafe();
     if (num_captures > 0) emulator::die("a device is waited for that has a captured stream");
-    std::vector<CUstream_st*> all;
+    std::vector<std::shared_ptr<CUstream_st>> all;
     {
         std::lock_guard lock(streams_mutex);
-        all.assign(streams.begin(), streams.end());
+        for (const auto& [_, stream] : streams) all.push_back(stream);
     }
-    all.push_back(stream_of(nullptr));
-    for (CUstream_st* s : all) s->join();
+    for (const auto& stream : all) stream->join();
+    stream_of(nullptr)->join();
     return cudaSuccess;
 }
 cudaError_t cudaMalloc(void** memory, size_t bytes) {
@@ -568,18 +598,17 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
 }
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
     may_call_unsafe();
-    *stream = new CUstream_st;
+    auto made = std::make_shared<CUstream_st>();
+    *stream = made.get();
     std::lock_guard lock(streams_mutex);
-    streams.insert(*stream);
+    streams.emplace(made.get(), std::move(made));
     return cudaSuccess;
 }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
     may_call_unsafe();
-    {
-        std::lock_guard lock(streams_mutex);
-        streams.erase(stream);
-    }
-    delete stream;
+    std::unique_lock lock(streams_mutex);
+    const auto ended = streams.extract(stream);
+    lock.unlock();
     return cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
