@@ -66,7 +66,9 @@ emulator-test: build
 	$(VENV)/bin/cmake --build $(BUILD)
 	$(RUN_EMULATOR)
 
-RUN_EMULATOR = $(if $(filter x86_64,$(shell uname -m)),$(PY) -m pytest --emulator $(EMULATOR_ARGS), \
+# Where a kernel ends the process, the last lines say in which test and why.
+RUN_EMULATOR = $(if $(filter x86_64,$(shell uname -m)), \
+    $(PY) -m pytest --emulator --verbose --capture=sys $(EMULATOR_ARGS), \
     @echo "no tests on the emulator: it runs on x86_64 only")
 
 # The wheel, built offline from this tree and run from elsewhere.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
+import sys
 from collections.abc import Generator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -33,6 +35,10 @@ class Emulator:
         self._torch_cuda = torch_cuda
         self._stack = contextlib.ExitStack()
         self._stack.enter_context(torch_cuda.in_place())
+
+    def pytest_sessionstart(self) -> None:
+        # Stacks of all threads, as pytest has them, would hide the line that says what happened.
+        faulthandler.enable(sys.__stderr__, all_threads=False)
 
     def pytest_unconfigure(self) -> None:
         self._stack.close()
