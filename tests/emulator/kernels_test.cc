@@ -230,6 +230,23 @@ int main() {
             expect(emulator::widest_launch() <= c.max_blocks, "blocks");
         }
     });
+    test("a small batch takes SMs for its tokens, and leaves half to the next kernel", [] {
+        const auto widest = [](int tokens, int max_blocks, int sms) {
+            (void)emulator::widest_launch();
+            run(with(ranks(2, sms), [&](Case& c) {
+                c.staged = c.is_static = true;
+                c.tokens = {tokens, 1}, c.max_blocks = max_blocks;
+            }));
+            return emulator::widest_launch();
+        };
+        // A token a block, one block that tells what comes, and four times that.
+        expect_eq(widest(3, 132, 0), 16);
+        expect_eq(widest(40, 132, 0), 66);
+        expect_eq(widest(3, 16, 0), 8);
+        expect_eq(widest(9, 16, 0), 10);  // as many as it has work for all the same
+        expect_eq(widest(3, 132, 6), 6);
+        expect_eq(widest(3, 132, 40), 16);
+    });
     test("a small batch needs few of the SMs that it takes", [] {
         for (const int resident : {1, 3}) {
             emulator::set_resident(resident);
