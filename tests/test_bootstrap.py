@@ -505,7 +505,7 @@ def test_s3_another_user_is_refused_at_the_socket() -> None:
 
 
 def test_s3_uid_of_the_other_end_is_checked_by_both(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bootstrap, "_credentials", lambda sock: (os.getpid(), 12345, 0))
+    monkeypatch.setattr(bootstrap.sockets, "_credentials", lambda sock: (os.getpid(), 12345, 0))
     with TwoSides() as sides:
         threads = [sides.connect(rank, limit_s=0.5) for rank in range(2)]
         for thread in threads:

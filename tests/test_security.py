@@ -32,7 +32,8 @@ from patience import PATIENT, three_tries, within
 
 import ep_comm
 from ep_comm import _core, bootstrap, construct
-from ep_comm.bootstrap import Hello, Listener, receive_fds, send_fds
+from ep_comm.bootstrap import Hello, Listener, receive_fds, send_fds, sockets
+from ep_comm.bootstrap.hello import MAGIC
 from ep_comm.errors import EPError
 from ep_comm.testing import Cluster
 
@@ -149,13 +150,13 @@ def connected() -> tuple[Listener, socket.socket, socket.socket]:
     """A listener, a stranger's end, and ours."""
     listener = Listener()
     stranger = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    stranger.connect(bootstrap._address(listener.token))
+    stranger.connect(sockets._address(listener.token))
     ours, _ = listener._socket.accept()
     return listener, stranger, ours
 
 
 def greeting(token: bytes, rank: int) -> bytes:
-    return bootstrap._GREETING.pack(bootstrap._MAGIC, token, rank)
+    return sockets._GREETING.pack(MAGIC, token, rank)
 
 
 def test_s7_2_socket_of_another_uid_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +165,7 @@ def test_s7_2_socket_of_another_uid_is_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(os, "getuid", lambda: os.geteuid() + 1)  # now the stranger is another user
     assert Listener._greet(ours, b"g" * 16, {1}) is None
     with pytest.raises(EPError) as caught:
-        bootstrap._check_user(ours, 1)
+        sockets._check_user(ours, 1)
     assert caught.value.code == "E406"
     for each in (stranger, ours):
         each.close()
@@ -180,7 +181,7 @@ def test_s7_2_another_user_who_knows_every_token_is_still_refused() -> None:
             os.setgid(65534)
             os.setuid(65534)
             stranger = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            stranger.connect(bootstrap._address(listener.token))
+            stranger.connect(sockets._address(listener.token))
             stranger.sendall(greeting(b"g" * 16, 1))
             stranger.recv(1)
         finally:
@@ -745,8 +746,9 @@ def _listens(me: Any) -> list[str]:
 
 def test_s7_8_no_port_is_opened() -> None:
     assert ranks.run(_listens, 2) == [[], []]
-    assert files_that_call(r".*\.bind") <= {"bootstrap.py", "doctor/share.py"}
-    text = (ROOT / "ep_comm" / "bootstrap.py").read_text()
+    assert files_that_call(r".*\.bind") <= {"bootstrap/sockets.py", "doctor/share.py"}
+    text = "".join(p.read_text() for p in PYTHON if name_of(p).startswith("bootstrap/"))
+    assert "AF_UNIX" in text
     assert "AF_INET" not in text
 
 
@@ -775,7 +777,7 @@ def test_s7_8_listener_is_gone_when_the_buffer_is_built() -> None:
 def test_s7_8_strangers_are_refused_and_cost_bounded_time(data: bytes) -> None:
     listener, stranger, ours = connected()
     stranger.sendall(data)
-    if len(data) < bootstrap._GREETING.size:
+    if len(data) < sockets._GREETING.size:
         stranger.shutdown(socket.SHUT_WR)
     start = time.monotonic()
     assert Listener._greet(ours, b"g" * 16, {1}) is None
@@ -944,6 +946,7 @@ def test_s7_11_no_module_that_talks_to_the_network_is_used() -> None:
     )
     assert files_that_import(*network) == set()
     assert files_that_import("socket") <= {
-        "bootstrap.py", "doctor/driver.py", "doctor/share.py", "doctor/selftest.py"
+        "bootstrap/descriptors.py", "bootstrap/sockets.py",
+        "doctor/driver.py", "doctor/share.py", "doctor/selftest.py",
     }  # fmt: skip
     assert native_files_with(r"\b(AF_INET6?|getaddrinfo|gethostby\w+|curl_\w+)\b") == set()
