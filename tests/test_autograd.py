@@ -7,6 +7,7 @@ are exact in any order.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -399,11 +400,18 @@ def test_cached_dispatch_along_a_spoiled_handle_is_refused_on_every_rank(
     assert cluster.run(work, cluster.buffers) == ["E320"] * NUM_RANKS
 
 
+def _nested(layout: torch.layout) -> Tensor:
+    with warnings.catch_warnings(action="ignore"):  # a prototype, torch says
+        return torch.nested.nested_tensor([torch.ones(HIDDEN)] * 2, layout=layout)
+
+
 ODD_X: dict[str, Tensor] = {
     "sparse": torch.ones(2, HIDDEN).to_sparse(),
     "one-dimension": torch.ones(HIDDEN),
     "scalar": torch.ones(()),
     "meta": torch.ones(2, HIDDEN, device="meta"),
+    "nested": _nested(torch.strided),
+    "jagged": _nested(torch.jagged),
 }
 
 
@@ -423,6 +431,30 @@ def test_odd_tensor_on_one_rank_is_refused_on_every_rank(
         ):
             with pytest.raises(EPError) as caught:
                 call(x if rank == 1 else (received.x if codes else good))
+            codes.append(caught.value.code)
+        return codes
+
+    found = cluster.run(work, cluster.buffers)
+    assert found == [found[0]] * NUM_RANKS
+    assert set(found[0]) <= {"E201", "E202"}
+
+
+@pytest.mark.parametrize("given", ODD_X.values(), ids=ODD_X.keys())
+def test_odd_weights_on_one_rank_are_refused_on_every_rank(cluster: Cluster, given: Tensor) -> None:
+    def work(rank: int, buffer: Buffer) -> list[str]:
+        x, idx, weights = (
+            torch.ones(2, HIDDEN),
+            torch.zeros(2, 1, dtype=torch.int64),
+            torch.ones(2, 1),
+        )
+        received = dispatch(buffer, x, idx, weights)
+        codes = []
+        for call in (
+            lambda given: dispatch(buffer, x, idx, given),
+            lambda given: combine(buffer, received.x, received.handle, topk_weights=given),
+        ):
+            with pytest.raises(EPError) as caught:
+                call(given if rank == 1 else (received.topk_weights if codes else weights))
             codes.append(caught.value.code)
         return codes
 

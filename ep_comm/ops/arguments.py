@@ -28,8 +28,10 @@ def are_tensors(x: object, *others: object) -> bool:
 
 
 def _is_tensor(value: object) -> bool:
-    """On the meta device there is none: an op would run its fake implementation, on this rank."""
-    return isinstance(value, Tensor) and not value.is_meta
+    """On the meta device there is none: an op would run its fake implementation, on this rank. For
+    nested ones torch has no implementation at all.
+    """
+    return isinstance(value, Tensor) and not (value.is_meta or value.is_nested)
 
 
 def are_flags(first: object, second: object = True, third: object = True) -> bool:
