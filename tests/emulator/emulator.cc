@@ -476,8 +476,8 @@ struct CUevent_st {
 namespace {
 
 std::mutex streams_mutex;
-std::map<CUstream_st*, std::shared_ptr<CUstream_st>>
-    streams;  // who waits for one may be its last owner
+// Who waits for one may be its last owner.
+std::map<CUstream_st*, std::shared_ptr<CUstream_st>> streams;
 
 CUstream_st* stream_of(cudaStream_t stream) {
     static CUstream_st* const null_stream = new CUstream_st;
@@ -608,7 +608,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
     may_call_unsafe();
     std::unique_lock lock(streams_mutex);
     const auto ended = streams.extract(stream);
-    lock.unlock();
+    lock.unlock();  // what is queued there runs first, and may call us
     return cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
