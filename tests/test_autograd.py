@@ -415,52 +415,59 @@ ODD_X: dict[str, Tensor] = {
 }
 
 
-@pytest.mark.parametrize("x", ODD_X.values(), ids=ODD_X.keys())
+def check_refused_on_every_rank(
+    cluster: Cluster,
+    odd: Tensor,
+    calls_of: Callable[[Buffer], list[tuple[Callable[[Tensor], Any], Tensor]]],
+) -> None:
+    """Calls of one tensor, each with one that is as it should be: rank 1 gives the odd one."""
+
+    def work(rank: int, buffer: Buffer) -> list[str]:
+        codes = []
+        for call, good in calls_of(buffer):
+            with pytest.raises(EPError) as caught:
+                call(odd if rank == 1 else good)
+            codes.append(caught.value.code)
+        return codes
+
+    found = cluster.run(work, cluster.buffers)
+    assert found == [found[0]] * NUM_RANKS
+    assert set(found[0]) <= {"E201", "E202"}
+
+
+@pytest.mark.parametrize("odd", ODD_X.values(), ids=ODD_X.keys())
 @pytest.mark.parametrize("cached", [False, True], ids=["routed", "cached"])
 def test_odd_tensor_on_one_rank_is_refused_on_every_rank(
-    cluster: Cluster, x: Tensor, cached: bool
+    cluster: Cluster, odd: Tensor, cached: bool
 ) -> None:
-    def work(rank: int, buffer: Buffer) -> list[str]:
-        good, idx = torch.ones(2, HIDDEN), torch.zeros(2, 1, dtype=torch.int64)
-        received = dispatch(buffer, good, idx)
+    def calls(buffer: Buffer) -> list[tuple[Callable[[Tensor], Any], Tensor]]:
+        x, idx = torch.ones(2, HIDDEN), torch.zeros(2, 1, dtype=torch.int64)
+        received = dispatch(buffer, x, idx)
         routing: Any = (None, {"handle": received.handle}) if cached else (idx, {})
-        codes = []
-        for call in (
-            lambda given: dispatch(buffer, given, routing[0], **routing[1]),
-            lambda given: combine(buffer, given, received.handle),
-        ):
-            with pytest.raises(EPError) as caught:
-                call(x if rank == 1 else (received.x if codes else good))
-            codes.append(caught.value.code)
-        return codes
+        return [
+            (lambda given: dispatch(buffer, given, routing[0], **routing[1]), x),
+            (lambda given: combine(buffer, given, received.handle), received.x),
+        ]
 
-    found = cluster.run(work, cluster.buffers)
-    assert found == [found[0]] * NUM_RANKS
-    assert set(found[0]) <= {"E201", "E202"}
+    check_refused_on_every_rank(cluster, odd, calls)
 
 
-@pytest.mark.parametrize("given", ODD_X.values(), ids=ODD_X.keys())
-def test_odd_weights_on_one_rank_are_refused_on_every_rank(cluster: Cluster, given: Tensor) -> None:
-    def work(rank: int, buffer: Buffer) -> list[str]:
-        x, idx, weights = (
-            torch.ones(2, HIDDEN),
-            torch.zeros(2, 1, dtype=torch.int64),
-            torch.ones(2, 1),
-        )
+@pytest.mark.parametrize("odd", ODD_X.values(), ids=ODD_X.keys())
+def test_odd_weights_on_one_rank_are_refused_on_every_rank(cluster: Cluster, odd: Tensor) -> None:
+    def calls(buffer: Buffer) -> list[tuple[Callable[[Tensor], Any], Tensor]]:
+        x, idx = torch.ones(2, HIDDEN), torch.zeros(2, 1, dtype=torch.int64)
+        weights = torch.ones(2, 1)
         received = dispatch(buffer, x, idx, weights)
-        codes = []
-        for call in (
-            lambda given: dispatch(buffer, x, idx, given),
-            lambda given: combine(buffer, received.x, received.handle, topk_weights=given),
-        ):
-            with pytest.raises(EPError) as caught:
-                call(given if rank == 1 else (received.topk_weights if codes else weights))
-            codes.append(caught.value.code)
-        return codes
+        assert received.topk_weights is not None
+        return [
+            (lambda given: dispatch(buffer, x, idx, given), weights),
+            (
+                lambda given: combine(buffer, received.x, received.handle, topk_weights=given),
+                received.topk_weights,
+            ),
+        ]
 
-    found = cluster.run(work, cluster.buffers)
-    assert found == [found[0]] * NUM_RANKS
-    assert set(found[0]) <= {"E201", "E202"}
+    check_refused_on_every_rank(cluster, odd, calls)
 
 
 def test_what_combine_cannot_take_is_refused_on_every_rank(cluster: Cluster) -> None:
