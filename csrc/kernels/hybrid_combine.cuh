@@ -154,8 +154,8 @@ struct Adder {
                 if (for_rail ? is_last : n == static_cast<int>(ptx::lane_id())) {
                     chunk = group.handovers[lap.stage].get();
                 }
-                __syncwarp();  // all have read; the fence that follows is the feeder's
-                if (ptx::lane_id() == 0) ptx::mbarrier_arrive(group.used + lap.stage);
+                // We have read; the fence that follows is the feeder's.
+                ptx::mbarrier_arrive(group.used + lap.stage);
                 lap.next(group.ring.num_stages);
                 if (is_last) break;
                 if (!await_more()) return false;
@@ -341,16 +341,14 @@ __global__ void __launch_bounds__(kMaxPullWarps * 32, 1)
         next_token = 0;
         if (publishes) open_outbox(h.rail, h.rails, in);
     }
-    if (warp < groups.count && static_cast<int>(ptx::lane_id()) < groups.num_stages) {
+    if (warp < groups.count) {
         GroupTables& t = tables_of(warp);
         if (ptx::lane_id() == 0) {
             t.ring = ring_of(h, t, warp);
             ptx::mbarrier_init(&t.met, groups.adders);
             for (uint32_t& parity : t.met_parity) parity = 0;
         }
-        ptx::mbarrier_init(t.loaded + ptx::lane_id(), 1);
-        ptx::mbarrier_init(t.used + ptx::lane_id(), groups.adders);
-        ptx::fence_mbarrier_init_release_cluster();
+        init_stages(ring_of(h, t, warp), groups.adders);
     }
     bool ok = !__syncthreads_or(device::gave_up(view.watch));
     const Operation op{OpKind::kCombine, in.seq};

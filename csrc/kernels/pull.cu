@@ -111,8 +111,8 @@ __device__ bool add_pieces(const Planner& p, const StageRing& ring, int adder) {
                 sums.add(data, piece.bytes, [](auto& u, const uint4& b) { u.add(b); });
             }
         }
-        __syncwarp();  // all have read; the fence that follows is the feeder's
-        if (ptx::lane_id() == 0) ptx::mbarrier_arrive(ring.used + lap.stage);
+        ptx::mbarrier_arrive(ring.used +
+                             lap.stage);  // we have read; the fence that follows is the feeder's
         if (piece.flags & Piece::kLast) sums.finish(a.out + piece.at, piece.bytes);
     }
 }
@@ -139,11 +139,7 @@ __global__ void __launch_bounds__(kMaxPullWarps * 32, 1)
     auto* sources = reinterpret_cast<Source*>(shared + groups.count * ring_bytes);
     init_told(job.begin, in);
     if (threadIdx.x == 0) init_entering(view, job.begin, in);
-    if (adder < 0 && static_cast<int>(ptx::lane_id()) < groups.num_stages) {
-        ptx::mbarrier_init(ring.loaded + ptx::lane_id(), 1);
-        ptx::mbarrier_init(ring.used + ptx::lane_id(), groups.adders);
-        ptx::fence_mbarrier_init_release_cluster();
-    }
+    if (adder < 0) init_stages(ring, groups.adders);
     bool ok = !__syncthreads_or(device::gave_up(view.watch));
     Planner planner(job, in.seq, sources);
     const int64_t first = blockIdx.x + int64_t{group} * gridDim.x;

@@ -1,7 +1,7 @@
 // Sums on their way: a ring of stages in shared memory, which one warp feeds with pieces of rows and others
 // add up, each a slice of every piece in its registers.
 //
-// defines: Piece, StageRing, Lap, await_barrier, RingFeeder, Sums
+// defines: Piece, StageRing, init_stages, Lap, await_barrier, RingFeeder, Sums
 #pragma once
 
 #include <cstdint>
@@ -35,13 +35,22 @@ struct Piece {
 };
 
 // A group's stages, and who waits for them: `loaded` until the piece is there, `used` until all
-// adders have read it.
+// adders have read it, each lane for itself (racecheck does not see that one lane arrives for a warp).
 struct StageRing {
     std::byte* data;  // [num_stages][piece_bytes]
     Piece* pieces;    // [num_stages]
     uint64_t *loaded, *used;
     int piece_bytes, num_stages;
 };
+
+// One warp, a stage a lane, before anybody uses them; a barrier of the block must follow.
+__device__ __forceinline__ void init_stages(const StageRing& ring, int adders) {
+    const auto stage = static_cast<int>(ptx::lane_id());
+    if (stage >= ring.num_stages) return;
+    ptx::mbarrier_init(ring.loaded + stage, 1);
+    ptx::mbarrier_init(ring.used + stage, 32 * adders);
+    ptx::fence_mbarrier_init_release_cluster();
+}
 
 // A walk around a ring.
 struct Lap {
