@@ -56,6 +56,41 @@ __device__ __forceinline__ void prepare(const DispatchJob& job, const StageTable
     if (i < num_experts) tables.experts()[i] = {staged_expert(owner, local), position};
 }
 
+// How blocks end that do not count their warps one by one (Readers). All threads.
+template <Half kHalf, class F>
+__device__ __forceinline__ void conclude(const DispatchJob& job, const StageSpread& spread,
+                                         const StageTables& tables, const F& far, Entering& in) {
+    const RankView& view = job.view;
+    __syncthreads();
+    if (in.leaves || threadIdx.x >= 32 || !last_block(view)) return;
+    const Operation op{OpKind::kDispatch, in.seq};
+    if constexpr (kHalf != Half::kSend) {
+        if (const uint64_t lost = take_lost(view, in)) {
+            forget_rows(job, spread, lost);
+            if constexpr (F::kAny) {
+                const StageView<F> stage{view, spread.record, tables.control(), op, in.slot, far};
+                forget_logged(job, stage, in, lost);
+            }
+        }
+    }
+    if (min(in.first_bad, in.size_bad) == kNoObjection) {
+        return end_half<kHalf>(view, tables.control(), job.begun, far, op, in);
+    }
+    explain_any(job, spread, in);
+    if constexpr (F::kAny) {
+        if (!far.leave(view, op, in)) return;
+    }
+    fail_call(view, job.begin, in, kHalf == Half::kBoth);
+}
+
+// The same, out of the way of code that runs in most calls: instructions are fetched when they are needed, some
+// lines ahead, and behind what is stored.
+template <Half kHalf, class F>
+__device__ __noinline__ void conclude_slowly(const DispatchJob& job, const StageSpread& spread,
+                                             const F& far, Entering& in) {
+    conclude<kHalf>(job, spread, StageTables{spread, job.view.shape}, far, in);
+}
+
 template <class Config, Half kHalf, class F>
 __global__ void __launch_bounds__(F::kWarps * 32, 1)
     stage_dispatch_kernel(const __grid_constant__ DispatchJob job,
@@ -89,26 +124,11 @@ __global__ void __launch_bounds__(F::kWarps * 32, 1)
     } else {
         if (!receive<Config, kHalf>(job, spread, tables, far, in, ok)) return;
     }
-    __syncthreads();
-    if (in.leaves || warp != 0 || !last_block(view)) return;
-    const Operation op{OpKind::kDispatch, in.seq};
-    if constexpr (kHalf != Half::kSend) {
-        if (const uint64_t lost = take_lost(view, in)) {
-            forget_rows(job, spread, lost);
-            if constexpr (F::kAny) {
-                const StageView<F> stage{view, spread.record, tables.control(), op, in.slot, far};
-                forget_logged(job, stage, in, lost);
-            }
-        }
+    if constexpr (F::kAny || kHalf == Half::kSend) {
+        conclude<kHalf>(job, spread, tables, far, in);
+    } else {
+        conclude_slowly<kHalf>(job, spread, far, in);
     }
-    if (min(in.first_bad, in.size_bad) == kNoObjection) {
-        return end_half<kHalf>(view, tables.control(), job.begun, far, op, in);
-    }
-    explain_any(job, spread, in);
-    if constexpr (F::kAny) {
-        if (!far.leave(view, op, in)) return;
-    }
-    fail_call(view, job.begin, in, kHalf == Half::kBoth);
 }
 
 template <class F>
@@ -143,7 +163,7 @@ StageDispatchKernel<F> stage_dispatch_for(const DispatchArgs& a, Half half) {
 template <class F>
 int launch_staged_dispatch(const F& far, const DispatchJob& job, Half half, int num_blocks,
                            Stream stream) {
-    const StageSpread spread(job.view.shape, job.args, num_blocks);
+    const StageSpread spread(job.view.shape, job.args, job.out, num_blocks);
     return launch_dependent(stage_dispatch_for<F>(job.args, half),
                             {num_blocks, F::kWarps * 32, spread.end}, job.view.overlaps, stream,
                             job, spread, far);

@@ -16,66 +16,41 @@ namespace ep::kernels {
 // What nobody sent: rows of fixed shapes that are in no use. Of a warp, one of `step` of the grid.
 struct StagePadder {
     const DispatchJob& job;
-    int64_t first, step;
+    int first, step;
 
     // `good`: the call did not fail; else nothing has come.
     __device__ __forceinline__ void run(const StageTables& tables, bool good) const {
         const DispatchArgs& a = job.args;
-        const int me = job.view.peers.rank, first_expert = tables.first()[me];
-        const int num_local = tables.first()[me + 1] - first_expert;
-        const int recv = good ? tables.total_rows(me) : 0;
+        const StageSpread& spread = tables.spread;
         const UnpackArgs& out = job.out;
-        const int lane = ptx::lane_id();
+        const int lane = ptx::lane_id(), me = job.view.peers.rank;
+        const int recv = good ? tables.total_rows(me) : 0;
 #pragma unroll 1
-        for (int64_t i = recv + first * 32 + lane; i < out.max_recv; i += step * 32) {
-            *reinterpret_cast<int2*>(out.recv_src + 2 * i) = make_int2(-1, -1);
+        for (int n = 0; n < spread.num_fillings; ++n) {
+            const Filling& f = spread.fillings[n];
+            const int64_t begin = int64_t{recv} * f.words, end = int64_t{f.items} * f.words;
+#pragma unroll 1
+            for (int64_t i = begin + 32 * first + lane; i < end; i += 32 * step) f.at[i] = f.value;
         }
-        if (a.layout == RecvLayout::kCompact) return pad_compact(recv);
-        const int64_t slots = (out.max_recv - recv) * a.num_topk;
+        if (a.layout != RecvLayout::kSlab || out.max_rows == 0) return;
+        const int first_expert = tables.first()[me];
+        const int num_local = tables.first()[me + 1] - first_expert;
+        const auto capacity = static_cast<int>(a.capacity);
 #pragma unroll 1
-        for (int64_t i = first * 32 + lane; i < slots; i += step * 32) {
-            out.recv_row[int64_t{recv} * a.num_topk + i] = -1;
-        }
-        if (out.max_rows == 0) return;  // there was no memory for them
+        for (int e = first; e < num_local; e += step) {
+            const int used = good ? tables.total(first_expert + e) : 0;
 #pragma unroll 1
-        for (int64_t e = first; e < num_local; e += step) {
-            const int used = good ? tables.total(first_expert + static_cast<int>(e)) : 0;
-#pragma unroll 2
-            for (int64_t i = lane; i < a.capacity; i += 32) {
+            for (int i = lane; i < capacity; i += 32) {
                 const bool is_used = i < used;
-                const int64_t row = e * a.capacity + i;
+                const int row = e * capacity + i, id = is_used ? e : -1;
                 if (out.idx_is_int64) {
-                    static_cast<int64_t*>(out.topk_idx)[row] = is_used ? e : -1;
+                    static_cast<int64_t*>(out.topk_idx)[row] = id;
                 } else {
-                    static_cast<int32_t*>(out.topk_idx)[row] = is_used ? static_cast<int>(e) : -1;
+                    static_cast<int32_t*>(out.topk_idx)[row] = id;
                 }
                 if (is_used) continue;
                 if (a.with_weights) out.topk_weights[row] = 0.0f;
                 if (out.row_token != nullptr) out.row_token[row] = -1;
-            }
-        }
-    }
-
-private:
-    __device__ __forceinline__ void pad_compact(int recv) const {
-        const DispatchArgs& a = job.args;
-        const UnpackArgs& out = job.out;
-        const int lane = ptx::lane_id();
-#pragma unroll 1
-        for (int64_t row = recv + first; row < out.max_rows; row += step) {
-            if (lane < a.num_topk) {
-                const int64_t at = row * a.num_topk + lane;
-                if (out.idx_is_int64) {
-                    static_cast<int64_t*>(out.topk_idx)[at] = -1;
-                } else {
-                    static_cast<int32_t*>(out.topk_idx)[at] = -1;
-                }
-                if (a.with_weights) out.topk_weights[at] = 0.0f;
-            }
-            if (out.row_token != nullptr && lane == 0) out.row_token[row] = -1;
-#pragma unroll 1
-            for (int64_t w = lane; w < a.scale_bytes / 4; w += 32) {
-                reinterpret_cast<uint32_t*>(out.scales)[row * (a.scale_bytes / 4) + w] = 0;
             }
         }
     }
@@ -88,12 +63,12 @@ __device__ __forceinline__ void settle_rows(const DispatchJob& job, const StageT
     const DispatchArgs& a = job.args;
     const RankView& view = job.view;
     const int64_t* ids = a.routed_idx != nullptr ? a.routed_idx : a.topk_idx;
-    const int64_t last = int64_t{end} * a.num_topk;
+    const int last = end * a.num_topk;
     // From the last warp but one downwards: first warps are those that take rows, the last one tells.
     const auto threads = static_cast<int>(blockDim.x), back = threads - 33;
     const int turn = back - static_cast<int>(threadIdx.x), first = turn < 0 ? turn + threads : turn;
 #pragma unroll 1
-    for (int64_t i = int64_t{begin} * a.num_topk + first; i < last; i += threads) {
+    for (int i = begin * a.num_topk + first; i < last; i += threads) {
         const int number = a.send_row[i];
         const int64_t id = ids[i];
         const Expert expert = tables.expert(id);

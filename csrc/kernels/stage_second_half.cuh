@@ -192,7 +192,9 @@ __device__ __forceinline__ void fill_in(const DispatchJob& job, const StageSprea
     if (in.sends) settle_rows(job, tables, own.begin, own.end, in, good);
     // Warps that had least to take have most to fill in.
     const int last = (F::kWarps - 1 - warp) * blocks - 1 + static_cast<int>(blockIdx.x);
-    if (!tells_outputs<F>()) StagePadder{job, last, F::kWarps * blocks - 1}.run(tables, good);
+    // Not the warp that tells outputs: its number is -1.
+    if (static_cast<uint32_t>(last) >= static_cast<uint32_t>(spread.fillers)) return;
+    StagePadder{job, last, F::kWarps * blocks - 1}.run(tables, good);
 }
 
 // Of a call that failed.

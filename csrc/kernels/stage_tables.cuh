@@ -35,8 +35,20 @@ struct Expert {
     int32_t position;  // counted owner by owner
 };
 
+// Of an output of fixed shape: what items have that nobody sent.
+struct Filling {
+    uint32_t* at;
+    int32_t words, items;  // of an item; of the output
+    uint32_t value;
+};
+
 struct StageSpread {
+    static constexpr int kMostFillings = 5;
+
     Record record;
+    Filling fillings[kMostFillings];
+    int32_t num_fillings = 0;
+    int32_t fillers;    // warps that have something to fill in, at most
     int32_t row_bytes;  // as they travel
     // Of a piece of a row, of its last piece, and behind each.
     int32_t row_units, last_row_units, scale_units;
@@ -53,7 +65,7 @@ struct StageSpread {
     int32_t buffers;      // for so many pieces of a warp: the next one is loaded meanwhile
     int32_t scales_at;    // in it, behind the piece as it is loaded
 
-    StageSpread(const Shape& s, const DispatchArgs& a, int num_blocks)
+    StageSpread(const Shape& s, const DispatchArgs& a, const UnpackArgs& out, int num_blocks)
         : record(record_of(a)),
           row_bytes(static_cast<int32_t>(a.row_bytes())),
           row_units(record.piece_bytes / kUnitBytes),
@@ -94,6 +106,7 @@ struct StageSpread {
         const bool fit = at + 2 * kStageWarps * piece_bytes <= kMostBytes;
         buffers = tokens_per_block * record.num_pieces > kStageWarps && fit ? 2 : 1;
         end = at + buffers * kStageWarps * piece_bytes;
+        list_fillings(s, a, out);
     }
     EP_HD int row_units_of(int piece) const {
         return piece + 1 == record.num_pieces ? last_row_units : row_units;
@@ -103,6 +116,28 @@ struct StageSpread {
     }
     // lane / num_topk
     EP_HD int turn_of_lane(int lane) const { return lane * turns >> 16; }
+
+private:
+    void list_fillings(const Shape& s, const DispatchArgs& a, const UnpackArgs& out) {
+        const auto recv = static_cast<int32_t>(out.max_recv), topk = a.num_topk;
+        const auto rows = static_cast<int32_t>(out.max_rows);  // 0: there was no memory for them
+        const bool is_slab = a.layout == RecvLayout::kSlab;
+        fillers = is_slab && rows > 0 ? s.max_local_experts : 0;
+        fill(out.recv_src, 2, recv, kNone);
+        if (is_slab) return fill(out.recv_row, topk, recv, kNone);
+        fill(out.topk_idx, out.idx_is_int64 ? 2 * topk : topk, rows, kNone);
+        if (a.with_weights) fill(out.topk_weights, topk, rows, 0);
+        if (out.row_token != nullptr) fill(out.row_token, 1, rows, kNone);
+        fill(out.scales, static_cast<int32_t>(a.scale_bytes / 4), rows, 0);
+    }
+    static constexpr uint32_t kNone = 0xffffffffu;  // -1, of either width
+
+    void fill(void* at, int32_t words, int32_t items, uint32_t value) {
+        if (words == 0 || items == 0) return;
+        fillings[num_fillings++] = {static_cast<uint32_t*>(at), words, items, value};
+        const int64_t warps = divide_up(int64_t{items} * words, 32);
+        fillers = static_cast<int32_t>(std::clamp<int64_t>(warps, fillers, INT32_MAX));
+    }
 };
 static_assert(std::is_trivially_copyable_v<StageSpread>);
 
