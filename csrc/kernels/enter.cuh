@@ -70,6 +70,7 @@ struct Entering {
     bool sends;         // of a small batch: this block has its own turn, and no other
     bool leaves;        // and a warp of it has given up since
     uint32_t readers;   // and so many of its warps have read all they will
+    uint32_t sinks[2];  // see fetch_parameter
     int32_t code;       // of our own refusal
     int64_t detail[4];  // and its numbers
     uint32_t told[NoticeLayout::kRefusal];  // head and descriptor of our notice
@@ -102,6 +103,23 @@ __device__ __forceinline__ void init_told(const Begin& begin, Entering& in) {
     for (int i = threadIdx.x; i < L::kRefusal; i += blockDim.x) {
         in.told[i] = i < L::kHead ? head[i] : descriptor[i - L::kDescriptor];
     }
+}
+
+// Fetches a parameter of a kernel, of which constant memory has up to 32 lines: each lane one. Else the first
+// instruction that names one of a line would wait for it, some hundred cycles each time. One warp; `sink`: a word
+// for what has no meaning.
+template <class Param>
+__device__ __forceinline__ void fetch_parameter(const Param& given, volatile uint32_t& sink) {
+    constexpr int kLine = 64;
+    static_assert(sizeof(Param) <= 32 * kLine);
+    const int at = kLine * static_cast<int>(ptx::lane_id());
+    uint32_t word = 0;
+    if (at < int{sizeof(Param)}) {
+        const auto* line = reinterpret_cast<const std::byte*>(&given) + at;
+        word = *reinterpret_cast<const uint32_t*>(line);
+    }
+    word = __reduce_or_sync(~0u, word);
+    if (ptx::lane_id() == 0) sink = word;
 }
 
 // One thread; a barrier of the block must follow.

@@ -104,6 +104,8 @@ __global__ void __launch_bounds__(F::kWarps * 32, 1)
     const StageTables tables{spread, view.shape};
     const int warp = threadIdx.x / 32;
     ptx::griddepcontrol_launch_dependents();
+    if (warp == F::kWarps - 2) fetch_parameter(job, in.sinks[0]);
+    if (warp == F::kWarps - 3) fetch_parameter(spread, in.sinks[1]);
     prepare(job, tables);
     init_told(job.begin, in);
     if (ptx::lane_id() < 2) device::init_stage({nullptr, &loaded[warp][ptx::lane_id()]});
