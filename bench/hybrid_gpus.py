@@ -42,8 +42,8 @@ class Bench(nvlink_gpus.Bench):
         return total.to(torch.bfloat16)
 
     def measure_split(self, op: str, work: Work, sms: int, row_bytes: int, **more: Any) -> None:
-        kind = "combined" if "combine" in op else "dispatched"
-        self.moved = rails.split(self.case, self.rank, self.buffer, work, **{kind: row_bytes})
+        kind = "combine" if "combine" in op else "dispatch"
+        self.moved = rails.split(self.case, self.rank, self.buffer, work, kind, row_bytes)
         self.measure(op, work, sms, **more)
 
     def report(self, op: str, gpu: list[float], host: list[float], sms: int, **more: Any) -> None:

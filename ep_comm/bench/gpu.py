@@ -82,7 +82,7 @@ def measure_case(
                         "op": op,
                         "sms": sms or ours.default_sms(op),
                         **_numbers(case, op, found, plain[op]),
-                        **(ours.rail_numbers(op, call, found) if nodes else {}),
+                        **(ours.rail_numbers(op, found) if nodes else {}),
                         "kernels_us": _kernels_us(call),
                         **_baseline(options.baseline, rivals.get(op), found),
                     }
@@ -143,13 +143,14 @@ class GpuOurs(Ours):
             return max(both.values())
         return both["combine" if op.startswith("combine") else "dispatch"]
 
-    def rail_numbers(self, op: str, call: Call, found: Found) -> dict[str, Any]:
+    def rail_numbers(self, op: str, found: Found) -> dict[str, Any]:
         """Bytes and rates over rails and over NVLink, told apart. Collective."""
-        parts = _parts(op)
-        size = {part.partition("_")[0]: traffic(self.case, part).row_bytes for part in parts}
-        moved = rails.split(
-            self.case, self.rank, self.buffer, call, size.get("dispatch", 0), size.get("combine", 0)
-        )
+        moved = {"rail_bytes": 0, "nvlink_bytes": 0}
+        for part in _parts(op):
+            kind, row_bytes = part.partition("_")[0], traffic(self.case, part).row_bytes
+            call = self.call(part)
+            bytes_of_part = rails.split(self.case, self.rank, self.buffer, call, kind, row_bytes)
+            moved = {name: moved[name] + n for name, n in bytes_of_part.items()}
         return {**moved, **rails.rates(moved, timing.summary(found.device)["p50"])}
 
 

@@ -8,37 +8,31 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ep_comm.backends.hybrid import COUNTERS
 from ep_comm.bench.cases import Case, choose_experts
 from ep_comm.buffer import Buffer
 
 
 def split(
-    case: Case,
-    rank: int,
-    buffer: Buffer,
-    call: Callable[[], Any],
-    dispatched: int = 0,
-    combined: int = 0,
+    case: Case, rank: int, buffer: Buffer, call: Callable[[], Any], op: str, row_bytes: int
 ) -> dict[str, int]:
     """Make one call, and tell its traffic at the busiest rank. Collective over the default group.
 
     Args:
-        dispatched, combined: bytes of a row that the call dispatches, of a sum that it brings back;
-            0: it does not.
+        op: "dispatch" or "combine", which the call is; row_bytes: of a row, or of a sum.
+
+    A small batch goes straight to ranks (direct mode). Of that only what leaves is counted, each
+    token at each rank as a row; combine without per_rank, of slabs, sends one for each selection.
     """
     before = buffer.stats()["rails"]
     call()
     torch.cuda.synchronize()
     after = buffer.stats()["rails"]
-    sent, came = (
-        sum((after[k] - before[k]) * size for k, size in counted)
-        for counted in (
-            (("rows_out", dispatched), ("sums_out", combined)),
-            (("rows_in", dispatched), ("sums_in", combined)),
-        )
-    )
-    near = near_rows(case, rank, after["ranks_per_node"]) * (dispatched + combined)
-    busiest = torch.tensor([max(sent, came), near])
+    crossed = {k: after[k] - before[k] for k in COUNTERS}
+    what = "rows" if op == "dispatch" else "sums"
+    rows = max(crossed[f"{what}_out"], crossed[f"{what}_in"]) + crossed["direct_out"]
+    near = near_rows(case, rank, after["ranks_per_node"])
+    busiest = torch.tensor([rows * row_bytes, near * row_bytes])
     if dist.get_backend() == "nccl":
         busiest = busiest.cuda()
     dist.all_reduce(busiest, dist.ReduceOp.MAX)
