@@ -32,7 +32,6 @@ BACKTRACES = ("--show-backtrace", "device")
 # A kernel that is loaded at its first launch waits until none runs. Where ranks are threads of one
 # process, one runs that waits for the rank of this launch.
 LOADING = {"CUDA_MODULE_LOADING": "EAGER"}
-# Open: racecheck reports what is read from pull's ring in runs-quantize-slab (bench/results).
 CASES = "(ep2 or grouped-scales or quantize-slab or slab-static) and agree"
 
 FOUND = 7  # exit code when something was found
