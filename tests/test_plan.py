@@ -25,7 +25,9 @@ from ep_comm.plan.visits import _drawn_alike
 
 RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
 # The commit whose records gave Hardware its overheads: calibrate anew before naming another.
-CALIBRATED = "3ed1c99"
+CALIBRATED = "9377d92"
+# That of calls of 8192 tokens, whose kernels are the same.
+CALIBRATED_8192 = "3ed1c99"
 GRAPHED = " in a graph"
 
 SMALL = Deployment(
@@ -252,16 +254,16 @@ def test_data_phase_is_that_of_bare_copies(op: str, dtype: Any, measured: dict[i
         assert (1 - most) * us < max(told.resource_us.values()) < us, sms
 
 
-def records(name: str) -> list[dict[str, Any]]:
-    """Those of whole calls that the model knows, of the calibrated commit."""
+def records(name: str, commit: str = CALIBRATED) -> list[dict[str, Any]]:
+    """Those of whole calls that the model knows, of this commit."""
     lines = [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
     found = [
         r
         for r in lines
-        if r["commit"] == CALIBRATED
+        if r["commit"] == commit
         and r["op"].removesuffix(GRAPHED) in ("dispatch", "dispatch_cached", "combine")
     ]
-    assert found, f"no records of {CALIBRATED} in {name}: calibrate Hardware anew"
+    assert found, f"no records of {commit} in {name}: calibrate Hardware anew"
     return found
 
 
@@ -293,21 +295,22 @@ def test_large_calls_take_what_two_gpus_measured() -> None:
     The overheads were fitted to these, one number for an operation, the rate of an SM that pushes
     to the same calls at 803f363; the links' rates were not.
     """
-    off = errors([r for r in records("nvlink_gpus") if "-static" not in r["case"]])
+    longest = [r for r in records("nvlink_gpus", CALIBRATED_8192) if "-t8192-" in r["case"]]
+    off = errors(longest + [r for r in records("nvlink_gpus") if "-static" not in r["case"]])
     assert len(off) == 37
     assert -4 < min(off) < -3 < 3 < max(off) < 4
 
 
 def test_small_batches_take_what_two_gpus_measured() -> None:
-    """In a CUDA graph, 1 to 1024 tokens, all SMs, and 128 tokens, 16 to 64 SMs: within 8.3 %.
+    """In a CUDA graph, 1 to 1024 tokens, all SMs, and 128 tokens, 16 to 64 SMs: within 7.3 %.
 
     Half of them within 4 %. Four numbers were fitted to these, two are differences of them, and one
-    is nominal. Furthest off: a dispatch of 128 on 16 SMs and one of 512, all SMs (8 % high), one of
-    16 and 64 tokens into slabs, and combines of slabs of 512 and more (8 % low).
+    is nominal. Furthest off: a compact dispatch of 512 tokens (7 % high), one of 64 into slabs, and
+    combines of 1024 tokens and of slabs of 512 and more (6 to 7 % low).
     """
     off = errors(small_batches())
     assert len(off) == 38
-    assert -8.3 < min(off) < -7 < 7 < max(off) < 8.3
+    assert -7.3 < min(off) < -6.5 < 6.5 < max(off) < 7.3
     assert sorted(map(abs, off))[len(off) // 2] < 4
 
 
@@ -350,7 +353,7 @@ def test_small_batches_that_nothing_was_fitted_to_take_what_was_measured() -> No
     """
     off = errors([r for r in records("nvlink_decode") if r["op"].endswith(GRAPHED)])
     assert len(off) == 6
-    assert -9 < min(off) < 0 < max(off) < 5
+    assert -9 < min(off) < 0 < max(off) < 6
 
 
 def test_small_batches_called_one_by_one_take_some_microseconds_more() -> None:
@@ -363,9 +366,9 @@ def test_small_batches_called_one_by_one_take_some_microseconds_more() -> None:
 
 
 def test_two_gpus_as_two_nodes_take_longer_than_predicted() -> None:
-    """4096 tokens, BF16, over NVSHMEM, 8 to 20 SMs: 9 to 25 % low, so a bound and no prediction.
+    """4096 tokens, BF16, over NVSHMEM, 8 to 20 SMs: 10 to 25 % low, so a bound and no prediction.
 
-    Dispatch 9 to 22 %, combine 18 to 25 %, the more the more SMs. The bytes are right, so what is
+    Dispatch 10 to 22 %, combine 18 to 25 %, the more the more SMs. The bytes are right, so what is
     missing is time that kernels across nodes spend otherwise.
     """
     cluster = {"num_nodes": 2, "ranks_per_node": 1, "rail": "nvlink"}
@@ -373,7 +376,7 @@ def test_two_gpus_as_two_nodes_take_longer_than_predicted() -> None:
     off = errors(found, **cluster)
     assert len(off) == 8
     assert -25 < min(off) < -24
-    assert -10 < max(off) < -9
+    assert -10.5 < max(off) < -9.5
 
 
 @pytest.mark.parametrize("name", PRESETS)
