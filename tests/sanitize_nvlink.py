@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Kernels of ours under compute-sanitizer: no bad access, no race in shared memory.
 
-    python tests/sanitize_nvlink.py                 every tool and program, one after the other
+    python tests/sanitize_nvlink.py                 every tool, one after the other, but for `suite`
     python tests/sanitize_nvlink.py --tools racecheck --programs alone --seconds 20
+    python tests/sanitize_nvlink.py --programs suite --limit 600
 
 Programs are the long random one of tests/stress with a rank alone, which waits for nobody but
-itself, and with two that wait for each other; and cases of the loopback suite. Each ends well after
---seconds of rounds, and is ended after --limit. A record is one JSON line. The exit code is 1
-unless all was clean.
+itself, and with two that wait for each other; cases of the loopback suite; and all of that suite.
+The random ones end well after --seconds of rounds, and each is ended after --limit. A record is one
+JSON line. The exit code is 1 unless all was clean.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ BACKTRACES = ("--show-backtrace", "device")
 LOADING = {"CUDA_MODULE_LOADING": "EAGER"}
 CASES = "(ep2 or grouped-scales or quantize-slab or slab-static) and agree"
 
+SUITE = "suite"  # minutes rather than seconds
+
 FOUND = 7  # exit code when something was found
 _SUMMARY = re.compile(r"^=+ +((?:ERROR|RACECHECK) SUMMARY: .*)$", re.MULTILINE)
 
@@ -47,17 +50,20 @@ def stress(ranks: int, seed: int, seconds: float) -> list[str]:
 
 
 def programs(seed: int, seconds: float) -> dict[str, list[str]]:
-    suite = str(TESTS / "test_nvlink_loopback.py")
+    pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "timeout=0"]
+    pytest.append(str(TESTS / "test_nvlink_loopback.py"))
     return {
         "alone": stress(1, seed, seconds),
         "pair": stress(2, seed, seconds),
-        "loopback": ["-m", "pytest", "-q", "-p", "no:cacheprovider", suite, "-k", CASES],
+        "loopback": [*pytest, "-k", CASES],
+        SUITE: pytest,
     }
 
 
 def said(program: str, output: str) -> bool:
     """Whether the program itself says that all went well."""
-    return bool(re.search(r"\d passed" if program == "loopback" else "^ok: ", output, re.MULTILINE))
+    ends_well = r"\d passed" if program in ("loopback", SUITE) else "^ok: "
+    return bool(re.search(ends_well, output, re.MULTILINE))
 
 
 def run(command: list[str], limit_s: float) -> tuple[int | None, str]:
@@ -100,9 +106,10 @@ def check(tool: str, program: str, seed: int, seconds: float, limit_s: float) ->
 
 def main() -> None:
     names = list(programs(0, 1.0))
+    few = [name for name in names if name != SUITE]
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
-    parser.add_argument("--programs", nargs="+", choices=names, default=names)
+    parser.add_argument("--programs", nargs="+", choices=names, default=few)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=20.0, help="of rounds, each")
     parser.add_argument("--limit", type=float, default=240.0, help="seconds, each")

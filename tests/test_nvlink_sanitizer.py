@@ -1,4 +1,4 @@
-"""The long random program and the loopback suite's core under compute-sanitizer: no bad access, no
+"""The long random program and the loopback suite under compute-sanitizer: no bad access, no
 race. `python tests/sanitize_nvlink.py` is the same without pytest.
 """
 
@@ -13,11 +13,12 @@ import sanitize_nvlink as sanitize
 
 @pytest.mark.sanitizer
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1300)
 @pytest.mark.parametrize("program", sanitize.programs(0, 1.0))
 @pytest.mark.parametrize("tool", sanitize.TOOLS)
 def test_kernels_are_clean_under(tool: str, program: str) -> None:
-    record = sanitize.check(tool, program, seed=0, seconds=20.0, limit_s=240.0)
+    limit_s = 1200.0 if program == sanitize.SUITE else 240.0
+    record = sanitize.check(tool, program, seed=0, seconds=20.0, limit_s=limit_s)
     assert record["correct"], record
 
 
