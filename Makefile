@@ -57,7 +57,7 @@ demo: build
 
 test: build
 	$(VENV)/bin/cmake --build $(BUILD)
-	$(VENV)/bin/ctest --test-dir $(BUILD) --output-on-failure
+	$(VENV)/bin/ctest --test-dir $(BUILD) --parallel 2 --output-on-failure
 	$(PY) -m pytest $(PYTEST_ARGS)
 	$(RUN_EMULATOR)
 
