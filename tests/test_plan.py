@@ -306,7 +306,7 @@ def test_small_batches_take_what_two_gpus_measured() -> None:
 
     Half of them within 4 %. Four numbers were fitted to these, two are differences of them, and one
     is nominal. Furthest off: a compact dispatch of 512 tokens (7 % high), one of 64 into slabs, and
-    combines of 1024 tokens and of slabs of 512 and more (6 to 7 % low).
+    combines of slabs of 512 and more (6 to 7 % low).
     """
     off = errors(small_batches())
     assert len(off) == 38
@@ -353,7 +353,7 @@ def test_small_batches_that_nothing_was_fitted_to_take_what_was_measured() -> No
     """
     off = errors([r for r in records("nvlink_decode") if r["op"].endswith(GRAPHED)])
     assert len(off) == 6
-    assert -9 < min(off) < 0 < max(off) < 6
+    assert -9 < min(off) < 0 < max(off) < 5
 
 
 def test_small_batches_called_one_by_one_take_some_microseconds_more() -> None:
@@ -366,9 +366,9 @@ def test_small_batches_called_one_by_one_take_some_microseconds_more() -> None:
 
 
 def test_two_gpus_as_two_nodes_take_longer_than_predicted() -> None:
-    """4096 tokens, BF16, over NVSHMEM, 8 to 20 SMs: 10 to 25 % low, so a bound and no prediction.
+    """4096 tokens, BF16, over NVSHMEM, 8 to 20 SMs: 9 to 25 % low, so a bound and no prediction.
 
-    Dispatch 10 to 22 %, combine 18 to 25 %, the more the more SMs. The bytes are right, so what is
+    Dispatch 9 to 22 %, combine 18 to 25 %, the more the more SMs. The bytes are right, so what is
     missing is time that kernels across nodes spend otherwise.
     """
     cluster = {"num_nodes": 2, "ranks_per_node": 1, "rail": "nvlink"}
@@ -376,7 +376,7 @@ def test_two_gpus_as_two_nodes_take_longer_than_predicted() -> None:
     off = errors(found, **cluster)
     assert len(off) == 8
     assert -25 < min(off) < -24
-    assert -10.5 < max(off) < -9.5
+    assert -10 < max(off) < -9
 
 
 @pytest.mark.parametrize("name", PRESETS)
