@@ -35,7 +35,8 @@ BACKTRACES = ("--show-backtrace", "device")
 LOADING = {"CUDA_MODULE_LOADING": "EAGER"}
 CASES = "(ep2 or grouped-scales or quantize-slab or slab-static) and agree"
 
-SUITE = "suite"  # minutes rather than seconds
+FEW = ("alone", "pair", "loopback")  # programs of seconds
+SUITE = "suite"  # and one of minutes
 
 FOUND = 7  # exit code when something was found
 _SUMMARY = re.compile(r"^=+ +((?:ERROR|RACECHECK) SUMMARY: .*)$", re.MULTILINE)
@@ -50,7 +51,7 @@ def stress(ranks: int, seed: int, seconds: float) -> list[str]:
 
 
 def programs(seed: int, seconds: float) -> dict[str, list[str]]:
-    pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "timeout=0"]
+    pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]
     pytest.append(str(TESTS / "test_nvlink_loopback.py"))
     return {
         "alone": stress(1, seed, seconds),
@@ -106,10 +107,9 @@ def check(tool: str, program: str, seed: int, seconds: float, limit_s: float) ->
 
 def main() -> None:
     names = list(programs(0, 1.0))
-    few = [name for name in names if name != SUITE]
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
-    parser.add_argument("--programs", nargs="+", choices=names, default=few)
+    parser.add_argument("--programs", nargs="+", choices=names, default=FEW)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=20.0, help="of rounds, each")
     parser.add_argument("--limit", type=float, default=240.0, help="seconds, each")
