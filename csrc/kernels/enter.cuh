@@ -1,7 +1,7 @@
 // How an operation is entered: what a block knows of it, the slot, and what it tells others.
 //
-// defines: at, at_own, Uninitialized, in_shared, Entering, Objection, objection, init_told, init_entering,
-// tell_entered, NoFar, watch_of, without, acquire_slot, publish_words, publish_head
+// defines: at, at_own, Uninitialized, in_shared, Entering, Objection, objection, init_told, fetch_parameter,
+// init_entering, tell_entered, NoFar, watch_of, without, acquire_slot, publish_words, publish_head
 //
 // What dispatch and combine share is here, in kernels/notices.cuh (what others tell is heard and judged) and in
 // kernels/leave.cuh (the slot is left). Functions are for all threads of a block unless they say otherwise;

@@ -154,7 +154,7 @@ struct Adder {
                 if (for_rail ? is_last : n == static_cast<int>(ptx::lane_id())) {
                     chunk = group.handovers[lap.stage].get();
                 }
-                // We have read; the fence that follows is the feeder's.
+                // We have read: pairs with await_barrier in RingFeeder::put.
                 ptx::mbarrier_arrive(group.used + lap.stage);
                 lap.next(group.ring.num_stages);
                 if (is_last) break;

@@ -111,8 +111,8 @@ __device__ bool add_pieces(const Planner& p, const StageRing& ring, int adder) {
                 sums.add(data, piece.bytes, [](auto& u, const uint4& b) { u.add(b); });
             }
         }
-        ptx::mbarrier_arrive(ring.used +
-                             lap.stage);  // we have read; the fence that follows is the feeder's
+        // We have read: pairs with await_barrier in RingFeeder::put, whose fence is for the next load.
+        ptx::mbarrier_arrive(ring.used + lap.stage);
         if (piece.flags & Piece::kLast) sums.finish(a.out + piece.at, piece.bytes);
     }
 }

@@ -3,7 +3,7 @@
 // Its halves are in kernels/stage_first_half.cuh and kernels/stage_second_half.cuh: one kernel, or two with
 // nothing of ours on the GPU in between.
 //
-// defines: launch_staged_dispatch, load_staged_dispatch
+// defines: prepare, conclude, launch_staged_dispatch, load_staged_dispatch
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,7 +1,7 @@
 // Shared memory of a block of a small dispatch: what it counts of its own rank's tokens, what it hears from
 // everybody, and the pieces its warps are at. One walk, for the host that sizes it and the kernel.
 //
-// defines: kSteps, Heard, Expert, StageSpread, StageTables
+// defines: kSteps, Heard, Expert, Filling, StageSpread, StageTables
 #pragma once
 
 #include <algorithm>
