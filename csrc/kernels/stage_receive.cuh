@@ -187,7 +187,10 @@ private:
             }
             ahead.told = told_by(ahead.meta);
         }
-        if (ahead.told.index < 0) return true;  // it does not come here
+        if (ahead.told.index < 0) {  // it does not come here
+            read();
+            return true;
+        }
         const Arrival to = place(at, ahead.told);
         if (!in_bounds(src, to)) return false;
         if (at.index == 0) describe(src, to);
@@ -198,25 +201,28 @@ private:
         const auto is_end = [&](int piece) {  // no number that is held: registers are full
             return piece >= min(at.first(runs) + runs.pieces, stage.record.num_pieces);
         };
-        bool ok = true;
-        // Nothing is left to do behind the last rows: what has not been fetched of the code waits for their stores.
+        const std::byte* lines = record + stage.piece_at(p);
+        // Where a lane's first unit goes in the first row.
+        std::byte* out =
+            x() + int64_t{p} * stage.record.piece_bytes + kUnitBytes * device::LineLane().index(0);
 #pragma unroll 1
         while (true) {
-            const std::byte* lines = record + stage.piece_at(p);
             const int row_units = row_units_of(p), units = row_units + tables.spread.scale_units;
-            if (p != at.first(runs)) get(lines, units, w);
 #pragma unroll 1
-            for (int turn = 0; ok && !there(units, w); ++turn) {
-                ok = turn < device::kLooks || await(src, lines, lines_of(units));
+            for (int turn = 0; !there(units, w); ++turn) {
+                if (turn >= device::kLooks && !await(src, lines, lines_of(units))) {
+                    return lose(job.view, in, src);
+                }
                 get(lines, units, w);
             }
-            if (!ok) break;
             if (is_end(p + 1)) read();
-            put_rows(row_units, rows, x() + int64_t{p} * stage.record.piece_bytes, w);
+            put_rows(row_units, rows, out, w);
             if (units > row_units) put_scales(p, row_units, rows, w);
-            if (is_end(++p)) break;
+            if (is_end(++p)) return true;
+            lines += int64_t{stage.record.piece_lines} * kLineBytes;
+            out += stage.record.piece_bytes;
+            get(lines, units_of(p), w);
         }
-        return ok || lose(job.view, in, src);
     }
 
     __device__ __forceinline__ bool is_gone(int src) const {
@@ -308,11 +314,12 @@ private:
         const int64_t at = int64_t{tables.rows(src, job.view.peers.rank)} + to.index;
         const bool bad = to.row == -2 || at >= job.out.max_recv || to.row >= job.out.max_rows ||
                          to.local >= job.view.shape.max_local_experts;
+        if (!__any_sync(~0u, bad)) return true;
         if (bad) {
             device::give_up(job.view.watch, stage.op, kBadCount,
                             {Site::kLine, src, uint64_t(job.out.max_rows)}, uint64_t(to.row), 0);
         }
-        return !__any_sync(~0u, bad);
+        return false;
     }
 
     __device__ __forceinline__ void describe(int src, const Arrival& to) const {
@@ -361,12 +368,11 @@ private:
         return r;
     }
 
-    // A piece to every row; `out`: where it goes in row 0.
+    // A piece to every row; `out`: where a lane's first unit goes in row 0.
     __device__ __forceinline__ void put_rows(int row_units, const Targets& to, std::byte* out,
                                              const device::Words (&w)[kAtOnce]) const {
         const device::LineLane at;
         const int left = at.is_last() ? 0 : row_units - at.index(0);
-        out += kUnitBytes * at.index(0);
         const auto put = [&](int row) {
             std::byte* units = out + int64_t{row} * tables.spread.row_bytes;
 #pragma unroll
