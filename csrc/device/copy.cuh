@@ -1,6 +1,6 @@
 // Rows in flight: one piece of shared memory per warp or more, filled and emptied by bulk copies.
 //
-// defines: Stage, load_stage, await_stage, drain_stage, store_stage, drain_reads, drain_older,
+// defines: Stage, announce_load, load_announced, load_stage, await_stage, drain_stage, store_stage, drain_reads, drain_older,
 // drain_stores
 //
 // A stage may be refilled once its stores have been read (drain_reads). Its rows are there for the
@@ -28,10 +28,18 @@ __device__ __forceinline__ void init_stage(const Stage& stage) {
     ptx::fence_mbarrier_init_release_cluster();
 }
 
-// One thread; what ordinary accesses did to the stage must be behind a fence_proxy_async_shared.
-__device__ __forceinline__ void load_stage(const Stage& stage, const std::byte* src, int bytes) {
+// One thread; what ordinary accesses did to the stage must be behind a fence_proxy_async_shared. In two steps: that
+// it will be loaded, and from where.
+__device__ __forceinline__ void announce_load(const Stage& stage, int bytes) {
     ptx::mbarrier_arrive_expect_tx(stage.loaded, bytes);
+}
+__device__ __forceinline__ void load_announced(const Stage& stage, const std::byte* src,
+                                               int bytes) {
     ptx::bulk_load(stage.data, src, bytes, stage.loaded);
+}
+__device__ __forceinline__ void load_stage(const Stage& stage, const std::byte* src, int bytes) {
+    announce_load(stage, bytes);
+    load_announced(stage, src, bytes);
 }
 
 // Every thread that reads the stage. False: leave.

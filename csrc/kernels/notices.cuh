@@ -156,11 +156,12 @@ __device__ __forceinline__ uint32_t judge_word(const Entering& in, int p, int i,
     return code_of(theirs) == kOk ? kNoObjection : objection(kPoisonObjection, p);
 }
 
-// The first rank whose head a warp hears. Of a small operation the first warps have rows to look for.
+// The first rank whose head a warp hears. Of a small operation the first warps have rows to look for, and the last
+// ones counts: from the middle downwards, then the others.
 template <bool kSmall>
 __device__ __forceinline__ int first_head() {
-    const int num_warps = blockDim.x / 32, warp = threadIdx.x / 32;
-    return kSmall ? (warp + num_warps / 2) % num_warps : warp;
+    const int warp = threadIdx.x / 32, middle = static_cast<int>(blockDim.x) / 64 - 2;
+    return kSmall && warp <= middle ? middle - warp : warp;
 }
 // A packed word that is not of operation `seq`.
 __device__ __forceinline__ uint64_t nothing_yet(uint64_t seq) { return device::pack(0, seq - 1); }

@@ -10,7 +10,7 @@
 // a kernel that waits for this one: then some blocks start only when others have ended. So no block waits for
 // a turn that nobody has begun: blocks claim theirs, and before they wait for rows, those that are left.
 //
-// defines: kStageWarps, turn_of_block, publishes_stage, StageView, claim_turn, all_claimed, take_turn,
+// defines: kStageWarps, turn_of_block, publishes_stage, StageView, Claim, all_claimed, take_turn,
 // claim_own, Releases, begin_half, resume_half, last_block, Readers, end_half
 #pragma once
 
@@ -76,11 +76,17 @@ struct StageView {
     }
 };
 
-// One thread. Whether a turn of this operation is ours to send: nobody has it.
-__device__ __forceinline__ bool claim_turn(const RankView& view, int turn) {
-    const uint64_t bit = uint64_t{1} << turn % 64;
-    return (ptx::atom_relaxed_gpu_or(view.state.claimed + turn / 64, bit) & bit) == 0;
-}
+// One thread. Whether a turn of this operation is ours to send: nobody has it. In two steps, so that the answer is on
+// its way while other things are done.
+struct Claim {
+    uint64_t bit = 0, before = 0;  // who does not ask has it
+
+    __device__ __forceinline__ void ask(const RankView& view, int turn) {
+        bit = uint64_t{1} << turn % 64;
+        before = ptx::atom_relaxed_gpu_or(view.state.claimed + turn / 64, bit);
+    }
+    __device__ __forceinline__ bool is_ours() const { return (before & bit) == 0; }
+};
 // Turns of the word that nobody has.
 __device__ __forceinline__ uint64_t unclaimed(const RankView& view, int word) {
     const int turns = static_cast<int>(gridDim.x) - 64 * word;
@@ -104,39 +110,52 @@ __device__ __noinline__ inline int take_turn(const RankView& view) {
 #pragma unroll 1
         for (uint64_t left = unclaimed(view, word); turn < 0 && left != 0; left &= left - 1) {
             const int one = 64 * word + __ffsll(static_cast<long long>(left)) - 1;
-            if (claim_turn(view, one)) turn = one;
+            Claim claim;
+            claim.ask(view, one);
+            if (claim.is_ours()) turn = one;
         }
     }
     return __shfl_sync(~0u, turn, 0);
 }
 
-// Whether this block sends its turn. One warp; a barrier of the block must follow.
+// Whether this block sends its turn, in two steps, too. One warp; a barrier of the block must follow.
 template <Half kHalf>
-__device__ __forceinline__ void claim_own(const RankView& view, Entering& in) {
-    if (ptx::lane_id() != 0) return;
-    in.sends = kHalf != Half::kBoth || gridDim.x == 1 || claim_turn(view, turn_of_block());
+__device__ __forceinline__ Claim claim_own(const RankView& view) {
+    Claim claim;
+    const bool asks = kHalf == Half::kBoth && gridDim.x > 1 && ptx::lane_id() == 0;
+    if (asks) claim.ask(view, turn_of_block());
+    return claim;
 }
 
-// Who has left which slot when, looked at before we know which slot is ours: these words only grow. In shared
-// memory; where they are too many, none.
+// Who has left which slot when, looked at before we know which slot is ours: these words only grow. First before the
+// kernels ahead have ended, which may be several operations ago; then while we are told our number. Of each lane a
+// word; where they are too many, none.
 struct Releases {
-    uint64_t seq[32];
+    const uint64_t* word = nullptr;
+    uint64_t early = 0, late = 0;
 
-    // The warp that will begin.
-    __device__ __forceinline__ void look(const RankView& view) {
+    // `begins`: of the warp that will.
+    __device__ __forceinline__ Releases(const RankView& view, bool begins) {
         const int near = view.peers.near_end - view.peers.near_begin;
         const auto lane = static_cast<int>(ptx::lane_id());
         const int slot = lane / near, p = view.peers.near_begin + lane - slot * near;
-        seq[lane] = 0;
-        if (near > 32 || slot >= view.shape.num_slots) return;
-        seq[lane] = ptx::ld_relaxed_sys(at_own<uint64_t>(view, view.layout.released_word(slot, p)));
+        if (!begins || near > 32 || slot >= view.shape.num_slots) return;
+        word = at_own<uint64_t>(view, view.layout.released_word(slot, p));
+        early = ptx::ld_relaxed_sys(word);
     }
-    // Whether all had left a slot after operation `last`, which is not 0. The same warp.
+    __device__ __forceinline__ void look() {
+        if (word != nullptr) late = ptx::ld_relaxed_sys(word);
+    }
+    // Whether all had left a slot after operation `last`, which is not 0.
     __device__ __forceinline__ bool all(const RankView& view, int slot, uint64_t last) const {
         const int near = view.peers.near_end - view.peers.near_begin;
         const auto lane = static_cast<int>(ptx::lane_id());
         if ((slot + 1) * near > 32) return false;
-        return __all_sync(~0u, lane >= near || seq[slot * near + lane] >= last);
+        const auto had = [&](uint64_t seq) {
+            const uint64_t left = __shfl_sync(~0u, seq, slot * near + lane);
+            return __all_sync(~0u, lane >= near || left >= last);
+        };
+        return had(early) || had(late);
     }
 };
 
@@ -144,7 +163,8 @@ struct Releases {
 // writes before that. A barrier of the block must follow. False: leave.
 template <class F>
 __device__ __forceinline__ bool begin_half(const RankView& view, const Begin& begin, const F& far,
-                                           const Releases& releases, Entering& in) {
+                                           Releases releases, Entering& in) {
+    releases.look();
     if constexpr (F::kAny) far.hear_masks();
     if (ptx::lane_id() == 0) init_entering(view, begin, in);
     __syncwarp();

@@ -170,7 +170,6 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
                          const __grid_constant__ F far) {
     auto** control = reinterpret_cast<std::byte**>(ptx::dynamic_shared());  // [num_ranks] blocks
     __shared__ Uninitialized<Entering> entering;
-    __shared__ Uninitialized<Releases> releases;
     Entering& in = entering.get();
     const RankView& view = job.view;
     const Record& record = spread.record;
@@ -192,24 +191,27 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
     const bool begins = warp == F::kCombineWarps - 1;
     bool ok = true;
     init_told(job.begin, in);
-    if (warp == F::kCombineWarps - 1) releases.get().look(view);
+    const Releases releases(view, begins);
     __syncthreads();
     ptx::griddepcontrol_wait();
     typename Sender::Token token;
     typename Sender::Ahead ahead;
     typename PartReceiver<kDtype, F>::Slot slot;
+    const bool claims = warp == F::kCombineWarps - 2;
+    Claim claim;
+    bool left = false;
+    if (claims) claim = claim_own<kHalf>(view), left = device::gave_up(view.watch);
     if constexpr (kHalf != Half::kReceive) token = sender.look(sent.item);
     if constexpr (kHalf != Half::kSend) slot = receiver.slot_of(item);
     if constexpr (kHalf == Half::kReceive) {
         if (begins) ok = resume_half(view, job.begin, far, job.begun, in);
     } else if (begins) {
-        ok = begin_half(view, job.begin, far, releases.get(), in);
+        ok = begin_half(view, job.begin, far, releases, in);
     } else {
         sender.look(token, sent.piece, ahead);
     }
-    if (warp == F::kCombineWarps - 2) {
-        const bool left = device::gave_up(view.watch);  // on its way while the turn is claimed
-        claim_own<kHalf>(view, in);
+    if (claims) {
+        if (ptx::lane_id() == 0) in.sends = claim.is_ours();
         ok = !left;
     }
     if (!__syncthreads_and(ok)) return;

@@ -98,7 +98,6 @@ __global__ void __launch_bounds__(F::kWarps * 32, 1)
                           const __grid_constant__ F far) {
     __shared__ uint64_t loaded[F::kWarps][2];
     __shared__ Uninitialized<Entering> entering;
-    __shared__ Uninitialized<Releases> releases;
     Entering& in = entering.get();
     const RankView& view = job.view;
     const StageTables tables{spread, view.shape};
@@ -109,17 +108,16 @@ __global__ void __launch_bounds__(F::kWarps * 32, 1)
     prepare(job, tables);
     init_told(job.begin, in);
     if (ptx::lane_id() < 2) device::init_stage({nullptr, &loaded[warp][ptx::lane_id()]});
-    if (warp == F::kWarps - 1) releases.get().look(view);
     __syncthreads();
-    ptx::griddepcontrol_wait();
     bool ok = true;
-    if (warp == F::kWarps - 2) claim_own<kHalf>(view, in);  // it loads nothing
     if constexpr (kHalf == Half::kReceive) {
+        ptx::griddepcontrol_wait();
+        if (threadIdx.x == 0) in.sends = true;
         if (warp == 0) ok = resume_half(view, job.begin, far, job.begun, in);
         if (warp == 1) ok = !device::gave_up(view.watch);
         if (!__syncthreads_and(ok)) return;
     } else {
-        if (!send<Config>(job, spread, tables, far, in, loaded[warp], releases.get(), ok)) return;
+        if (!send<Config, kHalf>(job, spread, tables, far, in, loaded[warp], ok)) return;
     }
     if constexpr (kHalf == Half::kSend) {
         if (!ok) in.leaves = true;

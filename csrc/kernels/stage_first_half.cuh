@@ -27,12 +27,12 @@ __device__ __forceinline__ Span tokens_of_turn(const DispatchJob& job, const Sta
     return {begin, min(begin + spread.tokens_per_block, num_tokens)};
 }
 
-// What does not need the number of the operation comes before it is known. All threads; false: leave. `ok` becomes
-// false: this warp has given up since.
-template <class Config, class F>
+// What does not need the number of the operation comes before it is known, and what needs nothing that was done on the
+// GPU before the kernels ahead have ended. All threads; false: leave. `ok` becomes false: this warp has given up since.
+template <class Config, Half kHalf, class F>
 __device__ __forceinline__ bool send(const DispatchJob& job, const StageSpread& spread,
                                      const StageTables& tables, const F& far, Entering& in,
-                                     uint64_t* loaded, const Releases& releases, bool& ok) {
+                                     uint64_t* loaded, bool& ok) {
     const RankView& view = job.view;
     const int warp = threadIdx.x / 32, pieces = spread.record.num_pieces;
     const bool publishes = publishes_stage();
@@ -58,33 +58,40 @@ __device__ __forceinline__ bool send(const DispatchJob& job, const StageSpread& 
         token = own.begin + row, piece = index - row * pieces;
     };
     find(i, t, p);
+    if (warp == 0) t = own.begin;
+    TokenCounter counter(job, spread, own.begin, middle < own.end ? middle : 0, publishes,
+                         F::kWarps - 2);
+    const Releases releases(view, warp == F::kWarps - 1);
+    typename Sender<F>::First first;
+    if (i < all) first = sender.announce(t, p);
     typename Sender<F>::Slot slot;
     int64_t next_id = -1;
     ok = true;
+    ptx::griddepcontrol_wait();
 #pragma unroll 1
     for (bool is_first = true; is_first || i < all; is_first = false) {
         if (is_first && warp == F::kWarps - 1) {
             ok = begin_half(view, job.begin, far, releases, in);
         } else if (is_first && is_other) {
+            const Claim claim = claim_own<kHalf>(view);
             ok = !device::gave_up(view.watch);
             if (describes) slot = sender.slot_of(middle);
+            if (ptx::lane_id() == 0) in.sends = claim.is_ours();
         } else {
-            if (i < all && (is_first || !sender.has_two())) sender.load(t, p, sender.turn);
+            typename Sender<F>::Choice choice{next_id, 0.0f};  // who sends needs no weight
+            if (is_first) {
+                if (i < all) sender.load(first);
+                counter.look();
+                if (i < all || describes) choice = sender.choice_of(t);
+            } else if (!sender.has_two()) {
+                sender.load(t, p, sender.turn);
+            }
             const int next = i + kMovers;
             int next_t, next_p;
             find(next, next_t, next_p);
             if (next < all && sender.has_two()) sender.load(next_t, next_p, sender.turn + 1);
-            if (is_first) {
-                TokenCounter counter(job, spread, own.begin, middle < own.end ? middle : 0,
-                                     publishes, F::kWarps - 2);
-                counter.look();
-                if (i < all || describes) {
-                    slot = sender.slot_of(warp == 0 ? own.begin : t);
-                }
-                counter.run();
-            } else {
-                slot = sender.slot_of(t, {next_id, 0.0f});  // who sends needs no weight
-            }
+            if (i < all || describes) slot = sender.slot_of(t, choice);
+            if (is_first) counter.run();
             if (next < all) next_id = sender.choice_of(next_t).id;
             if (i < all) ok = sender.template prepare<Config>(t, p);
         }

@@ -91,7 +91,9 @@ struct PartSender {
             next.next(spread.sent, step);
             if (token.src < 0) next = {spread.sent, past_empty(job, spread, next.run, step)};
             const Token following = look(next.item);
-            ok = send(token, at, ahead, [&] { look(following, next.piece, ahead); });
+            ok = send(token, at, ahead, [&] {
+                if (next.item < args().num_recv) look(following, next.piece, ahead);
+            });
             at = next, token = following;
         }
         return ok;

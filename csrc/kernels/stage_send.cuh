@@ -178,6 +178,20 @@ struct Sender {
         return memory + buffer_of(turn) * spread.piece_bytes;
     }
 
+    // The first piece of this warp. In two steps: nothing of it is touched before the second one.
+    struct First {
+        const std::byte* at;
+        int bytes;
+    };
+    __device__ __forceinline__ First announce(int t, int p) const {
+        const First first{source(t, p), source_bytes(p)};
+        if (ptx::lane_id() == 0) device::announce_load(stage_of(0), first.bytes);
+        return first;
+    }
+    __device__ __forceinline__ void load(const First& first) {
+        loading |= 1u;
+        if (ptx::lane_id() == 0) device::load_announced(stage_of(0), first.at, first.bytes);
+    }
     // Piece p of token t, as it is, in turn n.
     __device__ __forceinline__ void load(int t, int p, int n) {
         loading |= 1u << buffer_of(n);
@@ -304,7 +318,7 @@ struct Sender {
             const bool first = chosen && (same & ptx::lanemask_lt()) == 0;
             const int index = take(before, first, dst, 1);
             const int number = __shfl_sync(~0u, index, __ffs(same) - 1);  // of the token there
-            const uint32_t rivals = __match_any_sync(~0u, chosen ? position : ~lane);
+            const uint32_t rivals = __match_any_sync(~0u, position);      // -1: whoever chose none
             const int ahead = __popc(rivals & ptx::lanemask_lt());
             const int earlier = take(before, chosen && ahead == 0,
                                      tables.shape.num_ranks + position, __popc(rivals));

@@ -144,6 +144,9 @@ struct PartReceiver {
         if (at.item >= num_tokens) read();
 #pragma unroll 1
         while (at.item < num_tokens) {
+            Pieces next = at;
+            next.next(spread.added, step);
+            const bool is_last = next.item >= num_tokens;
             int p = at.piece;
             if constexpr (F::kAny) {
                 if (!await_nodes(at.item, part)) return false;
@@ -158,12 +161,13 @@ struct PartReceiver {
                         return false;
                     }
                 }
+                if (is_last && at.left == 1) read();
                 finish(sums, at.item, p, units);
                 if (--at.left == 0) break;
                 ++p;
             }
-            at.next(spread.added, step);
-            if (at.item >= num_tokens) read();
+            if (is_last) break;
+            at = next;
             Slot slot = slot_of(at.item);
             find_owner(slot);
             part = part_of(at.item, slot);
