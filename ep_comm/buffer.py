@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ep_comm import _core
-from ep_comm.backends.base import Backend, Combined, Masking
+from ep_comm.backends.base import Backend, Combined, Masking, options_of
 from ep_comm.begun import Begun
 from ep_comm.bootstrap import resolve_group
 from ep_comm.checks import (
@@ -121,7 +121,7 @@ class Buffer:
         )  # fmt: skip
         self._replicas: Replicas | None = None
         self._lock = _Turn(self._backend)
-        self._pid = os.getpid()
+        self._pid, self._forks = os.getpid(), _forks
         self._closed: str | None = None
         self._finalizer = weakref.finalize(self, _close_backend, self._backend, self._pid)
         # For ep_comm.ops, which take scalars only: a name of this buffer, and what shapes follow
@@ -257,9 +257,9 @@ class Buffer:
                 self._raise_deferred()
             plans, options = self._backend.plans, None
             if plans is not None and wait is True and self._is_physical(layer):
-                options = _options(
-                    scale_block, alignment, capacity, num_sms,
-                    others=(quantize, layout, row_index, origins, sync, output, transfer),
+                options = options_of(
+                    scale_block, alignment, capacity, num_sms, quantize, layout, row_index, origins,
+                    sync, output, transfer,
                 )  # fmt: skip
             if plans is not None and options is not None:
                 received = plans.dispatch(
@@ -394,7 +394,7 @@ class Buffer:
         with self._lock:
             plans, options = self._backend.plans, None
             if plans is not None and wait is True and topk_weights is bias is out is None:
-                options = _options(num_sms, others=(weighted, order, sum_weights, per_rank))
+                options = options_of(num_sms, weighted, order, sum_weights, per_rank)
             if plans is not None and options is not None:
                 combined = plans.combine(x, handle, row_weights, wait_stats, options)
                 if combined is not None:
@@ -738,7 +738,7 @@ class Buffer:
         """Refuse what cannot work at all."""
         if self._closed is not None:
             raise make_error("E340", f"is closed: at {self._closed}", rank=self._spec.rank)
-        if self._pid != os.getpid():
+        if self._forks != _forks:
             what = f"is a fork: made in pid {self._pid}, now {os.getpid()}"
             raise make_error("E341", what, rank=self._spec.rank)
         if torch._C._get_dispatch_mode(_FAKE) is not None:  # every new tensor would have no memory
@@ -782,16 +782,16 @@ class _Turn:
             self._lock.release()
 
 
-_NUMBERS = frozenset({int, type(None)})
-_OTHERS = frozenset({str, bool, type(None)})
+# How often this process has become a fork: asking the system who we are costs more than a call may.
+_forks = 0
 
 
-def _options(*numbers: Any, others: tuple[Any, ...]) -> Any:
-    """Options of a call as a key; None when one is of an odd type: 1 is equal to True and 1.0."""
-    if not ({*map(type, numbers)} <= _NUMBERS and {*map(type, others)} <= _OTHERS):
-        return None
-    return (numbers, others)
+def _count_fork() -> None:
+    global _forks
+    _forks += 1
 
+
+os.register_at_fork(after_in_child=_count_fork)
 
 _numbers = itertools.count()
 _alive: weakref.WeakValueDictionary[int, Buffer] = weakref.WeakValueDictionary()

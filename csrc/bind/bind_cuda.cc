@@ -205,6 +205,7 @@ void bind_flight(py::module_& m) {
         .def_property_readonly("num_logged", [](const Flight& f) { return f.report.num_logged; })
         .def_property_readonly("is_half", [](const Flight& f) { return f.half == Half::kSend; })
         .def_readonly("number", &Flight::number)
+        .def_property_readonly("num_tokens", [](const Flight& f) { return f.job.args.num_tokens; })
         .def_property_readonly(
             "stream", [](const Flight& f) { return reinterpret_cast<uintptr_t>(f.stream); })
         .def(
@@ -224,7 +225,8 @@ void bind_flight(py::module_& m) {
             "use_on", [](const Flight& f, uintptr_t stream) { f.use_on(as_stream(stream)); },
             "stream"_a)
         .def("routing", &Flight::routing);
-    py::class_<Routing, std::shared_ptr<Routing>>(m, "Routing");
+    py::class_<Routing, std::shared_ptr<Routing>>(m, "Routing")
+        .def_property_readonly("num_tokens", [](const Routing& r) { return r.args.num_tokens; });
     m.attr("BEGUN_AT") = kBegunAt;
     py::enum_<Out>(m, "Out")
         .value("X", Out::kX)

@@ -1,6 +1,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <optional>
 #include <utility>
 
 #include "host/cuda_check.h"
@@ -24,6 +25,7 @@ public:
     // Whether it is known that a stream has done all that was queued there when the extent was first
     // looked at. During a capture nobody looks for the first time.
     bool are_reached(User& user) {
+        go_beside();
         if (!user.mark) {
             if (capturing_ || is_capturing(user.stream)) return false;
             Found& stream = found(user.stream);
@@ -42,6 +44,7 @@ public:
 
     // The stream runs behind what this one, which has been asked, has not reached.
     void let_wait(Stream stream, const User& user) {
+        go_beside();
         void* mark = user.mark.get();
         if (std::find(waited_.begin(), waited_.end(), mark) != waited_.end()) return;
         EP_CUDA(cudaStreamWaitEvent(stream, static_cast<cudaEvent_t>(mark), 0));
@@ -49,6 +52,10 @@ public:
     }
 
 private:
+    // Before anything is asked; most grants ask nothing.
+    void go_beside() {
+        if (!beside_) beside_.emplace();
+    }
     struct Found {
         Stream stream;
         bool is_done;
@@ -75,7 +82,7 @@ private:
 
     const int device_;
     const bool capturing_;
-    const BesideCaptures beside_;
+    std::optional<BesideCaptures> beside_;
     std::vector<Found> found_;
     std::vector<std::pair<cudaEvent_t, bool>> seen_;
     std::vector<void*> waited_;

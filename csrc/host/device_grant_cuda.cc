@@ -21,7 +21,8 @@ std::vector<Part> parts_of(const DispatchArgs& a, const DispatchWants& wants, co
     const int64_t slots = compact ? a.num_topk : 1;  // of a row
     std::vector<Part> parts;
     parts.reserve(kNumOuts);
-    parts.push_back({Out::kX, Lies::kAlone, a.row_bytes(), 0, 0});
+    // Of a static call nothing comes back: one extent for all.
+    parts.push_back({Out::kX, a.is_static ? Lies::kBeside : Lies::kAlone, a.row_bytes(), 0, 0});
     if (a.scale_bytes > 0) {
         const int64_t apart = (a.capacity + 3) / 4 * 4;  // columns of a slab
         const Lies lies = a.is_static || a.cached ? Lies::kBeside : Lies::kAlone;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,19 @@ class Work(Protocol[R_co]):
 
     def run(self) -> R_co: ...
     def begin(self) -> BegunOp: ...
+
+
+_PLAIN: Final = frozenset({int, bool, str, type(None)})
+
+
+def options_of(*values: Any) -> Any:
+    """Options of a call as a key for `Plans`, with their types: 1 is equal to True and to 1.0."""
+    return (values, *map(type, values))
+
+
+def are_plain(options: Any) -> bool:
+    """Whether what is equal to these options means the same."""
+    return _PLAIN.issuperset(options[1:])
 
 
 class Plans(Protocol):

@@ -181,8 +181,8 @@ class NvlinkBackend:
             what = "has no arena: it was given back, want resume() first"
             raise make_error("E310", what, rank=self.spec.rank)
 
-    def is_usable(self) -> bool:
-        return not self._lease.released and not self.rank.failed()
+    def is_released(self) -> bool:
+        return self._lease.released
 
     def make_room(self) -> None:
         """The report of what is begun is read before a later one takes its place, and its slot is

@@ -252,8 +252,8 @@ class Dispatch(calls.Dispatch):
         self.flight = flight
         self.number = flight.number
         self.outputs = backend.outputs_type(
-            backend, backend.plans.look_of(call), flight, call.x.shape[0], self.routed_idx,
-            call.topk_weights, call.handle, self.given,
+            backend, backend.plans.look_of(call), flight, self.routed_idx, call.topk_weights,
+            call.handle, self.given,
         )  # fmt: skip
 
     def _second_half(self) -> None:

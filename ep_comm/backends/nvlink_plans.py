@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ep_comm import _core
 from ep_comm.backends import calls
+from ep_comm.backends.base import are_plain
 from ep_comm.backends.nvlink_calls import Combine, Dispatch
 from ep_comm.backends.nvlink_results import ArenaReceived, Outputs, OwnHandle, pieces_of
 from ep_comm.checks import DispatchCall
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 # Of each verb; a program has few kinds of calls.
 _MOST_PLANS: Final = 64
+_SUMMED: Final = (torch.bfloat16, torch.float16, torch.float32)
+_OF_COMPLEX: Final = frozenset({torch.float16, torch.float32})
 
 
 class Plans:
@@ -35,6 +38,11 @@ class Plans:
         self._looks: dict[calls.Look, calls.Look] = {}
         self._dispatches: dict[Any, tuple[_core.DispatchPlan, calls.Look, Any]] = {}
         self._combines: dict[Any, _core.CombinePlan] = {}
+        # An element of each type, and that element seen as sums of so many tokens: an empty tensor
+        # that is like another one costs a third less than one that is described.
+        device = backend.spec.device
+        self._one = {dtype: torch.empty(1, dtype=dtype, device=device) for dtype in _SUMMED}
+        self._sums: dict[Any, Tensor] = {}
 
     def look_of(self, call: DispatchCall) -> calls.Look:
         """The same object for calls that look alike."""
@@ -65,7 +73,7 @@ class Plans:
             routing, serial = handle.routing, handle.look.serial
             topk_idx = handle.topk_idx
         known = _get(self._dispatches, (options, x.dtype, serial, self._backend.num_warps))
-        if known is None or not self._is_free() or _is_negated(x, topk_weights, scales):
+        if known is None or not self._is_free() or _are_negated(x, topk_weights, scales):
             return None
         plan, look, pieces = known
         backend = self._backend
@@ -77,9 +85,7 @@ class Plans:
             self._await(flight, tag)
         else:
             backend.will_look_at(flight.stream)
-        outputs = Outputs(
-            backend, look, flight, len(topk_idx), topk_idx, topk_weights, handle, None, pieces
-        )
+        outputs = Outputs(backend, look, flight, topk_idx, topk_weights, handle, None, pieces)
         return ArenaReceived.of(outputs)
 
     def _await(self, flight: _core.Flight, tag: Any) -> None:
@@ -96,6 +102,8 @@ class Plans:
         if not self._backend.may_repeat(self._backend.rank.stages_dispatch(work.args)):
             return
         if not is_usual or call.idx_dtype is not torch.int64 or work.given:
+            return
+        if not are_plain(options):
             return
         handle, serial = call.handle, -1
         if handle is not None:
@@ -119,14 +127,15 @@ class Plans:
         stages = self._backend.num_stages
         key = (options, x.dtype, row_weights is None, handle.look.serial, stages)
         plan = _get(self._combines, key)
-        if plan is None or not self._is_free() or _is_negated(x, row_weights):
+        if plan is None or not self._is_free() or _are_negated(x, row_weights):
             return None
-        backend, idx = self._backend, handle.topk_idx
-        spec = backend.spec
-        out = torch.empty((len(idx), spec.hidden), dtype=x.dtype, device=spec.device)
+        backend = self._backend
+        like = self._like_sums(handle.routing.num_tokens, x.dtype)
+        out = torch.empty_like(like, memory_format=torch.contiguous_format)
         stream = plan.run(
-            backend.rank, handle.routing, x, idx, handle.topk_weights, row_weights, wait_stats, out
-        )
+            backend.rank, handle.routing, x, handle.topk_idx, handle.topk_weights, row_weights,
+            wait_stats, out,
+        )  # fmt: skip
         if stream is None:
             return None
         backend.will_look_at(stream)
@@ -139,16 +148,27 @@ class Plans:
             return
         if not self._backend.may_repeat(self._backend.rank.stages_combine(work.args)):
             return
+        if not are_plain(options):
+            return
         stages = self._backend.num_stages
         key = (options, call.x.dtype, call.row_weights is None, handle.look.serial, stages)
         _put(self._combines, key, _core.CombinePlan(work.args, work.wants(), call.x))
 
+    def _like_sums(self, num_tokens: int, dtype: torch.dtype) -> Tensor:
+        """Of the shape of a result; not to be looked into."""
+        like = self._sums.get((num_tokens, dtype))
+        if like is None:
+            like = self._one[dtype].expand(num_tokens, self._backend.spec.hidden)
+            _put(self._sums, (num_tokens, dtype), like)
+        return like
+
     # ---- both ----
 
     def _is_free(self) -> bool:
-        """Whether nothing stands before the call that the long way has to see to."""
+        """Whether nothing stands before the call that the long way has to see to; the core sees for
+        itself whether the communicator has ended."""
         backend = self._backend
-        return backend.is_usable() and not backend.unfinished and backend.halves.is_idle()
+        return not (backend.is_released() or backend.unfinished) and backend.halves.is_idle()
 
 
 def _get(plans: dict[Any, Any], key: Any) -> Any:
@@ -164,10 +184,13 @@ def _put(plans: dict[Any, Any], key: Any, plan: Any) -> None:
     plans[key] = plan
 
 
-def _is_negated(x: Any, weights: Any, scales: Any = None) -> bool:
-    """Whether the bytes of a tensor are not its values; what is no tensor is refused later."""
+def _are_negated(x: Tensor, weights: Any, scales: Any = None) -> bool:
+    """Whether the bytes of a tensor are not its values, as in the imaginary part of a conjugate.
+
+    What is no tensor is refused later.
+    """
     return (
-        (type(x) is Tensor and x.is_neg())
+        (x.dtype in _OF_COMPLEX and x.is_neg())
         or (type(weights) is Tensor and weights.is_neg())
         or (type(scales) is Tensor and scales.is_neg())
     )

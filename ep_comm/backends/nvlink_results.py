@@ -138,7 +138,6 @@ class Outputs:
     """The tensors of one dispatch, by the names they have in Received.
 
     Args:
-        num_tokens: of this rank.
         topk_idx, topk_weights: as dispatched, int64 and float32.
         handle: of a cached dispatch.
         given: tensors that torch made for the call, by what they would have been granted as.
@@ -150,7 +149,6 @@ class Outputs:
         backend: NvlinkBackend,
         look: Look,
         flight: _core.Flight,
-        num_tokens: int,
         topk_idx: Tensor,
         topk_weights: Tensor | None,
         handle: Handle | None = None,
@@ -158,7 +156,7 @@ class Outputs:
         pieces: dict[str, Piece] | None = None,
     ) -> None:
         self._backend, self.look, self.flight = backend, look, flight
-        self._num_tokens, self._idx, self._weights = num_tokens, topk_idx, topk_weights
+        self._idx, self._weights = topk_idx, topk_weights
         self._handle, self._given, self._pieces = handle, given, pieces
         self._made: dict[str, Any] = {}
 
@@ -213,7 +211,7 @@ class Outputs:
         look, weights, flight = self.look, self._weights, self.flight
         if self._handle is not None:
             return self._of_cached(self._handle)
-        spec, num_tokens, topk = self._backend.spec, self._num_tokens, look.num_topk
+        spec, num_tokens, topk = self._backend.spec, flight.num_tokens, look.num_topk
         if weights is None:
             weights = torch.empty((0, topk), dtype=torch.float32, device=spec.device)
         most = calls.max_recv(spec, look, flight.num_recv)
