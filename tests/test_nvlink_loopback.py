@@ -256,6 +256,9 @@ CASES = {
     "runs-slab-uneven": Case(**{**RUNS, "hidden": 3880}, options=SLAB),  # pieces of other lengths
     "runs-slab-scales": Case(**RUNS, dtype=torch.float8_e4m3fn, scales=torch.float32, options=SLAB),
     "runs-quantize-slab": Case(**RUNS, options={"quantize": "fp8", **SLAB}),
+    "quantize-slab-7168": Case(
+        num_ranks=2, tokens=(1, 3), hidden=7168, options={"quantize": "fp8", **SLAB}
+    ),
 }
 
 
