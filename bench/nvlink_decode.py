@@ -6,7 +6,7 @@ and the host's time for a call. Slabs of FP8 rows, as in bench/nvlink_latency.py
 
 Times are those of bench/nvlink_gpus.py; in a graph of ten, per pair or call. `host_us`: from
 entering the Python function until it returns, nothing queued before it; the slower rank's median,
-after as many calls as a processor that has slept needs to be fast again, some tens of ms.
+after as many calls as a processor that has slept needs to be fast again, some 0.3 s.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 
 TOKENS = (1, 32, 128)
 MOST = 128  # that a decoder which has one token now has made room for
-CALLS, WARMUP = 1000, 2000
+CALLS, WARMUP = 1000, 5000
 
 
 def host_us(work: Work) -> float:
