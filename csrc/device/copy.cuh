@@ -1,7 +1,7 @@
 // Rows in flight: one piece of shared memory per warp or more, filled and emptied by bulk copies.
 //
-// defines: Stage, announce_load, load_announced, load_stage, await_stage, drain_stage, store_stage, drain_reads, drain_older,
-// drain_stores
+// defines: Stage, announce_load, load_announced, load_stage, await_stage, drain_stage, store_stage,
+// drain_reads, drain_older, drain_stores
 //
 // A stage may be refilled once its stores have been read (drain_reads). Its rows are there for the
 // receiver only once they are complete (drain_stores), and only a release after that may say so.
@@ -28,8 +28,8 @@ __device__ __forceinline__ void init_stage(const Stage& stage) {
     ptx::fence_mbarrier_init_release_cluster();
 }
 
-// One thread; what ordinary accesses did to the stage must be behind a fence_proxy_async_shared. In two steps: that
-// it will be loaded, and from where.
+// One thread; what ordinary accesses did to the stage must be behind a fence_proxy_async_shared. In two steps: the
+// first one tells the barrier how much will come, and touches nothing else.
 __device__ __forceinline__ void announce_load(const Stage& stage, int bytes) {
     ptx::mbarrier_arrive_expect_tx(stage.loaded, bytes);
 }

@@ -318,7 +318,7 @@ struct Sender {
             const bool first = chosen && (same & ptx::lanemask_lt()) == 0;
             const int index = take(before, first, dst, 1);
             const int number = __shfl_sync(~0u, index, __ffs(same) - 1);  // of the token there
-            const uint32_t rivals = __match_any_sync(~0u, position);      // -1: whoever chose none
+            const uint32_t rivals = __match_any_sync(~0u, position);  // who chose none is one, too
             const int ahead = __popc(rivals & ptx::lanemask_lt());
             const int earlier = take(before, chosen && ahead == 0,
                                      tables.shape.num_ranks + position, __popc(rivals));
