@@ -26,7 +26,7 @@ def test_kernels_are_clean_under(tool: str, program: str) -> None:
 @pytest.mark.timeout(1300)
 @pytest.mark.parametrize("tool", sanitize.TOOLS)
 def test_the_whole_loopback_suite_is_clean_under(tool: str) -> None:
-    record = sanitize.check(tool, sanitize.SUITE, seed=0, seconds=0.0, limit_s=1200.0)
+    record = sanitize.check(tool, sanitize.SUITE, 0, 0.0, limit_s=200.0, parts=20, at_once=4)
     assert record["correct"], record
 
 
@@ -36,6 +36,7 @@ CLEAN = """\
 ok: 40 of 10000 dispatches in 21 rounds, 3.0 s (40 pair)
 ========= ERROR SUMMARY: 0 errors
 """
+PASSES = "echo '========= ERROR SUMMARY: 0 errors'\n"
 RACE = """\
 ok: 40 of 10000 dispatches in 21 rounds, 3.0 s (40 pair)
 ========= Error: Race reported between Write access at x and Read access at y
@@ -61,6 +62,31 @@ def test_output_becomes_a_record(
     record = sanitize.check("memcheck", "pair", seed=0, seconds=1.0, limit_s=20.0)
     assert (record["correct"], record["exit"]) == (correct, code)
     assert summary is None or record["summary"] == summary
+
+
+def test_the_suite_runs_in_parts_of_all_its_cases(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake_tool(monkeypatch, tmp_path, 'echo "$@" >>"$0.calls"; echo "3 passed"\n' + PASSES)
+    record = sanitize.check("memcheck", "suite", 0, 1.0, limit_s=20.0, parts=3, at_once=2)
+    assert (record["correct"], record["summary"]) == (True, "3 x ERROR SUMMARY: 0 errors")
+    calls = (tmp_path / "compute-sanitizer.calls").read_text().splitlines()
+    ran = [word.partition("::")[2] for call in calls for word in call.split() if "::" in word]
+    assert len(calls) == 3
+    assert len(set(ran)) == len(ran) > 90
+    assert any("agree" in case for case in ran)
+
+
+def test_a_part_is_run_again_when_the_tool_itself_has_failed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    lost = f"if mkdir '{tmp_path}/once'; then echo '== {sanitize.TOOL_FAILED}: lost'; exit 7; fi\n"
+    fake_tool(monkeypatch, tmp_path, lost + "echo 'ok: 1 of 1'\n" + PASSES)
+    record = sanitize.check("memcheck", "pair", seed=0, seconds=1.0, limit_s=20.0)
+    assert (record["correct"], record["tool_failed"]) == (True, 1)
+    fake_tool(monkeypatch, tmp_path, f"echo 'ok: 1'; echo '== {sanitize.TOOL_FAILED}'; exit 7\n")
+    record = sanitize.check("memcheck", "pair", seed=0, seconds=1.0, limit_s=20.0)
+    assert (record["correct"], record["exit"], record["tool_failed"]) == (False, 7, 2)
 
 
 def test_a_program_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
