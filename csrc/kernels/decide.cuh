@@ -193,7 +193,8 @@ __device__ __forceinline__ void publish(const DispatchJob& job, const Spread& sp
     const Shape& shape = job.view.shape;
     const bool counted = counts_tokens(a), compares = a.cached && counted;
     const bool is_bad = counted && !a.cached && brings(job, tables, bad_column(shape)) > 0;
-    if (is_bad || compares || in.code != kOk) find_fault(job, spread, in);
+    const bool is_refused = code_of(job.begin.head.what) != kOk;  // in.code may be written by now
+    if (is_bad || compares || is_refused) find_fault(job, spread, in);
     std::byte* const* control = job.view.peers.control;
     publish_head(job.view, control, job.begin, in);
     const NoticeLayout layout(shape);
