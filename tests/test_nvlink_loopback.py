@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from compare import same_bits, same_received, same_values
-from patience import LONGER_S, PATIENT, Disturbed, three_tries
+from patience import LONGER_S, PATIENT, SLOWED, Disturbed, three_tries
 from torch import Tensor
 
 from ep_comm import Buffer, EPConfig, Handle, Received, reference
@@ -455,7 +455,7 @@ def test_sums_may_go_to_the_memory_of_bias(
 def test_statistics_are_added_to_what_there_was(
     make_cluster: Callable[..., Cluster], options: dict[str, Any], max_tokens: int
 ) -> None:
-    case, rounds, nap = Case(options=options), 3, 0.2
+    case, rounds, nap = Case(options=options), 3, 0.2 * SLOWED
     inputs = case.inputs()
     want = want_dispatch(case, inputs)
     cluster = make_cluster(case.num_ranks, **{**case.buffer_options(), "max_tokens": max_tokens})

@@ -13,20 +13,11 @@ import sanitize_nvlink as sanitize
 
 @pytest.mark.sanitizer
 @pytest.mark.slow
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("program", sanitize.FEW)
+@pytest.mark.timeout(1300)
+@pytest.mark.parametrize("program", sanitize.PROGRAMS)
 @pytest.mark.parametrize("tool", sanitize.TOOLS)
 def test_kernels_are_clean_under(tool: str, program: str) -> None:
     record = sanitize.check(tool, program, seed=0, seconds=20.0, limit_s=240.0)
-    assert record["correct"], record
-
-
-@pytest.mark.sanitizer
-@pytest.mark.slow
-@pytest.mark.timeout(1300)
-@pytest.mark.parametrize("tool", sanitize.TOOLS)
-def test_the_whole_loopback_suite_is_clean_under(tool: str) -> None:
-    record = sanitize.check(tool, sanitize.SUITE, 0, 0.0, limit_s=200.0, parts=20, at_once=4)
     assert record["correct"], record
 
 
@@ -68,7 +59,7 @@ def test_the_suite_runs_in_parts_of_all_its_cases(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     fake_tool(monkeypatch, tmp_path, 'echo "$@" >>"$0.calls"; echo "3 passed"\n' + PASSES)
-    record = sanitize.check("memcheck", "suite", 0, 1.0, limit_s=20.0, parts=3, at_once=2)
+    record = sanitize.check("memcheck", "suite", 0, 1.0, limit_s=20.0, parts=3)
     assert (record["correct"], record["summary"]) == (True, "3 x ERROR SUMMARY: 0 errors")
     calls = (tmp_path / "compute-sanitizer.calls").read_text().splitlines()
     ran = [word.partition("::")[2] for call in calls for word in call.split() if "::" in word]
