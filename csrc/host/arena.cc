@@ -5,13 +5,10 @@
 #include "contract/config.h"
 
 namespace ep {
-namespace {
 
-int64_t round_to_extent(int64_t bytes) {
+int64_t Arena::bytes_of_extent(int64_t bytes) {
     return (std::max<int64_t>(bytes, 1) + kExtentAlign - 1) / kExtentAlign * kExtentAlign;
 }
-
-}  // namespace
 
 Arena::Arena(int64_t capacity, std::shared_ptr<void> memory)
     : capacity_(capacity), memory_(std::move(memory)) {
@@ -19,7 +16,7 @@ Arena::Arena(int64_t capacity, std::shared_ptr<void> memory)
 }
 
 std::optional<Extent> Arena::grant(int64_t bytes, const std::vector<Extent>& but) {
-    const int64_t rounded = round_to_extent(bytes);
+    const int64_t rounded = bytes_of_extent(bytes);
     std::lock_guard lock(mutex_);
     auto left_out = but.begin();
     for (const auto& [offset, size] : free_) {
@@ -53,7 +50,7 @@ Extent Arena::give_back(int64_t offset) {
 }
 
 void Arena::trim(int64_t offset, int64_t bytes) {
-    const int64_t kept = round_to_extent(bytes);
+    const int64_t kept = bytes_of_extent(bytes);
     std::lock_guard lock(mutex_);
     const auto used = used_.find(offset);
     if (used == used_.end() || kept >= used->second) return;

@@ -26,6 +26,9 @@ struct ArenaStats {
 
 class Arena {
 public:
+    // Of an extent that holds so many.
+    static int64_t bytes_of_extent(int64_t bytes);
+
     // `memory` is what the extents lie in; it lives as long as the arena and every extent held.
     explicit Arena(int64_t capacity, std::shared_ptr<void> memory = nullptr);
 

@@ -38,7 +38,7 @@ public:
     // Takes back all that has died, for work on `stream`, which waits for it; the longest piece there is then.
     int64_t reclaim(Stream stream);
     // Gives the end of an extent back, before anybody was told of it.
-    void trim(const StreamHold& hold, int64_t bytes);
+    void trim(StreamHold& hold, int64_t bytes);
     // Where memory lies in a granted extent, or -1.
     int64_t offset_of(uintptr_t address, int64_t bytes) const;
     std::byte* data() const { return memory_->data(); }
@@ -55,7 +55,7 @@ private:
         std::shared_ptr<void> mark;
     };
     struct Retired {
-        int64_t offset;
+        Extent extent;
         std::vector<User> users;  // that may not have got there
     };
     // Free memory for work on one stream; for other streams once that has got there.
@@ -64,7 +64,8 @@ private:
         User user;
     };
     class Marks;
-    void retire(int64_t offset, const std::vector<Stream>& streams);
+    void retire(const Extent& extent, const std::vector<Stream>& streams);
+    std::optional<Extent> take_back(int64_t bytes, Stream stream);
     void collect(Stream stream, bool capturing, bool waits, Marks& marks);
     void take_over(Stream stream, bool capturing, Marks& marks);
     std::optional<Extent> grant_now(int64_t bytes, Stream stream, bool takes_own, Marks& marks);
@@ -73,7 +74,7 @@ private:
     std::shared_ptr<DeviceMemory> memory_;
     Arena extents_;
     std::mutex mutex_;
-    std::vector<Retired> retired_;
+    std::vector<Retired> retired_;  // the oldest first
     std::mutex granting_;
     std::vector<Early> early_;  // ranges do not overlap
 };
@@ -83,7 +84,7 @@ class StreamHold {
 public:
     StreamHold(std::shared_ptr<DeviceArena> arena, Extent extent, Stream stream)
         : arena_(std::move(arena)), extent_(extent), streams_{stream} {}
-    ~StreamHold() { arena_->retire(extent_.offset, streams_); }
+    ~StreamHold() { arena_->retire(extent_, streams_); }
     StreamHold(const StreamHold&) = delete;
     StreamHold& operator=(const StreamHold&) = delete;
 
@@ -93,6 +94,8 @@ public:
     int device() const { return arena_->device(); }
 
 private:
+    friend class DeviceArena;
+
     std::shared_ptr<DeviceArena> arena_;
     Extent extent_;
     std::mutex mutex_;

@@ -96,8 +96,11 @@ std::shared_ptr<StreamHold> DeviceArena::grant(int64_t bytes, Stream stream, boo
     release_dropped(this);
     std::unique_lock lock(granting_);
     Marks marks(device(), capturing);
-    collect(stream, capturing, false, marks);
-    auto extent = grant_now(bytes, stream, !capturing, marks);
+    auto extent = capturing ? std::nullopt : take_back(bytes, stream);
+    if (!extent) {
+        collect(stream, capturing, false, marks);
+        extent = grant_now(bytes, stream, !capturing, marks);
+    }
     if (!extent) {
         collect(stream, capturing, true, marks);
         take_over(stream, capturing, marks);
@@ -120,8 +123,10 @@ int64_t DeviceArena::reclaim(Stream stream) {
     return extents_.stats().largest_free;
 }
 
-void DeviceArena::trim(const StreamHold& hold, int64_t bytes) {
-    extents_.trim(hold.extent().offset, bytes);
+void DeviceArena::trim(StreamHold& hold, int64_t bytes) {
+    Extent& extent = hold.extent_;
+    extents_.trim(extent.offset, bytes);
+    extent.bytes = std::min(extent.bytes, Arena::bytes_of_extent(bytes));
 }
 
 int64_t DeviceArena::offset_of(uintptr_t address, int64_t bytes) const {
@@ -131,11 +136,25 @@ int64_t DeviceArena::offset_of(uintptr_t address, int64_t bytes) const {
     return extents_.find(offset, bytes) ? offset : -1;
 }
 
-void DeviceArena::retire(int64_t offset, const std::vector<Stream>& streams) {
-    Retired extent{offset, {}};
-    for (Stream stream : streams) extent.users.push_back({stream, nullptr});
+void DeviceArena::retire(const Extent& extent, const std::vector<Stream>& streams) {
+    Retired retired{extent, {}};
+    for (Stream stream : streams) retired.users.push_back({stream, nullptr});
     std::lock_guard lock(mutex_);
-    retired_.push_back(std::move(extent));
+    retired_.push_back(std::move(retired));
+}
+
+// What a call in a loop asks for: as much as has died first, of which this stream alone was a user. What has
+// died after that is looked at the next time.
+std::optional<Extent> DeviceArena::take_back(int64_t bytes, Stream stream) {
+    std::lock_guard lock(mutex_);
+    if (retired_.empty()) return std::nullopt;
+    const auto& [extent, users] = retired_.front();
+    const bool fits = extent.bytes == Arena::bytes_of_extent(bytes) && users.size() == 1 &&
+                      users[0].stream == stream;
+    if (!fits) return std::nullopt;
+    const Extent taken = extent;
+    retired_.erase(retired_.begin());
+    return taken;
 }
 
 // Free memory that work on `stream` may use. `takes_own`: also behind what is queued there.
@@ -193,10 +212,10 @@ void DeviceArena::collect(Stream stream, bool capturing, bool waits, Marks& mark
         found.swap(retired_);
     }
     if (found.empty()) return;
-    for (Retired& extent : found) {
+    for (Retired& retired : found) {
         bool ready = true;
         // Who has got there is not asked again: it may have other work by then.
-        std::erase_if(extent.users, [&](User& user) {
+        std::erase_if(retired.users, [&](User& user) {
             const bool is_own = user.stream == stream;
             if (is_own && (!capturing || waits)) return false;
             if (marks.are_reached(user)) return true;
@@ -205,19 +224,19 @@ void DeviceArena::collect(Stream stream, bool capturing, bool waits, Marks& mark
         });
         if (!ready) {
             // The same for our own work, should a grant on another stream find the extent.
-            std::erase_if(extent.users, [&](User& user) {
+            std::erase_if(retired.users, [&](User& user) {
                 return user.stream == stream && marks.are_reached(user);
             });
-            kept.push_back(std::move(extent));
+            kept.push_back(std::move(retired));
             continue;
         }
-        const Extent range = extents_.give_back(extent.offset);
-        if (extent.users.empty()) continue;
+        const Extent range = extents_.give_back(retired.extent.offset);
+        if (retired.users.empty()) continue;
         User own{stream, nullptr};
-        for (const User& user : extent.users) {
+        for (const User& user : retired.users) {
             if (user.stream != stream) marks.let_wait(stream, user);
         }
-        if (extent.users.size() == 1 && extent.users[0].stream == stream) own = extent.users[0];
+        if (retired.users.size() == 1 && retired.users[0].stream == stream) own = retired.users[0];
         give_back_early(range, own);
     }
     if (kept.empty()) return;

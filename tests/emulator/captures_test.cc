@@ -247,6 +247,57 @@ void run_memory_that_comes_back_early() {
     cudaStreamDestroy(busy);
 }
 
+// A call in a loop is granted what the last one had, as it is; what has died besides is not forgotten for it.
+void run_memory_of_a_loop() {
+    World w(alone());
+    DeviceArena& arena = *w.ranks[0].arena;
+    cudaStream_t busy = nullptr, ours = w.ranks[0].stream;
+    cudaStreamCreateWithFlags(&busy, 0);
+    constexpr int64_t kBytes = 1 << 20, kPage = 4096;
+    std::atomic<bool> goes_on = false;
+    emulator::queue(ours, [&] { goes_on.wait(false); });
+    auto first = arena.grant(kBytes, ours), second = arena.grant(kPage, ours);
+    const Extent a = first->extent(), b = second->extent();
+    auto large = arena.grant(4 * kBytes, ours), above = arena.grant(kPage, ours);
+    for (int turn = 0; turn < 3; ++turn) {
+        first.reset(), second.reset();
+        first = arena.grant(kBytes - 1, ours), second = arena.grant(1, ours);
+        expect_eq(first->extent().offset, a.offset);
+        expect_eq(first->extent().bytes, a.bytes);
+        expect_eq(second->extent().offset, b.offset);
+        if (turn == 1) large.reset();  // comes before them
+    }
+    expect_eq(arena.in_use(), kBytes + 2 * kPage);
+    // Who dies behind it is looked at by the next grant that asks for something else.
+    large = arena.grant(4 * kBytes, ours);
+    first.reset(), large.reset();
+    first = arena.grant(kBytes, ours);
+    expect_eq(arena.in_use(), 5 * kBytes + 2 * kPage);
+    auto other = arena.grant(2 * kPage, ours);
+    expect_eq(arena.in_use(), kBytes + 4 * kPage);
+    // Another stream gets none of it while this one has work.
+    first.reset();
+    auto theirs = arena.grant(kBytes, busy);
+    expect(theirs->extent().offset != a.offset, "memory that another stream may still use");
+    cudaStreamSynchronize(busy);  // it waits for nothing
+    // What was given back of an extent is no part of it.
+    theirs.reset(), other.reset(), second.reset(), above.reset();
+    goes_on = true;
+    goes_on.notify_all();
+    cudaStreamSynchronize(ours);
+    (void)arena.reclaim(ours);
+    expect_eq(arena.in_use(), int64_t{0});
+    auto short_one = arena.grant(4 * kPage, ours);
+    arena.trim(*short_one, kPage);
+    expect_eq(short_one->extent().bytes, kPage);
+    auto rest = arena.grant(3 * kPage, ours);
+    expect_eq(rest->extent().offset, short_one->extent().offset + kPage);
+    short_one.reset();
+    auto whole = arena.grant(4 * kPage, ours);
+    expect(whole->extent().offset >= rest->extent().offset + 3 * kPage, "granted twice");
+    cudaStreamDestroy(busy);
+}
+
 // A graph may run on any stream, before that is over which its own stream was given before the capture.
 void run_memory_used_before_a_capture() {
     World w(alone());
@@ -316,6 +367,7 @@ int main() {
     test("ranks come and go beside a capture", run_ranks_beside_a_capture);
     test("a buffer is closed in its own capture", run_close_in_its_capture);
     test("memory that another stream has used", run_memory_of_another_stream);
+    test("memory of a loop", run_memory_of_a_loop);
     test("memory that comes back early", run_memory_that_comes_back_early);
     test("memory that two streams have used", run_memory_of_two_streams);
     test("memory used before a capture", run_memory_used_before_a_capture);
