@@ -552,11 +552,17 @@ BEGUN_AT: int
 
 class DispatchPlan:
     def __init__(
-        self, args: DispatchArgs, wants: DispatchWants, x: Tensor, scales: Tensor | None
+        self,
+        args: DispatchArgs,
+        wants: DispatchWants,
+        options: tuple[object, ...],
+        x: Tensor,
+        scales: Tensor | None,
     ) -> None: ...
     def run(
         self,
         rank: DeviceRank,
+        options: tuple[object, ...],
         x: object,
         topk_idx: object,
         topk_weights: object,
@@ -567,10 +573,13 @@ class DispatchPlan:
     ) -> Flight | None: ...
 
 class CombinePlan:
-    def __init__(self, args: CombineArgs, wants: CombineWants, x: Tensor) -> None: ...
+    def __init__(
+        self, args: CombineArgs, wants: CombineWants, options: tuple[object, ...], x: Tensor
+    ) -> None: ...
     def run(
         self,
         rank: DeviceRank,
+        options: tuple[object, ...],
         routing: Routing,
         x: object,
         topk_idx: object,

@@ -137,7 +137,9 @@ def test_what_does_not_fit_is_refused_as_ever(make_cluster: Callable[..., Cluste
     options = dispatch_options(case)
     recv = buffer.dispatch(x, idx, weights, **options)
     y = torch.zeros_like(recv.x)
-    buffer.combine(y, recv.handle)
+    for num_sms in (None, 1):
+        buffer.dispatch(x, idx, weights, num_sms=num_sms, **options)
+        buffer.combine(y, recv.handle, num_sms=num_sms)
     counts, waits = torch.zeros(case.num_experts).int().cuda(), torch.zeros(1).long().cuda()
     buffer.dispatch(x, idx, weights, recv_stats=counts, wait_stats=waits, **options)
     wide = torch.zeros((33, 2 * case.hidden), dtype=x.dtype).cuda()
@@ -161,14 +163,15 @@ def test_what_does_not_fit_is_refused_as_ever(make_cluster: Callable[..., Cluste
         with pytest.raises(EPError) as raised:
             buffer.dispatch(*args, **{**options, **changed})
         assert raised.value.code == code, (code, raised.value)
-    combines: list[tuple[str, Any]] = [
-        ("E200", y.to(torch.float64)),
-        ("E201", y[:, :-1]),
-        ("E202", y.transpose(0, 1).contiguous().transpose(0, 1)),
+    combines: list[tuple[str, Any, dict[str, Any]]] = [
+        ("E200", y.to(torch.float64), {}),
+        ("E201", y[:, :-1], {}),
+        ("E202", y.transpose(0, 1).contiguous().transpose(0, 1), {}),
+        ("E203", y, {"num_sms": True}),
     ]
-    for code, bad in combines:
+    for code, bad, changed in combines:
         with pytest.raises(EPError) as raised:
-            buffer.combine(bad, recv.handle)
+            buffer.combine(bad, recv.handle, **changed)
         assert raised.value.code == code, (code, raised.value)
     again = buffer.dispatch(x, idx, weights, **options)
     torch.cuda.synchronize()

@@ -256,38 +256,41 @@ std::optional<dlpack::DataType> type_of(const py::object& tensor) {
 
 void bind_plans(py::module_& m) {
     py::class_<DispatchPlan>(m, "DispatchPlan")
-        .def(py::init([](const DispatchArgs& args, const DispatchWants& wants, const py::object& x,
-                         const py::object& scales) {
-                 return DispatchPlan{args, wants, type_of(x), type_of(scales)};
+        .def(py::init([](const DispatchArgs& args, const DispatchWants& wants,
+                         const py::tuple& options, const py::object& x, const py::object& scales) {
+                 return DispatchPlan{args, wants, OptionTypes(options), type_of(x),
+                                     type_of(scales)};
              }),
-             "args"_a, "wants"_a, "x"_a, "scales"_a)
+             "args"_a, "wants"_a, "options"_a, "x"_a, "scales"_a)
         .def(
             "run",
-            [](const DispatchPlan& self, DeviceRank& rank, py::object x, py::object topk_idx,
-               py::object topk_weights, py::object scales, py::object recv_stats,
-               py::object wait_stats, const Routing* routing) {
-                return run(rank, self, x, topk_idx, topk_weights, scales, recv_stats, wait_stats,
-                           routing);
+            [](const DispatchPlan& self, DeviceRank& rank, const py::tuple& options, py::object x,
+               py::object topk_idx, py::object topk_weights, py::object scales,
+               py::object recv_stats, py::object wait_stats, const Routing* routing) {
+                return run(rank, self, options, x, topk_idx, topk_weights, scales, recv_stats,
+                           wait_stats, routing);
             },
-            "rank"_a, "x"_a, "topk_idx"_a, "topk_weights"_a, "scales"_a, "recv_stats"_a,
-            "wait_stats"_a, "routing"_a);
+            "rank"_a, "options"_a, "x"_a, "topk_idx"_a, "topk_weights"_a, "scales"_a,
+            "recv_stats"_a, "wait_stats"_a, "routing"_a);
     py::class_<CombinePlan>(m, "CombinePlan")
-        .def(py::init([](const CombineArgs& args, const CombineWants& wants, const py::object& x) {
-                 return CombinePlan{args, wants, type_of(x)};
+        .def(py::init([](const CombineArgs& args, const CombineWants& wants,
+                         const py::tuple& options, const py::object& x) {
+                 return CombinePlan{args, wants, OptionTypes(options), type_of(x)};
              }),
-             "args"_a, "wants"_a, "x"_a)
+             "args"_a, "wants"_a, "options"_a, "x"_a)
         .def(
             "run",
-            [](const CombinePlan& self, DeviceRank& rank, const Routing& routing, py::object x,
-               py::object topk_idx, py::object topk_weights, py::object row_weights,
-               py::object wait_stats, py::object out) -> std::optional<uintptr_t> {
-                const auto stream = run(rank, self, routing, x, topk_idx, topk_weights, row_weights,
-                                        wait_stats, out);
+            [](const CombinePlan& self, DeviceRank& rank, const py::tuple& options,
+               const Routing& routing, py::object x, py::object topk_idx, py::object topk_weights,
+               py::object row_weights, py::object wait_stats,
+               py::object out) -> std::optional<uintptr_t> {
+                const auto stream = run(rank, self, options, routing, x, topk_idx, topk_weights,
+                                        row_weights, wait_stats, out);
                 if (!stream) return std::nullopt;
                 return reinterpret_cast<uintptr_t>(*stream);
             },
-            "rank"_a, "routing"_a, "x"_a, "topk_idx"_a, "topk_weights"_a, "row_weights"_a,
-            "wait_stats"_a, "out"_a);
+            "rank"_a, "options"_a, "routing"_a, "x"_a, "topk_idx"_a, "topk_weights"_a,
+            "row_weights"_a, "wait_stats"_a, "out"_a);
     m.def("has_plans", [] { return exchange() != nullptr; });
 }
 

@@ -96,10 +96,26 @@ bool is_crowded(const DeviceArena& arena) { return arena.in_use() > arena.capaci
 
 }  // namespace
 
-std::shared_ptr<Flight> run(DeviceRank& rank, const DispatchPlan& plan, py::handle x,
-                            py::handle topk_idx, py::handle topk_weights, py::handle scales,
-                            py::handle recv_stats, py::handle wait_stats, const Routing* routing) {
+OptionTypes::OptionTypes(const py::tuple& options) {
+    for (const py::handle option : options) types_.push_back(Py_TYPE(option.ptr()));
+}
+
+bool OptionTypes::are_of(const py::tuple& options) const {
+    if (options.size() != types_.size()) return false;
+    for (size_t i = 0; i < types_.size(); ++i) {
+        if (Py_TYPE(PyTuple_GET_ITEM(options.ptr(), static_cast<Py_ssize_t>(i))) != types_[i]) {
+            return false;
+        }
+    }
+    return true;
+}
+
+std::shared_ptr<Flight> run(DeviceRank& rank, const DispatchPlan& plan, const py::tuple& options,
+                            py::handle x, py::handle topk_idx, py::handle topk_weights,
+                            py::handle scales, py::handle recv_stats, py::handle wait_stats,
+                            const Routing* routing) {
     if (exchange() == nullptr || rank.failed() || is_crowded(*rank.arena())) return nullptr;
+    if (!plan.options.are_of(options)) return nullptr;
     DispatchArgs a = plan.args;
     DispatchWants wants = plan.wants;
     Tensors t(rank);
@@ -142,10 +158,13 @@ std::shared_ptr<Flight> run(DeviceRank& rank, const DispatchPlan& plan, py::hand
     return rank.dispatch(a, wants, stream);
 }
 
-std::optional<Stream> run(DeviceRank& rank, const CombinePlan& plan, const Routing& routing,
-                          py::handle x, py::handle topk_idx, py::handle topk_weights,
-                          py::handle row_weights, py::handle wait_stats, py::handle out) {
-    if (exchange() == nullptr || rank.failed()) return std::nullopt;
+std::optional<Stream> run(DeviceRank& rank, const CombinePlan& plan, const py::tuple& options,
+                          const Routing& routing, py::handle x, py::handle topk_idx,
+                          py::handle topk_weights, py::handle row_weights, py::handle wait_stats,
+                          py::handle out) {
+    if (exchange() == nullptr || rank.failed() || !plan.options.are_of(options)) {
+        return std::nullopt;
+    }
     CombineArgs a = plan.args;
     a.num_tokens = routing.args.num_tokens;
     a.num_recv = routing.num_recv;

@@ -36,28 +36,26 @@ class Work(Protocol[R_co]):
 _PLAIN: Final = frozenset({int, bool, str, type(None)})
 
 
-def options_of(*values: Any) -> Any:
-    """Options of a call as a key for `Plans`, with their types: 1 is equal to True and to 1.0."""
-    return (values, *map(type, values))
-
-
-def are_plain(options: Any) -> bool:
-    """Whether what is equal to these options means the same."""
-    return _PLAIN.issuperset(options[1:])
+def are_plain(options: tuple[Any, ...]) -> bool:
+    """Whether what is equal to these options, and of the same types, means the same."""
+    return _PLAIN.issuperset(map(type, options))
 
 
 class Plans(Protocol):
-    """Calls that look like an earlier one and need not be checked again, see nvlink_plans.py."""
+    """Calls that look like an earlier one and need not be checked again, see nvlink_plans.py.
+
+    `options`: all that a caller may pass but tensors, always in the same order.
+    """
 
     def dispatch(
         self, x: Any, topk_idx: Any, topk_weights: Any, scales: Any, handle: Any,
-        stats: tuple[Any, Any], options: Any, tag: Any,
+        stats: tuple[Any, Any], options: tuple[Any, ...], tag: Any,
     ) -> Received | None: ...  # fmt: skip
-    def learn_dispatch(self, options: Any, work: Any) -> None: ...
+    def learn_dispatch(self, options: tuple[Any, ...], work: Any) -> None: ...
     def combine(
-        self, x: Any, handle: Any, row_weights: Any, wait_stats: Any, options: Any
+        self, x: Any, handle: Any, row_weights: Any, wait_stats: Any, options: tuple[Any, ...]
     ) -> Tensor | None: ...
-    def learn_combine(self, options: Any, work: Any) -> None: ...
+    def learn_combine(self, options: tuple[Any, ...], work: Any) -> None: ...
 
 
 class Masking(Protocol):

@@ -2,8 +2,8 @@
 
 A call in a loop differs from the last one in addresses, in its number of tokens and in nothing
 else. Its options are a key; behind it lie the arguments of the call that was checked in full, and
-the core compares the tensors. What does not fit, for whatever reason, goes the long way, which says
-why.
+the core compares the tensors, and types of options: 1 is equal to True and to 1.0. What does not
+fit, for whatever reason, goes the long way, which says why.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ep_comm import _core
 from ep_comm.backends import calls
 from ep_comm.backends.base import are_plain
 from ep_comm.backends.nvlink_calls import Combine, Dispatch
-from ep_comm.backends.nvlink_results import ArenaReceived, Outputs, OwnHandle, pieces_of
+from ep_comm.backends.nvlink_results import ArenaReceived, OwnHandle, pieces_of
 from ep_comm.checks import DispatchCall
 from ep_comm.received import Received
 
@@ -55,7 +55,7 @@ class Plans:
 
     def dispatch(
         self, x: Any, topk_idx: Any, topk_weights: Any, scales: Any, handle: Any,
-        stats: tuple[Any, Any], options: Any, tag: Any,
+        stats: tuple[Any, Any], options: tuple[Any, ...], tag: Any,
     ) -> Received | None:  # fmt: skip
         """The call, if it looks like an earlier one; else None, and nothing has happened.
 
@@ -63,6 +63,7 @@ class Plans:
             stats: recv_stats and wait_stats.
             options: everything else that a caller may pass, hashable when it is sensible.
         """
+        backend = self._backend
         if type(x) is not Tensor:
             return None
         routing, serial = None, -1
@@ -72,21 +73,20 @@ class Plans:
                 return None
             routing, serial = handle.routing, handle.look.serial
             topk_idx = handle.topk_idx
-        known = _get(self._dispatches, (options, x.dtype, serial, self._backend.num_warps))
+        known = _get(self._dispatches, (options, x.dtype, serial, backend.num_warps))
         if known is None or not self._is_free() or _are_negated(x, topk_weights, scales):
             return None
         plan, look, pieces = known
-        backend = self._backend
         backend.forget_finished()
-        flight = plan.run(backend.rank, x, topk_idx, topk_weights, scales, *stats, routing)
+        flight = plan.run(backend.rank, options, x, topk_idx, topk_weights, scales, *stats, routing)
         if flight is None:
             return None
         if look.sync:
             self._await(flight, tag)
         else:
             backend.will_look_at(flight.stream)
-        outputs = Outputs(backend, look, flight, topk_idx, topk_weights, handle, None, pieces)
-        return ArenaReceived.of(outputs)
+        made_of = (backend, look, flight, topk_idx, topk_weights, handle, None, pieces)
+        return ArenaReceived.later(look, flight, made_of)
 
     def _await(self, flight: _core.Flight, tag: Any) -> None:
         backend = self._backend
@@ -95,7 +95,7 @@ class Plans:
             raise backend.error(flight.outcome, str(tag))
         backend.rank.settle(flight)
 
-    def learn_dispatch(self, options: Any, work: Dispatch) -> None:
+    def learn_dispatch(self, options: tuple[Any, ...], work: Dispatch) -> None:
         """The next call with these options may look like this one, which has been made."""
         call = work.call
         is_usual = call.transfer == "sm" and call.replicas is None and call.output != "torch"
@@ -112,14 +112,14 @@ class Plans:
             serial = handle.look.serial
         look = work.outputs.look
         pieces = None if look.sync else pieces_of(self._backend.spec, look, 0, 0, 0)
-        plan = _core.DispatchPlan(work.args, work.wants(), call.x, call.scales)
+        plan = _core.DispatchPlan(work.args, work.wants(), options, call.x, call.scales)
         key = (options, call.x.dtype, serial, self._backend.num_warps)
         _put(self._dispatches, key, (plan, look, pieces))
 
     # ---- combine ----
 
     def combine(
-        self, x: Any, handle: Any, row_weights: Any, wait_stats: Any, options: Any
+        self, x: Any, handle: Any, row_weights: Any, wait_stats: Any, options: tuple[Any, ...]
     ) -> Tensor | None:
         """As dispatch."""
         if type(x) is not Tensor or type(handle) is not OwnHandle or handle.routing is None:
@@ -133,15 +133,15 @@ class Plans:
         like = self._like_sums(handle.routing.num_tokens, x.dtype)
         out = torch.empty_like(like, memory_format=torch.contiguous_format)
         stream = plan.run(
-            backend.rank, handle.routing, x, handle.topk_idx, handle.topk_weights, row_weights,
-            wait_stats, out,
+            backend.rank, options, handle.routing, x, handle.topk_idx, handle.topk_weights,
+            row_weights, wait_stats, out,
         )  # fmt: skip
         if stream is None:
             return None
         backend.will_look_at(stream)
         return out
 
-    def learn_combine(self, options: Any, work: Combine) -> None:
+    def learn_combine(self, options: tuple[Any, ...], work: Combine) -> None:
         """As learn_dispatch."""
         call, handle = work.call, work.call.handle
         if type(handle) is not OwnHandle or handle.routing is None:
@@ -152,7 +152,8 @@ class Plans:
             return
         stages = self._backend.num_stages
         key = (options, call.x.dtype, call.row_weights is None, handle.look.serial, stages)
-        _put(self._combines, key, _core.CombinePlan(work.args, work.wants(), call.x))
+        plan = _core.CombinePlan(work.args, work.wants(), options, call.x)
+        _put(self._combines, key, plan)
 
     def _like_sums(self, num_tokens: int, dtype: torch.dtype) -> Tensor:
         """Of the shape of a result; not to be looked into."""

@@ -266,12 +266,28 @@ class ArenaReceived(Received):
             fields["origins"] = outputs.get("origins")
         return self
 
+    @classmethod
+    def later(cls, look: Look, flight: _core.Flight, outputs_of: tuple[Any, ...]) -> ArenaReceived:
+        """The same of Outputs(*outputs_of), which are made then, too."""
+        if look.origins:
+            return cls.of(Outputs(*outputs_of))
+        self = cls.__new__(cls)
+        fields = self.__dict__
+        fields["_outputs_of"] = outputs_of
+        fields["layout"] = look.layout
+        fields["hold"] = flight
+        return self
+
     def __getattr__(self, name: str) -> Any:
         """A field that nobody has asked for yet."""
-        if name not in _FIELDS or (outputs := self.__dict__.get("_outputs")) is None:
+        fields = self.__dict__
+        if name == "_outputs" and "_outputs_of" in fields:
+            value: Any = Outputs(*fields["_outputs_of"])
+        elif name in _FIELDS and ("_outputs" in fields or "_outputs_of" in fields):
+            value = self._outputs.get(name)
+        else:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        value = outputs.get(name)
-        self.__dict__[name] = value
+        fields[name] = value
         return value
 
     def copied(self) -> ArenaReceived:
