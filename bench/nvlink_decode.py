@@ -7,6 +7,8 @@ and the host's time for a call. Slabs of FP8 rows, as in bench/nvlink_latency.py
 Times are those of bench/nvlink_gpus.py; in a graph of ten, per pair or call. `host_us`: from
 entering the Python function until it returns, nothing queued before it; the slower rank's median,
 after as many calls as a processor that has slept needs to be fast again, some 0.3 s.
+`host_add_us`: the same of a torch.add right after, since one processor has needed 7 to 12 us for
+that within minutes.
 """
 
 from __future__ import annotations
@@ -71,6 +73,11 @@ def layer(tokens: int, most: int | None = None) -> None:
     def pair() -> None:
         bench.home(rows, dispatch())
 
+    one = torch.zeros(1, device="cuda")
+
+    def add() -> None:
+        torch.add(one, 1, out=one)
+
     bench.graphed(f"pair{where}", pair, 0)
     calls: dict[str, Work] = {
         "dispatch": dispatch,
@@ -79,7 +86,8 @@ def layer(tokens: int, most: int | None = None) -> None:
     }
     for op, work in calls.items():
         gpu, host = bench.times(work)
-        bench.report(f"{op}{where}", gpu, host, 0, host_us=round(host_us(work), 1))
+        ours, usual = round(host_us(work), 1), round(host_us(add), 1)
+        bench.report(f"{op}{where}", gpu, host, 0, host_us=ours, host_add_us=usual)
         bench.graphed(f"{op}{where}", work, 0)
     bench.buffer.check()
     bench.buffer.close()
