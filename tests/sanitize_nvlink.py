@@ -9,7 +9,8 @@ itself, and with two that wait for each other; and the loopback suite, all of it
 random ones end well after --seconds of rounds, and each program, or part, is ended after --limit.
 
 The tool may lose a launch, says so, and the ranks that wait for that kernel fail. Then that program
-is run once more, or twice. A record is one JSON line. The exit code is 1 unless all was clean.
+is run once more, or twice, unless the tool found something besides. A record is one JSON line. The
+exit code is 1 unless all was clean: every program ended well, and each summary counts nothing.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ FOUND = 7  # exit code when something was found
 TOOL_FAILED = "Internal Sanitizer Error"
 REPEATS = 2
 PARTS = 4
-_SUMMARY = re.compile(r"^=+ +((?:ERROR|RACECHECK) SUMMARY: .*)$", re.MULTILINE)
+_SUMMARY = re.compile(r"^=+ +((?:ERROR|RACECHECK) SUMMARY: (\d+) .*)$", re.MULTILINE)
 
 
 def stress(ranks: int, seed: int, seconds: float) -> list[str]:
@@ -73,6 +74,8 @@ def commands(program: str, seed: int, seconds: float, parts: int) -> list[list[s
 
 def parts_of_suite(parts: int) -> list[list[str]]:
     """All cases of the suite, dealt out in turn."""
+    if parts < 1:
+        raise ValueError(f"{parts} parts")
     command = [sys.executable, *PYTEST, "--collect-only", str(LOOPBACK)]
     listed = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, check=True).stdout
     cases = [line.partition("::")[2] for line in listed.splitlines() if "::" in line]
@@ -81,37 +84,57 @@ def parts_of_suite(parts: int) -> list[list[str]]:
     return [[*PYTEST, *(f"{LOOPBACK}::{c}" for c in cases[i::parts])] for i in range(parts)]
 
 
-def said(program: str, output: str) -> str | None:
-    """How the program itself says that all went well."""
-    ends_well = r"^\d+ passed.*$" if program == SUITE else "^ok: .*$"
-    line = re.search(ends_well, output, re.MULTILINE)
+def said(program: str, arguments: list[str], output: str) -> str | None:
+    """How the program itself says that all went well, and that all of it ran."""
+    if program != SUITE:
+        line = re.search("^ok: .*$", output, re.MULTILINE)
+        return line[0] if line else None
+    cases = sum("::" in argument for argument in arguments)
+    line = re.search(rf"^{cases} passed in .*$", output, re.MULTILINE)
     return line[0] if line else None
 
 
+def found(output: str) -> int | None:
+    """What the tool counted, hazards or errors, but for failures of its own; None: it did not."""
+    summaries = _SUMMARY.findall(output)
+    return int(summaries[-1][1]) - output.count(TOOL_FAILED) if summaries else None
+
+
 def run(command: list[str], limit_s: float) -> tuple[int | None, str]:
-    """Exit code (None: ended by us) and output."""
+    """Exit code (None: ended by us) and output, which goes to our stdout, too."""
     path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
         start_new_session=True, env={**os.environ, **LOADING, **SLOWED, "PYTHONPATH": path},
     )  # fmt: skip
+    code: int | None = None
     try:
         output, _ = process.communicate(timeout=limit_s)
-        return process.returncode, output
+        code = process.returncode
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # the tool, and what runs under it
+        end(process)
         output, _ = process.communicate()
-        return None, output
+    except BaseException:
+        end(process)
+        raise
+    print(output, flush=True)
+    return code, output
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """The tool, and what runs under it."""
+    os.killpg(process.pid, signal.SIGKILL)
 
 
 def run_again(command: list[str], limit_s: float) -> tuple[int | None, str, int]:
-    """The same, and how often the tool itself had failed before."""
-    failed = 0
-    while True:
+    """The same, and how often the tool itself had failed."""
+    for failed in range(REPEATS + 1):
         code, output = run(command, limit_s)
-        if TOOL_FAILED not in output or failed == REPEATS:
+        if TOOL_FAILED not in output:
             return code, output, failed
-        failed += 1
+        if (found(output) or 0) > 0:
+            break
+    return code, output, failed + 1
 
 
 def check(
@@ -120,16 +143,16 @@ def check(
     """A record. What the program and the tool print goes to our stdout."""
     command = ["compute-sanitizer", "--tool", tool, *TOOLS[tool], *BACKTRACES]
     command += ["--error-exitcode", str(FOUND), sys.executable]
-    begun, lost = time.monotonic(), 0
+    begun, lost, clean = time.monotonic(), 0, True
     codes: list[int | None] = []
     summaries: Counter[str] = Counter()
     done: list[str | None] = []
     for arguments in commands(program, seed, seconds, parts):
         code, output, failed = run_again([*command, *arguments], limit_s)
-        print(output, flush=True)
         codes.append(code)
-        summaries.update(_SUMMARY.findall(output)[-1:])
-        done.append(said(program, output))
+        summaries.update([_SUMMARY.findall(output)[-1][0]] if found(output) is not None else [])
+        done.append(said(program, arguments, output))
+        clean = clean and found(output) == 0 and TOOL_FAILED not in output
         lost += failed
     bad = [code for code in codes if code != 0]
     return {
@@ -137,13 +160,14 @@ def check(
         "tool": tool,
         "program": program,
         "seed": seed,
-        "correct": not bad and all(done),
+        "correct": clean and not bad and all(done),
         "exit": bad[0] if bad else 0,  # null: it took longer than it may
         "summary": "; ".join(s if n == 1 else f"{n} x {s}" for s, n in summaries.items()) or None,
         "tool_failed": lost,
         "done": "; ".join(line for line in done if line) or None,
         "seconds": round(time.monotonic() - begun, 1),
-        "command": f"python tests/sanitize_nvlink.py --tools {tool} --programs {program}",
+        "command": f"python tests/sanitize_nvlink.py --tools {tool} --programs {program}"
+        + (f" --parts {parts}" if program == SUITE else f" --seconds {seconds:g}"),
     }
 
 
