@@ -92,8 +92,6 @@ bool take_stats(Tensors& t, py::handle stats, const dlpack::DataType& type, int6
     return true;
 }
 
-bool is_crowded(const DeviceArena& arena) { return arena.in_use() > arena.capacity() / 4 * 3; }
-
 }  // namespace
 
 OptionTypes::OptionTypes(const py::tuple& options) {
@@ -114,7 +112,7 @@ std::shared_ptr<Flight> run(DeviceRank& rank, const DispatchPlan& plan, const py
                             py::handle x, py::handle topk_idx, py::handle topk_weights,
                             py::handle scales, py::handle recv_stats, py::handle wait_stats,
                             const Routing* routing) {
-    if (exchange() == nullptr || rank.failed() || is_crowded(*rank.arena())) return nullptr;
+    if (exchange() == nullptr || rank.failed() || rank.arena()->is_crowded()) return nullptr;
     if (!plan.options.are_of(options)) return nullptr;
     DispatchArgs a = plan.args;
     DispatchWants wants = plan.wants;

@@ -46,6 +46,8 @@ public:
     ArenaStats stats() const { return extents_.stats(); }
     int64_t in_use() const { return extents_.in_use(); }
     int64_t capacity() const { return memory_->bytes(); }
+    // Whether so much is in use that results should not stay.
+    bool is_crowded() const { return in_use() > capacity() / 4 * 3; }
 
 private:
     friend class StreamHold;
@@ -74,7 +76,7 @@ private:
     std::shared_ptr<DeviceMemory> memory_;
     Arena extents_;
     std::mutex mutex_;
-    std::vector<Retired> retired_;  // the oldest first
+    std::vector<Retired> retired_;  // as they died; behind them what is not ready yet
     std::mutex granting_;
     std::vector<Early> early_;  // ranges do not overlap
 };

@@ -143,18 +143,23 @@ void DeviceArena::retire(const Extent& extent, const std::vector<Stream>& stream
     retired_.push_back(std::move(retired));
 }
 
-// What a call in a loop asks for: as much as has died first, of which this stream alone was a user. What has
-// died after that is looked at the next time.
+// What a call in a loop asks for: as much as has died first. Only while few have died, which this stream alone has
+// used, and memory is not short: they count as in use until they are looked at.
 std::optional<Extent> DeviceArena::take_back(int64_t bytes, Stream stream) {
+    constexpr size_t kFew = 4;  // two results of a static call
+    if (is_crowded()) return std::nullopt;
     std::lock_guard lock(mutex_);
-    if (retired_.empty()) return std::nullopt;
-    const auto& [extent, users] = retired_.front();
-    const bool fits = extent.bytes == Arena::bytes_of_extent(bytes) && users.size() == 1 &&
-                      users[0].stream == stream;
-    if (!fits) return std::nullopt;
-    const Extent taken = extent;
+    const auto is_own = [stream](const Retired& r) {
+        return r.users.size() == 1 && r.users[0].stream == stream;
+    };
+    if (retired_.empty() || retired_.size() > kFew ||
+        retired_.front().extent.bytes != Arena::bytes_of_extent(bytes) ||
+        !std::all_of(retired_.begin(), retired_.end(), is_own)) {
+        return std::nullopt;
+    }
+    const Retired taken = std::move(retired_.front());
     retired_.erase(retired_.begin());
-    return taken;
+    return taken.extent;
 }
 
 // Free memory that work on `stream` may use. `takes_own`: also behind what is queued there.

@@ -150,7 +150,7 @@ bool DeviceRank::take_extents(Flight& flight, int64_t rows, int64_t tokens) {
         }
     }
     std::shared_ptr<StreamHold> holds[2];
-    for (const int i : {1, 0}) {  // as they die
+    for (int i = 0; i < 2; ++i) {
         if (ok && sizes[i] > 0)
             holds[i] = arena_->grant(sizes[i], flight.stream, flight.is_captured);
         ok = ok && (sizes[i] == 0 || holds[i]);

@@ -77,6 +77,12 @@ struct Routing {
 // A dispatch that has been queued: where its outputs lie, and what is known of their sizes.
 struct Flight {
     explicit Flight(const DispatchJob& j) : job(j) {}
+    Flight(const Flight&) = delete;
+    Flight& operator=(const Flight&) = delete;
+    // What was granted first dies first, and the next call in a loop asks for that first.
+    ~Flight() {
+        for (Granted& g : granted) g = {};
+    }
 
     DispatchJob job;
     std::vector<Part> parts;

@@ -282,7 +282,7 @@ class ArenaReceived(Received):
         """A field that nobody has asked for yet."""
         fields = self.__dict__
         if name == "_outputs" and "_outputs_of" in fields:
-            value: Any = Outputs(*fields["_outputs_of"])
+            value: Any = Outputs(*fields.pop("_outputs_of"))
         elif name in _FIELDS and ("_outputs" in fields or "_outputs_of" in fields):
             value = self._outputs.get(name)
         else:

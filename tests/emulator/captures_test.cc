@@ -247,7 +247,7 @@ void run_memory_that_comes_back_early() {
     cudaStreamDestroy(busy);
 }
 
-// A call in a loop is granted what the last one had, as it is; what has died besides is not forgotten for it.
+// A call in a loop is granted what the last one had, as it is; what has died besides is not kept for it.
 void run_memory_of_a_loop() {
     World w(alone());
     DeviceArena& arena = *w.ranks[0].arena;
@@ -280,8 +280,29 @@ void run_memory_of_a_loop() {
     auto theirs = arena.grant(kBytes, busy);
     expect(theirs->extent().offset != a.offset, "memory that another stream may still use");
     cudaStreamSynchronize(busy);  // it waits for nothing
+    theirs.reset();
+    // However many of one size have died: few of them are kept, and none once memory is short.
+    std::vector<std::shared_ptr<StreamHold>> many;
+    for (int i = 0; i < 5; ++i) many.push_back(arena.grant(kBytes, ours));
+    many.clear();
+    first = arena.grant(kBytes, ours);
+    expect_eq(arena.in_use(), kBytes + 4 * kPage);
+    for (int i = 0; i < 5; ++i) many.push_back(arena.grant(kBytes, ours));
+    many.resize(1);
+    expect(arena.is_crowded(), "they count until they are looked at");
+    many.push_back(arena.grant(kBytes, ours));
+    expect_eq(arena.in_use(), 3 * kBytes + 4 * kPage);
+    many.clear();
+    (void)arena.grant(1, ours);
+    // Nor does it hide what another stream has used.
+    auto used = arena.grant(kBytes, ours), beside = arena.grant(kBytes, ours);
+    beside->use_on(busy);
+    used.reset(), beside.reset();
+    used = arena.grant(kBytes, ours);
+    expect_eq(arena.in_use(), 2 * kBytes + 4 * kPage);
+    used.reset();
     // What was given back of an extent is no part of it.
-    theirs.reset(), other.reset(), second.reset(), above.reset();
+    first.reset(), other.reset(), second.reset(), above.reset();
     goes_on = true;
     goes_on.notify_all();
     cudaStreamSynchronize(ours);
