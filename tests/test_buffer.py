@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ import ranks
 import torch
 import worked_example as example
 
+import ep_comm.buffer
 from ep_comm import Begun, Buffer, EPConfig, Received
 from ep_comm.errors import EPClosedError, EPError
 from ep_comm.testing import Cluster
@@ -386,24 +387,41 @@ def test_config_of_ranks_may_differ() -> None:
         two.run(lambda rank: buffers[rank].dispatch(x, torch.full((4, 2), 4)))
 
 
+@pytest.mark.parametrize("verb", ["dispatch", "combine", "another"])
 def test_what_ends_a_buffer_is_told_before_another_thread_calls(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
     with Cluster(1, 1) as cluster:
         (buffer,) = cluster.make_buffers(num_experts=2, num_topk=1, hidden=32, max_tokens=4)
         turns: list[bool] = []
 
         def other_thread_gets_its_turn() -> None:
-            turns.append(buffer._lock._lock.acquire(blocking=False))
+            turns.append(buffer._lock.acquire(blocking=False))
 
         def raise_fault(error: RuntimeError) -> None:
             thread = threading.Thread(target=other_thread_gets_its_turn)
             thread.start()
             thread.join()
 
-        monkeypatch.setattr(buffer._backend, "raise_fault", raise_fault)
-        with pytest.raises(RuntimeError, match="CUDA"), buffer._lock:
+        def breaks(*args: Any, **options: Any) -> None:
             raise RuntimeError("CUDA error: an illegal memory access")
+
+        monkeypatch.setattr(buffer._backend, "raise_fault", raise_fault)
+        monkeypatch.setattr(ep_comm.buffer, "check_dispatch", breaks)
+        monkeypatch.setattr(ep_comm.buffer, "check_combine", breaks)
+        x: Any = torch.zeros(1, 32)
+
+        def another() -> None:
+            with buffer._lock:
+                breaks()
+
+        calls: dict[str, Callable[[], Any]] = {
+            "dispatch": lambda: buffer.dispatch(x, torch.zeros((1, 1), dtype=torch.int64)),
+            "combine": lambda: buffer.combine(x, x),
+            "another": another,
+        }
+        with pytest.raises(RuntimeError, match="CUDA"):
+            calls[verb]()
         other_thread_gets_its_turn()
         assert turns == [False, True]
-        buffer._lock._lock.release()
+        buffer._lock.release()
