@@ -19,6 +19,7 @@ import torch
 from compare import same_bits, same_received, same_values
 from patience import LONGER_S, PATIENT, SLOWED, Disturbed, three_tries
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from ep_comm import Buffer, EPConfig, Handle, Received, reference
 from ep_comm.errors import EPError, EPTimeout
@@ -197,6 +198,7 @@ STATIC = {"sync": False}
 GROUPED = {"layout": "grouped", "alignment": 4}
 SLAB = {"layout": "slab"}
 RUNS: dict[str, Any] = {"num_ranks": 2, "tokens": (MAX_TOKENS, 17), "hidden": 3584, "num_sms": 1}
+USUAL: dict[str, Any] = {"num_ranks": 2, "tokens": (17, 9), "hidden": 3584, "num_sms": None}
 CASES = {
     "one-rank": Case(num_ranks=1, tokens=(33,)),
     "ep2": Case(num_ranks=2),
@@ -258,6 +260,32 @@ CASES = {
     "runs-quantize-slab": Case(**RUNS, options={"quantize": "fp8", **SLAB}),
     "quantize-slab-7168": Case(
         num_ranks=2, tokens=(1, 3), hidden=7168, options={"quantize": "fp8", **SLAB}
+    ),
+    # A block for every token: kernels for usual calls (csrc/kernels/usual.cuh).
+    "usual-static": Case(**USUAL, options=STATIC),
+    "usual-static-quantize": Case(**USUAL, options={"quantize": "fp8", **STATIC}),
+    "usual-static-int32-ids": Case(**USUAL, idx_dtype=torch.int32, options=STATIC),
+    "usual-slab": Case(**USUAL, options=SLAB),
+    "usual-slab-no-weights": Case(**USUAL, weights=False, options=SLAB),
+    "usual-slab-fp16": Case(**USUAL, dtype=torch.float16, options=SLAB),
+    "usual-slab-scales": Case(
+        **USUAL, dtype=torch.float8_e4m3fn, scales=torch.float32, options=SLAB
+    ),
+    "usual-slab-quantize": Case(**USUAL, options={"quantize": "fp8", **SLAB}),
+    "usual-slab-quantize-ue8m0": Case(**USUAL, options={"quantize": "fp8_ue8m0", **SLAB}),
+    "usual-slab-quantize-short": Case(
+        **{**USUAL, "hidden": 384}, options={"quantize": "fp8", **SLAB}
+    ),
+    "usual-slab-top-32-of-64": Case(
+        **USUAL, num_topk=32, num_experts=64, options={"quantize": "fp8", **SLAB}
+    ),
+    "usual-slab-every-block-has-a-token": Case(
+        **{**USUAL, "tokens": (4, 4), "num_sms": 4}, options={"quantize": "fp8", **SLAB}
+    ),
+    "usual-slab-all-to-one-expert": Case(**USUAL, ids="one", options=SLAB),
+    "usual-slab-nobody-sends": Case(**{**USUAL, "tokens": (0, 0)}, options=SLAB),
+    "usual-slab-ep9": Case(  # more ranks than a thread judges at once
+        num_ranks=9, tokens=(3, 1, 0, 2, 4, 1, 1, 0, 2), num_experts=18, num_sms=None, options=SLAB
     ),
 }
 
@@ -607,22 +635,29 @@ def run_catching(cluster: Cluster, work: Callable[[int], Any]) -> list[Any]:
     return results
 
 
+@pytest.mark.parametrize(
+    "case",
+    [Case(num_ranks=3), Case(num_ranks=3, num_sms=None, options=SLAB)],
+    ids=["compact", "usual-slab"],
+)
 def test_bad_ids_fail_on_every_rank_and_the_next_call_works(
-    make_cluster: Callable[..., Cluster],
+    make_cluster: Callable[..., Cluster], case: Case
 ) -> None:
-    case = Case(num_ranks=3)
     cluster = make_cluster(3, **case.buffer_options())
     inputs = case.inputs()
     x, idx = on_gpu(inputs.x), on_gpu(inputs.topk_idx)
     bad = idx[2].clone()
     bad[5, 1] = case.num_experts
     results = run_catching(
-        cluster, lambda r: cluster.buffers[r].dispatch(x[r], bad if r == 2 else idx[r])
+        cluster,
+        lambda r: cluster.buffers[r].dispatch(x[r], bad if r == 2 else idx[r], **case.options),
     )
     assert [code_of(e) for e in results] == ["E213"] * 3
     assert all(f"token 5, k 1, id {case.num_experts}" in str(e) for e in results)
 
-    results = run_catching(cluster, lambda r: cluster.buffers[r].dispatch(x[r], idx[r]))
+    results = run_catching(
+        cluster, lambda r: cluster.buffers[r].dispatch(x[r], idx[r], **case.options)
+    )
     assert all(isinstance(r, Received) for r in results)
 
 
@@ -651,10 +686,12 @@ def test_overflow_and_disagreement_fail_on_every_rank(
     assert all(isinstance(r, Received) for r in dispatch())
 
 
+@pytest.mark.parametrize("options", [STATIC, {**STATIC, **SLAB}], ids=["compact", "slab"])
+@pytest.mark.parametrize("num_sms", [4, None], ids=["any", "usual"])
 def test_static_overflow_shows_in_status_and_is_raised_by_check(
-    make_cluster: Callable[..., Cluster],
+    make_cluster: Callable[..., Cluster], options: dict[str, Any], num_sms: int | None
 ) -> None:
-    case = Case(num_ranks=2, options={**STATIC, "capacity": 5})
+    case = Case(num_ranks=2, num_sms=num_sms, options={**options, "capacity": 5})
     cluster = make_cluster(2, **case.buffer_options())
     inputs = case.inputs()
     want = want_dispatch(case, inputs)
@@ -715,11 +752,12 @@ def check_call_without_memory(cluster: Cluster, case: Case) -> None:
         check_received(recv, want[rank], computed="quantize" in case.options)
 
 
+@pytest.mark.parametrize("num_sms", [4, None], ids=["any", "usual"])
 @pytest.mark.parametrize("name", NO_MEMORY)
 def test_static_call_that_finds_no_memory_gives_its_shapes_and_a_status(
-    make_cluster: Callable[..., Cluster], name: str
+    make_cluster: Callable[..., Cluster], name: str, num_sms: int | None
 ) -> None:
-    case = Case(num_ranks=2, options=NO_MEMORY[name])
+    case = Case(num_ranks=2, num_sms=num_sms, options=NO_MEMORY[name])
     check_call_without_memory(make_cluster(2, **case.buffer_options()), case)
 
 
@@ -821,3 +859,39 @@ def test_one_rank_alone() -> None:
         want = x.clone()
         want[3] = 0
         assert torch.equal(out, want)
+
+
+# ---- kernels ----
+
+
+@pytest.mark.parametrize(
+    ("dispatch", "combine"),
+    [
+        (STATIC, {}),
+        ({**SLAB, "quantize": "fp8"}, {"per_rank": True}),
+        (SLAB, {"weighted": True, "order": "topk"}),
+    ],
+    ids=["compact", "slab", "unreduced"],
+)
+def test_usual_calls_run_kernels_of_their_own(
+    make_cluster: Callable[..., Cluster], dispatch: dict[str, Any], combine: dict[str, Any]
+) -> None:
+    case = Case(num_ranks=1, tokens=(9,), num_sms=None, options=dispatch)
+    inputs = case.inputs()
+    (buffer,) = make_cluster(1, **case.buffer_options()).buffers
+    x, idx, weights = (on_gpu(t) for t in (inputs.x, inputs.topk_idx, inputs.topk_weights))
+    assert x is not None
+    assert idx is not None
+    assert weights is not None
+
+    def kernels(**more: Any) -> list[bool]:
+        """Of those of a dispatch and a combine, which are for usual calls."""
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            recv = buffer.dispatch(x[0], idx[0], weights[0], **case.options, **more)
+            buffer.combine(torch.zeros_like(recv.x, dtype=torch.bfloat16), recv.handle, **combine)
+            torch.cuda.synchronize()
+        names = [e.name for e in seen.events() if "kernels::stage_" in e.name]
+        return ["Usual" in name for name in names]
+
+    assert kernels() == [True, True]
+    assert kernels(wait_stats=torch.zeros(1, dtype=torch.int64, device="cuda")) == [False, True]

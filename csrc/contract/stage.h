@@ -105,6 +105,8 @@ static_assert(std::is_trivially_copyable_v<Runs>);
 // Of a piece of a dispatch, at most: what a warp has in flight. With fewer, 128 rows of 14 KiB are more pieces than a
 // GPU has warps to take them. Those that are quantized are shorter, and each takes a warp longer to make.
 inline constexpr int kRowLines = 16, kQuantizedLines = 12;
+// So at most its elements, which come in blocks.
+inline constexpr int kMostQuantized = kQuantizedLines * kLineUnits * kUnitBytes / 128 * 128;
 
 constexpr Record record_of(const DispatchArgs& a) {
     const int64_t block = a.quantize == Quantize::kNone ? 16 : a.scale_block;

@@ -135,6 +135,50 @@ struct Gathered {
     }
 };
 
+// A piece of a row, of up to kVectors vectors of a warp, as it comes from memory. In two steps, so that loads are on
+// their way while other things are done.
+template <DType kSource, int kVectors>
+struct Loaded {
+    using Source = Vector<kSource>;
+    static constexpr int kWidth = 32 * Source::kElements;
+
+    Source vector[kVectors];
+
+    // `elements`: of the piece.
+    __device__ __forceinline__ void load(const std::byte* from, int elements) {
+        const int first = Source::kElements * ptx::lane_id();
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+            const int mine = first + v * kWidth;
+            if (mine < elements) vector[v].load(from + mine * dtype_bytes(kSource));
+        }
+    }
+    // To shared memory, as quantize_blocks leaves it there.
+    template <int kBlock>
+    __device__ __forceinline__ void quantize(std::byte* row, std::byte* scales, int elements,
+                                             bool ue8m0) const {
+        constexpr int kLanes = kBlock / Source::kElements;  // of a block
+        constexpr int kGroups = 32 / kLanes, kValues = kVectors <= 4 ? 4 : 8;
+        static_assert(kVectors <= kValues && kValues <= kLanes);
+        const int lane = ptx::lane_id(), group = lane / kLanes;
+        uint32_t most[kValues] = {};
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) most[v] = vector[v].most();
+        using Maxima = Gathered<kValues, kLanes>;
+        const uint32_t own = Maxima::run(most);
+        const int block = Maxima::value_of(lane % kLanes) * kGroups + group;
+        const bool writes = lane % kLanes < kValues && block * kBlock < elements;
+        const float multiplier = scale_block(Source::magnitude(own), ue8m0, scales, block, writes);
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+            const int mine = v * kWidth + Source::kElements * lane;
+            const float theirs = __shfl_sync(~0u, multiplier, group * kLanes + Maxima::owner(v));
+            if (mine < elements) vector[v].store(row + mine, theirs);
+        }
+        __syncwarp();
+    }
+};
+
 // Elements of a vector of a warp.
 template <DType kSource>
 constexpr int kVectorWidth = 32 * Vector<kSource>::kElements;

@@ -30,6 +30,7 @@ namespace ep::kernels {
 template <device::Rail R>
 struct Far {
     static constexpr bool kAny = true;
+    static constexpr bool kIsUsual = false;
     static constexpr int kWarps = 12;  // which have registers for what is more than inside a node
     static constexpr int kCombineWarps = 12;
 

@@ -1,7 +1,7 @@
 // How an operation is entered: what a block knows of it, the slot, and what it tells others.
 //
-// defines: at, at_own, Uninitialized, in_shared, Entering, Objection, objection, init_told, fetch_parameter,
-// init_entering, tell_entered, NoFar, watch_of, without, acquire_slot, publish_words, publish_head
+// defines: NoFar, at, at_own, Uninitialized, in_shared, Entering, Objection, objection, init_told,
+// fetch_parameter, init_entering, tell_entered, watch_of, without, acquire_slot, publish_words, publish_head
 //
 // What dispatch and combine share is here, in kernels/notices.cuh (what others tell is heard and judged) and in
 // kernels/leave.cuh (the slot is left). Functions are for all threads of a block unless they say otherwise;
@@ -23,6 +23,15 @@
 namespace ep::kernels {
 
 using device::Operation;
+
+// Ranks of other nodes, in operations that go on without ranks that are masked. Here nobody is far, or waits do
+// not go on; elsewhere Far of kernels/direct.cuh.
+struct NoFar {
+    static constexpr bool kAny = false;
+    static constexpr bool kIsUsual = false;  // see kernels/usual.cuh
+    static constexpr int kWarps = 16;        // of a block of a small dispatch
+    static constexpr int kCombineWarps = 16;
+};
 
 // A word of `owner`'s control block.
 template <class T>
@@ -105,31 +114,30 @@ __device__ __forceinline__ void init_told(const Begin& begin, Entering& in) {
     }
 }
 
-// Fetches a parameter of a kernel, of which constant memory has up to 32 lines: each lane one. Else the first
-// instruction that names one of a line would wait for it, some hundred cycles each time. One warp; `sink`: a word
-// for what has no meaning.
+// Fetches a parameter of a kernel into the cache of instructions that name parameters. Else the first one that names
+// one of a line would wait for it, 30 to 80 cycles each time. Uniform, since what lanes load by an address of their
+// own goes through another cache. One warp; `sink`: a word for what has no meaning.
 template <class Param>
 __device__ __forceinline__ void fetch_parameter(const Param& given, volatile uint32_t& sink) {
     constexpr int kLine = 64;
-    static_assert(sizeof(Param) <= 32 * kLine);
-    const int at = kLine * static_cast<int>(ptx::lane_id());
+    const auto* bytes = reinterpret_cast<const std::byte*>(&given);
     uint32_t word = 0;
-    if (at < int{sizeof(Param)}) {
-        const auto* line = reinterpret_cast<const std::byte*>(&given) + at;
-        word = *reinterpret_cast<const uint32_t*>(line);
+#pragma unroll
+    for (int at = 0; at < int{sizeof(Param)}; at += kLine) {
+        word ^= *reinterpret_cast<const uint32_t*>(bytes + at);
     }
-    word = __reduce_or_sync(~0u, word);
     if (ptx::lane_id() == 0) sink = word;
 }
 
 // One thread; a barrier of the block must follow.
+template <class F = NoFar>
 __device__ __forceinline__ void init_entering(const RankView& view, const Begin& begin,
                                               Entering& in) {
     in.seq = view.state.seq[0] + 1;  // the block that ends an operation puts it there
     in.slot = static_cast<int>(view.state.seq[1]);
     in.first_bad = in.size_bad = kNoObjection;
     in.routings = 0;
-    in.masked = device::masked_ranks(view.watch);
+    in.masked = F::kIsUsual ? 0 : device::masked_ranks(view.watch);
     in.unheard = 0;
     in.outbox = nullptr;
     in.leaves = false;
@@ -147,13 +155,6 @@ __device__ __forceinline__ void tell_entered(const RankView& view, Operation op)
     own->entered_seq = op.seq;
 }
 
-// Ranks of other nodes, in operations that go on without ranks that are masked. Here nobody is far, or waits do
-// not go on; elsewhere Far of kernels/direct.cuh.
-struct NoFar {
-    static constexpr bool kAny = false;
-    static constexpr int kWarps = 16;  // of a block of a small dispatch
-    static constexpr int kCombineWarps = 16;
-};
 // What waits of an operation have.
 template <class F>
 __device__ __forceinline__ decltype(auto) watch_of(const RankView& view, const F& far) {
@@ -165,8 +166,9 @@ __device__ __forceinline__ decltype(auto) watch_of(const RankView& view, const F
 }
 
 // Whether this operation goes without a rank.
+template <class F = NoFar>
 __device__ __forceinline__ bool without(const Entering& in, int rank) {
-    return in.masked != 0 && device::has_rank(in.masked, rank);
+    return !F::kIsUsual && in.masked != 0 && device::has_rank(in.masked, rank);
 }
 
 // The slot is ours once every peer has left what it did there num_slots operations ago. One warp of the
@@ -201,7 +203,7 @@ __device__ inline bool acquire_slot(const RankView& view, const F& far, Operatio
 // have no stores of their own to wait for at a fence. kAll: by all of it, where there is no such fence. What
 // the words give away has been done by kernels before this one, so they need no release. `control`: blocks of
 // all ranks.
-template <bool kAll = false, class Bits>
+template <bool kAll = false, class F = NoFar, class Bits>
 __device__ __forceinline__ void publish_words(const RankView& view, std::byte* const* control,
                                               const Entering& in, int begin, int end, Bits bits) {
     const int64_t offset = view.layout.notice(in.slot, view.peers.rank);
@@ -211,10 +213,10 @@ __device__ __forceinline__ void publish_words(const RankView& view, std::byte* c
         const uint64_t word = device::pack(bits(i), in.seq);
 #pragma unroll 1
         for (int p = view.peers.near_begin; p < view.peers.near_end; ++p) {
-            if (in.masked != 0 && device::has_rank(in.masked, p)) continue;
+            if (without<F>(in, p)) continue;
             ptx::st_relaxed_sys(reinterpret_cast<uint64_t*>(control[p] + offset) + i, word);
         }
-        if (in.outbox != nullptr) in.outbox[i] = word;
+        if (!F::kIsUsual && in.outbox != nullptr) in.outbox[i] = word;
     }
 }
 
@@ -231,11 +233,12 @@ __device__ __forceinline__ uint32_t head_word(const Begin& begin, const Entering
     return at < kDetail ? detail[at] : reason[at];
 }
 
+template <class F = NoFar>
 __device__ inline void publish_head(const RankView& view, std::byte* const* control,
                                     const Begin& begin, const Entering& in) {
     using L = NoticeLayout;
-    publish_words(view, control, in, 0, in.code == kOk ? L::kRefusal : L::kRows,
-                  [&](int i) { return head_word(begin, in, i); });
+    publish_words<false, F>(view, control, in, 0, in.code == kOk ? L::kRefusal : L::kRows,
+                            [&](int i) { return head_word(begin, in, i); });
 }
 
 }  // namespace ep::kernels

@@ -9,6 +9,7 @@
 #include "kernels/stage.cuh"
 #include "kernels/stage_combine.cuh"
 #include "kernels/stage_dispatch.cuh"
+#include "kernels/usual.cuh"
 
 namespace ep::kernels {
 
@@ -29,15 +30,44 @@ int stage_blocks(const CombineJob& job) {
         1));
 }
 
+using UsualCompact = Usual<RecvLayout::kCompact>;
+using UsualSlab = Usual<RecvLayout::kSlab>;
+using UsualRows = Usual<RecvLayout::kSlab, false>;  // of a combine that owners add nothing up for
+
 int launch_stage_dispatch(const DispatchJob& job, Half half, int num_blocks, Stream stream) {
-    return launch_staged_dispatch(NoFar{}, job, half, num_blocks, stream);
+    const auto launched = [&](const auto& far) {
+        return launch_staged_dispatch(far, job, half, num_blocks, stream);
+    };
+    const RecvLayout layout = job.args.layout;
+    const bool usual = is_usual(job, half, num_blocks);
+    if (usual && layout == RecvLayout::kSlab) return launched(UsualSlab{});
+    if (usual && layout == RecvLayout::kCompact) return launched(UsualCompact{});
+    return launched(NoFar{});
 }
 
 int launch_stage_combine(const CombineJob& job, Half half, int num_blocks, Stream stream) {
-    return launch_staged_combine(NoFar{}, job, half, num_blocks, stream);
+    const auto launched = [&](const auto& far) {
+        return launch_staged_combine(far, job, half, num_blocks, stream);
+    };
+    const CombineArgs& a = job.args;
+    if (!is_usual(job, half)) return launched(NoFar{});
+    if (a.layout == RecvLayout::kCompact) return launched(UsualCompact{});
+    return a.per_rank ? launched(UsualSlab{}) : launched(UsualRows{});
 }
 
-int load_stage_dispatch(int smem_bytes) { return load_staged_dispatch<NoFar>(smem_bytes); }
-int load_stage_combine(int smem_bytes) { return load_staged_combine<NoFar>(smem_bytes); }
+int load_stage_dispatch(int smem_bytes) {
+    for (const auto load : {load_staged_dispatch<NoFar>, load_staged_dispatch<UsualCompact>,
+                            load_staged_dispatch<UsualSlab>}) {
+        if (const int error = load(smem_bytes)) return error;
+    }
+    return 0;
+}
+int load_stage_combine(int smem_bytes) {
+    for (const auto load : {load_staged_combine<NoFar>, load_staged_combine<UsualCompact>,
+                            load_staged_combine<UsualSlab>, load_staged_combine<UsualRows>}) {
+        if (const int error = load(smem_bytes)) return error;
+    }
+    return 0;
+}
 
 }  // namespace ep::kernels

@@ -10,7 +10,7 @@
 // a kernel that waits for this one: then some blocks start only when others have ended. So no block waits for
 // a turn that nobody has begun: blocks claim theirs, and before they wait for rows, those that are left.
 //
-// defines: kStageWarps, turn_of_block, publishes_stage, StageView, Claim, all_claimed, take_turn,
+// defines: kStageWarps, turn_of_block, publishes_stage, StageView, Claim, Unclaimed, take_turn,
 // claim_own, Releases, begin_half, resume_half, last_block, Readers, end_half
 #pragma once
 
@@ -93,14 +93,17 @@ __device__ __forceinline__ uint64_t unclaimed(const RankView& view, int word) {
     const uint64_t all = turns >= 64 ? ~uint64_t{0} : (uint64_t{1} << turns) - 1;
     return all & ~ptx::ld_relaxed_gpu(view.state.claimed + word);
 }
-__device__ __forceinline__ bool all_claimed(const RankView& view) {
-    uint64_t left = 0;
-#pragma unroll 1
-    for (int word = 0; gridDim.x > 1 && 64 * word < static_cast<int>(gridDim.x); ++word) {
-        left |= unclaimed(view, word);
+// Whether there are any, in two steps, too. One warp, of which each lane looks at a word.
+struct Unclaimed {
+    static_assert(kMostBlocks <= 32 * 64);
+    uint64_t turns = 0;
+
+    __device__ __forceinline__ void look(const RankView& view) {
+        const auto word = static_cast<int>(ptx::lane_id());
+        if (gridDim.x > 1 && 64 * word < static_cast<int>(gridDim.x)) turns = unclaimed(view, word);
     }
-    return left == 0;
-}
+    __device__ __forceinline__ bool none() const { return __all_sync(~0u, turns == 0); }
+};
 // A turn that nobody had, now ours; -1: there is none. One warp.
 __device__ __noinline__ inline int take_turn(const RankView& view) {
     int turn = -1;
@@ -166,13 +169,14 @@ __device__ __forceinline__ bool begin_half(const RankView& view, const Begin& be
                                            Releases releases, Entering& in) {
     releases.look();
     if constexpr (F::kAny) far.hear_masks();
-    if (ptx::lane_id() == 0) init_entering(view, begin, in);
+    if (ptx::lane_id() == 0) init_entering<F>(view, begin, in);
     __syncwarp();
     const Operation op{kind_of(in.told[NoticeLayout::kWhat]), in.seq};
     if constexpr (F::kAny) far.agree_skipped(in);
     const uint64_t num_slots = view.shape.num_slots;
     bool ok = true;
-    if (in.masked == 0 && op.seq > num_slots && releases.all(view, in.slot, op.seq - num_slots)) {
+    if ((F::kIsUsual || in.masked == 0) && op.seq > num_slots &&
+        releases.all(view, in.slot, op.seq - num_slots)) {
         if (ptx::lane_id() == 0) tell_entered(view, op);
     } else {
         ok = acquire_slot<true>(view, far, op, in.slot, in.masked);
@@ -222,7 +226,7 @@ struct Readers {
 
     template <class F>
     __device__ __forceinline__ static bool are_for(const RankView& view) {
-        return !F::kAny && !view.watch.can_mask;
+        return !F::kAny && (F::kIsUsual || !view.watch.can_mask);
     }
     // All warps; what counts is the first time.
     __device__ __forceinline__ void count(const RankView& view, Entering& in) {

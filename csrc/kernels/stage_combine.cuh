@@ -26,6 +26,7 @@
 #include "kernels/stage_masks.cuh"
 #include "kernels/stage_owner.cuh"
 #include "kernels/stage_source.cuh"
+#include "kernels/usual.cuh"
 
 namespace ep::kernels {
 
@@ -40,7 +41,7 @@ template <class F>
 __device__ __noinline__ bool hear_together(const RankView& view, const F& far, const Begin& begin,
                                            Entering& in) {
     if (!await_notices<true>(view, far, begin, in, HearNothing{})) return false;
-    return settle_masked(view, in) || await_notices<true>(view, far, begin, in, HearNothing{});
+    return settle_masked<F>(view, in) || await_notices<true>(view, far, begin, in, HearNothing{});
 }
 
 // The verdict on all notices by a warp, which looks at those words that it depends on; each warp of every
@@ -116,14 +117,14 @@ __device__ __noinline__ void add_again(const CombineJob& job, const CombineSprea
 // What blocks have yet to send that have not started. One warp. False: leave.
 template <DType kDtype, class F, int kUnits>
 __device__ __noinline__ bool send_rest(const CombineJob& job, const CombineSpread& spread,
-                                       std::byte* const* control, const F& far,
-                                       const Entering& in) {
+                                       std::byte* const* control, const F& far, const Entering& in,
+                                       int2* list) {
     const auto blocks = static_cast<int>(gridDim.x);
     uint64_t masked = in.masked;
     if constexpr (F::kAny) masked = far.skipped();
     const Operation op{OpKind::kCombine, in.seq};
     const PartSender<kDtype, F, kUnits> sender{
-        job, spread, {job.view, spread.record, control, op, in.slot, far}, masked};
+        job, spread, {job.view, spread.record, control, op, in.slot, far}, list, masked};
     bool ok = true;
 #pragma unroll 1
     for (int turn = 0; ok && (turn = take_turn(job.view)) >= 0;) {
@@ -170,6 +171,7 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
                          const __grid_constant__ F far) {
     auto** control = reinterpret_cast<std::byte**>(ptx::dynamic_shared());  // [num_ranks] blocks
     __shared__ Uninitialized<Entering> entering;
+    __shared__ int2 lists[F::kCombineWarps][32];
     Entering& in = entering.get();
     const RankView& view = job.view;
     const Record& record = spread.record;
@@ -186,7 +188,7 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
     const int item = spread.added.row_of(first);  // that this warp adds up first
     const Operation none{OpKind::kCombine, 0};
     using Sender = PartSender<kDtype, F, kUnits>;
-    Sender sender{job, spread, {view, record, control, none, 0, far}};
+    Sender sender{job, spread, {view, record, control, none, 0, far}, lists[warp]};
     PartReceiver<kDtype, F> receiver{job, spread, sender.stage, in};
     const bool begins = warp == F::kCombineWarps - 1;
     bool ok = true;
@@ -222,7 +224,7 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
     if constexpr (kHalf != Half::kSend) receiver.find_owner(slot);
     if constexpr (kHalf != Half::kReceive) {
         if (publishes_stage()) {
-            publish_head(view, control, job.begin, in);
+            publish_head<F>(view, control, job.begin, in);
             if constexpr (F::kAny) tell_rows(job, record, far, in);
         }
         if (begins) sender.look(token, sent.piece, ahead);
@@ -231,19 +233,20 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
     }
     if constexpr (kHalf != Half::kSend) {
         Hearing hearing{view, in};
-        if (!view.watch.can_mask) hearing.look();
+        if (!masks<F>(view)) hearing.look();
         auto part = receiver.part_of(item, slot);
         if constexpr (F::kAny) (void)far.hear(view, op, in, F::kCombineWarps - 1);
         const bool times = publishes_stage() && warp == F::kCombineWarps - 1;
-        if (times && job.args.wait_stats != nullptr) {
+        if (!F::kIsUsual && times && job.args.wait_stats != nullptr) {
             time_notices(view, far, in, op, job.args.wait_stats);
         }
         // Others of this block may wait for rows meanwhile.
         const bool looks = kHalf == Half::kBoth && begins;
-        const bool all_sent = !looks || all_claimed(view);
+        Unclaimed unsent;
+        if (looks) unsent.look(view);
         // Rows are still on their way when notices are there.
         bool is_good = false;
-        if (!view.watch.can_mask) {
+        if (!masks<F>(view)) {
             ok = ok && hearing.hear(is_good);
         } else {
             ok = __syncthreads_and(ok) && hear_together(view, far, job.begin, in);
@@ -251,8 +254,8 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
             part = receiver.part_of(item);
         }
         if constexpr (kHalf == Half::kBoth) {
-            if (!__all_sync(~0u, all_sent) && is_good) {
-                ok = ok && send_rest<kDtype, F, kUnits>(job, spread, control, far, in);
+            if (!unsent.none() && is_good) {
+                ok = ok && send_rest<kDtype, F, kUnits>(job, spread, control, far, in, lists[warp]);
             }
         }
         const bool counts = Readers::are_for<F>(view);
@@ -312,10 +315,23 @@ StageCombineKernel<F> stage_combine_for(DType dtype, Half half) {
 }
 template <class F>
 StageCombineKernel<F> stage_combine_for(DType dtype, Half half, int units_sent) {
-    if constexpr (!F::kAny) {
-        if (units_sent > kUnitsAdded) return stage_combine_for<F, 2 * kUnitsAdded>(dtype, half);
+    const bool wide = !F::kAny && units_sent > kUnitsAdded;
+    if constexpr (F::kIsUsual) {
+        return wide ? stage_combine_kernel<DType::kBF16, Half::kBoth, F, 2 * kUnitsAdded>
+                    : stage_combine_kernel<DType::kBF16, Half::kBoth, F, kUnitsAdded>;
+    } else {
+        if constexpr (!F::kAny) {
+            if (wide) return stage_combine_for<F, 2 * kUnitsAdded>(dtype, half);
+        }
+        return stage_combine_for<F>(dtype, half);
     }
-    return stage_combine_for<F>(dtype, half);
+}
+
+// Calls that kernels with Usual are for, but for their layout.
+inline bool is_usual(const CombineJob& job, Half half) {
+    const CombineArgs& a = job.args;
+    return half == Half::kBoth && !job.view.watch.can_mask && a.dtype == DType::kBF16 &&
+           a.wait_stats == nullptr && a.bias0 == nullptr && a.bias1 == nullptr;
 }
 
 template <class F>

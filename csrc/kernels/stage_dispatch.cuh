@@ -21,6 +21,7 @@
 #include "kernels/stage_masks.cuh"
 #include "kernels/stage_second_half.cuh"
 #include "kernels/stage_tables.cuh"
+#include "kernels/usual.cuh"
 
 namespace ep::kernels {
 
@@ -150,14 +151,36 @@ StageDispatchKernel<F> stage_dispatch_of(Quantize quantize, DType dtype) {
 
 template <class F>
 StageDispatchKernel<F> stage_dispatch_for(const DispatchArgs& a, Half half) {
-    switch (half) {
-        case Half::kBoth:
-            return stage_dispatch_of<Half::kBoth, F>(a.quantize, a.dtype);
-        case Half::kSend:
-            return stage_dispatch_of<Half::kSend, F>(a.quantize, a.dtype);
-        default:
-            return stage_dispatch_kernel<Verbatim, Half::kReceive, F>;
+    if constexpr (F::kIsUsual) {
+        if (a.quantize == Quantize::kNone) return stage_dispatch_kernel<Verbatim, Half::kBoth, F>;
+        return stage_dispatch_kernel<Quantized<DType::kBF16>, Half::kBoth, F>;
+    } else {
+        switch (half) {
+            case Half::kBoth:
+                return stage_dispatch_of<Half::kBoth, F>(a.quantize, a.dtype);
+            case Half::kSend:
+                return stage_dispatch_of<Half::kSend, F>(a.quantize, a.dtype);
+            default:
+                return stage_dispatch_kernel<Verbatim, Half::kReceive, F>;
+        }
     }
+}
+
+// Calls that kernels with Usual are for, but for their layout.
+inline bool is_usual(const DispatchJob& job, Half half, int num_blocks) {
+    const DispatchArgs& a = job.args;
+    const UnpackArgs& out = job.out;
+    const Shape& s = job.view.shape;
+    const bool wants_more =
+        a.replicas.num_logical != 0 || a.routed_idx != nullptr || a.logical_load != nullptr ||
+        a.rank_ends != nullptr || a.wait_stats != nullptr || a.index_capacity >= 0 ||
+        out.offsets != nullptr || out.row_token != nullptr || out.source_range != nullptr;
+    const bool is_small = a.num_tokens <= num_blocks &&
+                          record_of(a).num_pieces <= NoFar::kWarps - 3 && s.num_ranks <= 32 &&
+                          s.num_ranks + s.num_experts <= NoFar::kWarps * 32;
+    const bool quantizes = a.quantize != Quantize::kNone;
+    return half == Half::kBoth && !job.view.watch.can_mask && !wants_more && is_small &&
+           (!quantizes || (a.scale_block == 128 && a.dtype == DType::kBF16));
 }
 
 template <class F>

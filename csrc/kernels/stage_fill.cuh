@@ -10,10 +10,12 @@
 #include "device/ptx.cuh"
 #include "kernels/enter.cuh"
 #include "kernels/stage_tables.cuh"
+#include "kernels/usual.cuh"
 
 namespace ep::kernels {
 
 // What nobody sent: rows of fixed shapes that are in no use. Of a warp, one of `step` of the grid.
+template <class F>
 struct StagePadder {
     const DispatchJob& job;
     int first, step;
@@ -32,7 +34,7 @@ struct StagePadder {
 #pragma unroll 1
             for (int64_t i = begin + 32 * first + lane; i < end; i += 32 * step) f.at[i] = f.value;
         }
-        if (a.layout != RecvLayout::kSlab || out.max_rows == 0) return;
+        if (is_compact<F>(a.layout) || out.max_rows == 0) return;
         const int first_expert = tables.first()[me];
         const int num_local = tables.first()[me + 1] - first_expert;
         const auto capacity = static_cast<int>(a.capacity);
@@ -50,7 +52,7 @@ struct StagePadder {
                 }
                 if (is_used) continue;
                 if (a.with_weights) out.topk_weights[row] = 0.0f;
-                if (out.row_token != nullptr) out.row_token[row] = -1;
+                if (!F::kIsUsual && out.row_token != nullptr) out.row_token[row] = -1;
             }
         }
     }
@@ -58,11 +60,13 @@ struct StagePadder {
 
 // Of our own tokens, which know by now only their turn among ours: their rows at their owners. A thread
 // takes a selection. Of a call that failed, or at a rank that is masked: none.
+template <class F>
 __device__ __forceinline__ void settle_rows(const DispatchJob& job, const StageTables& tables,
                                             int begin, int end, const Entering& in, bool good) {
     const DispatchArgs& a = job.args;
     const RankView& view = job.view;
-    const int64_t* ids = a.routed_idx != nullptr ? a.routed_idx : a.topk_idx;
+    const bool is_routed = !F::kIsUsual && a.routed_idx != nullptr;
+    const int64_t* ids = is_routed ? a.routed_idx : a.topk_idx;
     const int last = end * a.num_topk;
     // From the last warp but one downwards: first warps are those that take rows, the last one tells.
     const auto threads = static_cast<int>(blockDim.x), back = threads - 33;
@@ -73,9 +77,9 @@ __device__ __forceinline__ void settle_rows(const DispatchJob& job, const StageT
         const int64_t id = ids[i];
         const Expert expert = tables.expert(id);
         if (number < 0 || expert.position < 0) continue;
-        if (!good || without(in, staged_rank(expert.code))) {
+        if (!good || without<F>(in, staged_rank(expert.code))) {
             a.send_row[i] = -1;
-        } else if (a.layout == RecvLayout::kCompact) {
+        } else if (is_compact<F>(a.layout)) {
             a.send_row[i] = tables.rows(view.peers.rank, staged_rank(expert.code)) + number;
         } else {
             const auto slab = static_cast<int>(staged_local(expert.code) * a.capacity);

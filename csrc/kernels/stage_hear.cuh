@@ -1,7 +1,8 @@
 // In a small dispatch every block hears what all ranks bring to all experts, and comes to the verdict by
 // itself.
 //
-// defines: HeadListener, first_column, CountsListener, HeardLimits, FirstLook, judge_stage, explain_stage
+// defines: HeadListener, first_column, CountsListener, HeardLimits, FirstLook, judge_few, judge_stage,
+// explain_stage
 #pragma once
 
 #include <cstdint>
@@ -14,6 +15,7 @@
 #include "kernels/notices.cuh"
 #include "kernels/stage_masks.cuh"
 #include "kernels/stage_tables.cuh"
+#include "kernels/usual.cuh"
 
 namespace ep::kernels {
 
@@ -37,8 +39,9 @@ __device__ __forceinline__ int first_column() {
 }
 
 // The counts of all ranks, untrusted until they are judged.
+template <class F>
 struct CountsListener {
-    static constexpr int kAtOnce = 4;  // words of a thread on their way
+    static constexpr int kAtOnce = F::kIsUsual ? 8 : 4;  // words of a thread on their way
 
     const DispatchJob& job;
     const StageTables& tables;
@@ -54,7 +57,7 @@ struct CountsListener {
     }
 
     // The counts of some sources. False: not all are there.
-    __device__ __forceinline__ bool look(int first, int column) const {
+    __device__ __forceinline__ bool look(int first, int column, int32_t (&count)[kAtOnce]) const {
         const int num = min(kAtOnce, tables.shape.num_ranks - first);
         uint64_t word[kAtOnce];
 #pragma unroll
@@ -65,16 +68,23 @@ struct CountsListener {
 #pragma unroll
         for (int u = 0; u < kAtOnce; ++u) {
             if (u >= num) break;
-            tables.prefix()[(first + u) * tables.columns() + column] =
-                static_cast<int32_t>(device::bits_of(word[u]));
+            count[u] = static_cast<int32_t>(device::bits_of(word[u]));
             all = all && device::is_of(word[u], in.seq);
         }
         return all;
     }
+    // What was seen of them, to be judged.
+    __device__ __forceinline__ void put(int first, int column,
+                                        const int32_t (&count)[kAtOnce]) const {
+#pragma unroll
+        for (int u = 0; u < kAtOnce; ++u) {
+            if (first + u >= tables.shape.num_ranks) break;
+            tables.prefix()[(first + u) * tables.columns() + column] = count[u];
+        }
+    }
 
     // Those of all that heads were heard of; whom the call goes without, and who is masked meanwhile, brings
     // nothing. All threads, each for its columns. False: leave.
-    template <class F>
     __device__ __forceinline__ bool take(const F& far) const {
         const Operation op{OpKind::kDispatch, in.seq};
         const uint64_t gone = in.masked | in.unheard;
@@ -101,10 +111,11 @@ struct CountsListener {
 };
 
 // Rows that rank p's x has.
+template <class F = NoFar>
 __device__ __forceinline__ int64_t rows_of(const DispatchJob& job, const StageTables& tables,
                                            int p) {
     const int32_t* first = tables.first();
-    if (job.args.layout == RecvLayout::kCompact) return tables.total_rows(p);
+    if (is_compact<F>(job.args.layout)) return tables.total_rows(p);
     return (first[p + 1] - first[p]) * job.args.capacity;
 }
 
@@ -117,22 +128,9 @@ struct HeardLimits {
     __device__ __forceinline__ int max_recv(int p) const { return tables.heard()[p].max_recv; }
 };
 
-// All that a warp waits for, looked at together, as long as it takes in most calls: else each load would wait
-// for the one before. Only while nobody is masked, and where each thread has at most one column.
-struct FirstLook {
-    static constexpr int kTurns = 256;
-    static constexpr int kPeeks = 8;  // at a piece: more take bandwidth from what comes
-
-    const DispatchJob& job;
-    const StageTables& tables;
-    Entering& in;
-    // A lane's word of the first head, what rank `lane` brings, and what the rank of a column can take.
-    uint32_t head = 0, num_tokens = 0, rows = 0, recv = 0;
-
-    __device__ __forceinline__ bool is_enough() const {
-        return in.masked == 0 && job.view.shape.num_ranks <= 32 &&
-               tables.columns() <= static_cast<int>(blockDim.x);
-    }
+// What lanes of a warp have heard: what rank `lane` brings, and what the rank of a lane's column can take.
+struct LaneLimits {
+    uint32_t num_tokens = 0, rows = 0, recv = 0;
 
     // Of any rank, by all lanes; of that of this thread's column.
     __device__ __forceinline__ int tokens(int p) const {
@@ -140,6 +138,31 @@ struct FirstLook {
     }
     __device__ __forceinline__ int max_rows(int) const { return static_cast<int>(rows); }
     __device__ __forceinline__ int max_recv(int) const { return static_cast<int>(recv); }
+};
+
+// All that a warp waits for, looked at together, as long as it takes in most calls: else each load would wait
+// for the one before. Only while nobody is masked, and where each thread has at most one column.
+template <class F>
+struct FirstLook {
+    static constexpr int kTurns = 256;
+    static constexpr int kPeeks = 8;  // at a piece: more take bandwidth from what comes
+
+    const DispatchJob& job;
+    const StageTables& tables;
+    Entering& in;
+    uint32_t head = 0;  // a lane's word of the first head
+    LaneLimits limits = {};
+    int32_t counts[CountsListener<F>::kAtOnce] =
+        {};  // of this thread's column, where ranks are so few
+
+    __device__ __forceinline__ bool are_few() const {
+        return F::kIsUsual && job.view.shape.num_ranks <= CountsListener<F>::kAtOnce;
+    }
+    __device__ __forceinline__ bool is_enough() const {
+        if constexpr (F::kIsUsual) return true;
+        return in.masked == 0 && job.view.shape.num_ranks <= 32 &&
+               tables.columns() <= static_cast<int>(blockDim.x);
+    }
 
     // `piece`: with load() and look(), what a warp would like to have as well. One warp. False: something has
     // not come.
@@ -147,13 +170,13 @@ struct FirstLook {
     __device__ __forceinline__ bool run(Piece& piece) {
         using L = NoticeLayout;
         const RankView& view = job.view;
-        const CountsListener counts{job, tables, in};
+        const CountsListener<F> heard{job, tables, in};
         const int num_ranks = view.shape.num_ranks, column = first_column();
         const int p = first_head<true>(), lane = static_cast<int>(ptx::lane_id());
         const bool has_column = column < tables.columns();
         const uint64_t* heads = NoticeWords(view, in.slot, p < num_ranks ? p : 0).words + lane;
         const uint64_t* of_lane = NoticeWords(view, in.slot, lane < num_ranks ? lane : 0).words;
-        const uint64_t* limits = NoticeWords(view, in.slot, column < num_ranks ? column : 0).words;
+        const uint64_t* own = NoticeWords(view, in.slot, column < num_ranks ? column : 0).words;
         bool all = false;
 #pragma unroll 1
         for (int turn = 0, first = 0; turn < kTurns && !all; ++turn) {
@@ -163,20 +186,21 @@ struct FirstLook {
             if (p < num_ranks) word[0] = ptx::ld_relaxed_sys(heads);
             if (lane < num_ranks) word[1] = ptx::ld_relaxed_sys(of_lane + L::kTokens);
             if (column < num_ranks) {
-                word[2] = ptx::ld_relaxed_sys(limits + L::kMaxRows);
-                word[3] = ptx::ld_relaxed_sys(limits + L::kMaxRecv);
+                word[2] = ptx::ld_relaxed_sys(own + L::kMaxRows);
+                word[3] = ptx::ld_relaxed_sys(own + L::kMaxRecv);
             }
-            bool here = !has_column || counts.look(first, column);
-            const bool is_end = first + CountsListener::kAtOnce >= num_ranks;
+            bool here = !has_column || heard.look(first, column, counts);
+            if (has_column && !are_few()) heard.put(first, column, counts);
+            const bool is_end = first + CountsListener<F>::kAtOnce >= num_ranks;
 #pragma unroll
             for (const uint64_t w : word) here = here && (!is_end || device::is_of(w, in.seq));
-            head = device::bits_of(word[0]), num_tokens = device::bits_of(word[1]);
-            rows = device::bits_of(word[2]), recv = device::bits_of(word[3]);
+            head = device::bits_of(word[0]);
+            limits = {device::bits_of(word[1]), device::bits_of(word[2]), device::bits_of(word[3])};
             if (turn < kPeeks) piece.look();
             all = __all_sync(~0u, here);
             if (!all || is_end) continue;
             all = false;
-            first += CountsListener::kAtOnce;
+            first += CountsListener<F>::kAtOnce;
         }
         return all;
     }
@@ -184,12 +208,12 @@ struct FirstLook {
 
 // The counts of a column become what comes before each source, and their sum; what is wrong with them becomes
 // the verdict. All lanes of a warp, each with a column it `has` heard; a barrier of the block follows.
-template <class Limits>
+template <class F = NoFar, class Limits>
 __device__ __forceinline__ void judge_column(const DispatchJob& job, const StageTables& tables,
                                              Entering& in, int c, bool has, const Limits& limits) {
     const DispatchArgs& a = job.args;
     const int num_ranks = job.view.shape.num_ranks;
-    const bool compact = a.layout == RecvLayout::kCompact, rows = c < num_ranks;
+    const bool compact = is_compact<F>(a.layout), rows = c < num_ranks;
     const auto owner_of = [&](int column) {
         const int32_t* first = tables.first();
         int p = 0;
@@ -199,7 +223,7 @@ __device__ __forceinline__ void judge_column(const DispatchJob& job, const Stage
     int sum = 0;
 #pragma unroll 1
     for (int p = 0; p < num_ranks; ++p) {
-        const bool counts = !without(in, p);  // of some that do not, some words have come
+        const bool counts = !without<F>(in, p);  // of some that do not, some words have come
         const int told = limits.tokens(p), tokens = counts ? told : 0;
         if (!has) continue;
         int32_t& at = tables.prefix()[p * tables.columns() + c];
@@ -215,12 +239,58 @@ __device__ __forceinline__ void judge_column(const DispatchJob& job, const Stage
     const bool over = compact ? rows && sum > a.capacity : !rows && sum > a.capacity;
     if (over && a.capacity >= 0) {
         const int owner = rows ? c : owner_of(c);
-        if (!without(in, owner)) atomicMin(&in.size_bad, objection(kSizeObjection, owner));
+        if (!without<F>(in, owner)) atomicMin(&in.size_bad, objection(kSizeObjection, owner));
     }
-    if (!rows || without(in, c)) return;
+    if (!rows || without<F>(in, c)) return;
     const bool fits = sum <= limits.max_recv(c) &&
-                      (compact ? sum : rows_of(job, tables, c)) <= limits.max_rows(c);
+                      (compact ? sum : rows_of<F>(job, tables, c)) <= limits.max_rows(c);
     if (!fits) atomicMin(&in.size_bad, objection(kSizeObjection, c));
+}
+
+// The same, should a lane find something wrong: what, and with whom.
+template <class F>
+__device__ __noinline__ void judge_slowly(const DispatchJob& job, const StageSpread& spread,
+                                          Entering& in, int c, bool has, LaneLimits limits) {
+    judge_column<F>(job, StageTables{spread, job.view.shape}, in, c, has, limits);
+}
+
+// The same of the column of a thread, where its counts are in registers: so nothing is loaded that was just stored.
+template <class F>
+__device__ __forceinline__ void judge_few(const DispatchJob& job, const StageTables& tables,
+                                          Entering& in, int c, bool has, const FirstLook<F>& seen) {
+    constexpr int kMost = CountsListener<F>::kAtOnce;
+    const DispatchArgs& a = job.args;
+    const int num_ranks = job.view.shape.num_ranks;
+    const auto max_tokens = static_cast<uint32_t>(job.view.shape.max_tokens);
+    const bool compact = is_compact<F>(a.layout), rows = c < num_ranks;
+    const uint32_t most = rows ? 1 : a.num_topk;  // of a token
+    int before[kMost], sum = 0;
+    bool fine = true;
+#pragma unroll
+    for (int p = 0; p < kMost; ++p) {
+        if (p >= num_ranks) break;
+        const auto tokens = static_cast<uint32_t>(seen.limits.tokens(p));
+        const auto count = static_cast<uint32_t>(seen.counts[p]);
+        fine &= tokens <= max_tokens && count <= tokens * most;  // none is negative
+        before[p] = sum;
+        sum += seen.counts[p];
+    }
+    if (compact == rows && a.capacity >= 0) fine &= sum <= a.capacity;
+    if (rows && has) {
+        fine &= sum <= seen.limits.max_recv(c) &&
+                (compact ? sum : rows_of<F>(job, tables, c)) <= seen.limits.max_rows(c);
+    }
+    if (__any_sync(~0u, has && !fine)) {
+        if (has) CountsListener<F>{job, tables, in}.put(0, c, seen.counts);
+        return judge_slowly<F>(job, tables.spread, in, c, has, seen.limits);
+    }
+    if (!has) return;
+#pragma unroll
+    for (int p = 0; p < kMost; ++p) {
+        if (p >= num_ranks) break;
+        tables.prefix()[p * tables.columns() + c] = before[p];
+    }
+    tables.prefix()[num_ranks * tables.columns() + c] = sum;
 }
 
 // All columns of a thread.

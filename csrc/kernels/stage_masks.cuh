@@ -16,6 +16,7 @@
 #include "device/wait.cuh"
 #include "kernels/enter.cuh"
 #include "kernels/stage_tables.cuh"
+#include "kernels/usual.cuh"
 
 namespace ep::kernels {
 
@@ -50,8 +51,9 @@ __device__ __noinline__ inline bool decide_masked(const RankView& view, Entering
 
 // After this block has heard all whom it goes on with. All threads; false: it has to hear once more, whom its
 // rank goes on with.
+template <class F>
 __device__ __forceinline__ bool settle_masked(const RankView& view, Entering& in) {
-    if (!view.watch.can_mask) return true;
+    if (!masks<F>(view)) return true;
     const bool same = threadIdx.x >= 32 || decide_masked(view, in);
     if (__syncthreads_and(same)) return true;
     if (threadIdx.x == 0) in.first_bad = kNoObjection;

@@ -13,6 +13,7 @@
 #include "device/wait.cuh"
 #include "kernels/stage.cuh"
 #include "kernels/stage_sums.cuh"
+#include "kernels/usual.cuh"
 
 namespace ep::kernels {
 
@@ -28,6 +29,7 @@ struct PartSender {
     const CombineJob& job;
     const CombineSpread& spread;
     StageView<F> stage;
+    int2* list;           // [32] shared memory of this warp, see look
     uint64_t masked = 0;  // ranks that nothing is sent to
 
     // A token that came here: the lanes of its slots hold their rows.
@@ -43,7 +45,7 @@ struct PartSender {
         const int64_t i = row_of(job, spread, item);
         const int2 from = *reinterpret_cast<const int2*>(a.recv_src + 2 * i);
         token.src = from.x, token.t = from.y;
-        if (a.layout == RecvLayout::kCompact) {
+        if (is_compact<F>(a.layout)) {
             token.row = lane == 0 ? static_cast<int>(i) : -1;
         } else if (lane < a.num_topk) {
             token.row = a.recv_row[i * a.num_topk + lane];
@@ -63,14 +65,14 @@ struct PartSender {
     __device__ __forceinline__ void look(const Token& token, int p, Ahead& ahead) const {
         const CombineArgs& a = args();
         const int lane = ptx::lane_id();
-        uint32_t left = __ballot_sync(~0u, token.row >= 0);
-        ahead.count = __any_sync(~0u, token.row >= a.num_rows) ? -1 : __popc(left);
-        ahead.slot = 0;
-#pragma unroll 2
-        for (int n = 0; n < ahead.count; ++n, left &= left - 1) {
-            if (lane == n) ahead.slot = __ffs(left) - 1;
-        }
-        ahead.row = __shfl_sync(~0u, token.row, ahead.slot);
+        const uint32_t here = __ballot_sync(~0u, token.row >= 0);
+        const int count = __popc(here);
+        __syncwarp();  // those of the token before have been read
+        if (token.row >= 0) list[__popc(here & ptx::lanemask_lt())] = {lane, token.row};
+        __syncwarp();
+        const int2 own = lane < count ? list[lane] : int2{0, 0};
+        ahead.slot = own.x, ahead.row = own.y;
+        ahead.count = __any_sync(~0u, token.row >= a.num_rows) ? -1 : count;
         ahead.first = a.x + p * kPieceBytes + LineLane{}.index(0) * kUnitBytes;
         const int left_here = units_from_lane(units_from(p));
 #pragma unroll
@@ -79,7 +81,8 @@ struct PartSender {
             load_row(ahead, r, left_here, false, ahead.rows[r]);
         }
         ahead.weight = 1.0f;
-        if (a.weighted && a.per_rank && lane < ahead.count) ahead.weight = a.row_weights[ahead.row];
+        if (sums_rows() && a.weighted && lane < ahead.count)
+            ahead.weight = a.row_weights[ahead.row];
     }
 
     // From `token` on, the first of this warp, at which it has looked. False: leave.
@@ -101,6 +104,7 @@ struct PartSender {
 
 private:
     __device__ const CombineArgs& args() const { return job.args; }
+    __device__ bool sums_rows() const { return kernels::sums_rows<F>(args()); }
 
     // The place of the item-th token that is sent, among those that came here.
     __device__ __forceinline__ static int row_of(const CombineJob& job, const CombineSpread& spread,
@@ -145,12 +149,13 @@ private:
                             uint64_t(token.row), 0);
             return false;
         }
-        if (src < 0 || (masked != 0 && device::has_rank(masked, src))) {  // nobody's
+        const bool is_masked = !F::kIsUsual && masked != 0 && device::has_rank(masked, src);
+        if (src < 0 || is_masked) {  // nobody's
             then();
-        } else if (a.layout == RecvLayout::kCompact || !a.per_rank) {
-            send_each(token, at, ahead, then);
-        } else {
+        } else if (sums_rows()) {
             send_sum(token, at, ahead, then);
+        } else {
+            send_each(token, at, ahead, then);
         }
         return true;
     }
@@ -193,7 +198,7 @@ private:
         const CombineArgs& a = args();
         const RankView& view = job.view;
         const int src = token.src, t = token.t;
-        const bool per_rank = a.layout == RecvLayout::kCompact;
+        const bool per_rank = is_compact<F>(a.layout);
         const int count = ahead.count, slot = ahead.slot;
         const int64_t place = per_rank ? int64_t{view.peers.rank} * view.shape.max_tokens + t
                                        : int64_t{t} * a.num_topk;

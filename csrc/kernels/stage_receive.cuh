@@ -14,6 +14,7 @@
 #include "kernels/stage.cuh"
 #include "kernels/stage_masks.cuh"
 #include "kernels/stage_tables.cuh"
+#include "kernels/usual.cuh"
 
 namespace ep::kernels {
 
@@ -125,7 +126,7 @@ private:
     };
 
     __device__ const DispatchArgs& args() const { return job.args; }
-    __device__ bool compact() const { return args().layout == RecvLayout::kCompact; }
+    __device__ bool compact() const { return is_compact<F>(args().layout); }
 
     __device__ std::byte* x() const {
         return tables.arena() + int64_t{job.begin.head.grant.page[Grant::kX]} * kExtentAlign;
@@ -226,6 +227,7 @@ private:
     }
 
     __device__ __forceinline__ bool is_gone(int src) const {
+        if constexpr (F::kIsUsual) return false;
         const uint64_t gone = in.masked | in.unheard;
         return __any_sync(~0u, gone != 0 && device::has_rank(gone, src));
     }
@@ -334,13 +336,13 @@ private:
                 put_id(i * a.num_topk + lane, to.local);
                 if (a.with_weights) out.topk_weights[i * a.num_topk + lane] = to.weight;
             }
-            if (out.row_token != nullptr && lane == 0) out.row_token[i] = t;
+            if (!F::kIsUsual && out.row_token != nullptr && lane == 0) out.row_token[i] = t;
             return;
         }
         if (lane < a.num_topk) out.recv_row[i * a.num_topk + lane] = to.row;
         if (to.row < 0) return;
         if (a.with_weights) out.topk_weights[to.row] = to.weight;
-        if (out.row_token != nullptr) out.row_token[to.row] = t;
+        if (!F::kIsUsual && out.row_token != nullptr) out.row_token[to.row] = t;
     }
 
     __device__ __forceinline__ void put_id(int64_t at, int local) const {
@@ -356,15 +358,14 @@ private:
         uint32_t left = __ballot_sync(~0u, to.row >= 0);
         if (compact()) left &= 0u - left;
         Targets r{__popc(left), 0, 0};
-        int slot = 0;
-#pragma unroll 1
-        for (int n = 0; left != 0; ++n) {
-            const int last = 31 - __clz(static_cast<int>(left));
-            if (static_cast<int>(ptx::lane_id()) == n) slot = last;
-            left ^= 1u << last;
+        auto* list = reinterpret_cast<uint2*>(tables.warp_memory());
+        const auto lane = static_cast<int>(ptx::lane_id());
+        __syncwarp();  // scales of the token before have been read
+        if (left >> lane & 1) {
+            list[__popc(left & ptx::lanemask_lt())] = {static_cast<uint32_t>(to.row), to.scales};
         }
-        r.row = __shfl_sync(~0u, to.row, slot);
-        r.scales = __shfl_sync(~0u, to.scales, slot);
+        __syncwarp();
+        if (lane < r.count) r.row = static_cast<int>(list[lane].x), r.scales = list[lane].y;
         return r;
     }
 

@@ -23,11 +23,13 @@
 #include "kernels/stage_masks.cuh"
 #include "kernels/stage_receive.cuh"
 #include "kernels/stage_tables.cuh"
+#include "kernels/usual.cuh"
 
 namespace ep::kernels {
 
 // What the host and kernels behind this one need to know, and what callers read. One warp of one block. Not out
 // of line: there every parameter would be a load.
+template <class F>
 __device__ __forceinline__ void tell_outputs(const DispatchJob& job, const StageSpread& spread,
                                              const Entering& in, bool ok, int64_t num_logged) {
     const StageTables tables{spread, job.view.shape};
@@ -41,7 +43,7 @@ __device__ __forceinline__ void tell_outputs(const DispatchJob& job, const Stage
         const int e = e0 + lane, count = ok && e < num_local ? tables.total(first + e) : 0;
         if (e < num_local) a.expert_counts[e] = count;
         if (e < num_local && a.recv_stats != nullptr) a.recv_stats[e] += count;
-        if (job.out.offsets == nullptr) continue;
+        if (F::kIsUsual || job.out.offsets == nullptr) continue;
         int sum = (count + a.alignment - 1) / a.alignment * a.alignment;
         const int rows = sum;
 #pragma unroll
@@ -52,19 +54,19 @@ __device__ __forceinline__ void tell_outputs(const DispatchJob& job, const Stage
         if (e < num_local) job.out.offsets[e] = static_cast<int32_t>(group_end + sum - rows);
         group_end += __shfl_sync(~0u, sum, 31);
     }
-    if (job.out.offsets != nullptr && lane == 0) {
+    if (!F::kIsUsual && job.out.offsets != nullptr && lane == 0) {
         job.out.offsets[num_local] = static_cast<int32_t>(group_end);
     }
 #pragma unroll 1
     for (int p = lane; p < num_ranks; p += 32) {
         a.rank_counts[num_ranks + p] = ok ? tables.rows(p + 1, me) - tables.rows(p, me) : 0;
-        if (!ok || without(in, p)) a.rank_counts[p] = 0;
+        if (!ok || without<F>(in, p)) a.rank_counts[p] = 0;
     }
     if (lane == 0) {
         OpState state{in.seq, ok ? int{kOk} : int{in.outcome.incident.code}, in.slot, 0, 0, 0};
         if (ok) {
             state.num_recv = tables.total_rows(me);
-            state.num_rows = rows_of(job, tables, me);
+            state.num_rows = rows_of<F>(job, tables, me);
             state.index_rows = group_end;
             state.num_logged = num_logged;
         }
@@ -73,7 +75,8 @@ __device__ __forceinline__ void tell_outputs(const DispatchJob& job, const Stage
         if (job.status != nullptr) *job.status = state.code;
         if (job.num_recv != nullptr) *job.num_recv = static_cast<int32_t>(state.num_recv);
     }
-    if (a.rank_ends != nullptr || job.out.source_range != nullptr) tell_origins(job, in, ok);
+    const bool tells = a.rank_ends != nullptr || job.out.source_range != nullptr;
+    if (!F::kIsUsual && tells) tell_origins(job, in, ok);
 }
 
 // An index of rows whose size does not depend on what comes has to hold it.
@@ -111,7 +114,7 @@ __device__ __forceinline__ bool hear(const DispatchJob& job, const StageTables& 
                                      const F& far, Entering& in, bool& good) {
     if (!await_notices<true>(job.view, far, job.begin, in, HeadListener{tables})) return false;
     good = in.first_bad == kNoObjection;
-    return !good || CountsListener{job, tables, in}.take(far);
+    return !good || CountsListener<F>{job, tables, in}.take(far);
 }
 
 // The same, and judged. Should ranks be masked, blocks agree on whom they go without, and may have to hear once
@@ -122,10 +125,10 @@ __device__ __forceinline__ bool hear_slowly(const DispatchJob& job, const StageT
     if (threadIdx.x == 0) in.first_bad = in.size_bad = kNoObjection;
     __syncthreads();
 #pragma unroll 1
-    for (bool settled = !job.view.watch.can_mask;; settled = true) {
+    for (bool settled = !masks<F>(job.view);; settled = true) {
         bool good;
         if (!__syncthreads_and(hear(job, tables, far, in, good))) return false;
-        if (settled || settle_masked(job.view, in)) break;
+        if (settled || settle_masked<F>(job.view, in)) break;
     }
     const bool good = in.first_bad == kNoObjection;
     __syncthreads();
@@ -142,7 +145,7 @@ __device__ __noinline__ bool catch_up(const DispatchJob& job, const StageSpread&
     const StageTables tables{spread, job.view.shape};
     if (!has_all && !hear_slowly(job, tables, far, in)) return false;
     const bool good = in.first_bad == kNoObjection;
-    if (good && job.args.index_capacity >= 0) judge_index(job, tables, in);
+    if (!F::kIsUsual && good && job.args.index_capacity >= 0) judge_index(job, tables, in);
     if constexpr (kHalf == Half::kBoth) {
         const bool fits = min(in.first_bad, in.size_bad) == kNoObjection;
         if (!__syncthreads_and(all_sent) && fits) send_rest<Config>(job, spread, far, in);
@@ -152,12 +155,12 @@ __device__ __noinline__ bool catch_up(const DispatchJob& job, const StageSpread&
 
 // A look at everything at once: heads, counts, and the piece of this warp. True: all has come, has been judged,
 // and needs nothing that takes longer. All threads; `ok` becomes false: leave.
-template <class R>
+template <class F, class R>
 __device__ __forceinline__ bool hear_at_once(const DispatchJob& job, const StageTables& tables,
                                              Entering& in, const R& receiver,
                                              const typename R::Run& run, typename R::Ahead& ahead,
-                                             bool all_sent, bool& ok) {
-    FirstLook first{job, tables, in};
+                                             const Unclaimed& left, bool& ok) {
+    FirstLook<F> first{job, tables, in};
     if (!first.is_enough()) {
         ok = __syncthreads_and(ok);
         return false;
@@ -170,8 +173,18 @@ __device__ __forceinline__ bool hear_at_once(const DispatchJob& job, const Stage
     const bool heard =
         hear_heads<true>(job.view, receiver.stage.far, job.begin, in, listener, head);
     const int column = first_column();
-    if (all) judge_column(job, tables, in, column, column < tables.columns(), first);
-    if (__syncthreads_and(ok && all && heard && all_sent)) return settle_masked(job.view, in);
+    const bool has = column < tables.columns();
+    if constexpr (F::kIsUsual) {
+        if (all && first.are_few()) {
+            judge_few(job, tables, in, column, has, first);
+        } else if (all) {
+            judge_slowly<F>(job, tables.spread, in, column, has, first.limits);
+        }
+    } else if (all) {
+        judge_column<F>(job, tables, in, column, has, first.limits);
+    }
+    const bool all_sent = left.none();
+    if (__syncthreads_and(ok && all && heard && all_sent)) return settle_masked<F>(job.view, in);
     ok = __syncthreads_and(ok && heard);
     return false;
 }
@@ -189,12 +202,12 @@ __device__ __forceinline__ void fill_in(const DispatchJob& job, const StageSprea
     const StageTables tables{spread, job.view.shape};
     const auto blocks = static_cast<int>(gridDim.x), warp = static_cast<int>(threadIdx.x) / 32;
     const Span own = tokens_of_turn(job, spread, turn_of_block());
-    if (in.sends) settle_rows(job, tables, own.begin, own.end, in, good);
+    if (in.sends) settle_rows<F>(job, tables, own.begin, own.end, in, good);
     // Warps that had least to take have most to fill in.
     const int last = (F::kWarps - 1 - warp) * blocks - 1 + static_cast<int>(blockIdx.x);
     // Not the warp that tells outputs: its number is -1.
     if (static_cast<uint32_t>(last) >= static_cast<uint32_t>(spread.fillers)) return;
-    StagePadder{job, last, F::kWarps * blocks - 1}.run(tables, good);
+    StagePadder<F>{job, last, F::kWarps * blocks - 1}.run(tables, good);
 }
 
 // Of a call that failed.
@@ -203,7 +216,7 @@ __device__ __noinline__ void take_nothing(const DispatchJob& job, const StageSpr
                                           Entering& in) {
     if (tells_outputs<F>()) {
         explain_any(job, spread, in);
-        tell_outputs(job, spread, in, false, 0);
+        tell_outputs<F>(job, spread, in, false, 0);
     }
     fill_in<F>(job, spread, in, false);
 }
@@ -228,15 +241,16 @@ __device__ __forceinline__ bool receive(const DispatchJob& job, const StageSprea
     receiver.start(from, run, ahead);
     if constexpr (F::kAny) (void)far.hear(view, op, in, F::kWarps - 1);
     const bool tells = tells_outputs<F>();
-    if (tells && job.args.wait_stats != nullptr) {
+    if (!F::kIsUsual && tells && job.args.wait_stats != nullptr) {
         time_notices(view, far, in, op, job.args.wait_stats);
     }
     const bool looks = kHalf == Half::kBoth && warp == F::kWarps - 2;  // one warp for all
-    const bool all_sent = !looks || all_claimed(view);
-    const bool has_all = hear_at_once(job, tables, in, receiver, run, ahead, all_sent, ok);
+    Unclaimed left;
+    if (looks) left.look(view);
+    const bool has_all = hear_at_once<F>(job, tables, in, receiver, run, ahead, left, ok);
     if (!ok) return false;
-    if (!has_all || job.args.index_capacity >= 0) {
-        if (!catch_up<Config, kHalf>(job, spread, far, in, has_all, all_sent)) return false;
+    if (!has_all || (!F::kIsUsual && job.args.index_capacity >= 0)) {
+        if (!catch_up<Config, kHalf>(job, spread, far, in, has_all, left.none())) return false;
         receiver.start(from, run, ahead);
     }
     if (min(in.first_bad, in.size_bad) != kNoObjection) {
@@ -250,7 +264,7 @@ __device__ __forceinline__ bool receive(const DispatchJob& job, const StageSprea
         if constexpr (F::kAny) {
             ok = count_logged(stage, in, far.nodes().num_nodes, num_logged);
         }
-        if (ok) tell_outputs(job, spread, in, true, num_logged);
+        if (ok) tell_outputs<F>(job, spread, in, true, num_logged);
         if (ok && counts) readers.count(view, in);
     } else {
         ok = receiver.run(step, run, ahead, [&] {

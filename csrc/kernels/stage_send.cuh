@@ -1,7 +1,7 @@
 // The first half of a small dispatch: rows are put in front of their receivers, and everybody is told what
 // comes. Nobody is waited for but for the slot.
 //
-// defines: Sender, TokenCounter, count_load, publish_counts
+// defines: Sender, TokenCounter, OnePiece, count_load, publish_counts
 #pragma once
 
 #include <cstdint>
@@ -18,6 +18,7 @@
 #include "kernels/stage.cuh"
 #include "kernels/stage_masks.cuh"
 #include "kernels/stage_tables.cuh"
+#include "kernels/usual.cuh"
 
 namespace ep::kernels {
 
@@ -25,6 +26,7 @@ namespace ep::kernels {
 
 // Of a warp, one of `warps`; each takes as many tokens at once as have a lane for every slot. Tokens below `own`
 // are before the block's; all of them, when it publishes.
+template <class F>
 struct TokenCounter {
     const DispatchJob& job;
     const StageSpread& spread;
@@ -46,7 +48,7 @@ struct TokenCounter {
         if (t < end) next = id_of(t);
     }
     __device__ __forceinline__ void run() {
-        if (job.args.replicas.num_logical != 0) return count_logical(*this);
+        if (!F::kIsUsual && job.args.replicas.num_logical != 0) return count_logical(*this);
         count([](int, int64_t id) { return id; });
     }
 
@@ -83,7 +85,7 @@ private:
                 if (brings) atomicAdd(columns + dst, 1);
             };
             if (t < own) count_in(tables.before());
-            if (t < middle) count_in(tables.middle());
+            if (!F::kIsUsual && t < middle) count_in(tables.middle());
             if (!publishes) continue;
             count_in(tables.all());
             if (chosen || id == -1) continue;
@@ -111,6 +113,7 @@ __device__ __noinline__ inline void count_load(const DispatchJob& job, bool coun
 }
 
 // All threads of the block that publishes.
+template <class F>
 __device__ __forceinline__ void publish_counts(const DispatchJob& job, const StageTables& tables,
                                                Entering& in) {
     using L = NoticeLayout;
@@ -128,7 +131,7 @@ __device__ __forceinline__ void publish_counts(const DispatchJob& job, const Sta
         __syncthreads();
     }
     const NoticeLayout layout(shape);
-    publish_words<true>(job.view, tables.control(), in, 0, layout.end, [&](int i) {
+    publish_words<true, F>(job.view, tables.control(), in, 0, layout.end, [&](int i) {
         if (i < L::kRows) return head_word(job.begin, in, i);
         if (i >= layout.expected && i < layout.selections) return 0u;
         const int c = i < layout.expected ? i - L::kRows : shape.num_ranks + i - layout.selections;
@@ -167,7 +170,7 @@ struct Sender {
         return spread.elements_of(p) * dtype_bytes(args().dtype);
     }
 
-    __device__ __forceinline__ bool has_two() const { return spread.buffers == 2; }
+    __device__ __forceinline__ bool has_two() const { return !F::kIsUsual && spread.buffers == 2; }
     __device__ __forceinline__ int buffer_of(int n) const { return has_two() ? n & 1 : 0; }
     __device__ __forceinline__ device::Stage stage_of(int n) const {
         const int buffer = buffer_of(n);
@@ -237,8 +240,12 @@ struct Sender {
         const DispatchArgs& a = args();
         Slot slot;
         if (static_cast<int>(ptx::lane_id()) >= a.num_topk) return slot;
-        const int64_t id = expert_of(job, t, choice.id);
-        if (a.routed_idx != nullptr) a.routed_idx[int64_t{t} * a.num_topk + ptx::lane_id()] = id;
+        int64_t id = choice.id;
+        if constexpr (!F::kIsUsual) {
+            id = expert_of(job, t, id);
+            const int64_t i = int64_t{t} * a.num_topk + ptx::lane_id();
+            if (a.routed_idx != nullptr) a.routed_idx[i] = id;
+        }
         slot.expert = tables.expert(id), slot.weight = choice.weight;
         return slot;
     }
@@ -261,7 +268,7 @@ struct Sender {
         std::byte* scales = data() + spread.scales_at;
         if constexpr (Config::kQuantizes) {
             const bool ue8m0 = a.quantize == Quantize::kFp8Ue8m0;
-            if (a.scale_block == 128) {
+            if (F::kIsUsual || a.scale_block == 128) {
                 constexpr int kMost = Config::kSource == DType::kF32 ? kVectors / 2 : kVectors;
                 device::quantize_blocks<Config::kSource, 128, kMost, true>(
                     data(), scales, spread.elements_of(p), ue8m0);
@@ -289,7 +296,7 @@ struct Sender {
     __device__ __forceinline__ void send(int t, int p, const Slot& slot) const {
         const int dst = slot.dst();
         const uint32_t same = __match_any_sync(~0u, dst);
-        const bool first = dst >= 0 && (same & ptx::lanemask_lt()) == 0 && !without(in, dst);
+        const bool first = dst >= 0 && (same & ptx::lanemask_lt()) == 0 && !without<F>(in, dst);
         std::byte* to = first ? record_at(dst, t) + stage.piece_at(p) : nullptr;
         uint32_t leaders = __ballot_sync(~0u, first);
         if constexpr (F::kAny) {  // once for all that are far
@@ -304,46 +311,48 @@ struct Sender {
     // What becomes of these tokens, to every rank; each in turn, by one warp. `slot`: of the first; `before`: what was
     // counted of the tokens before them.
     __device__ __forceinline__ void describe(Span own, Slot slot, int32_t* before) const {
-        const DispatchArgs& a = args();
-        const device::LineLane at;
-        const int lane = ptx::lane_id();
-        const bool compact = a.layout == RecvLayout::kCompact;
 #pragma unroll 1
         for (int t = own.begin; t < own.end; ++t) {
             Choice next;
             if (t + 1 < own.end) next = choice_of(t + 1);
-            const int dst = slot.dst(), position = slot.expert.position;
-            const bool chosen = slot.chosen();
-            const uint32_t same = __match_any_sync(~0u, dst);
-            const bool first = chosen && (same & ptx::lanemask_lt()) == 0;
-            const int index = take(before, first, dst, 1);
-            const int number = __shfl_sync(~0u, index, __ffs(same) - 1);  // of the token there
-            const uint32_t rivals = __match_any_sync(~0u, position);  // who chose none is one, too
-            const int ahead = __popc(rivals & ptx::lanemask_lt());
-            const int earlier = take(before, chosen && ahead == 0,
-                                     tables.shape.num_ranks + position, __popc(rivals));
-            const int turn = __shfl_sync(~0u, earlier, __ffs(rivals) - 1) + ahead;
-            const auto told = static_cast<int>(F::kAny ? direct_turn(number, turn) : turn);
-            const int unit = 2 * at.index(0);
-            device::Words words{word(unit, slot, told), word(unit + 1, slot, told)};
-            if (at.is_last()) words.b = stage.op.seq;
-#pragma unroll 1
-            for (int p = job.view.peers.near_begin; p < job.view.peers.near_end; ++p) {
-                if (without(in, p)) continue;
-                const uint32_t here = __ballot_sync(~0u, first && dst == p);
-                const int n = __shfl_sync(~0u, index, here == 0 ? 0 : __ffs(here) - 1);
-                if (lane == 0) words.a = static_cast<uint32_t>(here == 0 ? -1 : n);
-                __syncwarp();
-                if (at.line < stage.record.meta_lines) {
-                    device::put_line(record_at(p, t) + at.offset(0), words);
-                }
-            }
-            if constexpr (F::kAny) describe_far(t, words);
-            if (lane < a.num_topk) {
-                a.send_row[int64_t{t} * a.num_topk + lane] = !chosen ? -1 : compact ? number : turn;
-            }
+            describe(t, slot, before);
             if (t + 1 < own.end) slot = slot_of(t + 1, next);
         }
+    }
+    __device__ __forceinline__ void describe(int t, const Slot& slot, int32_t* before) const {
+        const DispatchArgs& a = args();
+        const device::LineLane at;
+        const int lane = ptx::lane_id();
+        const int dst = slot.dst(), position = slot.expert.position;
+        const bool chosen = slot.chosen();
+        const uint32_t same = __match_any_sync(~0u, dst);
+        const bool first = chosen && (same & ptx::lanemask_lt()) == 0;
+        const int index = take(before, first, dst, 1);
+        const int number = __shfl_sync(~0u, index, __ffs(same) - 1);  // of the token there
+        const uint32_t rivals = __match_any_sync(~0u, position);      // who chose none is one, too
+        const int ahead = __popc(rivals & ptx::lanemask_lt());
+        const int earlier =
+            take(before, chosen && ahead == 0, tables.shape.num_ranks + position, __popc(rivals));
+        const int turn = __shfl_sync(~0u, earlier, __ffs(rivals) - 1) + ahead;
+        const auto told = static_cast<int>(F::kAny ? direct_turn(number, turn) : turn);
+        const int unit = 2 * at.index(0);
+        device::Words words{word(unit, slot, told), word(unit + 1, slot, told)};
+        if (at.is_last()) words.b = stage.op.seq;
+#pragma unroll 1
+        for (int p = job.view.peers.near_begin; p < job.view.peers.near_end; ++p) {
+            if (without<F>(in, p)) continue;
+            const uint32_t here = __ballot_sync(~0u, first && dst == p);
+            const int n = __shfl_sync(~0u, index, here == 0 ? 0 : __ffs(here) - 1);
+            if (lane == 0) words.a = static_cast<uint32_t>(here == 0 ? -1 : n);
+            __syncwarp();
+            if (at.line < stage.record.meta_lines) {
+                device::put_line(record_at(p, t) + at.offset(0), words);
+            }
+        }
+        if constexpr (F::kAny) describe_far(t, words);
+        if (lane >= a.num_topk) return;
+        const int row = is_compact<F>(a.layout) ? number : turn;
+        a.send_row[int64_t{t} * a.num_topk + lane] = chosen ? row : -1;
     }
 
 private:
@@ -428,6 +437,41 @@ private:
                 if (left > v * kApart) device::put_line(line + v * kLinesApart, w[v]);
             }
         }
+    }
+};
+
+// The only piece of a warp of a usual call. announce(): before the kernels ahead have ended, so that it touches nothing
+// of theirs; load(): after that; finish(): it is ready in shared memory. False: leave.
+template <class Config, class F>
+struct OnePiece {
+    Sender<F>& sender;
+    int t, p;
+    typename Sender<F>::First first = {};
+
+    __device__ __forceinline__ void announce() { first = sender.announce(t, p); }
+    __device__ __forceinline__ void load() { sender.load(first); }
+    __device__ __forceinline__ bool finish() { return sender.template prepare<Config>(t, p); }
+};
+
+// It comes to registers, which is sooner than through shared memory, and all of it gets its scales together.
+template <DType kDtype, class F>
+struct OnePiece<Quantized<kDtype>, F> {
+    static constexpr int kVectors = kMostQuantized / device::kVectorWidth<kDtype>;
+
+    Sender<F>& sender;
+    int t, p;
+    device::Loaded<kDtype, kVectors> loaded = {};
+
+    __device__ __forceinline__ void announce() {}
+    __device__ __forceinline__ void load() {
+        loaded.load(sender.source(t, p), sender.spread.elements_of(p));
+    }
+    __device__ __forceinline__ bool finish() {
+        const bool ue8m0 = sender.args().quantize == Quantize::kFp8Ue8m0;
+        std::byte* data = sender.data();
+        loaded.template quantize<128>(data, data + sender.spread.scales_at,
+                                      sender.spread.elements_of(p), ue8m0);
+        return true;
     }
 };
 

@@ -14,6 +14,7 @@
 #include "kernels/stage.cuh"
 #include "kernels/stage_masks.cuh"
 #include "kernels/stage_sums.cuh"
+#include "kernels/usual.cuh"
 
 namespace ep::kernels {
 
@@ -100,7 +101,7 @@ struct PartReceiver {
         Slot slot;
         if (t >= a.num_tokens || lane >= a.num_topk) return slot;
         slot.id = a.topk_idx[i], slot.row = a.send_row[i];
-        if (a.weighted && !a.per_rank) slot.weight = a.topk_weights[i];
+        if (weighs()) slot.weight = a.topk_weights[i];
         return slot;
     }
     __device__ __forceinline__ void find_owner(Slot& slot) const {
@@ -111,7 +112,7 @@ struct PartReceiver {
         const int lane = ptx::lane_id();
         int owner = slot.owner;
         // Owners that this block has given up on are left out like those that are masked.
-        const uint64_t out = in.masked | in.unheard;
+        const uint64_t out = F::kIsUsual ? 0 : in.masked | in.unheard;
         if (out != 0 && owner >= 0 && device::has_rank(out, owner)) owner = -1;
         const uint32_t same = __match_any_sync(~0u, owner);
         const bool adds = owner >= 0 && (!per_rank() || (same & ptx::lanemask_lt()) == 0);
@@ -177,8 +178,13 @@ struct PartReceiver {
 
 private:
     __device__ const CombineArgs& args() const { return job.args; }
+    // Rows are weighted here, not by their owners.
+    __device__ bool weighs() const {
+        return F::kIsUsual ? args().weighted && !kernels::sums_rows<F>(args())
+                           : args().source_weighs();
+    }
     __device__ bool per_rank() const {
-        return args().layout == RecvLayout::kCompact || args().per_rank;
+        return is_compact<F>(args().layout) || kernels::sums_rows<F>(args());
     }
 
     // What other nodes have put for these slots is there. False: leave.
@@ -237,7 +243,7 @@ private:
                 if constexpr (F::kAny) owner = __shfl_sync(~0u, part.owner, first + r);
                 // In the order of slots all rows are added alike, wherever they come from.
                 Sums& to = F::kAny && a.topk_order ? sums : of_node.of(owner);
-                if (a.weighted && !a.per_rank) {
+                if (weighs()) {
                     to.add(w[r], __shfl_sync(~0u, part.weight, first + r));
                 } else {
                     to.add(w[r]);
@@ -291,7 +297,7 @@ private:
     __device__ __forceinline__ void start(Sums& sums, int t, int p, int units) const {
         const CombineArgs& a = args();
         sums.clear();
-        if (!spread.has_bias) return;
+        if (F::kIsUsual || !spread.has_bias) return;
         const int left = units_from_lane(units);
         const int64_t place = place_of(t, p);
         Words w[kUnitsAdded] = {};

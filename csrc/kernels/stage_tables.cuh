@@ -101,6 +101,7 @@ struct StageSpread {
         scales_at = static_cast<int32_t>(divide_up(source_bytes, 16) * 16);
         piece_bytes =
             static_cast<int32_t>(divide_up(scales_at + record.scale_bytes + 8, 128) * 128);
+        piece_bytes = std::max(piece_bytes, 256);  // for the rows of a token: two words a lane
         // With one token a block no warp has two pieces, and memory is for the kernels beside this one.
         constexpr int kMostBytes = 192 * 1024;
         const bool fit = at + 2 * kStageWarps * piece_bytes <= kMostBytes;
@@ -170,7 +171,7 @@ struct StageTables {
     // [num_ranks + 1][columns] what sources below each rank bring; last: all of them
     __device__ __forceinline__ int32_t* prefix() const { return at<int32_t>(spread.prefix); }
 
-    // Of the warp that asks: for the pieces it sends, then for scales it takes.
+    // Of the warp that asks: for the pieces it sends, then for rows of a token and scales it takes.
     __device__ __forceinline__ std::byte* warp_memory() const {
         const auto warp = static_cast<int>(threadIdx.x) / 32;
         return at<std::byte>(spread.pieces) + warp * spread.buffers * spread.piece_bytes;
