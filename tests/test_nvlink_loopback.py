@@ -282,7 +282,7 @@ CASES = {
     "usual-slab-every-block-has-a-token": Case(
         **{**USUAL, "tokens": (4, 4), "num_sms": 4}, options={"quantize": "fp8", **SLAB}
     ),
-    "usual-slab-all-to-one-expert": Case(**USUAL, ids="one", options=SLAB),
+    "usual-slab-all-to-one-expert": Case(**USUAL, ids="one", options={**SLAB, "capacity": 104}),
     "usual-slab-nobody-sends": Case(**{**USUAL, "tokens": (0, 0)}, options=SLAB),
     "usual-slab-ep9": Case(  # more ranks than a thread judges at once
         num_ranks=9, tokens=(3, 1, 0, 2, 4, 1, 1, 0, 2), num_experts=18, num_sms=None, options=SLAB
@@ -864,6 +864,7 @@ def test_one_rank_alone() -> None:
 # ---- kernels ----
 
 
+@pytest.mark.skipif(SLOWED != 1, reason="a sanitizer has what a profiler needs of the driver")
 @pytest.mark.parametrize(
     ("dispatch", "combine"),
     [
