@@ -152,8 +152,8 @@ struct FirstLook {
     Entering& in;
     uint32_t head = 0;  // a lane's word of the first head
     LaneLimits limits = {};
-    int32_t counts[CountsListener<F>::kAtOnce] =
-        {};  // of this thread's column, where ranks are so few
+    // Of this thread's column, where ranks are so few.
+    int32_t counts[CountsListener<F>::kAtOnce] = {};
 
     __device__ __forceinline__ bool are_few() const {
         return F::kIsUsual && job.view.shape.num_ranks <= CountsListener<F>::kAtOnce;
