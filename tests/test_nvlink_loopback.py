@@ -19,7 +19,6 @@ import torch
 from compare import same_bits, same_received, same_values
 from patience import LONGER_S, PATIENT, SLOWED, Disturbed, three_tries
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from ep_comm import Buffer, EPConfig, Handle, Received, reference
 from ep_comm.errors import EPError, EPTimeout
@@ -859,40 +858,3 @@ def test_one_rank_alone() -> None:
         want = x.clone()
         want[3] = 0
         assert torch.equal(out, want)
-
-
-# ---- kernels ----
-
-
-@pytest.mark.skipif(SLOWED != 1, reason="a sanitizer has what a profiler needs of the driver")
-@pytest.mark.parametrize(
-    ("dispatch", "combine"),
-    [
-        (STATIC, {}),
-        ({**SLAB, "quantize": "fp8"}, {"per_rank": True}),
-        (SLAB, {"weighted": True, "order": "topk"}),
-    ],
-    ids=["compact", "slab", "unreduced"],
-)
-def test_usual_calls_run_kernels_of_their_own(
-    make_cluster: Callable[..., Cluster], dispatch: dict[str, Any], combine: dict[str, Any]
-) -> None:
-    case = Case(num_ranks=1, tokens=(9,), num_sms=None, options=dispatch)
-    inputs = case.inputs()
-    (buffer,) = make_cluster(1, **case.buffer_options()).buffers
-    x, idx, weights = (on_gpu(t) for t in (inputs.x, inputs.topk_idx, inputs.topk_weights))
-    assert x is not None
-    assert idx is not None
-    assert weights is not None
-
-    def kernels(**more: Any) -> list[bool]:
-        """Of those of a dispatch and a combine, which are for usual calls."""
-        with profile(activities=[ProfilerActivity.CUDA]) as seen:
-            recv = buffer.dispatch(x[0], idx[0], weights[0], **case.options, **more)
-            buffer.combine(torch.zeros_like(recv.x, dtype=torch.bfloat16), recv.handle, **combine)
-            torch.cuda.synchronize()
-        names = [e.name for e in seen.events() if "kernels::stage_" in e.name]
-        return ["Usual" in name for name in names]
-
-    assert kernels() == [True, True]
-    assert kernels(wait_stats=torch.zeros(1, dtype=torch.int64, device="cuda")) == [False, True]

@@ -33,7 +33,7 @@ LACKS: dict[str, tuple[str, ...]] = {
         "test_nvlink_memory.py::test_f1_no_memory_on_one_rank_is_told_on_all",
     ),
     "its kernels have no names": (
-        "test_nvlink_loopback.py::test_usual_calls_run_kernels_of_their_own",
+        "test_nvlink_kernels.py::test_usual_calls_run_kernels_of_their_own",
     ),
     "its memory has descriptors always": (
         "test_nvlink_memory.py::test_ipc_handles_serve_where_descriptors_are_refused",
