@@ -5,8 +5,8 @@ and the host's time for a call. Slabs of FP8 rows, as in bench/nvlink_latency.py
     torchrun --nproc-per-node 2 bench/nvlink_decode.py COMMIT >> bench/results/nvlink_decode.jsonl
     torchrun --nproc-per-node 1 bench/nvlink_decode.py COMMIT >> bench/results/nvlink_alone.jsonl
 
-One rank on one GPU has no link to wait for: whether a change to these kernels pays shows there, and
-between two GPUs a pair of one token takes as long.
+One rank on one GPU has no link to wait for, so it shows whether a change to these kernels pays. A
+pair of one token took 15.4 us there (2d84225) and 15.3 us between two GPUs (2a013aa).
 
 Times are those of bench/nvlink_gpus.py; in a graph of ten, per pair or call. `host_us`: from
 entering the Python function until it returns, nothing queued before it; the slower rank's median,
