@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -198,6 +199,7 @@ GROUPED = {"layout": "grouped", "alignment": 4}
 SLAB = {"layout": "slab"}
 RUNS: dict[str, Any] = {"num_ranks": 2, "tokens": (MAX_TOKENS, 17), "hidden": 3584, "num_sms": 1}
 USUAL: dict[str, Any] = {"num_ranks": 2, "tokens": (17, 9), "hidden": 3584, "num_sms": None}
+ROOM: dict[str, Any] = {"num_ranks": 2, "tokens": (2, 11), "hidden": 3584, "num_sms": None}
 CASES = {
     "one-rank": Case(num_ranks=1, tokens=(33,)),
     "ep2": Case(num_ranks=2),
@@ -283,7 +285,14 @@ CASES = {
     ),
     "usual-slab-all-to-one-expert": Case(**USUAL, ids="one", options={**SLAB, "capacity": 104}),
     "usual-slab-nobody-sends": Case(**{**USUAL, "tokens": (0, 0)}, options=SLAB),
-    "usual-slab-ep9": Case(  # more ranks than a thread judges at once
+    "usual-slab-one-brings-nothing": Case(**{**USUAL, "tokens": (0, 9)}, options=SLAB),
+    "usual-slab-one-token-each": Case(
+        **{**USUAL, "tokens": (1, 1)}, options={"quantize": "fp8", **SLAB}
+    ),
+    "usual-slab-ep8": Case(
+        num_ranks=8, tokens=(3, 1, 0, 2, 4, 1, 1, 0), num_experts=16, num_sms=None, options=SLAB
+    ),
+    "usual-slab-ep9": Case(  # more ranks than a usual call has
         num_ranks=9, tokens=(3, 1, 0, 2, 4, 1, 1, 0, 2), num_experts=18, num_sms=None, options=SLAB
     ),
 }
@@ -399,8 +408,12 @@ def check_combine(
 
 @pytest.mark.parametrize("max_tokens", [40, 1100], ids=["small-batches", "pulled"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("options", [GROUPED, {**SLAB, "capacity": 50}], ids=["grouped", "slab"])
-@pytest.mark.parametrize("shape", [{"hidden": 1032}, RUNS], ids=["short-rows", "runs"])
+@pytest.mark.parametrize("options", [GROUPED, {**SLAB, "capacity": 80}], ids=["grouped", "slab"])
+@pytest.mark.parametrize(
+    "shape",
+    [{"hidden": 1032}, RUNS, ROOM, {**ROOM, "num_ranks": 1, "tokens": (MAX_TOKENS,)}],
+    ids=["short-rows", "runs", "room", "one-rank"],
+)
 def test_sums_by_owners_agree_with_the_reference(
     make_cluster: Callable[..., Cluster],
     shape: dict[str, Any],
@@ -408,7 +421,7 @@ def test_sums_by_owners_agree_with_the_reference(
     dtype: torch.dtype,
     max_tokens: int,
 ) -> None:
-    case = Case(**shape, num_topk=6, dtype=dtype, options=options)
+    case = Case(**shape, num_topk=8, dtype=dtype, options=options)
     inputs = case.inputs()
     want = want_dispatch(case, inputs)
     cluster = make_cluster(case.num_ranks, **{**case.buffer_options(), "max_tokens": max_tokens})
@@ -430,23 +443,26 @@ def test_sums_by_owners_agree_with_the_reference(
     in_arena = [cluster.buffers[r].empty(t.shape, t.dtype) for r, t in enumerate(y)]
     for there, t in zip(in_arena, y, strict=True):
         there.copy_(t)
-    for rows in (ordinary, in_arena):
-        for weighted in (False, True):
-            sums = reference.combine(
-                y, [w.handle for w in want], per_rank=True,
-                row_weights=factors if weighted else None, bias=bias,
+    for rows, weighted, biased in itertools.product((ordinary, in_arena), *2 * ((False, True),)):
+        sums = reference.combine(
+            y, [w.handle for w in want], per_rank=True,
+            row_weights=factors if weighted else None, bias=bias if biased else None,
+        )  # fmt: skip
+
+        def combine(
+            r: int, rows: list[Tensor] = rows, weighted: bool = weighted, biased: bool = biased
+        ) -> Tensor:
+            total: Tensor = cluster.buffers[r].combine(
+                rows[r], got[r].handle, per_rank=True,
+                row_weights=of_rank(factors_gpu, r) if weighted else None,
+                bias=of_rank(bias_gpu, r) if biased else None,
             )  # fmt: skip
+            return total
 
-            def combine(r: int, rows: list[Tensor] = rows, weighted: bool = weighted) -> Tensor:
-                total: Tensor = cluster.buffers[r].combine(
-                    rows[r], got[r].handle, per_rank=True,
-                    row_weights=of_rank(factors_gpu, r) if weighted else None,
-                    bias=of_rank(bias_gpu, r),
-                )  # fmt: skip
-                return total
-
-            for rank, total in enumerate(on_streams(cluster, combine)):
-                same_values(total.cpu(), sums[rank], f"weighted {weighted}, rank {rank}")
+        for rank, total in enumerate(on_streams(cluster, combine)):
+            same_values(
+                total.cpu(), sums[rank], f"weighted {weighted}, biased {biased}, rank {rank}"
+            )
 
 
 @pytest.mark.parametrize("max_tokens", [40, 1100], ids=["small-batches", "pulled"])
@@ -841,6 +857,29 @@ def test_poison_shows_that_nothing_else_is_written(make_cluster: Callable[..., C
         rest = buffer.empty((buffer.stats()["arena"]["largest_free"],), torch.uint8)
         touched = int((rest != poison).sum())
         assert touched <= record, (rank, written, record, touched)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "fp8_ue8m0"])
+def test_every_magnitude_has_its_scale(make_cluster: Callable[..., Cluster], kind: str) -> None:
+    """Kernels of usual calls look scales of BF16 up; here each block has another magnitude."""
+    tokens, blocks = 32, 56
+    options = {"num_topk": 1, "num_experts": 1, "hidden": 128 * blocks, "max_tokens": tokens}
+    (buffer,) = make_cluster(1, **options).buffers
+    idx = torch.zeros(tokens, 1, dtype=torch.int64, device="cuda")
+    g = torch.Generator().manual_seed(0)
+    magnitudes = torch.randperm(1 << 15, generator=g).to(torch.int16).view(torch.bfloat16)
+    for largest in magnitudes.split(tokens * blocks):
+        x = torch.zeros(tokens * blocks, 128)
+        x[: len(largest)] = torch.rand(len(largest), 128, generator=g) * 2 - 1
+        x[: len(largest)] *= largest[:, None].float().nan_to_num(1.0, 1.0)
+        x = x.to(torch.bfloat16)
+        x[: len(largest), 77] = largest
+        x = x.view(tokens, 128 * blocks)
+        got = buffer.dispatch(x.cuda(), idx, quantize=kind, layout="slab", capacity=tokens)
+        rows, scales = reference.quantize(x, kind=kind)
+        assert got.scales is not None
+        same_values(got.x[0].cpu().float(), rows.float(), "rows")
+        same_values(got.scales[0].cpu(), scales, "scales")
 
 
 def test_repr_names_backend_and_reason(make_cluster: Callable[..., Cluster]) -> None:

@@ -236,6 +236,11 @@ static_assert(std::is_trivially_copyable_v<CombineJob> && sizeof(CombineJob) <= 
 // What of an operation of a small batch a kernel does.
 enum class Half { kBoth, kSend, kReceive };
 
+// Blocks that have something to do in it: should all ranks bring as much as this one; should they bring all they may.
+struct StageBlocks {
+    int32_t expected = 1, most = 1;
+};
+
 // Where and how wide a kernel runs.
 struct LaunchPlan {
     int32_t num_blocks = 1;

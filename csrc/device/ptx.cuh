@@ -50,6 +50,16 @@ __device__ __forceinline__ std::byte* dynamic_shared() {
     return shared;
 }
 
+// No instruction. A value is worked out here, and no later: compilers know no more of it.
+template <class T>
+__device__ __forceinline__ void pin(T& value) {
+    if constexpr (sizeof(T) == 8) {
+        asm volatile("" : "+l"(value));
+    } else {
+        asm volatile("" : "+r"(value));
+    }
+}
+
 // ---- Flags between ranks: "Data Movement and Conversion Instructions: ld, st", "red", "atom" ----
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-ld
 
@@ -379,6 +389,17 @@ __device__ __forceinline__ uint4 ld_shared_v4(const void* addr) {
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                  : "r"(smem_addr(addr))
+                 : "memory");
+    return v;
+}
+
+// ld.global.v4.u32 {a, b, c, d}, [addr];                               PTX ISA 2.0, sm_20
+// Compilers leave it where it stands.
+__device__ __forceinline__ uint4 ld_global_v4(const void* addr) {
+    uint4 v;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(addr)
                  : "memory");
     return v;
 }

@@ -20,7 +20,9 @@ struct Vector {
     uint32_t word[4] = {0, 0, 0, 0};
 
     __device__ __forceinline__ void load(const std::byte* src) {
-        const uint4 v = *reinterpret_cast<const uint4*>(src);
+        set(*reinterpret_cast<const uint4*>(src));
+    }
+    __device__ __forceinline__ void set(const uint4& v) {
         word[0] = v.x, word[1] = v.y, word[2] = v.z, word[3] = v.w;
     }
 
@@ -64,12 +66,15 @@ struct Vector {
         return high << 16 | low;
     }
 
+    __device__ __forceinline__ uint2 quantized8(float multiplier) const {
+        static_assert(kElements == 8);
+        return make_uint2(quantized4(0, multiplier), quantized4(4, multiplier));
+    }
     __device__ __forceinline__ void store(std::byte* out, float multiplier) const {
         if constexpr (kElements == 4) {
             *reinterpret_cast<uint32_t*>(out) = quantized4(0, multiplier);
         } else {
-            *reinterpret_cast<uint2*>(out) =
-                make_uint2(quantized4(0, multiplier), quantized4(4, multiplier));
+            *reinterpret_cast<uint2*>(out) = quantized8(multiplier);
         }
     }
 };
@@ -94,6 +99,44 @@ __device__ __forceinline__ float scale_block(float amax, bool ue8m0, std::byte* 
     // Inf or NaN: all NaN.
     return __uint_as_float(exponent == 255 ? 0x7fc00000u : (254u - exponent) << 23);
 }
+
+// The scale and the multiplier of every magnitude that is BF16, without a division where it takes time: those of its
+// mantissa, times a power of two, which rounds nothing.
+struct Bf16Scales {
+    static constexpr int kMantissas = 128, kSmall = kMantissas, kInfinite = kSmall + 1;
+    static constexpr int kNan = kInfinite + 1, kCount = kNan + 1;
+    struct Entry {
+        float scale, multiplier;
+    };
+    Entry* entries;  // [kCount]
+
+    // Threads [0, kCount) of a block, each its entry; a barrier must follow.
+    __device__ __forceinline__ void fill(int i) const {
+        const uint32_t mantissa = static_cast<uint32_t>(i) << 16;
+        const uint32_t beyond = i == kInfinite ? 0x7f800000u : 0x7fc00000u;
+        const float amax =
+            i == kSmall ? 1e-4f : __uint_as_float(i < kMantissas ? 0x3f800000u | mantissa : beyond);
+        entries[i] = {__fdiv_rn(amax, 448.0f), __fdiv_rn(448.0f, amax)};
+    }
+    // See scale_block. `most`: bits of a magnitude.
+    __device__ __forceinline__ float scale_block(uint32_t most, bool ue8m0, std::byte* scales,
+                                                 int block, bool writes) const {
+        const uint32_t mantissa = most & 0x7f, exponent = most >> 7;
+        const bool is_small = __uint_as_float(most << 16) < 1e-4f, is_beyond = exponent == 255;
+        const int beyond = mantissa == 0 ? kInfinite : kNan;
+        const int at = is_small ? kSmall : is_beyond ? beyond : static_cast<int>(mantissa);
+        const uint32_t shift = is_small || is_beyond ? 0 : (exponent - 127) << 23;
+        const Entry entry = entries[at];
+        const uint32_t scale = __float_as_uint(entry.scale) + shift;
+        if (!ue8m0) {
+            if (writes) reinterpret_cast<uint32_t*>(scales)[block] = scale;
+            return __uint_as_float(__float_as_uint(entry.multiplier) - shift);
+        }
+        const uint32_t power = ceil_exponent(__uint_as_float(scale));
+        if (writes) scales[block] = static_cast<std::byte>(power);
+        return __uint_as_float(power == 255 ? 0x7fc00000u : (254u - power) << 23);
+    }
+};
 
 // The kValues maxima of every group of kLanes lanes: halves are exchanged until each lane holds one,
 // that of value owned_value(lane).
@@ -135,28 +178,33 @@ struct Gathered {
     }
 };
 
-// A piece of a row, of up to kVectors vectors of a warp, as it comes from memory. In two steps, so that loads are on
-// their way while other things are done.
+// A piece of a row, of up to kVectors vectors of a warp, as it comes from memory. In three steps, so that loads are on
+// their way while other things are done, and where they go is known before.
 template <DType kSource, int kVectors>
 struct Loaded {
     using Source = Vector<kSource>;
     static constexpr int kWidth = 32 * Source::kElements;
 
     Source vector[kVectors];
+    const std::byte* from = nullptr;  // this lane's first vector
+    int left = 0;                     // elements from there on
 
     // `elements`: of the piece.
-    __device__ __forceinline__ void load(const std::byte* from, int elements) {
+    __device__ __forceinline__ void announce(const std::byte* piece, int elements) {
         const int first = Source::kElements * ptx::lane_id();
+        from = piece + first * dtype_bytes(kSource), left = elements - first;
+        ptx::pin(from), ptx::pin(left);
+    }
+    __device__ __forceinline__ void load() {
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) {
-            const int mine = first + v * kWidth;
-            if (mine < elements) vector[v].load(from + mine * dtype_bytes(kSource));
+            if (left <= v * kWidth) continue;
+            vector[v].set(ptx::ld_global_v4(from + v * kWidth * dtype_bytes(kSource)));
         }
     }
-    // To shared memory, as quantize_blocks leaves it there.
-    template <int kBlock>
-    __device__ __forceinline__ void quantize(std::byte* row, std::byte* scales, int elements,
-                                             bool ue8m0) const {
+    // To shared memory, as quantize_blocks leaves it there. scale(most, block, writes): the multiplier of a block.
+    template <int kBlock, class Scale>
+    __device__ __forceinline__ void quantize(std::byte* row, Scale scale) const {
         constexpr int kLanes = kBlock / Source::kElements;  // of a block
         constexpr int kGroups = 32 / kLanes, kValues = kVectors <= 4 ? 4 : 8;
         static_assert(kVectors <= kValues && kValues <= kLanes);
@@ -167,13 +215,22 @@ struct Loaded {
         using Maxima = Gathered<kValues, kLanes>;
         const uint32_t own = Maxima::run(most);
         const int block = Maxima::value_of(lane % kLanes) * kGroups + group;
-        const bool writes = lane % kLanes < kValues && block * kBlock < elements;
-        const float multiplier = scale_block(Source::magnitude(own), ue8m0, scales, block, writes);
+        const int behind =
+            block * kBlock - Source::kElements * lane;  // its begin, from our first vector on
+        const bool writes = lane % kLanes < kValues && behind < left;
+        const float multiplier = scale(own, block, writes);
+        float theirs[kVectors];
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) {
-            const int mine = v * kWidth + Source::kElements * lane;
-            const float theirs = __shfl_sync(~0u, multiplier, group * kLanes + Maxima::owner(v));
-            if (mine < elements) vector[v].store(row + mine, theirs);
+            theirs[v] = __shfl_sync(~0u, multiplier, group * kLanes + Maxima::owner(v));
+        }
+        uint2 bits[kVectors];  // of what is not there, too: that takes no branch
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) bits[v] = vector[v].quantized8(theirs[v]);
+        row += Source::kElements * lane;
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+            if (left > v * kWidth) *reinterpret_cast<uint2*>(row + v * kWidth) = bits[v];
         }
         __syncwarp();
     }

@@ -32,10 +32,13 @@ int DeviceRank::blocks(OpKind kind, int num_sms) const {
 }
 
 // Fewer warps of an SM take turns less, so a warp is sooner done; with four times the SMs most of them have a
-// scheduler each. But where the next kernel starts ahead of time, it has to find SMs of its own.
-int DeviceRank::small_blocks(int needed, int num_sms) const {
-    if (num_sms > 0) return std::min({4 * needed, num_sms, max_blocks_});
-    return std::max(std::min(4 * needed, max_blocks_ / 2), std::min(needed, max_blocks_));
+// scheduler each. But where the next kernel starts ahead of time, it has to find SMs of its own: more than half of them
+// are only for what is expected, not for what others might bring.
+int DeviceRank::small_blocks(StageBlocks needed, int num_sms) const {
+    if (num_sms > 0) return std::min({4 * needed.most, num_sms, max_blocks_});
+    const int half = std::max(max_blocks_ / 2, 1);
+    return std::max(std::min(std::max(4 * needed.expected, needed.most), half),
+                    std::min(needed.expected, max_blocks_));
 }
 
 // Operations of one buffer run in the order they are begun, whatever their streams.

@@ -122,7 +122,8 @@ private:
     void launch_staged(Flight& flight, Half half, int num_sms = 0);
     void launch_staged(BegunCombine& begun, Half half, Stream stream, int num_sms = 0);
     int blocks(OpKind kind, int num_sms) const;
-    int small_blocks(int needed, int num_sms) const;  // SMs, of those that a small operation needs
+    // SMs of a small operation.
+    int small_blocks(StageBlocks needed, int num_sms) const;
     RankView small_view() const;  // of operations that go on without masked ranks
     std::optional<Outcome> incident() const;
 

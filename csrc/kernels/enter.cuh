@@ -132,9 +132,8 @@ __device__ __forceinline__ void fetch_parameter(const Param& given, volatile uin
 // One thread; a barrier of the block must follow.
 template <class F = NoFar>
 __device__ __forceinline__ void init_entering(const RankView& view, const Begin& begin,
-                                              Entering& in) {
-    in.seq = view.state.seq[0] + 1;  // the block that ends an operation puts it there
-    in.slot = static_cast<int>(view.state.seq[1]);
+                                              uint64_t seq, int slot, Entering& in) {
+    in.seq = seq, in.slot = slot;
     in.first_bad = in.size_bad = kNoObjection;
     in.routings = 0;
     in.masked = F::kIsUsual ? 0 : device::masked_ranks(view.watch);
@@ -146,6 +145,12 @@ __device__ __forceinline__ void init_entering(const RankView& view, const Begin&
     if (in.code == kOk) return;
 #pragma unroll 1
     for (int i = 0; i < 4; ++i) in.detail[i] = begin.refusal.detail[i];
+}
+// The same of the next operation, whose number and slot the block has left that ended the last one.
+template <class F = NoFar>
+__device__ __forceinline__ void init_entering(const RankView& view, const Begin& begin,
+                                              Entering& in) {
+    init_entering<F>(view, begin, view.state.seq[0] + 1, static_cast<int>(view.state.seq[1]), in);
 }
 
 // For sentences only, orders nothing. One thread.

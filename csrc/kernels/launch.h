@@ -46,9 +46,9 @@ bool fits_shared(const Shape& shape, int smem_bytes);
 int link_sms(int num_ranks);
 // SMs of a dispatch that names none: a small one is bound by latency, and spreads.
 int default_sms(const DispatchArgs& args, int num_ranks);
-// As many as have something to do.
-int stage_blocks(const DispatchJob& job);
-int stage_blocks(const CombineJob& job);
+// As many as have something to do in a small operation.
+StageBlocks stage_blocks(const DispatchJob& job);
+StageBlocks stage_blocks(const CombineJob& job);
 // Into how many ranges of tokens a dispatch on so many blocks is counted.
 void divide_tokens(DispatchJob& job, int num_blocks);
 // How dispatch and combine spread over `num_blocks` SMs.

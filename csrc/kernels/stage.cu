@@ -13,21 +13,27 @@
 
 namespace ep::kernels {
 
-int stage_blocks(const DispatchJob& job) {
+StageBlocks stage_blocks(const DispatchJob& job) {
     const Shape& s = job.view.shape;
-    const int64_t pieces = s.num_ranks * s.max_tokens * record_of(job.args).num_pieces;
     // Of a slab what nobody sent is filled in expert by expert, each by a warp.
     const bool is_slab = job.args.layout == RecvLayout::kSlab;
-    const int64_t turns = std::max<int64_t>(pieces, is_slab ? s.max_local_experts : 0);
-    // One that only says what comes, and each token a block.
-    return static_cast<int>(std::max(job.args.num_tokens + 1, divide_up(turns, kStageWarps)));
+    const auto blocks_of = [&](int64_t tokens) {
+        const int64_t pieces = s.num_ranks * tokens * record_of(job.args).num_pieces;
+        const int64_t turns = std::max<int64_t>(pieces, is_slab ? s.max_local_experts : 0);
+        // One that only says what comes, and each token a block.
+        return static_cast<int>(std::max(job.args.num_tokens + 1, divide_up(turns, kStageWarps)));
+    };
+    return {blocks_of(job.args.num_tokens), blocks_of(s.max_tokens)};
 }
 
-int stage_blocks(const CombineJob& job) {
-    const int64_t pieces = record_of(job.args).num_pieces;
-    return static_cast<int>(std::max<int64_t>(
-        divide_up(std::max(job.args.num_tokens, job.args.num_recv) * pieces, NoFar::kCombineWarps),
-        1));
+StageBlocks stage_blocks(const CombineJob& job) {
+    const CombineArgs& a = job.args;
+    const auto blocks_of = [&](int64_t rows) {
+        const int64_t pieces = std::max(a.num_tokens, rows) * record_of(a).num_pieces;
+        return static_cast<int>(std::max<int64_t>(divide_up(pieces, NoFar::kCombineWarps), 1));
+    };
+    const int64_t as_many = a.num_tokens * job.view.shape.num_ranks;
+    return {blocks_of(std::min(as_many, a.num_recv)), blocks_of(a.num_recv)};
 }
 
 using UsualCompact = Usual<RecvLayout::kCompact>;

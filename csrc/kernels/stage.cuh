@@ -10,7 +10,7 @@
 // a kernel that waits for this one: then some blocks start only when others have ended. So no block waits for
 // a turn that nobody has begun: blocks claim theirs, and before they wait for rows, those that are left.
 //
-// defines: kStageWarps, turn_of_block, publishes_stage, StageView, Claim, Unclaimed, take_turn,
+// defines: kStageWarps, uniform_warp, turn_of_block, publishes_stage, StageView, Claim, Unclaimed, take_turn,
 // claim_own, Releases, begin_half, resume_half, last_block, Readers, end_half
 #pragma once
 
@@ -27,6 +27,11 @@
 namespace ep::kernels {
 
 constexpr int kStageWarps = NoFar::kWarps;  // of a block of a dispatch, at most
+
+// The warp of a thread. Compilers see that it is the same for all lanes, and need not provide for others.
+__device__ __forceinline__ int uniform_warp() {
+    return __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
+}
 
 // Blocks have their turns from the last to the first: the one that publishes starts first.
 __device__ __forceinline__ int turn_of_block() {
@@ -135,13 +140,15 @@ __device__ __forceinline__ Claim claim_own(const RankView& view) {
 // word; where they are too many, none.
 struct Releases {
     const uint64_t* word = nullptr;
+    int slot = -1;  // that it is of
     uint64_t early = 0, late = 0;
 
     // `begins`: of the warp that will.
     __device__ __forceinline__ Releases(const RankView& view, bool begins) {
         const int near = view.peers.near_end - view.peers.near_begin;
         const auto lane = static_cast<int>(ptx::lane_id());
-        const int slot = lane / near, p = view.peers.near_begin + lane - slot * near;
+        slot = lane / near;
+        const int p = view.peers.near_begin + lane - slot * near;
         if (!begins || near > 32 || slot >= view.shape.num_slots) return;
         word = at_own<uint64_t>(view, view.layout.released_word(slot, p));
         early = ptx::ld_relaxed_sys(word);
@@ -150,15 +157,11 @@ struct Releases {
         if (word != nullptr) late = ptx::ld_relaxed_sys(word);
     }
     // Whether all had left a slot after operation `last`, which is not 0.
-    __device__ __forceinline__ bool all(const RankView& view, int slot, uint64_t last) const {
+    __device__ __forceinline__ bool all(const RankView& view, int of, uint64_t last) const {
         const int near = view.peers.near_end - view.peers.near_begin;
-        const auto lane = static_cast<int>(ptx::lane_id());
-        if ((slot + 1) * near > 32) return false;
-        const auto had = [&](uint64_t seq) {
-            const uint64_t left = __shfl_sync(~0u, seq, slot * near + lane);
-            return __all_sync(~0u, lane >= near || left >= last);
-        };
-        return had(early) || had(late);
+        if ((of + 1) * near > 32) return false;
+        return __all_sync(~0u, slot != of || early >= last) ||
+               __all_sync(~0u, slot != of || late >= last);
     }
 };
 
@@ -167,19 +170,22 @@ struct Releases {
 template <class F>
 __device__ __forceinline__ bool begin_half(const RankView& view, const Begin& begin, const F& far,
                                            Releases releases, Entering& in) {
+    // All lanes, so that nothing of them comes through shared memory.
+    const uint64_t seq = view.state.seq[0] + 1;
+    const auto slot = static_cast<int>(view.state.seq[1]);
     releases.look();
     if constexpr (F::kAny) far.hear_masks();
-    if (ptx::lane_id() == 0) init_entering<F>(view, begin, in);
+    if (ptx::lane_id() == 0) init_entering<F>(view, begin, seq, slot, in);
     __syncwarp();
-    const Operation op{kind_of(in.told[NoticeLayout::kWhat]), in.seq};
+    const Operation op{kind_of(in.told[NoticeLayout::kWhat]), seq};
     if constexpr (F::kAny) far.agree_skipped(in);
     const uint64_t num_slots = view.shape.num_slots;
     bool ok = true;
-    if ((F::kIsUsual || in.masked == 0) && op.seq > num_slots &&
-        releases.all(view, in.slot, op.seq - num_slots)) {
+    if ((F::kIsUsual || in.masked == 0) && seq > num_slots &&
+        releases.all(view, slot, seq - num_slots)) {
         if (ptx::lane_id() == 0) tell_entered(view, op);
     } else {
-        ok = acquire_slot<true>(view, far, op, in.slot, in.masked);
+        ok = acquire_slot<true>(view, far, op, slot, in.masked);
     }
     if constexpr (F::kAny) return far.acquire(view, op, in) && ok;
     return ok;
@@ -220,9 +226,10 @@ __device__ __forceinline__ bool last_block(const RankView& view) {
 // The same, asked warp by warp, each as soon as it has read, while it has still things to store: the answer is
 // on its way meanwhile. Inside a node, where nobody can be masked.
 struct Readers {
-    static constexpr uint32_t kNotYet = ~0u;
-    // In lane 0 of the last warp of this block: that have read, this one included. Of others 0, or kNotYet.
-    uint32_t blocks = kNotYet;
+    static constexpr uint32_t kNotYet = ~0u, kOther = kNotYet - 1;
+    // In lane 0 of the last warp of this block: that have read before it. Of others kOther, or kNotYet. Nothing is made
+    // of it before it is asked for: that would wait for it.
+    uint32_t before = kNotYet;
 
     template <class F>
     __device__ __forceinline__ static bool are_for(const RankView& view) {
@@ -230,14 +237,14 @@ struct Readers {
     }
     // All warps; what counts is the first time.
     __device__ __forceinline__ void count(const RankView& view, Entering& in) {
-        if (blocks != kNotYet) return;
-        blocks = 0;
+        if (before != kNotYet) return;
+        before = kOther;
         if (ptx::lane_id() != 0 || atomicAdd(&in.readers, 1u) + 1 != blockDim.x / 32) return;
-        blocks = gridDim.x == 1 ? 1 : ptx::atom_relaxed_gpu_add(view.state.finished, 1) + 1;
+        before = gridDim.x == 1 ? 0 : ptx::atom_relaxed_gpu_add(view.state.finished, 1);
     }
     // Whether this was the last warp of the last block.
     __device__ __forceinline__ bool are_all(const RankView& view) const {
-        if (__shfl_sync(~0u, blocks, 0) != gridDim.x) return false;
+        if (__shfl_sync(~0u, before, 0) != gridDim.x - 1) return false;
         reset_counts(view);
         return true;
     }

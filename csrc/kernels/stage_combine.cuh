@@ -27,6 +27,7 @@
 #include "kernels/stage_owner.cuh"
 #include "kernels/stage_source.cuh"
 #include "kernels/usual.cuh"
+#include "kernels/usual_owner.cuh"
 
 namespace ep::kernels {
 
@@ -175,7 +176,7 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
     Entering& in = entering.get();
     const RankView& view = job.view;
     const Record& record = spread.record;
-    const int warp = threadIdx.x / 32;
+    const int warp = uniform_warp();
     ptx::griddepcontrol_launch_dependents();
     if (warp == F::kCombineWarps - 2) fetch_parameter(job, in.sinks[0]);
     if (warp == F::kCombineWarps - 3) fetch_parameter(spread, in.sinks[1]);
@@ -185,13 +186,19 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
     const int first = static_cast<int>(warp * gridDim.x) + turn_of_block();
     const auto step = static_cast<int>(F::kCombineWarps * gridDim.x);
     const Pieces sent(spread.sent, first);
-    const int item = spread.added.row_of(first);  // that this warp adds up first
+    // That this warp adds up first.
+    const int behind = first - spread.first_adder, adder = behind < 0 ? behind + step : behind;
+    const int item = spread.added.row_of(adder);
     const Operation none{OpKind::kCombine, 0};
     using Sender = PartSender<kDtype, F, kUnits>;
     Sender sender{job, spread, {view, record, control, none, 0, far}, lists[warp]};
     PartReceiver<kDtype, F> receiver{job, spread, sender.stage, in};
     const bool begins = warp == F::kCombineWarps - 1;
     bool ok = true;
+    constexpr bool kOwns = kAlwaysSums<F>;
+    using Owner = std::conditional_t<kOwns, UsualOwner<kDtype, F, kUnits>, NoOwner>;
+    Owner owner(sender);
+    if constexpr (kOwns) owner.announce(sent);
     init_told(job.begin, in);
     const Releases releases(view, begins);
     __syncthreads();
@@ -199,22 +206,27 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
     typename Sender::Token token;
     typename Sender::Ahead ahead;
     typename PartReceiver<kDtype, F>::Slot slot;
-    const bool claims = warp == F::kCombineWarps - 2;
+    // Of a usual call one warp does all of that, so that no other holds more than its rows.
+    const bool claims = warp == F::kCombineWarps - (kOwns ? 1 : 2);
     Claim claim;
     bool left = false;
     if (claims) claim = claim_own<kHalf>(view), left = device::gave_up(view.watch);
-    if constexpr (kHalf != Half::kReceive) token = sender.look(sent.item);
+    if constexpr (kOwns) {
+        if (!begins) owner.look();
+    } else if constexpr (kHalf != Half::kReceive) {
+        token = sender.look(sent.item);
+    }
     if constexpr (kHalf != Half::kSend) slot = receiver.slot_of(item);
     if constexpr (kHalf == Half::kReceive) {
         if (begins) ok = resume_half(view, job.begin, far, job.begun, in);
     } else if (begins) {
         ok = begin_half(view, job.begin, far, releases, in);
-    } else {
+    } else if constexpr (!kOwns) {
         sender.look(token, sent.piece, ahead);
     }
     if (claims) {
         if (ptx::lane_id() == 0) in.sends = claim.is_ours();
-        ok = !left;
+        ok = ok && !left;
     }
     if (!__syncthreads_and(ok)) return;
     sender.stage.op.seq = in.seq, sender.stage.slot = in.slot;
@@ -227,8 +239,13 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
             publish_head<F>(view, control, job.begin, in);
             if constexpr (F::kAny) tell_rows(job, record, far, in);
         }
-        if (begins) sender.look(token, sent.piece, ahead);
-        ok = !in.sends || sender.run(sent, step, token, ahead);
+        if constexpr (kOwns) {
+            if (begins) owner.announce({spread.sent, first}), owner.look();
+            ok = !in.sends || send_usual(owner, first, step, in);
+        } else {
+            if (begins) sender.look(token, sent.piece, ahead);
+            ok = !in.sends || sender.run(sent, step, token, ahead);
+        }
         if constexpr (F::kAny) far.rail.flush();
     }
     if constexpr (kHalf != Half::kSend) {
@@ -261,7 +278,7 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
         const bool counts = Readers::are_for<F>(view);
         Readers readers;
         if (ok && is_good) {
-            ok = receiver.run({spread.added, first}, step, part, [&] {
+            ok = receiver.run({spread.added, adder}, step, part, [&] {
                 if (counts) readers.count(view, in);
             });
         }

@@ -3,7 +3,7 @@
 // Its halves are in kernels/stage_first_half.cuh and kernels/stage_second_half.cuh: one kernel, or two with
 // nothing of ours on the GPU in between.
 //
-// defines: prepare, conclude, launch_staged_dispatch, load_staged_dispatch
+// defines: conclude, launch_staged_dispatch, load_staged_dispatch
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -12,6 +12,7 @@
 #include "contract/stage.h"
 #include "device/copy.cuh"
 #include "device/ptx.cuh"
+#include "device/quantize.cuh"
 #include "kernels/direct_notes.cuh"
 #include "kernels/enter.cuh"
 #include "kernels/launch.cuh"
@@ -22,40 +23,10 @@
 #include "kernels/stage_second_half.cuh"
 #include "kernels/stage_tables.cuh"
 #include "kernels/usual.cuh"
+#include "kernels/usual_receive.cuh"
+#include "kernels/usual_send.cuh"
 
 namespace ep::kernels {
-
-// What does not depend on anything that happens on the GPU.
-__device__ __forceinline__ void prepare(const DispatchJob& job, const StageTables& tables) {
-    const State& state = job.view.state;
-    const Peers& peers = job.view.peers;
-    const int num_ranks = job.view.shape.num_ranks, i = threadIdx.x;
-    const int threads = blockDim.x, num_experts = job.view.shape.num_experts;
-    // What a thread loads is on its way together; there are fewer ranks than threads.
-    std::byte *control = nullptr, *arena = nullptr;
-    int first = 0, owner = 0, local = 0, position = 0;
-    if (i == 0) arena = peers.arena[peers.rank];
-    if (i < num_ranks) control = peers.control[i];
-    if (i <= num_ranks) first = __ldg(state.first + i);
-    if (i < num_experts) {
-        owner = __ldg(state.owner + i), local = __ldg(state.local + i);
-        position = __ldg(state.position + i);
-    }
-#pragma unroll 1
-    for (int c = i; c < tables.columns() + 2; c += threads) {
-        if (c < tables.columns()) tables.before()[c] = tables.middle()[c] = 0;
-        tables.all()[c] = c == tables.columns() + 1 ? kNoBadId : 0;
-    }
-#pragma unroll 1
-    for (int e = i + threads; e < num_experts; e += threads) {
-        const uint32_t code = staged_expert(__ldg(state.owner + e), __ldg(state.local + e));
-        tables.experts()[e] = {code, __ldg(state.position + e)};
-    }
-    if (i == 0) tables.arena() = arena;
-    if (i < num_ranks) tables.control()[i] = control;
-    if (i <= num_ranks) tables.first()[i] = first;
-    if (i < num_experts) tables.experts()[i] = {staged_expert(owner, local), position};
-}
 
 // How blocks end that do not count their warps one by one (Readers). All threads.
 template <Half kHalf, class F>
@@ -103,12 +74,27 @@ __global__ void __launch_bounds__(F::kWarps * 32, 1)
     const RankView& view = job.view;
     const StageTables tables{spread, view.shape};
     const int warp = threadIdx.x / 32;
+    constexpr bool kScales = F::kIsUsual && Config::kQuantizes;
+    __shared__ device::Bf16Scales::Entry entries[kScales ? device::Bf16Scales::kCount : 1];
+    const device::Bf16Scales scales{entries};
     ptx::griddepcontrol_launch_dependents();
+    const Prepared prepared(job);
     if (warp == F::kWarps - 2) fetch_parameter(job, in.sinks[0]);
     if (warp == F::kWarps - 3) fetch_parameter(spread, in.sinks[1]);
-    prepare(job, tables);
     init_told(job.begin, in);
     if (ptx::lane_id() < 2) device::init_stage({nullptr, &loaded[warp][ptx::lane_id()]});
+    if constexpr (F::kIsUsual) {
+        if (kScales && threadIdx.x < device::Bf16Scales::kCount) scales.fill(threadIdx.x);
+        const UsualTurns turns(spread, job.args, uniform_warp(), F::kWarps);
+        OwnSlot own;
+        if (!send_usual<Config>(job, spread, tables, far, in, prepared, loaded[warp], scales,
+                                own)) {
+            return;
+        }
+        if (!receive_usual<Config>(job, spread, tables, far, in, turns, own)) return;
+        return conclude_slowly<kHalf>(job, spread, far, in);
+    }
+    prepared.store(job, tables);
     __syncthreads();
     bool ok = true;
     if constexpr (kHalf == Half::kReceive) {
@@ -176,7 +162,8 @@ inline bool is_usual(const DispatchJob& job, Half half, int num_blocks) {
         a.rank_ends != nullptr || a.wait_stats != nullptr || a.index_capacity >= 0 ||
         out.offsets != nullptr || out.row_token != nullptr || out.source_range != nullptr;
     const bool is_small = a.num_tokens <= num_blocks &&
-                          record_of(a).num_pieces <= NoFar::kWarps - 3 && s.num_ranks <= 32 &&
+                          record_of(a).num_pieces <= NoFar::kWarps - 3 &&
+                          s.num_ranks <= kUsualRanks && record_of(a).scale_bytes <= 4 * 32 &&
                           s.num_ranks + s.num_experts <= NoFar::kWarps * 32;
     const bool quantizes = a.quantize != Quantize::kNone;
     return half == Half::kBoth && !job.view.watch.can_mask && !wants_more && is_small &&

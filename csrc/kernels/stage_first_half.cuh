@@ -59,7 +59,7 @@ __device__ __forceinline__ bool send(const DispatchJob& job, const StageSpread& 
     };
     find(i, t, p);
     if (warp == 0) t = own.begin;
-    TokenCounter<F> counter(job, spread, own.begin, middle < own.end ? middle : 0, publishes,
+    TokenCounter<F> counter(job, spread, own.begin, middle < own.end ? middle : 0, publishes, warp,
                             F::kWarps - 2);
     const Releases releases(view, warp == F::kWarps - 1);
     typename Sender<F>::First first;
@@ -129,61 +129,6 @@ __device__ __forceinline__ bool send(const DispatchJob& job, const StageSpread& 
     return true;
 }
 
-// The same of a usual call: a block has a token or none, and a warp a piece of it or none.
-template <class Config, Half kHalf, class F>
-    requires F::kIsUsual
-__device__ __forceinline__ bool send(const DispatchJob& job, const StageSpread& spread,
-                                     const StageTables& tables, const F& far, Entering& in,
-                                     uint64_t* loaded, bool& ok) {
-    const RankView& view = job.view;
-    const int warp = threadIdx.x / 32, t = turn_of_block(), p = warp - 1;
-    const auto num_tokens = static_cast<int>(job.args.num_tokens);
-    const bool publishes = publishes_stage(), begins = warp == F::kWarps - 1;
-    const bool claims = warp == F::kWarps - 2, describes = warp == 0 && t < num_tokens;
-    const bool moves =
-        warp > 0 && !begins && !claims && p < spread.record.num_pieces && t < num_tokens;
-    Sender<F> sender{job,
-                     spread,
-                     tables,
-                     {view, spread.record, tables.control(), {OpKind::kDispatch, 0}, 0, far},
-                     tables.warp_memory(),
-                     loaded,
-                     in};
-    TokenCounter<F> counter(job, spread, min(t, num_tokens), 0, publishes, F::kWarps - 2);
-    const Releases releases(view, begins);
-    OnePiece<Config, F> piece{sender, t, p};
-    if (moves) piece.announce();
-    typename Sender<F>::Slot slot;
-    ok = true;
-    ptx::griddepcontrol_wait();
-    if (begins) {
-        ok = begin_half(view, job.begin, far, releases, in);
-    } else if (claims) {
-        const Claim claim = claim_own<kHalf>(view);
-        ok = !device::gave_up(view.watch);
-        if (ptx::lane_id() == 0) in.sends = claim.is_ours();
-    } else {
-        if (moves) piece.load();
-        counter.look();
-        typename Sender<F>::Choice choice;
-        if (moves || describes) choice = sender.choice_of(t);
-        if (moves || describes) slot = sender.slot_of(t, choice);
-        counter.run();
-        if (moves) ok = piece.finish();
-    }
-    if (!__syncthreads_and(ok)) {
-        sender.abandon();
-        return false;
-    }
-    sender.stage.op.seq = in.seq;
-    sender.stage.slot = in.slot;
-    if (publishes) publish_counts<F>(job, tables, in);
-    if (!in.sends) return true;
-    if (describes) sender.describe(t, slot, tables.before());
-    if (moves) sender.template send<Config>(t, p, slot);
-    return true;
-}
-
 // What blocks have yet to send that have not started. All threads.
 template <class Config, class F>
 __device__ __forceinline__ void send_rest(const DispatchJob& job, const StageSpread& spread,
@@ -209,7 +154,7 @@ __device__ __forceinline__ void send_rest(const DispatchJob& job, const StageSpr
         __syncthreads();
         if (next < 0) return;
         const Span span = tokens_of_turn(job, spread, next);
-        TokenCounter<F> counter(job, spread, span.begin, 0, false, F::kWarps);
+        TokenCounter<F> counter(job, spread, span.begin, 0, false, warp, F::kWarps);
         counter.look();
         counter.run();
         __syncthreads();

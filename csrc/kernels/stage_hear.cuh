@@ -1,7 +1,7 @@
 // In a small dispatch every block hears what all ranks bring to all experts, and comes to the verdict by
 // itself.
 //
-// defines: HeadListener, first_column, CountsListener, HeardLimits, FirstLook, judge_few, judge_stage,
+// defines: HeadListener, first_column, CountsListener, HeardLimits, LaneLimits, FirstLook, judge_slowly, judge_stage,
 // explain_stage
 #pragma once
 
@@ -41,7 +41,7 @@ __device__ __forceinline__ int first_column() {
 // The counts of all ranks, untrusted until they are judged.
 template <class F>
 struct CountsListener {
-    static constexpr int kAtOnce = F::kIsUsual ? 8 : 4;  // words of a thread on their way
+    static constexpr int kAtOnce = 4;  // words of a thread on their way
 
     const DispatchJob& job;
     const StageTables& tables;
@@ -152,14 +152,8 @@ struct FirstLook {
     Entering& in;
     uint32_t head = 0;  // a lane's word of the first head
     LaneLimits limits = {};
-    // Of this thread's column, where ranks are so few.
-    int32_t counts[CountsListener<F>::kAtOnce] = {};
 
-    __device__ __forceinline__ bool are_few() const {
-        return F::kIsUsual && job.view.shape.num_ranks <= CountsListener<F>::kAtOnce;
-    }
     __device__ __forceinline__ bool is_enough() const {
-        if constexpr (F::kIsUsual) return true;
         return in.masked == 0 && job.view.shape.num_ranks <= 32 &&
                tables.columns() <= static_cast<int>(blockDim.x);
     }
@@ -189,8 +183,9 @@ struct FirstLook {
                 word[2] = ptx::ld_relaxed_sys(own + L::kMaxRows);
                 word[3] = ptx::ld_relaxed_sys(own + L::kMaxRecv);
             }
+            int32_t counts[CountsListener<F>::kAtOnce];
             bool here = !has_column || heard.look(first, column, counts);
-            if (has_column && !are_few()) heard.put(first, column, counts);
+            if (has_column) heard.put(first, column, counts);
             const bool is_end = first + CountsListener<F>::kAtOnce >= num_ranks;
 #pragma unroll
             for (const uint64_t w : word) here = here && (!is_end || device::is_of(w, in.seq));
@@ -252,45 +247,6 @@ template <class F>
 __device__ __noinline__ void judge_slowly(const DispatchJob& job, const StageSpread& spread,
                                           Entering& in, int c, bool has, LaneLimits limits) {
     judge_column<F>(job, StageTables{spread, job.view.shape}, in, c, has, limits);
-}
-
-// The same of the column of a thread, where its counts are in registers: so nothing is loaded that was just stored.
-template <class F>
-__device__ __forceinline__ void judge_few(const DispatchJob& job, const StageTables& tables,
-                                          Entering& in, int c, bool has, const FirstLook<F>& seen) {
-    constexpr int kMost = CountsListener<F>::kAtOnce;
-    const DispatchArgs& a = job.args;
-    const int num_ranks = job.view.shape.num_ranks;
-    const auto max_tokens = static_cast<uint32_t>(job.view.shape.max_tokens);
-    const bool compact = is_compact<F>(a.layout), rows = c < num_ranks;
-    const uint32_t most = rows ? 1 : a.num_topk;  // of a token
-    int before[kMost], sum = 0;
-    bool fine = true;
-#pragma unroll
-    for (int p = 0; p < kMost; ++p) {
-        if (p >= num_ranks) break;
-        const auto tokens = static_cast<uint32_t>(seen.limits.tokens(p));
-        const auto count = static_cast<uint32_t>(seen.counts[p]);
-        fine &= tokens <= max_tokens && count <= tokens * most;  // none is negative
-        before[p] = sum;
-        sum += seen.counts[p];
-    }
-    if (compact == rows && a.capacity >= 0) fine &= sum <= a.capacity;
-    if (rows && has) {
-        fine &= sum <= seen.limits.max_recv(c) &&
-                (compact ? sum : rows_of<F>(job, tables, c)) <= seen.limits.max_rows(c);
-    }
-    if (__any_sync(~0u, has && !fine)) {
-        if (has) CountsListener<F>{job, tables, in}.put(0, c, seen.counts);
-        return judge_slowly<F>(job, tables.spread, in, c, has, seen.limits);
-    }
-    if (!has) return;
-#pragma unroll
-    for (int p = 0; p < kMost; ++p) {
-        if (p >= num_ranks) break;
-        tables.prefix()[p * tables.columns() + c] = before[p];
-    }
-    tables.prefix()[num_ranks * tables.columns() + c] = sum;
 }
 
 // All columns of a thread.

@@ -32,6 +32,25 @@ struct PartSender {
     int2* list;           // [32] shared memory of this warp, see look
     uint64_t masked = 0;  // ranks that nothing is sent to
 
+    // The place of the item-th token that is sent, among those that came here.
+    __device__ __forceinline__ static int row_of(const CombineSpread& spread, int item) {
+        if (item >= spread.rotated) return item;
+        const int ahead = item + spread.first_sent;
+        return ahead < spread.rotated ? ahead : ahead - spread.rotated;
+    }
+    // The first of these runs, each `step`-th, that is not of a place where no token has come to: shapes that are fixed
+    // have such places behind all others, of which `came` are none.
+    __device__ __forceinline__ static int past(const CombineJob& job, const CombineSpread& spread,
+                                               int run, int step, int came) {
+        int item = spread.sent.row_of(run);
+#pragma unroll 1
+        while (item < job.args.num_recv && row_of(spread, item) >= came) {
+            run += step;
+            item = spread.sent.row_of(run);
+        }
+        return run;
+    }
+
     // A token that came here: the lanes of its slots hold their rows.
     struct Token {
         int src = -1, t = -1, row = -1;
@@ -42,7 +61,7 @@ struct PartSender {
         const int lane = ptx::lane_id();
         Token token;
         if (item >= a.num_recv) return token;
-        const int64_t i = row_of(job, spread, item);
+        const int64_t i = row_of(spread, item);
         const int2 from = *reinterpret_cast<const int2*>(a.recv_src + 2 * i);
         token.src = from.x, token.t = from.y;
         if (is_compact<F>(a.layout)) {
@@ -106,15 +125,7 @@ private:
     __device__ const CombineArgs& args() const { return job.args; }
     __device__ bool sums_rows() const { return kernels::sums_rows<F>(args()); }
 
-    // The place of the item-th token that is sent, among those that came here.
-    __device__ __forceinline__ static int row_of(const CombineJob& job, const CombineSpread& spread,
-                                                 int item) {
-        const int ahead = item + spread.first_sent;
-        const auto num_recv = static_cast<int>(job.args.num_recv);
-        return ahead < num_recv ? ahead : ahead - num_recv;
-    }
-    // The first of these runs, each `step`-th, that is not of a place where no token has come to: shapes that are fixed
-    // have such places behind all others. One warp, that is at one.
+    // The same, of one warp that is at such a place.
     __device__ __noinline__ static int past_empty(const CombineJob& job,
                                                   const CombineSpread& spread, int run, int step) {
         const int num_ranks = job.view.shape.num_ranks;
@@ -123,14 +134,7 @@ private:
         for (int p = ptx::lane_id(); p < num_ranks; p += 32) {
             came += static_cast<int>(job.args.rank_counts[num_ranks + p]);
         }
-        came = __reduce_add_sync(~0u, came);
-        int item = spread.sent.row_of(run);
-#pragma unroll 1
-        while (item < job.args.num_recv && row_of(job, spread, item) >= came) {
-            run += step;
-            item = spread.sent.row_of(run);
-        }
-        return run;
+        return past(job, spread, run, step, __reduce_add_sync(~0u, came));
     }
 
     // `then`, once all that `ahead` holds is used.

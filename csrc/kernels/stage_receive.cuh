@@ -227,7 +227,6 @@ private:
     }
 
     __device__ __forceinline__ bool is_gone(int src) const {
-        if constexpr (F::kIsUsual) return false;
         const uint64_t gone = in.masked | in.unheard;
         return __any_sync(~0u, gone != 0 && device::has_rank(gone, src));
     }
@@ -293,8 +292,10 @@ private:
             r.row = tables.rows(src, me) + r.index;
             r.scales = static_cast<uint32_t>(r.row) * words;
         } else if (position < tables.first()[me + 1]) {
-            const int row = tables.selections(src, position) + told.turn;
-            const bool fits = told.turn >= 0 && row < a.capacity;
+            const bool is_turn =
+                static_cast<uint32_t>(told.turn) < static_cast<uint32_t>(a.capacity);
+            const int row = tables.selections(src, position) + (is_turn ? told.turn : 0);
+            const bool fits = is_turn && row < a.capacity;
             r.row = fits ? static_cast<int>(told.local * a.capacity) + row : -2;
             r.scales = told.local * words * static_cast<uint32_t>(scales_apart()) + row;
         } else {
@@ -336,13 +337,13 @@ private:
                 put_id(i * a.num_topk + lane, to.local);
                 if (a.with_weights) out.topk_weights[i * a.num_topk + lane] = to.weight;
             }
-            if (!F::kIsUsual && out.row_token != nullptr && lane == 0) out.row_token[i] = t;
+            if (out.row_token != nullptr && lane == 0) out.row_token[i] = t;
             return;
         }
         if (lane < a.num_topk) out.recv_row[i * a.num_topk + lane] = to.row;
         if (to.row < 0) return;
         if (a.with_weights) out.topk_weights[to.row] = to.weight;
-        if (!F::kIsUsual && out.row_token != nullptr) out.row_token[to.row] = t;
+        if (out.row_token != nullptr) out.row_token[to.row] = t;
     }
 
     __device__ __forceinline__ void put_id(int64_t at, int local) const {

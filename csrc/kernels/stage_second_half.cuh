@@ -1,7 +1,7 @@
 // The second half of a small dispatch: all blocks hear everybody, come to the verdict, and their warps take what
 // has come, piece by piece, to its rows.
 //
-// defines: tell_outputs, explain_any, receive
+// defines: tell_outputs, explain_any, catch_up, fill_rest, take_nothing, receive
 #pragma once
 
 #include <cstdint>
@@ -173,15 +173,8 @@ __device__ __forceinline__ bool hear_at_once(const DispatchJob& job, const Stage
     const bool heard =
         hear_heads<true>(job.view, receiver.stage.far, job.begin, in, listener, head);
     const int column = first_column();
-    const bool has = column < tables.columns();
-    if constexpr (F::kIsUsual) {
-        if (all && first.are_few()) {
-            judge_few(job, tables, in, column, has, first);
-        } else if (all) {
-            judge_slowly<F>(job, tables.spread, in, column, has, first.limits);
-        }
-    } else if (all) {
-        judge_column<F>(job, tables, in, column, has, first.limits);
+    if (all) {
+        judge_column<F>(job, tables, in, column, column < tables.columns(), first.limits);
     }
     const bool all_sent = left.none();
     if (__syncthreads_and(ok && all && heard && all_sent)) return settle_masked<F>(job.view, in);
@@ -195,19 +188,26 @@ __device__ __forceinline__ bool tells_outputs() {
     return publishes_stage() && threadIdx.x / 32 == F::kWarps - 1;
 }
 
-// What follows from counts alone: rows of our own tokens, and what nobody sent. `good`: the call did not fail.
+// What nobody sent. `good`: the call did not fail.
 template <class F>
-__device__ __forceinline__ void fill_in(const DispatchJob& job, const StageSpread& spread,
-                                        const Entering& in, bool good) {
-    const StageTables tables{spread, job.view.shape};
+__device__ __forceinline__ void fill_rest(const DispatchJob& job, const StageSpread& spread,
+                                          const StageTables& tables, bool good) {
     const auto blocks = static_cast<int>(gridDim.x), warp = static_cast<int>(threadIdx.x) / 32;
-    const Span own = tokens_of_turn(job, spread, turn_of_block());
-    if (in.sends) settle_rows<F>(job, tables, own.begin, own.end, in, good);
     // Warps that had least to take have most to fill in.
     const int last = (F::kWarps - 1 - warp) * blocks - 1 + static_cast<int>(blockIdx.x);
     // Not the warp that tells outputs: its number is -1.
     if (static_cast<uint32_t>(last) >= static_cast<uint32_t>(spread.fillers)) return;
     StagePadder<F>{job, last, F::kWarps * blocks - 1}.run(tables, good);
+}
+
+// What follows from counts alone: rows of our own tokens, and what nobody sent.
+template <class F>
+__device__ __forceinline__ void fill_in(const DispatchJob& job, const StageSpread& spread,
+                                        const Entering& in, bool good) {
+    const StageTables tables{spread, job.view.shape};
+    const Span own = tokens_of_turn(job, spread, turn_of_block());
+    if (in.sends) settle_rows<F>(job, tables, own.begin, own.end, in, good);
+    fill_rest<F>(job, spread, tables, good);
 }
 
 // Of a call that failed.
@@ -241,7 +241,7 @@ __device__ __forceinline__ bool receive(const DispatchJob& job, const StageSprea
     receiver.start(from, run, ahead);
     if constexpr (F::kAny) (void)far.hear(view, op, in, F::kWarps - 1);
     const bool tells = tells_outputs<F>();
-    if (!F::kIsUsual && tells && job.args.wait_stats != nullptr) {
+    if (tells && job.args.wait_stats != nullptr) {
         time_notices(view, far, in, op, job.args.wait_stats);
     }
     const bool looks = kHalf == Half::kBoth && warp == F::kWarps - 2;  // one warp for all
@@ -249,7 +249,7 @@ __device__ __forceinline__ bool receive(const DispatchJob& job, const StageSprea
     if (looks) left.look(view);
     const bool has_all = hear_at_once<F>(job, tables, in, receiver, run, ahead, left, ok);
     if (!ok) return false;
-    if (!has_all || (!F::kIsUsual && job.args.index_capacity >= 0)) {
+    if (!has_all || job.args.index_capacity >= 0) {
         if (!catch_up<Config, kHalf>(job, spread, far, in, has_all, left.none())) return false;
         receiver.start(from, run, ahead);
     }

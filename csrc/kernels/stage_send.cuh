@@ -1,7 +1,7 @@
 // The first half of a small dispatch: rows are put in front of their receivers, and everybody is told what
 // comes. Nobody is waited for but for the slot.
 //
-// defines: Sender, TokenCounter, OnePiece, count_load, publish_counts
+// defines: TokenCounter, count_load, publish_counts, PieceLines, Sender
 #pragma once
 
 #include <cstdint>
@@ -25,27 +25,31 @@ namespace ep::kernels {
 // ---- counting ----
 
 // Of a warp, one of `warps`; each takes as many tokens at once as have a lane for every slot. Tokens below `own`
-// are before the block's; all of them, when it publishes.
-template <class F>
+// are before the block's; all of them, when it publishes. kAhead: times that ids are asked for before any is there.
+template <class F, int kAhead = 1>
 struct TokenCounter {
     const DispatchJob& job;
     const StageSpread& spread;
     int own, middle, end, t, step;
-    int64_t next = -1;  // what the slot of this lane is, of token t
+    int64_t ids[kAhead];  // what the slot of this lane is, of token t and those behind it
     bool publishes;
 
-    // Tokens before `first`, and those before `mid`, should that be another.
+    // Tokens before `first`, and those before `mid`, should that be another. `warp`: among those that count.
     __device__ __forceinline__ TokenCounter(const DispatchJob& j, const StageSpread& s, int first,
-                                            int mid, bool tells, int warps)
+                                            int mid, bool tells, int warp, int warps)
         : job(j), spread(s), own(first), middle(mid > first ? mid : 0), publishes(tells) {
         const int at_once = s.tokens_at_once, turn = turn_of_lane();
         end = turn >= at_once ? 0 : tells ? static_cast<int>(j.args.num_tokens) : max(own, middle);
         step = warps * at_once;
-        t = static_cast<int>(threadIdx.x) / 32 * at_once + turn;
+        t = warp * at_once + turn;
     }
     // The first ids are on their way.
     __device__ __forceinline__ void look() {
-        if (t < end) next = id_of(t);
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+            ids[i] = -1;
+            if (t + i * step < end) ids[i] = id_of(t + i * step);
+        }
     }
     __device__ __forceinline__ void run() {
         if (!F::kIsUsual && job.args.replicas.num_logical != 0) return count_logical(*this);
@@ -72,8 +76,11 @@ private:
         const int turn = turn_of_lane();
 #pragma unroll 1
         for (; __any_sync(~0u, t < end); t += step) {
-            const int64_t id = t < end ? expert_of_id(t, next) : -1;
-            if (t + step < end) next = id_of(t + step);
+            const int64_t id = t < end ? expert_of_id(t, ids[0]) : -1;
+            const int behind = t + kAhead * step;
+#pragma unroll
+            for (int i = 0; i + 1 < kAhead; ++i) ids[i] = ids[i + 1];
+            if (behind < end) ids[kAhead - 1] = id_of(behind);
             const Expert expert = tables.expert(id);
             const bool chosen = expert.position >= 0;
             const int dst = chosen ? staged_rank(expert.code) : -1;
@@ -142,6 +149,44 @@ __device__ __forceinline__ void publish_counts(const DispatchJob& job, const Sta
 }
 
 // ---- sending ----
+
+// What a lane has of the lines of a piece. kAtOnce: steps of a piece, or more.
+template <int kAtOnce>
+struct PieceLines {
+    static constexpr int kApart = device::LineLane::kAtOnce * kLineUnits;       // units
+    static constexpr int kLinesApart = device::LineLane::kAtOnce * kLineBytes;  // bytes there
+
+    int left = 0;  // units from the first one of its line on
+    device::Words words[kAtOnce] = {};
+
+    PieceLines() = default;
+    // Of a row, and the scales behind it, in shared memory.
+    __device__ __forceinline__ PieceLines(const std::byte* row, const std::byte* scales,
+                                          int row_units, int units) {
+        const device::LineLane at;
+        const std::byte* behind = scales - row_units * kUnitBytes;
+        left = units - kLineUnits * at.line;
+#pragma unroll
+        for (int v = 0; v < kAtOnce; ++v) {
+            const int i = at.index(0) + v * kApart;
+            if (at.is_last() || i >= units) continue;
+            words[v] = device::words_of(
+                ptx::ld_shared_v4((i < row_units ? row : behind) + i * kUnitBytes));
+        }
+    }
+    // Of the last lane of a line.
+    __device__ __forceinline__ void number(uint64_t seq) {
+#pragma unroll
+        for (int v = 0; v < kAtOnce; ++v) words[v].b = seq;
+    }
+    // `to`: where the lane's part of its first line goes. Lanes of a line come here together.
+    __device__ __forceinline__ void put(std::byte* to) const {
+#pragma unroll
+        for (int v = 0; v < kAtOnce; ++v) {
+            if (left > v * kApart) device::put_line(to + v * kLinesApart, words[v]);
+        }
+    }
+};
 
 // Of a warp.
 template <class F>
@@ -305,7 +350,20 @@ struct Sender {
             if (one >> ptx::lane_id() & 1) to = outgoing(t) + stage.piece_at(p);
             leaders = (leaders & ~far) | one;
         }
-        put_lines<kSteps<Config>>(p, data() + spread.scales_at, to, leaders);
+        auto ready = lines<Config>(p);
+        if (device::LineLane().is_last()) ready.number(stage.op.seq);
+        __syncwarp();
+#pragma unroll 1
+        for (uint32_t more = leaders; more != 0; more &= more - 1) {
+            const auto base = __shfl_sync(~0u, reinterpret_cast<uint64_t>(to), __ffs(more) - 1);
+            ready.put(reinterpret_cast<std::byte*>(base) + device::LineLane().offset(0));
+        }
+    }
+    // Piece p as it is ready in shared memory.
+    template <class Config>
+    __device__ __forceinline__ PieceLines<kSteps<Config>> lines(int p) const {
+        const int row_units = spread.row_units_of(p);
+        return {data(), data() + spread.scales_at, row_units, row_units + spread.scale_units};
     }
 
     // What becomes of these tokens, to every rank; each in turn, by one warp. `slot`: of the first; `before`: what was
@@ -403,75 +461,6 @@ private:
             reinterpret_cast<uint32_t*>(to)[w] = first + w < words ? from[first + w] : 0;
         }
         __syncwarp();
-    }
-
-    // Lanes in `leaders` say where. kAtOnce: steps of a piece, or more.
-    template <int kAtOnce>
-    __device__ __forceinline__ void put_lines(int p, const std::byte* scales, std::byte* to,
-                                              uint32_t leaders) const {
-        using device::LineLane;
-        constexpr int kApart = LineLane::kAtOnce * kLineUnits;       // units
-        constexpr int kLinesApart = LineLane::kAtOnce * kLineBytes;  // bytes there
-        const LineLane at;
-        const int row_units = spread.row_units_of(p), units = row_units + spread.scale_units;
-        const int left = units - kLineUnits * at.line;
-        const std::byte* behind = scales - row_units * kUnitBytes;
-        device::Words w[kAtOnce];
-#pragma unroll
-        for (int v = 0; v < kAtOnce; ++v) {
-            const int i = at.index(0) + v * kApart;
-            w[v] = {};
-            if (!at.is_last() && i < units) {
-                w[v] = device::words_of(
-                    ptx::ld_shared_v4((i < row_units ? data() : behind) + i * kUnitBytes));
-            }
-            if (at.is_last()) w[v].b = stage.op.seq;
-        }
-        __syncwarp();
-#pragma unroll 1
-        for (uint32_t more = leaders; more != 0; more &= more - 1) {
-            const auto base = __shfl_sync(~0u, reinterpret_cast<uint64_t>(to), __ffs(more) - 1);
-            auto* line = reinterpret_cast<std::byte*>(base) + at.offset(0);
-#pragma unroll
-            for (int v = 0; v < kAtOnce; ++v) {
-                if (left > v * kApart) device::put_line(line + v * kLinesApart, w[v]);
-            }
-        }
-    }
-};
-
-// The only piece of a warp of a usual call. announce(): before the kernels ahead have ended, so that it touches nothing
-// of theirs; load(): after that; finish(): it is ready in shared memory. False: leave.
-template <class Config, class F>
-struct OnePiece {
-    Sender<F>& sender;
-    int t, p;
-    typename Sender<F>::First first = {};
-
-    __device__ __forceinline__ void announce() { first = sender.announce(t, p); }
-    __device__ __forceinline__ void load() { sender.load(first); }
-    __device__ __forceinline__ bool finish() { return sender.template prepare<Config>(t, p); }
-};
-
-// It comes to registers, which is sooner than through shared memory, and all of it gets its scales together.
-template <DType kDtype, class F>
-struct OnePiece<Quantized<kDtype>, F> {
-    static constexpr int kVectors = kMostQuantized / device::kVectorWidth<kDtype>;
-
-    Sender<F>& sender;
-    int t, p;
-    device::Loaded<kDtype, kVectors> loaded = {};
-
-    __device__ __forceinline__ void announce() {}
-    __device__ __forceinline__ void load() {
-        loaded.load(sender.source(t, p), sender.spread.elements_of(p));
-    }
-    __device__ __forceinline__ bool finish() {
-        const bool ue8m0 = sender.args().quantize == Quantize::kFp8Ue8m0;
-        std::byte* data = sender.data();
-        loaded.template quantize<128>(data, data + sender.spread.scales_at,
-                                      sender.spread.elements_of(p), ue8m0);
-        return true;
     }
 };
 

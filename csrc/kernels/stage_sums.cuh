@@ -51,7 +51,10 @@ struct CombineSpread {
     // Of every lane in a piece of an owner's: larger ones where they are many.
     int32_t units_sent;
     Runs sent, added;
-    int32_t first_sent;  // the row that is sent first: those of other ranks before our own
+    // The row that is sent first: those of other ranks before our own. Of so many, which are all that come if others
+    // have as many tokens as we; what comes beside them, or is empty, is behind them.
+    int32_t first_sent, rotated;
+    int32_t first_adder;  // the first warp that adds up; where there are so many, none that sends
     bool has_bias;
 
     // `wide`: owners may take larger pieces.
@@ -70,7 +73,11 @@ struct CombineSpread {
         // not the best one.
         const int64_t ours = rows / view.shape.num_ranks;
         const int64_t behind = ours * (view.peers.rank + 1);
-        first_sent = static_cast<int32_t>(behind < a.num_recv ? behind : 0);
+        const int64_t most = std::min(a.num_tokens * view.shape.num_ranks, a.num_recv);
+        rotated = static_cast<int32_t>(most);
+        first_sent = static_cast<int32_t>(behind < most ? behind : 0);
+        const int64_t idle = warps - int64_t{a.num_tokens} * added.per_row.value;
+        first_adder = static_cast<int32_t>(std::clamp<int64_t>(idle, 0, most * sent.per_row.value));
     }
 
 private:

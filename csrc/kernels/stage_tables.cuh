@@ -1,7 +1,7 @@
 // Shared memory of a block of a small dispatch: what it counts of its own rank's tokens, what it hears from
 // everybody, and the pieces its warps are at. One walk, for the host that sizes it and the kernel.
 //
-// defines: kSteps, Heard, Expert, Filling, StageSpread, StageTables
+// defines: kSteps, Heard, Expert, Filling, StageSpread, StageTables, Prepared
 #pragma once
 
 #include <algorithm>
@@ -13,6 +13,7 @@
 #include "device/lines.cuh"
 #include "device/ptx.cuh"
 #include "kernels/stage.cuh"
+#include "kernels/tables.cuh"
 
 namespace ep::kernels {
 
@@ -57,6 +58,9 @@ struct StageSpread {
     Runs taken;  // by warps that receive
     Divisor pieces_of_row, places_of_source;
     Divisor scale_words;  // of a piece
+    // Of a usual call (kernels/usual.cuh): ranks; 1 << shares_log warps share the rows of a piece here.
+    Divisor sources;
+    int32_t shares_log = 0;
     int32_t tokens_per_block;
     int32_t tokens_at_once, turns;  // of a warp that has a lane for every slot; see turn_of_lane
     // Byte offsets.
@@ -78,6 +82,7 @@ struct StageSpread {
           pieces_of_row(record.num_pieces),
           places_of_source(std::max<int64_t>(s.max_tokens, 1)),
           scale_words(std::max(record.scale_bytes / 4, 1)),
+          sources(s.num_ranks),
           tokens_per_block(static_cast<int32_t>(divide_up(a.num_tokens, num_blocks))),
           tokens_at_once(32 / std::max(a.num_topk, 1)),
           turns(static_cast<int32_t>(divide_up(1 << 16, std::max(a.num_topk, 1)))) {
@@ -108,6 +113,11 @@ struct StageSpread {
         buffers = tokens_per_block * record.num_pieces > kStageWarps && fit ? 2 : 1;
         end = at + buffers * kStageWarps * piece_bytes;
         list_fillings(s, a, out);
+        const int64_t runs = s.num_ranks * std::max<int64_t>(a.num_tokens, 1) * record.num_pieces;
+        const int64_t rows = a.layout == RecvLayout::kSlab ? std::min<int64_t>(a.num_topk, 8) : 1;
+        while (2 << shares_log <= rows && runs << (shares_log + 1) <= num_blocks * kStageWarps) {
+            ++shares_log;
+        }
     }
     EP_HD int row_units_of(int piece) const {
         return piece + 1 == record.num_pieces ? last_row_units : row_units;
@@ -180,7 +190,8 @@ struct StageTables {
     // Nobody's, for ids that name no expert.
     __device__ __forceinline__ Expert expert(int64_t id) const {
         const bool known = static_cast<uint64_t>(id) < static_cast<uint64_t>(shape.num_experts);
-        return known ? experts()[id] : Expert{kNoStagedExpert, -1};
+        const Expert expert = experts()[known ? static_cast<int>(id) : 0];
+        return known ? expert : Expert{kNoStagedExpert, -1};
     }
     // Of tokens for rank `dst`, or of selections, from sources below `src`.
     __device__ __forceinline__ int rows(int src, int dst) const {
@@ -198,6 +209,46 @@ private:
     template <class T>
     __device__ __forceinline__ static T* at(int offset) {
         return reinterpret_cast<T*>(ptx::dynamic_shared() + offset);
+    }
+};
+
+// What tables hold that does not depend on anything that happens on the GPU, a thread's part of it. In two steps, so
+// that loads are on their way together, and while other things are done.
+struct Prepared {
+    std::byte *control = nullptr, *arena = nullptr;
+    int first = 0, owner = 0, local = 0, position = 0;
+
+    // There are fewer ranks than threads.
+    __device__ __forceinline__ explicit Prepared(const DispatchJob& job) {
+        const State& state = job.view.state;
+        const Peers& peers = job.view.peers;
+        const int num_ranks = job.view.shape.num_ranks, i = threadIdx.x;
+        if (i == 0) arena = peers.arena[peers.rank];
+        if (i < num_ranks) control = peers.control[i];
+        if (i <= num_ranks) first = __ldg(state.first + i);
+        if (i >= job.view.shape.num_experts) return;
+        owner = __ldg(state.owner + i), local = __ldg(state.local + i);
+        position = __ldg(state.position + i);
+    }
+    // A barrier of the block must follow.
+    __device__ __forceinline__ void store(const DispatchJob& job, const StageTables& tables) const {
+        const State& state = job.view.state;
+        const int num_ranks = job.view.shape.num_ranks, i = threadIdx.x;
+        const int threads = blockDim.x, num_experts = job.view.shape.num_experts;
+#pragma unroll 1
+        for (int c = i; c < tables.columns() + 2; c += threads) {
+            if (c < tables.columns()) tables.before()[c] = tables.middle()[c] = 0;
+            tables.all()[c] = c == tables.columns() + 1 ? kNoBadId : 0;
+        }
+#pragma unroll 1
+        for (int e = i + threads; e < num_experts; e += threads) {
+            const uint32_t code = staged_expert(__ldg(state.owner + e), __ldg(state.local + e));
+            tables.experts()[e] = {code, __ldg(state.position + e)};
+        }
+        if (i == 0) tables.arena() = arena;
+        if (i < num_ranks) tables.control()[i] = control;
+        if (i <= num_ranks) tables.first()[i] = first;
+        if (i < num_experts) tables.experts()[i] = {staged_expert(owner, local), position};
     }
 };
 

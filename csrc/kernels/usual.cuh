@@ -3,7 +3,7 @@
 // instructions or more, while two kernels take turns in the caches, 50 to 76 (bench/results/jumps.jsonl). What one
 // token ran through, in all roles of warps, lay in sixty stretches.
 //
-// defines: Usual, masks, is_compact, sums_rows
+// defines: kUsualRanks, Usual, kAlwaysSums, masks, is_compact, sums_rows
 #pragma once
 
 #include "contract/gpu.h"
@@ -11,15 +11,26 @@
 
 namespace ep::kernels {
 
-// Calls of a buffer inside a node, which masks nobody. A dispatch of this layout, whole, with at most a token for each
-// block and a piece of it for each warp that sends; what it quantizes is BF16, in blocks of 128. Of a combine owners
-// send rows (kPerRank: sums) of BF16 tensors, and nothing is added to them.
+inline constexpr int kUsualRanks =
+    8;  // at most: what a thread hears of all of them is in its registers
+
+// Calls of a buffer inside a node, which masks nobody. A dispatch of at most so many ranks and of this layout, whole,
+// with at most a token for each block and a piece of it for each warp that sends; what it quantizes is BF16, in blocks
+// of 128. It has code of its own: kernels/usual_send.cuh, kernels/usual_hear.cuh, kernels/usual_receive.cuh. Of a
+// combine owners send rows (kPerRank: sums, see kernels/usual_owner.cuh) of BF16 tensors, and nothing is added to them.
 template <RecvLayout kIts, bool kPerRank = true>
 struct Usual : NoFar {
     static constexpr bool kIsUsual = true;
     static constexpr RecvLayout kLayout = kIts;
     static constexpr bool kSumsRows = kIts == RecvLayout::kSlab && kPerRank;
 };
+
+// Of a combine: owners add up their rows of a token, in all calls of a kernel.
+template <class F>
+constexpr bool kAlwaysSums = [] {
+    if constexpr (F::kIsUsual) return F::kSumsRows;
+    return false;
+}();
 
 // Whether ranks may be masked.
 template <class F>

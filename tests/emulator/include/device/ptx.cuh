@@ -160,6 +160,14 @@ inline uint4 ld_shared_v4(const void* addr) {
     return v;
 }
 
+inline uint4 ld_global_v4(const void* addr) {
+    uint4 v;
+    std::memcpy(&v, addr, 16);
+    return v;
+}
+template <class T>
+void pin(T&) {}
+
 inline void st_global_v2(void* addr, uint64_t b, uint64_t c) {
     std::memcpy(addr, &b, 8), std::memcpy(static_cast<std::byte*>(addr) + 8, &c, 8);
 }
