@@ -47,6 +47,7 @@ __global__ void every_wrapper(void** out) {
     keep(out, 26, &ptx::cvt_f32_f16);
     keep(out, 27, &ptx::ld_shared_v4);
     keep(out, 10, &ptx::st_global);
+    keep(out, 46, &ptx::ld_global_v4);
     keep(out, 28, &ptx::st_global_v2);
     keep(out, 29, &ptx::griddepcontrol_wait);
     keep(out, 30, &ptx::griddepcontrol_launch_dependents);
