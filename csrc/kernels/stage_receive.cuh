@@ -1,6 +1,6 @@
 // The second half of a small dispatch: lines become rows of x and what belongs to them.
 //
-// defines: Receiver
+// defines: scales_of_piece, Receiver
 #pragma once
 
 #include <cstdint>
@@ -17,6 +17,23 @@
 #include "kernels/usual.cuh"
 
 namespace ep::kernels {
+
+// The scales behind a piece, of which few lanes have some, in shared memory of the warp. All lanes.
+template <int kAtOnce>
+__device__ __forceinline__ const uint32_t* scales_of_piece(const StageTables& tables, int row_units,
+                                                           const device::Words (&w)[kAtOnce]) {
+    const device::LineLane at;
+    auto* units = reinterpret_cast<uint4*>(tables.warp_memory());
+    __syncwarp();  // those of the piece before have been read
+#pragma unroll
+    for (int v = 0; v < kAtOnce; ++v) {
+        const int unit = at.index(0) + v * device::LineLane::kAtOnce * kLineUnits - row_units;
+        if (at.is_last() || unit < 0 || unit >= tables.spread.scale_units) continue;
+        units[unit] = device::unit_of(w[v]);
+    }
+    __syncwarp();
+    return reinterpret_cast<const uint32_t*>(units);
+}
 
 // Of a warp, which takes pieces of tokens of any source. kAtOnce: steps of a piece, or more.
 template <class F, int kAtOnce>
@@ -400,19 +417,10 @@ private:
     // lane stores a word of a row.
     __device__ __forceinline__ void put_scales(int p, int row_units, const Targets& to,
                                                const device::Words (&w)[kAtOnce]) const {
-        const device::LineLane at;
         const Divisor& words = tables.spread.scale_words;
         const int before = p * words.value;
         const int end = min(words.value, static_cast<int>(args().scale_bytes / 4) - before);
-        std::byte* memory = tables.warp_memory();
-        __syncwarp();  // those of the piece before have been read
-#pragma unroll
-        for (int v = 0; v < kAtOnce; ++v) {
-            const int unit = at.index(0) + v * kApart - row_units;
-            if (at.is_last() || unit < 0 || unit >= tables.spread.scale_units) continue;
-            reinterpret_cast<uint4*>(memory)[unit] = device::unit_of(w[v]);
-        }
-        __syncwarp();
+        const uint32_t* scales = scales_of_piece(tables, row_units, w);
         const int64_t apart = scales_apart();
         auto* out = reinterpret_cast<uint32_t*>(job.out.scales) + before * apart;
 #pragma unroll 1
@@ -421,7 +429,7 @@ private:
             const int row = words.quotient(k), i = k - row * words.value;
             const uint32_t at_row = __shfl_sync(~0u, to.scales, row);
             if (row >= to.count || i >= end) continue;
-            ptx::st_global(out + at_row + i * apart, reinterpret_cast<uint32_t*>(memory)[i]);
+            ptx::st_global(out + at_row + i * apart, scales[i]);
         }
     }
 };

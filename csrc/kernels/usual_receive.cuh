@@ -14,6 +14,7 @@
 #include "kernels/enter.cuh"
 #include "kernels/stage.cuh"
 #include "kernels/stage_fill.cuh"
+#include "kernels/stage_receive.cuh"
 #include "kernels/stage_second_half.cuh"
 #include "kernels/stage_tables.cuh"
 #include "kernels/usual.cuh"
@@ -272,22 +273,6 @@ private:
         return __ballot_sync(~0u, to.row >= 0 && (turn & mask) == at.share);
     }
 
-    // Few lanes have scales of a piece, so they come to all through shared memory of the warp: one word each.
-    __device__ __forceinline__ uint32_t scale_of_lane(int row_units,
-                                                      const device::Words (&words)[kAtOnce]) const {
-        const device::LineLane at;
-        std::byte* memory = tables.warp_memory();
-        __syncwarp();  // those of the piece before have been read
-#pragma unroll
-        for (int v = 0; v < kAtOnce; ++v) {
-            const int unit = at.index(0) + v * kApart - row_units;
-            if (at.is_last() || unit < 0 || unit >= tables.spread.scale_units) continue;
-            reinterpret_cast<uint4*>(memory)[unit] = device::unit_of(words[v]);
-        }
-        __syncwarp();
-        return reinterpret_cast<uint32_t*>(memory)[ptx::lane_id()];
-    }
-
     __device__ __forceinline__ void put(const Run& at, const Arrival& to, uint32_t targets,
                                         const device::Words (&words)[kAtOnce]) const {
         const device::LineLane line;
@@ -298,7 +283,8 @@ private:
         const int num_scales =
             min(s.scale_words.value, static_cast<int>(args().scale_bytes / 4) - before);
         const bool has_scale = s.scale_units > 0 && lane < num_scales;
-        const uint32_t scale = s.scale_units > 0 ? scale_of_lane(row_units, words) : 0;
+        const uint32_t scale =
+            s.scale_units > 0 ? scales_of_piece(tables, row_units, words)[lane] : 0;
         std::byte* x = tables.arena() +
                        int64_t{job.begin.head.grant.page[Grant::kX]} * kExtentAlign +
                        int64_t{at.piece} * s.record.piece_bytes + kUnitBytes * line.index(0);
