@@ -347,8 +347,10 @@ StageCombineKernel<F> stage_combine_for(DType dtype, Half half, int units_sent) 
 // Calls that kernels with Usual are for, but for their layout.
 inline bool is_usual(const CombineJob& job, Half half) {
     const CombineArgs& a = job.args;
-    return half == Half::kBoth && !job.view.watch.can_mask && a.dtype == DType::kBF16 &&
-           a.wait_stats == nullptr && a.bias0 == nullptr && a.bias1 == nullptr;
+    // A lane of UsualOwner knows what came from a rank.
+    return half == Half::kBoth && !job.view.watch.can_mask && job.view.shape.num_ranks <= 32 &&
+           a.dtype == DType::kBF16 && a.wait_stats == nullptr && a.bias0 == nullptr &&
+           a.bias1 == nullptr;
 }
 
 template <class F>

@@ -28,17 +28,16 @@ struct UsualOwner {
 
     const Sender& sender;
     bool asks = false;  // has a piece
-    const int32_t *at_src = nullptr,
-                  *at_row = nullptr;   // what is told of the token, and of the lane's slot
+    // What is told of the token, and of the lane's slot.
+    const int32_t *at_src = nullptr, *at_row = nullptr;
     const std::byte* first = nullptr;  // where this lane's first unit of the piece is in row 0
     int left = 0;                      // units of a row from there on
     // Once the token is known:
     Token token = {};
-    uint32_t here = 0;   // lanes of slots with rows here
-    uint32_t ahead = 0;  // those whose rows have not been asked for
-    int came =
-        INT32_MAX;  // places from there on are empty: shapes that are fixed have such behind all others
-    float weight = 1.0f;  // of the lane's row
+    uint32_t here = 0;     // lanes of slots with rows here
+    uint32_t ahead = 0;    // those whose rows have not been asked for
+    int came = INT32_MAX;  // see PartSender::past
+    float weight = 1.0f;   // of the lane's row
     Words rows[kRows][kUnits];
 
     // Before anything has come.
