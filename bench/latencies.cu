@@ -1,5 +1,6 @@
 // What instructions of a latency-bound kernel take: chains of 16 that each need what the one before gave, of one warp;
-// barriers of a block; and a word from the store of one block until another one, which polls for it, has it.
+// barriers of a block; parameters of a kernel, of which all warps of a block name a word in each of so many times 64
+// bytes; and a word from the store of one block until another one, which polls for it, has it.
 //
 //     nvcc -std=c++20 -O3 -arch=sm_90 bench/latencies.cu -o latencies && ./latencies
 //
@@ -88,6 +89,22 @@ __global__ void barriers(uint32_t* taken, int vote) {
     if (threadIdx.x == 0) *taken = cycles() - begin + (vote == 7);
 }
 
+struct Parameters {
+    uint32_t word[16 * 20];
+};
+
+// The slowest warp's.
+template <int kLines>
+__global__ void parameters(const __grid_constant__ Parameters given, uint32_t* taken,
+                           uint32_t value) {
+    const uint32_t begin = cycles();
+#pragma unroll
+    for (int i = 0; i < kLines; ++i) value = value * 3 + given.word[16 * i + 1];
+    if (__any_sync(~0u, value == 0x13572468u)) *taken = value;
+    const uint32_t end = cycles();
+    if (threadIdx.x % 32 == 0) atomicMax(taken, end - begin);
+}
+
 // Two blocks in turn wait for a word of their own, and then store one for the other.
 __global__ void hops(uint32_t* taken, uint64_t* words) {
     const uint64_t me = blockIdx.x;
@@ -137,6 +154,16 @@ int main() {
         check(cudaDeviceSynchronize());
         print("barrier with a vote", threads, double(*taken) / kLength, gpu);
     }
+    const auto time_parameters = [&](auto kernel) {
+        for (int n = 0; n < 3; ++n) {  // each kernel has its own; what counts is the last one's
+            *taken = 0;
+            kernel<<<1, 512>>>(Parameters{}, taken, n);
+            check(cudaDeviceSynchronize());
+        }
+        return double(*taken);
+    };
+    const double of_20 = time_parameters(parameters<20>), of_4 = time_parameters(parameters<4>);
+    print("parameters, 64 bytes", 512, (of_20 - of_4) / 16, gpu);
     // Hop 1 is for block 1, and stored here.
     const uint64_t first = 1;
     check(cudaMemcpy(memory + 128, &first, sizeof(first), cudaMemcpyHostToDevice));

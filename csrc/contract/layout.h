@@ -42,8 +42,9 @@ struct NamedRegion {
 // Head of every rank's shared memory: same offsets on every rank. Indices are [slot][rank] unless
 // said otherwise.
 struct ControlLayout {
-    Region header, entries, counts, bases, expert_rows, arrived, pulled, released, staged, taken,
-        notices, lives, masks, rows;
+    // What small batches name stands last, next to the rest they name of a RankView.
+    Region header, entries, counts, bases, expert_rows, arrived, pulled, staged, taken, lives,
+        masks, released, notices, rows;
     int64_t end = 0;
     int64_t stage_bytes = 0;
     int32_t num_ranks, num_experts, max_local_experts, notice_words;

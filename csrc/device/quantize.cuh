@@ -112,11 +112,15 @@ struct Bf16Scales {
 
     // Threads [0, kCount) of a block, each its entry; a barrier must follow.
     __device__ __forceinline__ void fill(int i) const {
-        const uint32_t mantissa = static_cast<uint32_t>(i) << 16;
-        const uint32_t beyond = i == kInfinite ? 0x7f800000u : 0x7fc00000u;
-        const float amax =
-            i == kSmall ? 1e-4f : __uint_as_float(i < kMantissas ? 0x3f800000u | mantissa : beyond);
-        entries[i] = {__fdiv_rn(amax, 448.0f), __fdiv_rn(448.0f, amax)};
+        const float nan = __uint_as_float(0x7fc00000u), infinite = __uint_as_float(0x7f800000u);
+        if (i == kSmall) {
+            entries[i] = {1e-4f / 448.0f, 448.0f / 1e-4f};
+        } else if (i >= kMantissas) {  // to divide these takes 2000 cycles
+            entries[i] = {i == kInfinite ? infinite : nan, i == kInfinite ? 0.0f : nan};
+        } else {
+            const float amax = __uint_as_float(0x3f800000u | static_cast<uint32_t>(i) << 16);
+            entries[i] = {__fdiv_rn(amax, 448.0f), __fdiv_rn(448.0f, amax)};
+        }
     }
     // See scale_block. `most`: bits of a magnitude.
     __device__ __forceinline__ float scale_block(uint32_t most, bool ue8m0, std::byte* scales,

@@ -59,7 +59,7 @@ std::shared_ptr<Flight> DeviceRank::dispatch(const DispatchArgs& args, const Dis
                                              Stream stream) {
     const bool captured = enter(stream);
     auto flight =
-        std::make_shared<Flight>(DispatchJob{view_, begin_of(OpKind::kDispatch), args, UnpackArgs{},
+        std::make_shared<Flight>(DispatchJob{view_, args, UnpackArgs{}, begin_of(OpKind::kDispatch),
                                              1, 0, wants.status, wants.num_recv});
     DispatchJob& job = flight->job;
     flight->stream = stream;
@@ -154,7 +154,7 @@ std::shared_ptr<BegunCombine> DeviceRank::combine(const CombineArgs& args,
                                                   const CombineWants& wants, Stream stream) {
     enter(stream);
     auto begun = std::make_shared<BegunCombine>(
-        BegunCombine{{view_, begin_of(OpKind::kCombine), args, nullptr, wants.begun}});
+        BegunCombine{{view_, args, begin_of(OpKind::kCombine), nullptr, wants.begun}});
     ++begun_;
     CombineJob& job = begun->job;
     job.begin.report_later = true;

@@ -1,7 +1,8 @@
 // How an operation is entered: what a block knows of it, the slot, and what it tells others.
 //
 // defines: NoFar, at, at_own, Uninitialized, in_shared, Entering, Objection, objection, init_told,
-// fetch_parameter, init_entering, tell_entered, watch_of, without, acquire_slot, publish_words, publish_head
+// starts_early, fetch_parameter, init_entering, tell_entered, watch_of, without, acquire_slot, publish_words,
+// publish_head
 //
 // What dispatch and combine share is here, in kernels/notices.cuh (what others tell is heard and judged) and in
 // kernels/leave.cuh (the slot is left). Functions are for all threads of a block unless they say otherwise;
@@ -102,21 +103,31 @@ __device__ __forceinline__ uint32_t objection(Objection kind, int peer) {
     return uint32_t{kind} << 16 | static_cast<uint32_t>(peer);
 }
 
-// All threads; a barrier of the block must follow. Parameters that differ between the lanes of a warp are
-// read one after the other, so this comes before anything has to be quick.
+// All threads; a barrier of the block must follow.
 __device__ __forceinline__ void init_told(const Begin& begin, Entering& in) {
     using L = NoticeLayout;
     const auto* head = reinterpret_cast<const uint32_t*>(&begin.head);
     const auto* descriptor = reinterpret_cast<const uint32_t*>(&begin.descriptor);
+    // Lanes of a warp read parameters one after the other, so each warp has some of them.
+    const auto warps = static_cast<int>(blockDim.x) / 32;
+    const int first = static_cast<int>(ptx::lane_id()) * warps + static_cast<int>(threadIdx.x) / 32;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < L::kRefusal; i += blockDim.x) {
+    for (int i = first; i < L::kRefusal; i += 32 * warps) {
         in.told[i] = i < L::kHead ? head[i] : descriptor[i - L::kDescriptor];
     }
 }
 
+// Whether there are SMs for a small kernel while the one in front of it runs: then it has time before that has ended.
+// Else all that it does takes as long as it takes.
+__device__ __forceinline__ bool starts_early() {
+    constexpr unsigned kMost = 64;  // blocks; there are SMs for twice as many
+    return gridDim.x <= kMost;
+}
+
 // Fetches a parameter of a kernel into the cache of instructions that name parameters. Else the first one that names
 // one of a line would wait for it, 30 to 80 cycles each time. Uniform, since what lanes load by an address of their
-// own goes through another cache. One warp; `sink`: a word for what has no meaning.
+// own goes through another cache. One warp, of a kernel that starts early: it takes 3000 cycles. `sink`: a word for what
+// has no meaning.
 template <class Param>
 __device__ __forceinline__ void fetch_parameter(const Param& given, volatile uint32_t& sink) {
     constexpr int kLine = 64;

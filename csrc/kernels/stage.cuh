@@ -145,11 +145,12 @@ struct Releases {
 
     // `begins`: of the warp that will.
     __device__ __forceinline__ Releases(const RankView& view, bool begins) {
+        if (!begins) return;
         const int near = view.peers.near_end - view.peers.near_begin;
         const auto lane = static_cast<int>(ptx::lane_id());
         slot = lane / near;
         const int p = view.peers.near_begin + lane - slot * near;
-        if (!begins || near > 32 || slot >= view.shape.num_slots) return;
+        if (near > 32 || slot >= view.shape.num_slots) return;
         word = at_own<uint64_t>(view, view.layout.released_word(slot, p));
         early = ptx::ld_relaxed_sys(word);
     }

@@ -47,9 +47,6 @@ struct StageSpread {
     static constexpr int kMostFillings = 5;
 
     Record record;
-    Filling fillings[kMostFillings];
-    int32_t num_fillings = 0;
-    int32_t fillers;    // warps that have something to fill in, at most
     int32_t row_bytes;  // as they travel
     // Of a piece of a row, of its last piece, and behind each.
     int32_t row_units, last_row_units, scale_units;
@@ -68,6 +65,9 @@ struct StageSpread {
     int32_t piece_bytes;  // of shared memory
     int32_t buffers;      // for so many pieces of a warp: the next one is loaded meanwhile
     int32_t scales_at;    // in it, behind the piece as it is loaded
+    int32_t fillers;      // warps that have something to fill in, at most
+    int32_t num_fillings = 0;
+    Filling fillings[kMostFillings];
 
     StageSpread(const Shape& s, const DispatchArgs& a, const UnpackArgs& out, int num_blocks)
         : record(record_of(a)),

@@ -38,14 +38,17 @@ struct OwnSlot {
     __device__ __forceinline__ int dst() const { return staged_rank(expert.code); }
 };
 
-// Where the record of the block's token begins at the rank with the number of the lane, in slot 0.
-__device__ __forceinline__ uint64_t record_of_lane(const RankView& view, const Record& record,
-                                                   int t) {
-    const auto lane = static_cast<int>(ptx::lane_id());
-    if (lane >= view.shape.num_ranks) return 0;
+// Where the record of our token t begins in the control block of a rank, in slot 0.
+__device__ __forceinline__ int64_t offset_of_record(const RankView& view, const Record& record,
+                                                    int t) {
     const int64_t place = int64_t{view.peers.rank} * view.shape.max_tokens + t;
-    return reinterpret_cast<uint64_t>(view.peers.control[lane]) + view.layout.stage(0) +
-           place * record.bytes();
+    return view.layout.stage(0) + place * record.bytes();
+}
+// The same in memory, of the rank with the number of the lane.
+__device__ __forceinline__ uint64_t record_of_lane(const StageTables& tables, int64_t offset) {
+    const auto lane = static_cast<int>(ptx::lane_id());
+    if (lane >= tables.shape.num_ranks) return 0;
+    return reinterpret_cast<uint64_t>(tables.control()[lane] + offset);
 }
 // That of rank p.
 __device__ __forceinline__ std::byte* record_at(uint64_t of_lane, int p) {
@@ -185,7 +188,7 @@ __device__ __forceinline__ bool send_usual(const DispatchJob& job, const StageSp
     const bool has_slot = has_token && lane < a.num_topk;
     const int64_t slot = int64_t{t} * a.num_topk + lane;
     const int64_t* ids = a.topk_idx + slot;
-    const uint64_t records = record_of_lane(view, spread.record, t);
+    int64_t offset = offset_of_record(view, spread.record, t);
     const int64_t piece_at =
         moves ? kLineBytes * (spread.record.meta_lines + warp * spread.record.piece_lines) : 0;
     Sender<F> sender{job,
@@ -203,7 +206,7 @@ __device__ __forceinline__ bool send_usual(const DispatchJob& job, const StageSp
     const bool counts = warp >= pieces && (publishes || has_token);
     const Releases releases(view, begins);
     OnePiece<Config, F> piece{sender, scales, t, warp};
-    ptx::pin(ids);
+    ptx::pin(ids), ptx::pin(offset);
     uint32_t to = 0;  // ranks the token goes to
     int ahead = 0;    // selections of its slots before the lane's that are of the same expert
     const TokenNote note{a.num_topk};
@@ -242,6 +245,7 @@ __device__ __forceinline__ bool send_usual(const DispatchJob& job, const StageSp
         counter.look();
         counter.run();
     }
+    const uint64_t records = record_of_lane(tables, offset);
     if (!__syncthreads_and(ok)) {
         sender.abandon();
         return false;
