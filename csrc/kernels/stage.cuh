@@ -11,7 +11,7 @@
 // a turn that nobody has begun: blocks claim theirs, and before they wait for rows, those that are left.
 //
 // defines: kStageWarps, uniform_warp, turn_of_block, publishes_stage, StageView, Claim, Unclaimed, take_turn,
-// claim_own, Releases, begin_half, resume_half, last_block, Readers, end_half
+// claim_own, Releases, Beginning, begin_half, resume_half, last_block, Readers, end_half
 #pragma once
 
 #include <cstdint>
@@ -166,30 +166,46 @@ struct Releases {
     }
 };
 
-// The number and the slot of the next operation. One warp, which also waits until the slot is ours; nobody
-// writes before that. A barrier of the block must follow. False: leave.
+// The number and the slot of the next operation. In two steps, so that loads are on their way while other things are
+// done. One warp, which also waits until the slot is ours; nobody writes before that.
+struct Beginning {
+    Releases releases;
+    // In all lanes, so that nothing of them comes through shared memory.
+    uint64_t seq = 0;
+    int slot = 0;
+
+    __device__ __forceinline__ void ask(const RankView& view) {
+        seq = view.state.seq[0] + 1;
+        slot = static_cast<int>(view.state.seq[1]);
+        releases.look();
+    }
+    // A barrier of the block must follow. False: leave.
+    template <class F>
+    __device__ __forceinline__ bool enter(const RankView& view, const Begin& begin, const F& far,
+                                          Entering& in) const {
+        if constexpr (F::kAny) far.hear_masks();
+        if (ptx::lane_id() == 0) init_entering<F>(view, begin, seq, slot, in);
+        __syncwarp();
+        const Operation op{kind_of(in.told[NoticeLayout::kWhat]), seq};
+        if constexpr (F::kAny) far.agree_skipped(in);
+        const uint64_t num_slots = view.shape.num_slots;
+        bool ok = true;
+        if ((F::kIsUsual || in.masked == 0) && seq > num_slots &&
+            releases.all(view, slot, seq - num_slots)) {
+            if (ptx::lane_id() == 0) tell_entered(view, op);
+        } else {
+            ok = acquire_slot<true>(view, far, op, slot, in.masked);
+        }
+        if constexpr (F::kAny) return far.acquire(view, op, in) && ok;
+        return ok;
+    }
+};
 template <class F>
 __device__ __forceinline__ bool begin_half(const RankView& view, const Begin& begin, const F& far,
-                                           Releases releases, Entering& in) {
-    // All lanes, so that nothing of them comes through shared memory.
-    const uint64_t seq = view.state.seq[0] + 1;
-    const auto slot = static_cast<int>(view.state.seq[1]);
-    releases.look();
-    if constexpr (F::kAny) far.hear_masks();
-    if (ptx::lane_id() == 0) init_entering<F>(view, begin, seq, slot, in);
-    __syncwarp();
-    const Operation op{kind_of(in.told[NoticeLayout::kWhat]), seq};
-    if constexpr (F::kAny) far.agree_skipped(in);
-    const uint64_t num_slots = view.shape.num_slots;
-    bool ok = true;
-    if ((F::kIsUsual || in.masked == 0) && seq > num_slots &&
-        releases.all(view, slot, seq - num_slots)) {
-        if (ptx::lane_id() == 0) tell_entered(view, op);
-    } else {
-        ok = acquire_slot<true>(view, far, op, slot, in.masked);
-    }
-    if constexpr (F::kAny) return far.acquire(view, op, in) && ok;
-    return ok;
+                                           const Releases& releases, Entering& in) {
+    Beginning beginning{releases};
+    beginning.ask(view);
+    return beginning.enter(view, begin, far, in);
 }
 
 // Those that the first half took. The same.

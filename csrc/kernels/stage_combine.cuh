@@ -206,23 +206,28 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
     typename Sender::Token token;
     typename Sender::Ahead ahead;
     typename PartReceiver<kDtype, F>::Slot slot;
-    // Of a usual call one warp does all of that, so that no other holds more than its rows.
+    // Where owners add up, one warp does all of that, while its rows are on their way like those of all others: these
+    // hold their rows and no more.
     const bool claims = warp == F::kCombineWarps - (kOwns ? 1 : 2);
     Claim claim;
     bool left = false;
     if (claims) claim = claim_own<kHalf>(view), left = device::gave_up(view.watch);
     if constexpr (kOwns) {
-        if (!begins) owner.look();
-    } else if constexpr (kHalf != Half::kReceive) {
-        token = sender.look(sent.item);
-    }
-    if constexpr (kHalf != Half::kSend) slot = receiver.slot_of(item);
-    if constexpr (kHalf == Half::kReceive) {
-        if (begins) ok = resume_half(view, job.begin, far, job.begun, in);
-    } else if (begins) {
-        ok = begin_half(view, job.begin, far, releases, in);
-    } else if constexpr (!kOwns) {
-        sender.look(token, sent.piece, ahead);
+        Beginning beginning{releases};
+        if (begins) beginning.ask(view);
+        owner.look();
+        slot = receiver.slot_of(item);
+        if (begins) ok = beginning.enter(view, job.begin, far, in);
+    } else {
+        if constexpr (kHalf != Half::kReceive) token = sender.look(sent.item);
+        if constexpr (kHalf != Half::kSend) slot = receiver.slot_of(item);
+        if constexpr (kHalf == Half::kReceive) {
+            if (begins) ok = resume_half(view, job.begin, far, job.begun, in);
+        } else if (begins) {
+            ok = begin_half(view, job.begin, far, releases, in);
+        } else {
+            sender.look(token, sent.piece, ahead);
+        }
     }
     if (claims) {
         if (ptx::lane_id() == 0) in.sends = claim.is_ours();
@@ -240,7 +245,6 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
             if constexpr (F::kAny) tell_rows(job, record, far, in);
         }
         if constexpr (kOwns) {
-            if (begins) owner.announce({spread.sent, first}), owner.look();
             ok = !in.sends || send_usual(owner, first, step, in);
         } else {
             if (begins) sender.look(token, sent.piece, ahead);
