@@ -93,15 +93,16 @@ struct Parameters {
     uint32_t word[16 * 20];
 };
 
-// The slowest warp's.
-template <int kLines>
+// The slowest warp's. kUniform: by instructions for what is the same in all lanes, each of which waits for its own;
+// else they are loaded ahead.
+template <int kLines, bool kUniform>
 __global__ void parameters(const __grid_constant__ Parameters given, uint32_t* taken,
                            uint32_t value) {
     const uint32_t begin = cycles();
 #pragma unroll
     for (int i = 0; i < kLines; ++i) value = value * 3 + given.word[16 * i + 1];
-    if (__any_sync(~0u, value == 0x13572468u)) *taken = value;
-    const uint32_t end = cycles();
+    if (!kUniform && __any_sync(~0u, value == 0x13572468u)) *taken = value;
+    const uint32_t end = cycles() + (kUniform && value == 0x13572468u);
     if (threadIdx.x % 32 == 0) atomicMax(taken, end - begin);
 }
 
@@ -162,8 +163,12 @@ int main() {
         }
         return double(*taken);
     };
-    const double of_20 = time_parameters(parameters<20>), of_4 = time_parameters(parameters<4>);
-    print("parameters, 64 bytes", 512, (of_20 - of_4) / 16, gpu);
+    const double ahead = time_parameters(parameters<20, false>);
+    print("parameters, 64 bytes, loaded ahead", 512,
+          (ahead - time_parameters(parameters<4, false>)) / 16, gpu);
+    const double uniform = time_parameters(parameters<20, true>);
+    print("parameters, 64 bytes, uniform", 512,
+          (uniform - time_parameters(parameters<4, true>)) / 16, gpu);
     // Hop 1 is for block 1, and stored here.
     const uint64_t first = 1;
     check(cudaMemcpy(memory + 128, &first, sizeof(first), cudaMemcpyHostToDevice));

@@ -156,7 +156,7 @@ struct Watch {
 };
 
 // All that stays the same from one operation to the next. What kernels of small batches name of their parameters stands
-// together: each 64 bytes of them cost a block 130 cycles (bench/latencies.cu), before it can do anything.
+// together: each 64 bytes of them cost a block 40 to 125 cycles (bench/latencies.cu), before it can do anything.
 struct RankView {
     Shape shape;
     ControlLayout layout;
