@@ -167,6 +167,7 @@ struct RankView {
     // kernels of one would keep the other, whom they wait for, from ever starting. Nor a small batch that was
     // given so many SMs and no more.
     bool overlaps = false;
+    int32_t half = 0;  // of the SMs: kernels of so many blocks find some while one like them runs
 };
 
 // What a dispatch on a GPU is asked for beside its arguments; addresses 0 = not wanted, or granted.

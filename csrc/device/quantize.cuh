@@ -112,7 +112,8 @@ struct Bf16Scales {
 
     // Threads [0, kCount) of a block, each its entry; a barrier must follow.
     __device__ __forceinline__ void fill(int i) const {
-        const float nan = __uint_as_float(0x7fc00000u), infinite = __uint_as_float(0x7f800000u);
+        const float infinite = __uint_as_float(0x7f800000u);
+        const float nan = __uint_as_float(0x7fffffffu);  // that of divisions
         if (i == kSmall) {
             entries[i] = {1e-4f / 448.0f, 448.0f / 1e-4f};
         } else if (i >= kMantissas) {  // to divide these takes 2000 cycles

@@ -117,15 +117,14 @@ __device__ __forceinline__ void init_told(const Begin& begin, Entering& in) {
     }
 }
 
-// Whether there are SMs for a small kernel while the one in front of it runs: then it has time before that has ended.
-// Else all that it does takes as long as it takes.
-__device__ __forceinline__ bool starts_early() {
-    constexpr unsigned kMost = 64;  // blocks; there are SMs for twice as many
-    return gridDim.x <= kMost;
+// Whether a kernel has time before the one in front of it has ended: there were SMs for it. Else all that it does takes
+// as long as it takes.
+__device__ __forceinline__ bool starts_early(const RankView& view) {
+    return view.overlaps && static_cast<int>(gridDim.x) <= view.half;
 }
 
 // Fetches a parameter of a kernel into the cache of instructions that name parameters. Else the first one that names
-// one of a line would wait for it, 30 to 80 cycles each time. Uniform, since what lanes load by an address of their
+// one of a line would wait for it, 40 to 125 cycles each time. Uniform, since what lanes load by an address of their
 // own goes through another cache. One warp, of a kernel that starts early: it takes 3000 cycles. `sink`: a word for what
 // has no meaning.
 template <class Param>

@@ -178,8 +178,10 @@ __global__ void __launch_bounds__(F::kCombineWarps * 32, 1)
     const Record& record = spread.record;
     const int warp = uniform_warp();
     ptx::griddepcontrol_launch_dependents();
-    if (starts_early() && warp == F::kCombineWarps - 2) fetch_parameter(job, in.sinks[0]);
-    if (starts_early() && warp == F::kCombineWarps - 3) fetch_parameter(spread, in.sinks[1]);
+    if (starts_early(view)) {
+        if (warp == F::kCombineWarps - 2) fetch_parameter(job, in.sinks[0]);
+        if (warp == F::kCombineWarps - 3) fetch_parameter(spread, in.sinks[1]);
+    }
     for (int p = threadIdx.x; p < view.shape.num_ranks; p += blockDim.x) {
         control[p] = view.peers.control[p];
     }

@@ -79,8 +79,10 @@ __global__ void __launch_bounds__(F::kWarps * 32, 1)
     const device::Bf16Scales scales{entries};
     ptx::griddepcontrol_launch_dependents();
     const Prepared prepared(job);
-    if (starts_early() && warp == F::kWarps - 2) fetch_parameter(job, in.sinks[0]);
-    if (starts_early() && warp == F::kWarps - 3) fetch_parameter(spread, in.sinks[1]);
+    if (starts_early(view)) {
+        if (warp == F::kWarps - 2) fetch_parameter(job, in.sinks[0]);
+        if (warp == F::kWarps - 3) fetch_parameter(spread, in.sinks[1]);
+    }
     init_told(job.begin, in);
     if (ptx::lane_id() < 2) device::init_stage({nullptr, &loaded[warp][ptx::lane_id()]});
     if constexpr (F::kIsUsual) {

@@ -5,7 +5,7 @@
 // operation, lines leave. So all that does not need what kernels ahead have written is worked out before they have
 // ended, and what does not need the number before that barrier.
 //
-// defines: kDescriber, OwnSlot, record_of_lane, record_at, TokenNote, UsualNotice, OnePiece, send_usual
+// defines: kDescriber, OwnSlot, offset_of_record, record_of_lane, record_at, TokenNote, UsualNotice, OnePiece, send_usual
 #pragma once
 
 #include <cstdint>
