@@ -167,7 +167,8 @@ struct RankView {
     // kernels of one would keep the other, whom they wait for, from ever starting. Nor a small batch that was
     // given so many SMs and no more.
     bool overlaps = false;
-    int32_t half = 0;  // of the SMs: kernels of so many blocks find some while one like them runs
+    // Kernels of so many blocks, or fewer, find SMs while one like them runs.
+    int32_t early_blocks = 0;
 };
 
 // What a dispatch on a GPU is asked for beside its arguments; addresses 0 = not wanted, or granted.

@@ -103,7 +103,7 @@ DeviceRank::DeviceRank(const Shape& shape, int rank, uint64_t generation,
     }
     view_.state = state_->view();
     view_.overlaps = max_blocks_ == sms;
-    view_.half = sms / 2;
+    view_.early_blocks = sms / 2;
     view_.watch = {view_.layout.lives.offset,
                    view_.layout.masks.offset,
                    state_->abort(),

@@ -117,10 +117,10 @@ __device__ __forceinline__ void init_told(const Begin& begin, Entering& in) {
     }
 }
 
-// Whether a kernel has time before the one in front of it has ended: there were SMs for it. Else all that it does takes
-// as long as it takes.
+// Whether a kernel has time before the one in front of it has ended: there were SMs for it. Else nothing that it does is
+// hidden.
 __device__ __forceinline__ bool starts_early(const RankView& view) {
-    return view.overlaps && static_cast<int>(gridDim.x) <= view.half;
+    return view.overlaps && static_cast<int>(gridDim.x) <= view.early_blocks;
 }
 
 // Fetches a parameter of a kernel into the cache of instructions that name parameters. Else the first one that names

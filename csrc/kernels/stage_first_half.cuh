@@ -37,13 +37,7 @@ __device__ __forceinline__ bool send(const DispatchJob& job, const StageSpread& 
     const int warp = threadIdx.x / 32, pieces = spread.record.num_pieces;
     const bool publishes = publishes_stage();
     const Span own = tokens_of_turn(job, spread, turn_of_block());
-    Sender<F> sender{job,
-                     spread,
-                     tables,
-                     {view, spread.record, tables.control(), {OpKind::kDispatch, 0}, 0, far},
-                     tables.warp_memory(),
-                     loaded,
-                     in};
+    Sender<F> sender = sender_of(job, spread, tables, far, in, loaded);
     // The first warp says what becomes of tokens, of several together with the last but one; others send them.
     const int middle = own.begin + (own.end - own.begin + 1) / 2;
     const bool is_other = warp == F::kWarps - 2;

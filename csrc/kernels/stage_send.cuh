@@ -1,7 +1,7 @@
 // The first half of a small dispatch: rows are put in front of their receivers, and everybody is told what
 // comes. Nobody is waited for but for the slot.
 //
-// defines: TokenCounter, count_load, publish_counts, PieceLines, Sender
+// defines: TokenCounter, count_load, publish_counts, PieceLines, Sender, sender_of
 #pragma once
 
 #include <cstdint>
@@ -463,5 +463,15 @@ private:
         __syncwarp();
     }
 };
+
+// Of a warp, before the number and the slot of its operation are known. `loaded`: barriers of the warp.
+template <class F>
+__device__ __forceinline__ Sender<F> sender_of(const DispatchJob& job, const StageSpread& spread,
+                                               const StageTables& tables, const F& far,
+                                               const Entering& in, uint64_t* loaded) {
+    const Operation none{OpKind::kDispatch, 0};
+    const StageView<F> stage{job.view, spread.record, tables.control(), none, 0, far};
+    return {job, spread, tables, stage, tables.warp_memory(), loaded, in};
+}
 
 }  // namespace ep::kernels

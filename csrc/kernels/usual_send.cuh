@@ -191,13 +191,7 @@ __device__ __forceinline__ bool send_usual(const DispatchJob& job, const StageSp
     int64_t offset = offset_of_record(view, spread.record, t);
     const int64_t piece_at =
         moves ? kLineBytes * (spread.record.meta_lines + warp * spread.record.piece_lines) : 0;
-    Sender<F> sender{job,
-                     spread,
-                     tables,
-                     {view, spread.record, tables.control(), {OpKind::kDispatch, 0}, 0, far},
-                     tables.warp_memory(),
-                     loaded,
-                     in};
+    Sender<F> sender = sender_of(job, spread, tables, far, in, loaded);
     const UsualNotice<F> notice{job, tables, in};
     // Warps that have no piece count.
     const int pieces = has_token && !publishes ? spread.record.num_pieces : 0;
